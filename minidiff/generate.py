@@ -1,0 +1,345 @@
+"""generate(): the one file that wires text, UNet, sampler and autoencoder together."""
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .arguments import (
+    Texts,
+    check_choice,
+    check_fraction,
+    check_latents,
+    check_scale,
+    check_seeds,
+    check_size,
+    check_texts,
+    choose_sampler,
+    latent_shape,
+    sampler_arguments,
+)
+from .model import Model
+from .networks.attention import Edit, Inputs, Record
+from .networks.unet import Maps
+from .result import Images, Plain, Result, plain, to_numpy, to_pil
+from .sampling import Sampler, Schedule, sample
+from .sampling import Step as SamplerStep
+from .weights.load import load
+
+Output = Literal["pil", "numpy", "tensor", "latents"]
+OUTPUTS = ("pil", "numpy", "tensor", "latents")
+
+
+@dataclass(frozen=True, eq=False)
+class Step(SamplerStep):
+    """A step of sample_steps, which can show what it has so far."""
+
+    run: "_Run | None" = field(default=None, repr=False)
+
+    def preview(self) -> Tensor:
+        """The images that the network expects at this step, [B,3,H,W] in [0,1]: its estimate of the clean latents, decoded."""
+        assert self.run is not None
+        return self.run.pixels(self.denoised)
+
+    def result(self, output: Output = "pil") -> Result:
+        """The finished images. ValueError before the last step."""
+        assert self.run is not None
+        if self.index + 1 < self.run.schedule.steps:
+            raise ValueError(
+                f"this is step {self.index} of {self.run.schedule.steps}; expected the last one. "
+                "Run the loop to its end, or look at preview() and latents"
+            )
+        return self.run.result(self.latents, output)
+
+
+def generate(
+    prompt: str | Sequence[str] | None = None,
+    *,
+    model: Model | str | Path,
+    negative_prompt: str | Sequence[str] | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    steps: int | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    guidance_scale: float | None = None,
+    guidance_rescale: float = 0.0,
+    clip_skip: int | None = None,
+    sampler: str | Sampler | None = None,
+    karras: bool = False,
+    spacing: str | None = None,
+    eta: float = 0.0,
+    seed: int | Sequence[int] | None = None,
+    images_per_prompt: int = 1,
+    latents: Tensor | None = None,
+    context: Tensor | None = None,
+    negative_context: Tensor | None = None,
+    output: Output = "pil",
+) -> Result:
+    """Make images from text.
+
+    prompt: one text or a list; or None with `context`, the encoded text [P,L,D]. negative_prompt: one for all or a list as long;
+        or `negative_context` [P,L,D].
+    model: a Model from `minidiff.load`, or what load takes (a hub id, folder or .safetensors file), loaded for this call alone.
+    width, height: pixels, multiples of the autoencoder's factor (8 in SD 1.5); default: what the model was trained on.
+    steps: of the sampler; or `timesteps` (descending, 0 to 999), or `sigmas` (descending), where the sampler takes them.
+    guidance_scale: w in eps_uncond + w * (eps_cond - eps_uncond) (Ho and Salimans 2022), at least 1; 1 runs the conditional half alone.
+    guidance_rescale: in [0,1], how far the guided prediction is brought back to the conditional one's spread (Lin et al. 2023, eq. 15-16).
+    clip_skip: leave out the last n layers of the text encoder, in diffusers' counting (A1111's is one more).
+    sampler: a name ("ddim", "pndm", "euler", "euler_ancestral", "lms", "dpmpp_2m") or a sampler object; default: the model's.
+        With a name, `karras` takes the noise levels of Karras et al. 2022, `spacing` ("leading", "linspace", "trailing") places the
+        timesteps, and `eta` in [0,1] gives DDIM fresh noise.
+    seed: of the first image, the next ones count on; or one per image. None draws one; the result names it.
+    images_per_prompt: the images of a prompt follow each other. Image i of a batch agrees with image i made alone from its own seed.
+    latents: start from these instead of noise, [images,4,h,w] of unit variance, on any device.
+    output: "pil" images, "numpy" [B,H,W,3] or "tensor" [B,3,H,W] in [0,1], or "latents" (not decoded).
+
+    Noise is drawn on the CPU in float32, so a seed means the same image on every device. Raises ValueError for any argument that
+    does not fit, before anything is computed.
+    """
+    check_choice("output", output, OUTPUTS)
+    last: Step | None = None
+    for last in sample_steps(
+        prompt,
+        model=model,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        steps=steps,
+        timesteps=timesteps,
+        sigmas=sigmas,
+        guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
+        clip_skip=clip_skip,
+        sampler=sampler,
+        karras=karras,
+        spacing=spacing,
+        eta=eta,
+        seed=seed,
+        images_per_prompt=images_per_prompt,
+        latents=latents,
+        context=context,
+        negative_context=negative_context,
+    ):
+        pass
+    assert last is not None  # a schedule has at least one step
+    return last.result(output)
+
+
+def sample_steps(
+    prompt: str | Sequence[str] | None = None,
+    *,
+    model: Model | str | Path,
+    negative_prompt: str | Sequence[str] | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    steps: int | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    guidance_scale: float | None = None,
+    guidance_rescale: float = 0.0,
+    clip_skip: int | None = None,
+    sampler: str | Sampler | None = None,
+    karras: bool = False,
+    spacing: str | None = None,
+    eta: float = 0.0,
+    seed: int | Sequence[int] | None = None,
+    images_per_prompt: int = 1,
+    latents: Tensor | None = None,
+    context: Tensor | None = None,
+    negative_context: Tensor | None = None,
+    record: Record | None = None,
+    edit: Edit | None = None,
+    inputs: Inputs | None = None,
+) -> Iterator[Step]:
+    """The steps of `generate`, one at a time: watch, preview, stop early, draw a progress bar. The last one's `result()` has the images.
+
+    Arguments as for `generate`, and `record`, `edit` and `inputs` as the UNet takes them; each Step holds what was recorded in it.
+    Arguments are checked and texts encoded at the call; the network runs when a step is asked for.
+    """
+    started = time.perf_counter()
+    if not isinstance(model, Model):
+        model = load(model)
+    loaded = time.perf_counter()
+    texts = check_texts(prompt, negative_prompt, context, negative_context, model, images_per_prompt)
+    chosen = choose_sampler(model, sampler, karras, spacing, eta)
+    if steps is None and timesteps is None and sigmas is None:
+        steps = model.defaults.steps
+    schedule = chosen.schedule(model.noise, steps, timesteps=timesteps, sigmas=sigmas)
+    scale = check_scale(model.defaults.guidance_scale if guidance_scale is None else guidance_scale)
+    check_fraction("guidance_rescale", guidance_rescale)
+    width, height = check_size(model, width, height, latents)
+    seeds = check_seeds(seed, texts.images)
+    noise = _Noise(tuple(torch.Generator().manual_seed(s) for s in seeds), latent_shape(model, width, height))
+    start = noise() if latents is None else check_latents(latents, texts.images, noise.shape)
+    if scale == 1 and texts.any_negative:
+        warnings.warn("the negative prompt has no effect at guidance_scale 1", stacklevel=2)
+    denoise = Denoise(
+        model, texts.encode(model, clip_skip, negative=scale > 1), scale, guidance_rescale, record, edit, inputs
+    )
+    arguments: dict[str, object] = {
+        "model": model.name,
+        "width": width,
+        "height": height,
+        **({"steps": steps} if steps is not None else {"timesteps": timesteps, "sigmas": sigmas}),
+        "guidance_scale": scale,
+        "guidance_rescale": guidance_rescale,
+        "clip_skip": clip_skip,
+        **sampler_arguments(chosen),
+        "latents": latents,
+        "edit": edit,
+        "inputs": inputs,
+    }
+    used = [s if latents is None or chosen.stochastic else None for s in seeds]
+    timings = {"load": loaded - started, "text": time.perf_counter() - loaded}
+    run = _Run(model, schedule, texts, tuple(used), arguments, timings)
+    found = sample(denoise, start.to(model.device), schedule, chosen, noise=noise if chosen.stochastic else None)
+    return run.steps(found)
+
+
+class Denoise:
+    """The network as the sampling loop sees it: (x [B,C,h,w], t) -> (prediction, maps), with classifier-free guidance inside.
+
+    `context` holds the conditional texts [B,L,D], or [uncond, cond] [2B,L,D] where the scale asks for both.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        context: Tensor,
+        scale: float,
+        rescale: float,
+        record: Record | None = None,
+        edit: Edit | None = None,
+        inputs: Inputs | None = None,
+    ) -> None:
+        self.model, self.context, self.scale, self.rescale = model, context, scale, rescale
+        self.record, self.edit, self.inputs = record, edit, inputs
+        if scale == 1:  # there are no unconditional rows to leave out
+            self.record = None if record is None else replace(record, rows=_only_rows("record", record.rows))
+            self.edit = None if edit is None else replace(edit, rows=_only_rows("edit", edit.rows))
+        if record is not None and record.stop:
+            raise ValueError(
+                "record.stop ends the forward pass before it has a prediction; expected stop=False when sampling"
+            )
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, Maps]:
+        """Predict from variance-preserving x; float32 whatever the networks compute in."""
+        halves = x if self.scale == 1 else torch.cat([x, x])
+        output, maps = self.model.unet(
+            halves.to(self.model.dtype), t, self.context, self.record, self.edit, self.inputs
+        )
+        assert output is not None  # no stop
+        if self.scale == 1:
+            return output.float(), maps
+        uncond, cond = output.float().chunk(2)
+        return guided(uncond, cond, self.scale, self.rescale), maps
+
+
+def guided(uncond: Tensor, cond: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022, eq. 6), brought back by `rescale` to cond's spread (Lin et al. 2023, eq. 15-16).
+
+    All [B,C,h,w]; the spread is taken over each image of its own.
+    """
+    mixed = uncond + scale * (cond - uncond)
+    if rescale == 0:
+        return mixed
+    spread = cond.std(dim=(1, 2, 3), keepdim=True) / mixed.std(dim=(1, 2, 3), keepdim=True)
+    return rescale * (mixed * spread) + (1 - rescale) * mixed
+
+
+def _only_rows(name: str, rows: str) -> Literal["all"]:
+    if rows == "uncond":
+        raise ValueError(
+            f'{name}.rows is "uncond", but guidance_scale 1 runs no unconditional rows; expected "cond" or "all", or a larger scale'
+        )
+    return "all"
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Unit noise [B,C,h,w], image by image from its own CPU generator in float32: equal on every device and in every batch."""
+
+    generators: tuple[torch.Generator, ...]
+    shape: tuple[int, int, int]
+
+    def __call__(self) -> Tensor:
+        return torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What the steps of one call share, for those that become images."""
+
+    model: Model
+    schedule: Schedule
+    texts: Texts
+    seeds: tuple[int | None, ...]
+    arguments: Mapping[str, object]
+    timings: Mapping[str, float]
+
+    def steps(self, found: Iterator[SamplerStep]) -> Iterator[Step]:
+        """The sampler's steps, with a way to images. Time that the caller spends between two steps does not count as sampling."""
+        seconds = 0.0
+        while True:
+            before = time.perf_counter()
+            step = next(found, None)
+            seconds += time.perf_counter() - before
+            if step is None:
+                return
+            run = replace(self, timings={**self.timings, "sampling": seconds})
+            yield Step(step.index, step.t, step.sigma, step.latents, step.denoised, step.maps, step.report, run)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Latents [B,4,h,w] -> images [B,3,H,W] in [0,1] on the CPU, decoded one by one: memory does not grow with the batch."""
+        images = torch.cat([self.model.decode(one).cpu() for one in latents.split(1)])
+        broken = [i for i, image in enumerate(images) if not image.isfinite().all()]
+        if broken:
+            warnings.warn(
+                f"images {broken} are black where they are not a number: the network overflowed in {self.model.dtype}. "
+                'Load the model with dtype="float32" (or "bfloat16")',
+                stacklevel=3,
+            )
+        return (images.nan_to_num(-1, -1, -1) / 2 + 0.5).clamp(0, 1)
+
+    def result(self, latents: Tensor, output: Output) -> Result:
+        """Decode, and write down what was asked."""
+        check_choice("output", output, OUTPUTS)
+        before = time.perf_counter()
+        latents = latents.float().cpu()
+        images: Images = latents
+        if output != "latents":
+            pixels = self.pixels(latents)
+            images = pixels if output == "tensor" else to_numpy(pixels) if output == "numpy" else to_pil(pixels)
+        return Result(
+            images=images,
+            latents=latents,
+            seeds=self.seeds,
+            parameters=tuple(self._parameters(i) for i in range(len(latents))),
+            timings={**self.timings, "decode": time.perf_counter() - before},
+            info=self._info(),
+        )
+
+    def _parameters(self, i: int) -> dict[str, Plain]:
+        """The arguments that make image i alone."""
+        given: dict[str, object] = {**self.texts.arguments(i), **self.arguments, "seed": self.seeds[i]}
+        if isinstance(given["latents"], Tensor):
+            given["latents"] = given["latents"][i : i + 1]
+        return {name: plain(value) for name, value in given.items() if value is not None}
+
+    def _info(self) -> dict[str, Plain]:
+        model = self.model
+        return {
+            "versions": {name: version(name) for name in ("minidiff", "torch", "transformers")},
+            "dtype": plain(model.dtype),
+            "device": model.device.type,
+            "load": dict(model.options),
+            "model_hash": None if model.sha256 is None else model.sha256[:10],
+        }

@@ -1,0 +1,112 @@
+"""A loaded model: its networks, tokenizer and noise schedule in one frozen value."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .networks.text import TextEncoder
+from .networks.unet import UNet
+from .networks.vae import VAE
+from .sampling.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What `generate` does where the caller says nothing. The values here are those of diffusers for Stable Diffusion 1.5.
+
+    A model may bring its own as `minidiff_defaults` in its scheduler_config.json. `sampler` None is the one that the config names.
+    """
+
+    sampler: str | None = None
+    steps: int = 50
+    guidance_scale: float = 7.5
+
+    @classmethod
+    def from_config(cls, scheduler: Mapping[str, object]) -> "Defaults":
+        """Read `minidiff_defaults` of a scheduler_config.json; ValueError names a key or value that is not understood."""
+        given = scheduler.get("minidiff_defaults", {})
+        kinds: dict[str, type | tuple[type, ...]] = {"sampler": str, "steps": int, "guidance_scale": (int, float)}
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"scheduler_config.json: minidiff_defaults is {given!r}; expected an object with {', '.join(kinds)}"
+            )
+        for key, value in given.items():
+            if key not in kinds or not isinstance(value, kinds[key]):
+                raise ValueError(
+                    f"scheduler_config.json: minidiff_defaults has {key!r}: {value!r}; expected a text for sampler, a whole number for steps, "
+                    "a number for guidance_scale"
+                )
+        return cls(**given)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """Stable Diffusion 1.x, as `minidiff.load` returns it. Weights are frozen (no gradients) and shared by all who hold it.
+
+    `name` is the hub id, or the name of the folder or file; `origin` the folder or file that was read;
+    `options` the arguments of `load` that change the images (plain values), for the record.
+    """
+
+    name: str
+    origin: Path
+    unet: UNet
+    vae: VAE
+    text: TextEncoder
+    noise: NoiseSchedule
+    defaults: Defaults = Defaults()
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the networks compute in."""
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.unet.conv_in.weight.device
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """Of the single file that was loaded, read once when first asked for; None for a folder."""
+        if not self.origin.is_file():
+            return None
+        with self.origin.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """images [B,3,H,W] in [-1,1] -> float32 latents [B,4,h,w] at the UNet's scale: their mean, or with unit `noise` a sample."""
+        noise = None if noise is None else noise.to(self.device, self.dtype)
+        return self.vae.encode(images.to(self.device, self.dtype), noise).float() * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B,4,h,w] at the UNet's scale -> float32 images [B,3,H,W], about [-1,1] and not clamped.
+
+        Where half precision overflows the image is decoded again in float32, so only latents that are not finite give one that is not.
+        """
+        latents = (latents / self.vae.config.scaling_factor).to(self.device)
+        images = self.vae.decode(latents.to(self.dtype)).float()
+        if self.dtype == torch.float32 or images.isfinite().all() or not latents.isfinite().all():
+            return images
+        weights = {name: value.float() for name, value in self.vae.named_parameters()}
+        return torch.func.functional_call(
+            _Decode(self.vae), {f"vae.{k}": v for k, v in weights.items()}, (latents.float(),)
+        )
+
+
+class _Decode(torch.nn.Module):
+    """functional_call reaches a module's forward only."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents)

@@ -1,0 +1,313 @@
+"""Prompts to contexts, and words to token positions: CLIP's text encoder and tokenizer, both from transformers.
+
+transformers is imported inside the functions that need it: it costs seconds, and `import minidiff` must not pay them.
+Positions count along the L axis of a context: 0 is the begin marker (BOS), 1 the prompt's first token.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import string
+import textwrap
+import unicodedata
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .config import check_state
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, PreTrainedTokenizerFast
+
+PREFIX = "text_model."  # every key of a weight file carries it; transformers >= 5.6 dropped it inside CLIPTextModel
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """A frozen CLIP text encoder with its tokenizer."""
+
+    tokenizer: PreTrainedTokenizerFast
+    model: CLIPTextModel
+
+    @property
+    def length(self) -> int:
+        """L, positions of a context: 77 in SD 1.5. A tokenizer without a limit claims 1e30; the encoder has one."""
+        return int(min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings))
+
+    @property
+    def width(self) -> int:
+        """D, width of a context: 768 in SD 1.5."""
+        return int(self.model.config.hidden_size)
+
+    def encode(self, prompts: Sequence[str], clip_skip: int | None = None) -> Tensor:
+        """Contexts [B,L,D] of B prompts in the model's dtype, equal to StableDiffusionPipeline.encode_prompt's.
+
+        Causal mask only: padding is attended to. `clip_skip` counts as diffusers does: n leaves out the last n layers
+        (A1111 calls that n + 1); the final layer norm is applied in any case. A prompt that is too long is cut, with a
+        warning that quotes what was lost. ValueError for a bare string, an empty list, a clip_skip out of range.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or len(prompts) == 0:
+            raise ValueError(f"prompts: got {prompts!r}, expected a non-empty list of strings; write [prompt] for one")
+        layers = int(self.model.config.num_hidden_layers)
+        if clip_skip is not None and not 0 <= clip_skip < layers:
+            raise ValueError(f"clip_skip: got {clip_skip}, expected 0 to {layers - 1}: the encoder has {layers} layers")
+        ids = torch.tensor(list(map(self._ids, prompts)), device=self.model.device)
+        output = self.model(input_ids=ids, output_hidden_states=clip_skip is not None)
+        context: Tensor = output.last_hidden_state
+        if clip_skip is not None:
+            # hidden_states[n] is what the first n layers make of the embeddings, without the final norm
+            context = _part(self.model, "final_layer_norm")(output.hidden_states[layers - clip_skip])
+        return context
+
+    def num_tokens(self, prompt: str) -> int:
+        """How many of the prompt's own tokens fit; they stand at positions 1 to this number, the end marker follows."""
+        return min(len(_tokenize(self.tokenizer, prompt)[0]), self.length - 2)
+
+    def tokens(self, prompt: str) -> tuple[str, ...]:
+        """L labels, one a position: the piece of the prompt, as the user wrote it, that the token stands for.
+
+        A character of several tokens (an emoji) labels each of them. The other labels are "<start>", "<end>", "<pad>".
+        """
+        kept = _tokenize(self.tokenizer, prompt)[1][: self.length - 2]
+        labels = ["<start>", *(prompt[start:end] for start, end in kept), "<end>"]
+        return (*labels, *["<pad>"] * (self.length - len(labels)))
+
+    def spans(self, prompt: str, phrase: str, occurrence: int | None = None) -> tuple[int, ...]:
+        """Positions of the phrase's tokens in the prompt.
+
+        Case, runs of whitespace and Unicode composition do not matter, whole words do: "cat" is neither in
+        "concatenate" nor in "cats". Matches do not overlap and count from the left; where there are several,
+        `occurrence` must choose (0 is the first). Marks that the tokenizer joins, as in '"cat".', cannot be told apart.
+        ValueError when the phrase is empty, missing, ambiguous, or cut off at the encoder's length.
+        """
+        if not isinstance(phrase, str) or not phrase.strip():
+            raise ValueError(f"phrase: got {phrase!r}, expected one or more words of the prompt {prompt!r}")
+        matches = _matches(prompt, _tokenize(self.tokenizer, prompt)[1], phrase)
+        if not matches:
+            raise ValueError(_missing(prompt, phrase))
+        if occurrence is None and len(matches) > 1:
+            raise ValueError(
+                f"phrase {phrase!r} occurs {len(matches)} times in the prompt {prompt!r}: "
+                f"choose with occurrence=0 (the first) to {len(matches) - 1} (the last), or use a longer phrase"
+            )
+        index = 0 if occurrence is None else occurrence
+        if not 0 <= index < len(matches):
+            raise ValueError(
+                f"occurrence: got {index}, expected 0 to {len(matches) - 1}: "
+                f"phrase {phrase!r} occurs {len(matches)} time(s) in the prompt {prompt!r}"
+            )
+        first, last = matches[index]
+        if last >= self.length - 2:
+            raise ValueError(
+                f"phrase {phrase!r} is lost by truncation: it needs the prompt's tokens {first + 1} to {last + 1}, "
+                f"and the text encoder reads {self.length - 2}; move it to the front, or shorten the prompt"
+            )
+        return tuple(range(first + 1, last + 2))
+
+    def _ids(self, prompt: str) -> list[int]:
+        """L token ids: BOS, the prompt's, EOS, padding. Warns about lost words."""
+        ids, offsets = _tokenize(self.tokenizer, prompt)
+        room = self.length - 2
+        if len(ids) > room:
+            lost = prompt[offsets[room][0] :]
+            name = textwrap.shorten(prompt, 60, placeholder=" ...")
+            text = f"prompt {name!r} has {len(ids)} tokens, the text encoder reads {room}: lost {lost!r}"
+            warnings.warn(text, stacklevel=3)  # _ids, encode, its caller
+        ids = [self.tokenizer.bos_token_id, *ids[:room], self.tokenizer.eos_token_id]
+        return ids + [self.tokenizer.pad_token_id] * (self.length - len(ids))
+
+
+def load_text_encoder(
+    config: Mapping[str, object], state: Mapping[str, Tensor], tokenizer: Path, dtype: torch.dtype | None = None
+) -> TextEncoder:
+    """A TextEncoder from the contents of its config.json, its weights and the folder of its tokenizer.
+
+    `state` has the hub file's keys, all with the prefix "text_model."; position_ids are ignored (merged files carry
+    corrupt ones). The weights are used as they are, not copied, unless `dtype` asks for another one.
+    One ValueError names every missing, unexpected and misshapen key; others, a bad config or tokenizer.
+    """
+    expected = text_encoder_shapes(config)
+    weights = {key: value for key, value in state.items() if not key.endswith("position_ids")}
+    check_state("text encoder", expected, weights)
+    reader = load_tokenizer(tokenizer)
+    if len(reader) > _size(config, "vocab_size"):
+        raise ValueError(
+            f"tokenizer {tokenizer} has {len(reader)} tokens, the text encoder knows {config['vocab_size']}: "
+            "they do not belong together; take the tokenizer from where the weights come from"
+        )
+    model = _empty_model(config)
+    strip = 0 if next(iter(model.state_dict())).startswith(PREFIX) else len(PREFIX)
+    model.load_state_dict({key[strip:]: weights[key].to(dtype=dtype) for key in expected}, strict=True, assign=True)
+    positions = torch.arange(_size(config, "max_position_embeddings"), device=model.device)[None]
+    _part(model, "embeddings").register_buffer("position_ids", positions, persistent=False)  # was on the meta device
+    model.eval()  # type: ignore[no-untyped-call, unused-ignore]
+    return TextEncoder(reader, model.requires_grad_(False))
+
+
+def text_encoder_shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:
+    """Shape of every weight by its key in the hub's files: 196 in SD 1.5. ValueError if the config lacks a size."""
+    vocab, width, inner, layers, _, positions = (_size(config, key) for key in SIZES)
+    layer: dict[str, tuple[int, ...]] = {  # of the weights; a bias has the first of these sizes
+        "layer_norm1": (width,),
+        "layer_norm2": (width,),
+        **{f"self_attn.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
+        "mlp.fc1": (inner, width),
+        "mlp.fc2": (width, inner),
+    }
+    modules = {f"encoder.layers.{n}.{name}": shape for n in range(layers) for name, shape in layer.items()}
+    modules["final_layer_norm"] = (width,)
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.token_embedding.weight": (vocab, width),
+        "embeddings.position_embedding.weight": (positions, width),
+    }
+    for name, shape in modules.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return {PREFIX + key: torch.Size(shape) for key, shape in shapes.items()}
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a folder, read without the network. ValueError when its files are missing or cannot be read."""
+    choices = ("tokenizer.json",), ("vocab.json", "merges.txt")
+    if not any(all((folder / name).is_file() for name in names) for names in choices):
+        raise ValueError(
+            f"no tokenizer in {folder}: expected vocab.json and merges.txt, or tokenizer.json, with "
+            "tokenizer_config.json beside them; take the folder named tokenizer of a Stable Diffusion 1.5 model"
+        )
+    from transformers import CLIPTokenizerFast  # type: ignore[attr-defined, unused-ignore]  # 5.x: CLIPTokenizer's alias
+
+    try:
+        tokenizer: PreTrainedTokenizerFast = CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}; copy its files again") from error
+    return tokenizer
+
+
+def _empty_model(config: Mapping[str, object]) -> CLIPTextModel:
+    """The network without weights, on the meta device.
+
+    Only what shapes it is taken from the config: the other keys vary with the transformers version that wrote it.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers.activations import ACT2FN
+
+    vocab, width, inner, layers, heads, positions = (_size(config, key) for key in SIZES)
+    act, eps = config.get("hidden_act", "quick_gelu"), config.get("layer_norm_eps", 1e-5)
+    if not isinstance(act, str) or act not in ACT2FN or not isinstance(eps, (int, float)):
+        got = f"hidden_act {act!r} and layer_norm_eps {eps!r}"
+        raise ValueError(f"text encoder config: got {got}, expected such as 'quick_gelu' and 1e-05")
+    if width % heads:
+        raise ValueError(f"text encoder config: hidden_size is {width}, expected a multiple of {heads}, the heads")
+    with torch.device("meta"):
+        return CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=vocab,
+                hidden_size=width,
+                intermediate_size=inner,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                max_position_embeddings=positions,
+                hidden_act=act,
+                layer_norm_eps=eps,
+            )
+        )
+
+
+def _part(model: CLIPTextModel, name: str) -> torch.nn.Module:
+    """A module by its name in the weight file less the prefix, whether or not this transformers has the prefix."""
+    return model.get_submodule((PREFIX if hasattr(model, "text_model") else "") + name)
+
+
+def _size(config: Mapping[str, object], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"text encoder config: {key} is {value!r}, expected a positive number as a CLIPTextModel has")
+    return value
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a whole prompt without markers, and the range of characters that each stands for.
+
+    The tokens of one character (its bytes) share its range.
+    """
+    if not isinstance(prompt, str) or re.search("[\ud800-\udfff]", prompt):  # half a character, from a broken locale
+        raise ValueError(f"prompt: got {prompt!r} of type {type(prompt).__name__}, expected a string of valid Unicode")
+    encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts = sorted({start for start, _ in encoded["offset_mapping"]})
+    following = dict(zip(starts, [*starts, len(prompt)][1:], strict=True))
+    ranges = []
+    for start, end in encoded["offset_mapping"]:
+        # an accent that NFC merged into its letter is in no offset; the tokenizer drops nothing else but whitespace
+        while end < following[start] and not prompt[end].isspace():
+            end += 1
+        ranges.append((start, end))
+    return encoded["input_ids"], ranges
+
+
+def _fold(text: str) -> str:
+    """A text in the form that makes equal what the tokenizer makes equal: NFC, lower case, single spaces."""
+    return " ".join(unicodedata.normalize("NFC", text).lower().split())
+
+
+def _matches(prompt: str, ranges: Sequence[tuple[int, int]], phrase: str) -> list[tuple[int, int]]:
+    """Whole-word matches from the left, not overlapping, each as its first and last token; 0 is the prompt's first."""
+    wanted, matches, first = _fold(phrase), [], 0
+    while first < len(ranges):
+        last = _match_at(prompt, ranges, first, wanted)
+        if last is None:
+            first += 1
+        else:
+            matches.append((first, last))
+            first = last + 1
+    return matches
+
+
+def _match_at(prompt: str, ranges: Sequence[tuple[int, int]], first: int, wanted: str) -> int | None:
+    """The last token of the match that begins with token `first`; None where none does."""
+    start = ranges[first][0]
+    if _inside_word(prompt, start):
+        return None
+    for last in range(first, len(ranges)):
+        end = ranges[last][1]
+        found = _fold(prompt[start:end])
+        inside_character = last + 1 < len(ranges) and ranges[last + 1][0] < end
+        if found == wanted and not inside_character and not _inside_word(prompt, end):
+            return last
+        if len(found) > len(wanted):
+            return None
+    return None
+
+
+def _inside_word(text: str, index: int) -> bool:
+    """Whether a cut before text[index] parts letters or digits, a letter and its accent, or a joined emoji."""
+    if index in (0, len(text)):
+        return False
+    before, after = text[index - 1], text[index]
+    joiner, skin_tones = "\u200d", ("\U0001f3fb", "\U0001f3ff")
+    if joiner in (before, after) or unicodedata.category(after)[0] == "M" or skin_tones[0] <= after <= skin_tones[1]:
+        return True
+    return after.isalnum() and (before.isalnum() or unicodedata.category(before)[0] == "M")
+
+
+def _missing(prompt: str, phrase: str) -> str:
+    """What to say of a phrase that is not in the prompt: what was probably meant, and the prompt's words."""
+    words = [word for part in prompt.split() if (word := part.strip(string.punctuation))]
+    size = len(phrase.split())
+    runs = {_fold(run): run for run in [" ".join(words[i : i + size]) for i in range(len(words) - size + 1)] + words}
+    close = difflib.get_close_matches(_fold(phrase), runs, n=1)
+    hint = f"did you mean {runs[close[0]]!r}?" if close else "write it as the prompt does."
+    listed = ", ".join(words) or "none"
+    return f"phrase {phrase!r} is not in the prompt {prompt!r} as whole words; {hint} The prompt's words: {listed}"

@@ -1,0 +1,316 @@
+"""The UNet of Stable Diffusion 1.x: noisy latents, a timestep and a text in; the predicted noise and the recorded attention maps out.
+
+Rombach et al. 2022, section 3.3. Module names are those of the folder format, so its weights load as they are.
+Shapes: x [B,C,h,w] latents, emb [B,4*C0] time embedding, context [B,L,D] text.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import NO_HOOKS, Attention, Edit, Hooks, Inputs, Record, Site
+from .config import UNetConfig
+
+Maps = dict[Site, Tensor]
+
+
+class UNet(nn.Module):
+    """`eps, maps = unet(x, t, context)`. `unet.sites` lists the attention layers in the order in which they run."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, emb = config.block_out_channels, 4 * config.block_out_channels[0]
+        levels = len(widths)
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], emb)
+
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]  # channels of every skip connection, in the order in which they are made
+        for i in range(levels):
+            layers = config.layers_per_block[i]
+            inputs = [skips[-1]] + [widths[i]] * (layers - 1)
+            down = "downsamplers" if i < levels - 1 else None
+            self.down_blocks.append(Block(config, "down", i, i, inputs, config.down_attention[i], down))
+            skips += [widths[i]] * (layers + (down is not None))
+
+        self.mid_block = Block(config, "mid", 0, levels - 1, [widths[-1]] * 2, True, None)
+
+        self.up_blocks = nn.ModuleList()
+        channels = widths[-1]
+        for i, level in enumerate(reversed(range(levels))):
+            inputs = []
+            for _ in range(config.layers_per_block[level] + 1):
+                inputs.append(channels + skips.pop())
+                channels = widths[level]
+            up = "upsamplers" if i < levels - 1 else None
+            self.up_blocks.append(Block(config, "up", i, level, inputs, config.up_attention[i], up))
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.sites: tuple[Site, ...] = tuple(m.site for m in self.modules() if isinstance(m, Attention))
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        context: Tensor,
+        record: Record | None = None,
+        edit: Edit | None = None,
+        inputs: Inputs | None = None,
+    ) -> tuple[Tensor | None, Maps]:
+        """Predict the noise (or v) in latents.
+
+        x [B,C,h,w], variance-preserving (scaled by 1/sqrt(1+sigma^2)); t a number or [B], in training timesteps (0 to 999); context [B,L,D].
+        Returns (eps [B,C,h,w], maps). maps is empty without `record`; eps is None when `record.stop` ended the pass.
+        ValueError where x or context has the wrong width, or where `record` or `edit` name sites that this UNet does not have.
+        """
+        hooks = NO_HOOKS if record is None and edit is None else self._hooks(record, edit, inputs)
+        self._check(x, context)
+        emb = self.time_embedding(self._timesteps(x, t).to(x.dtype))
+        maps: Maps = {}
+        x = self.conv_in(x)
+
+        skips = [x]
+        for block in self.down_blocks:
+            for resnet, transformer in block.layers():
+                x = resnet(x, emb)
+                if transformer is not None:
+                    x, kept = transformer(x, context, hooks)
+                    maps.update(kept)
+                    if x is None:
+                        return None, maps
+                skips.append(x)
+            if block.downsamplers is not None:
+                x = block.downsamplers[0](x)
+                skips.append(x)
+
+        x = self.mid_block.resnets[0](x, emb)
+        x, kept = self.mid_block.attentions[0](x, context, hooks)
+        maps.update(kept)
+        if x is None:
+            return None, maps
+        x = self.mid_block.resnets[1](x, emb)
+
+        for block in self.up_blocks:
+            for resnet, transformer in block.layers():
+                x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
+                if transformer is not None:
+                    x, kept = transformer(x, context, hooks)
+                    maps.update(kept)
+                    if x is None:
+                        return None, maps
+            if block.upsamplers is not None:
+                # An odd grid is halved upwards (65 -> 33), so the way back is told by the skip connection, not by doubling.
+                x = block.upsamplers[0](x, skips[-1].shape[-2:])
+
+        return self.conv_out(F.silu(self.conv_norm_out(x))), maps
+
+    def _timesteps(self, x: Tensor, t: Tensor | float) -> Tensor:
+        t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(len(x))
+        return sinusoids(t, self.config.block_out_channels[0], self.config.flip_sin_to_cos, self.config.freq_shift)
+
+    def _hooks(self, record: Record | None, edit: Edit | None, inputs: Inputs | None) -> Hooks:
+        for name, hook in (("record", record), ("edit", edit)):
+            if hook is not None and (not hook.sites or not hook.sites.issubset(self.sites)):
+                wrong = sorted(site.name for site in hook.sites.difference(self.sites)) or "no sites"
+                raise ValueError(f"{name}.sites holds {wrong}; expected some of {[site.name for site in self.sites]}")
+        stop = None
+        if record is not None and record.stop:
+            stop = [site for site in self.sites if site in record.sites][-1]
+        return Hooks(record, edit, {} if inputs is None else inputs, stop)
+
+    def _check(self, x: Tensor, context: Tensor) -> None:
+        config = self.config
+        if x.ndim != 4 or x.shape[1] != config.in_channels:
+            raise ValueError(f"latents have shape {list(x.shape)}; expected [B, {config.in_channels}, h, w]")
+        if context.ndim != 3 or len(context) != len(x) or context.shape[2] != config.cross_attention_dim:
+            raise ValueError(
+                f"context has shape {list(context.shape)}; expected [{len(x)}, L, {config.cross_attention_dim}]"
+            )
+
+
+class Block(nn.Module):
+    """The layers of one level on one side: resnets, a transformer behind each where `attention`, and at the end a change of resolution.
+
+    `inputs` are the channels that go into each resnet. The mid block has one transformer fewer than resnets.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        place: str,
+        index: int,
+        level: int,
+        inputs: list[int],
+        attention: bool,
+        resample: str | None,
+    ) -> None:
+        super().__init__()
+        out = config.block_out_channels[level]
+        self.attentions: nn.ModuleList | None = None
+        if attention:
+            count = len(inputs) - (place == "mid")
+            self.attentions = nn.ModuleList(Transformer(config, place, index, layer, level) for layer in range(count))
+        self.resnets = nn.ModuleList(ResBlock(config, channels, out) for channels in inputs)
+        self.downsamplers = nn.ModuleList([Downsample(out)]) if resample == "downsamplers" else None
+        self.upsamplers = nn.ModuleList([Upsample(out)]) if resample == "upsamplers" else None
+
+    def layers(self) -> list[tuple[nn.Module, nn.Module | None]]:
+        """(resnet, transformer or None) in the order in which they run."""
+        transformers = [None] * len(self.resnets) if self.attentions is None else list(self.attentions)
+        return list(zip(self.resnets, transformers, strict=True))
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around the time embedding, and a shortcut."""
+
+    def __init__(self, config: UNetConfig, channels: int, out: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], out)
+        self.norm2 = nn.GroupNorm(config.norm_num_groups, out, config.norm_eps)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x [B,C,h,w], emb [B,4*C0] -> [B,C',h,w]."""
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = y + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Transformer(nn.Module):
+    """Pixels as tokens: self-attention, attention to the text, feed-forward; around them a shortcut."""
+
+    def __init__(self, config: UNetConfig, place: str, block: int, layer: int, level: int) -> None:
+        super().__init__()
+        channels, heads = config.block_out_channels[level], config.num_heads[level]
+        self.linear = config.use_linear_projection
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(place, block, layer, channels, config.cross_attention_dim, heads)]
+        )
+        self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor, hooks: Hooks) -> tuple[Tensor | None, Maps]:
+        """x [B,C,h,w] -> (x, maps of this layer); x is None when `hooks.stop` ended the pass here."""
+        grid = (x.shape[2], x.shape[3])
+        y = self.norm(x)
+        y = y if self.linear else self.proj_in(y)
+        y = y.flatten(2).transpose(1, 2)  # [B,C,h,w] -> [B,N,C]
+        y = self.proj_in(y) if self.linear else y
+        y, maps = self.transformer_blocks[0](y, context, grid, hooks)
+        if y is None:
+            return None, maps
+        y = self.proj_out(y) if self.linear else y
+        y = y.transpose(1, 2).unflatten(2, grid)  # [B,N,C] -> [B,C,h,w]
+        return x + (y if self.linear else self.proj_out(y)), maps
+
+
+class TransformerBlock(nn.Module):
+    """attn1 looks at the pixels, attn2 at the text."""
+
+    def __init__(
+        self, place: str, block: int, layer: int, channels: int, context_channels: int, num_heads: int
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(Site(place, block, layer, "self"), channels, channels, num_heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(Site(place, block, layer, "cross"), channels, context_channels, num_heads)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor, grid: tuple[int, int], hooks: Hooks) -> tuple[Tensor | None, Maps]:
+        """x [B,N,C] -> (x, maps); x is None when `hooks.stop` ended the pass here."""
+        maps: Maps = {}
+        for norm, attn in ((self.norm1, self.attn1), (self.norm2, self.attn2)):
+            y = norm(x)
+            y, kept = attn(y, y if attn is self.attn1 else context, grid, hooks)
+            if kept is not None:
+                maps[attn.site] = kept
+            if attn.site == hooks.stop:
+                return None, maps
+            x = x + y
+        return x + self.ff(self.norm3(x)), maps
+
+
+class FeedForward(nn.Module):
+    """Linear, GEGLU, linear."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # The folder format counts a dropout between the two; it has no weights.
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,N,C] -> [B,N,C]."""
+        return self.net[2](self.net[0](x))
+
+
+class GEGLU(nn.Module):
+    """Shazeer 2020, "GLU variants improve transformer": value * gelu(gate); the weight's first half makes the value."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,N,C] -> [B,N,C']."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class Downsample(nn.Module):
+    """Halve the grid (odd edges upwards)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,h,w] -> [B,C,ceil(h/2),ceil(w/2)]."""
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Grow the grid to `size` by nearest neighbours, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """[B,C,h,w] -> [B,C,*size]."""
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids -> the embedding that every resnet sees."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, out)
+        self.linear_2 = nn.Linear(out, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C0] -> [B,4*C0]."""
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def sinusoids(t: Tensor, channels: int, cos_first: bool = True, freq_shift: float = 0) -> Tensor:
+    """Timesteps [B] -> [B,channels] in float32, cosines and sines of log-spaced frequencies (Vaswani et al. 2017, section 3.5)."""
+    half = channels // 2
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / (half - freq_shift))
+    )
+    angles = t[:, None] * frequencies
+    sin, cos = angles.sin(), angles.cos()
+    waves = torch.cat([cos, sin] if cos_first else [sin, cos], dim=1)
+    return F.pad(waves, (0, channels % 2))

@@ -1,0 +1,208 @@
+"""The autoencoder of Stable Diffusion 1.x: images in [-1,1] to latents and back.
+
+Rombach et al. 2022, appendix G. Module names are those of the folder format. The latents here are the autoencoder's own;
+the UNet's are `scaling_factor` times as large.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import attention
+from .config import VAEConfig
+
+_EPS = 1e-6  # of every norm, whatever the config says
+
+
+class VAE(nn.Module):
+    """`latents = vae.encode(images)`, `images = vae.decode(latents)`."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        latent = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B,3,H,W] in [-1,1] -> mean and log variance of the latents' Gaussian, each [B,4,h,w].
+
+        ValueError where H or W is no multiple of `config.factor`, which would lose the edge of the image.
+        """
+        config = self.config
+        if (
+            images.ndim != 4
+            or images.shape[1] != config.in_channels
+            or any(n % config.factor for n in images.shape[-2:])
+        ):
+            raise ValueError(
+                f"images have shape {list(images.shape)}; expected [B, {config.in_channels}, H, W] with H and W multiples of {config.factor}"
+            )
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """images [B,3,H,W] in [-1,1] -> latents [B,4,h,w]: their mean, or with unit `noise` [B,4,h,w] a sample."""
+        mean, logvar = self.moments(images)
+        return mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B,4,h,w] -> images [B,3,H,W], about [-1,1] and not clamped."""
+        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"latents have shape {list(latents.shape)}; expected [B, {self.config.latent_channels}, h, w]"
+            )
+        return self.decoder(self.post_quant_conv(latents))
+
+
+class Encoder(nn.Module):
+    """Image to moments: levels of resnets, each but the last halving the grid, then the mid block."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        channels = widths[0]
+        for i, width in enumerate(widths):
+            down = Downsample(width) if i < len(widths) - 1 else None
+            self.down_blocks.append(Level(groups, channels, width, config.layers_per_block, downsample=down))
+            channels = width
+        self.mid_block = MidBlock(groups, channels)
+        self.conv_norm_out = nn.GroupNorm(groups, channels, _EPS)
+        self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,3,H,W] -> [B,8,h,w]."""
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents to image: the mid block, then levels of resnets, each but the last doubling the grid."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(groups, widths[0])
+        self.up_blocks = nn.ModuleList()
+        channels = widths[0]
+        for i, width in enumerate(widths):
+            up = Upsample(width) if i < len(widths) - 1 else None
+            self.up_blocks.append(Level(groups, channels, width, config.layers_per_block + 1, upsample=up))
+            channels = width
+        self.conv_norm_out = nn.GroupNorm(groups, channels, _EPS)
+        self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,4,h,w] -> [B,3,H,W]."""
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Level(nn.Module):
+    """Resnets at one resolution, then at most one change of it."""
+
+    def __init__(
+        self,
+        groups: int,
+        channels: int,
+        out: int,
+        layers: int,
+        downsample: "Downsample | None" = None,
+        upsample: "Upsample | None" = None,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(groups, channels if i == 0 else out, out) for i in range(layers))
+        self.downsamplers = None if downsample is None else nn.ModuleList([downsample])
+        self.upsamplers = None if upsample is None else nn.ModuleList([upsample])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,h,w] -> [B,C',h',w']."""
+        for resnet in self.resnets:
+            x = resnet(x)
+        for resample in (self.downsamplers, self.upsamplers):
+            if resample is not None:
+                x = resample[0](x)
+        return x
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, groups: int, channels: int, out: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels, _EPS)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out, _EPS)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,h,w] -> [B,C',h,w]."""
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class MidBlock(nn.Module):
+    """Resnet, attention, resnet at the coarsest resolution."""
+
+    def __init__(self, groups: int, channels: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([SpatialAttention(groups, channels)])
+        self.resnets = nn.ModuleList(ResBlock(groups, channels, channels) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,h,w] -> [B,C,h,w]."""
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention of the pixels with one head, around it a shortcut."""
+
+    def __init__(self, groups: int, channels: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, _EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,h,w] -> [B,C,h,w]."""
+        y = self.group_norm(x).flatten(2).transpose(1, 2)  # [B,C,h,w] -> [B,N,C]
+        y = attention(self.to_q(y)[:, None], self.to_k(y)[:, None], self.to_v(y)[:, None])  # one head: [B,1,N,C]
+        y = self.to_out[0](y[:, 0]).transpose(1, 2)  # [B,N,C] -> [B,C,N]
+        return x + y.unflatten(2, x.shape[-2:])
+
+
+class Downsample(nn.Module):
+    """Halve the grid. Padded at the right and the bottom only, as the weights were trained."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,h,w] -> [B,C,h/2,w/2]."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the grid by nearest neighbours, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,h,w] -> [B,C,2h,2w]."""
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))

@@ -1,0 +1,131 @@
+"""Key tables: the names that weight files use, mapped to the names of our modules, which are those of the folder format.
+
+Every table maps the path of a module, or the front part of one, in the file to ours; the longest match counts and what follows it stays.
+So the inverse of a table is the way back. The numbers of the LDM names run over a whole side of the network; see weights.md.
+"""
+
+from collections.abc import Iterable, Mapping
+
+LDM_PREFIX = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.transformer.",
+}
+"""Where a single file in LDM names keeps each network. The VAE of a stand-alone file has no prefix."""
+
+IGNORED = (
+    "alphas_cumprod",
+    "betas",
+    "global_step",
+    "log_one_minus_alphas_cumprod",
+    "logvar",
+    "loss.",
+    "model_ema.",
+    "posterior_",
+    "sqrt_",
+    "lvlb_weights",
+    "scale_factor",
+)
+"""Beginnings of keys that hold no weight of a network: the schedule (recomputed exactly), the trainer's state and a second, averaged copy of the UNet."""
+
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+VAE_OLD_ATTENTION = {
+    f"{side}.mid_block.attentions.0.{old}": f"{side}.mid_block.attentions.0.{new}"
+    for side in ("encoder", "decoder")
+    for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items()
+}
+"""Folders written before 2023 (SD 1.5's fp32 VAE is one) name the four linear layers of the VAE's attention differently."""
+
+
+def unet_ldm(levels: int = 4, layers: int = 2) -> dict[str, str]:
+    """LDM names of the UNet -> ours, for `levels` resolutions with `layers` resnets each on the way down (SD 1.x: 4 and 2).
+
+    `input_blocks` 1.. and `output_blocks` 0.. number the layers of all levels through; a change of resolution has a number of its own
+    on the way down, and shares the number of its level's last layer on the way up.
+    """
+    table = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "middle_block.1": "mid_block.attentions.0",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+    }
+    resnets = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
+    for level in range(levels):
+        for layer in range(layers):
+            n = 1 + level * (layers + 1) + layer
+            resnets[f"input_blocks.{n}.0"] = f"down_blocks.{level}.resnets.{layer}"
+            table[f"input_blocks.{n}.1"] = f"down_blocks.{level}.attentions.{layer}"
+        if level < levels - 1:
+            table[f"input_blocks.{(level + 1) * (layers + 1)}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+        for layer in range(layers + 1):
+            n = level * (layers + 1) + layer
+            resnets[f"output_blocks.{n}.0"] = f"up_blocks.{level}.resnets.{layer}"
+            table[f"output_blocks.{n}.1"] = f"up_blocks.{level}.attentions.{layer}"
+        if level < levels - 1:
+            n = level * (layers + 1) + layers
+            # Behind the transformer where the level has one, in its place where it has none.
+            table[f"output_blocks.{n}.1.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+            table[f"output_blocks.{n}.2.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+    return table | _within(resnets, _RESNET)
+
+
+def vae_ldm(levels: int = 4, layers: int = 2) -> dict[str, str]:
+    """LDM names of the VAE -> ours. The decoder's levels are numbered backwards."""
+    table: dict[str, str] = {}
+    resnets: dict[str, str] = {}
+    for side in ("encoder", "decoder"):
+        table[f"{side}.norm_out"] = f"{side}.conv_norm_out"
+        resnets[f"{side}.mid.block_1"] = f"{side}.mid_block.resnets.0"
+        resnets[f"{side}.mid.block_2"] = f"{side}.mid_block.resnets.1"
+        table |= _within({f"{side}.mid.attn_1": f"{side}.mid_block.attentions.0"}, _VAE_ATTENTION)
+    for level in range(levels):
+        for layer in range(layers):
+            resnets[f"encoder.down.{level}.block.{layer}"] = f"encoder.down_blocks.{level}.resnets.{layer}"
+        table[f"encoder.down.{level}.downsample.conv"] = f"encoder.down_blocks.{level}.downsamplers.0.conv"
+        ours = levels - 1 - level
+        for layer in range(layers + 1):
+            resnets[f"decoder.up.{level}.block.{layer}"] = f"decoder.up_blocks.{ours}.resnets.{layer}"
+        table[f"decoder.up.{level}.upsample.conv"] = f"decoder.up_blocks.{ours}.upsamplers.0.conv"
+    return table | resnets | _within(resnets, {"nin_shortcut": "conv_shortcut"})
+
+
+def rename(key: str, table: Mapping[str, str]) -> str:
+    """The key with its longest front part that stands in the table replaced; unchanged where none does."""
+    parts = key.split(".")
+    for n in range(len(parts) - 1, 0, -1):
+        front = ".".join(parts[:n])
+        if front in table:
+            return ".".join([table[front], *parts[n:]])
+    return key
+
+
+def invert(table: Mapping[str, str], keys: Iterable[str]) -> dict[str, str]:
+    """The table from our names to the file's, for the network that has these keys in our names.
+
+    The keys settle the one ambiguity, the number of an upsampler in LDM names: 2 behind a transformer, 1 without.
+    """
+    keys = set(keys)
+    inverse: dict[str, str] = {}
+    for theirs, ours in table.items():
+        if ours not in inverse:
+            inverse[ours] = theirs
+            continue
+        block = ours.removesuffix("upsamplers.0.conv")
+        if any(key.startswith(f"{block}attentions.") for key in keys):
+            inverse[ours] = max(theirs, inverse[ours])
+    return inverse
+
+
+def _within(modules: Mapping[str, str], inner: Mapping[str, str]) -> dict[str, str]:
+    return {f"{theirs}.{a}": f"{ours}.{b}" for theirs, ours in modules.items() for a, b in inner.items()}

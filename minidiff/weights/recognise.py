@@ -1,0 +1,182 @@
+"""What kind of file is this? Answered from the names and shapes of its tensors, to load SD 1.x and refuse the rest by name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..networks.config import UNetConfig, VAEConfig
+from .names import LDM_PREFIX
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+CHECKPOINT = "Stable Diffusion 1.x checkpoint"
+
+# (beginning of a key, what a file with such a key is), in the order in which they are tried
+_BY_PREFIX = (
+    ("conditioner.", "Stable Diffusion XL checkpoint"),
+    ("cond_stage_model.model.", "Stable Diffusion 2 checkpoint (OpenCLIP text encoder)"),
+    ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3 checkpoint"),
+    ("model.diffusion_model.double_blocks.", "Flux checkpoint"),
+    ("double_blocks.", "Flux checkpoint"),
+    ("control_model.", "ControlNet"),
+    ("ip_adapter.", "IP-Adapter"),
+    ("image_proj.", "IP-Adapter"),
+    ("lora_", "LoRA"),
+    ("text_encoder.text_model.", "LoRA"),
+    ("emb_params", "textual inversion embedding"),
+    ("string_to_param", "textual inversion embedding"),
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a file is. `problem` says why minidiff cannot make images with it alone; None where it can."""
+
+    name: str
+    problem: str | None = None
+
+
+def recognise(shapes: Shapes) -> Kind:
+    """The kind of a weight file, from the shapes of its tensors by their keys in the file."""
+    for prefix, name in _BY_PREFIX:
+        if any(key.startswith(prefix) for key in shapes):
+            return Kind(name, f"it is a {name}; minidiff makes images with Stable Diffusion 1.x")
+    if any("lora" in key for key in shapes):
+        return Kind("LoRA", "it is a LoRA, which changes a model; load the model itself")
+    unet = LDM_PREFIX["unet"]
+    if _has(shapes, f"{unet}input_blocks."):
+        return _refuse_unet(shapes, f"{unet}input_blocks.0.0.weight") or _checkpoint(shapes)
+    if "conv_in.weight" in shapes and "time_embedding.linear_1.weight" in shapes:
+        if any(key.startswith("controlnet_") for key in shapes):
+            return Kind("ControlNet", "it is a ControlNet; minidiff makes images with Stable Diffusion 1.x")
+        return _refuse_unet(shapes, "conv_in.weight") or Kind("UNet in the folder format", _alone("a UNet"))
+    if any(key.endswith("encoder.conv_in.weight") for key in shapes):
+        return Kind("autoencoder (VAE)", _alone("an autoencoder") + ", or pass it as vae=")
+    if any("text_model.encoder.layers" in key for key in shapes):
+        return Kind("CLIP text encoder", _alone("a text encoder"))
+    if shapes and all(len(shape) <= 2 and shape[-1:] == (768,) for shape in shapes.values()):
+        return Kind(
+            "textual inversion embedding",
+            "it is a textual inversion embedding; minidiff makes images with Stable Diffusion 1.x",
+        )
+    some = ", ".join(list(shapes)[:3]) or "none"
+    return Kind("unknown", f"its tensors are not those of a Stable Diffusion 1.x checkpoint (the first keys: {some})")
+
+
+def refuse_widths(in_channels: int, latent_channels: int, context: int) -> Kind | None:
+    """The relatives of SD 1.x that differ in the widths of the UNet's inputs alone; None for SD 1.x itself."""
+    if in_channels == latent_channels + 5:
+        name, why = (
+            "Stable Diffusion inpainting model",
+            f"its UNet takes {in_channels} channels: latents, mask and masked image",
+        )
+    elif in_channels == 2 * latent_channels:
+        name, why = "InstructPix2Pix model", f"its UNet takes {in_channels} channels: latents and the image to change"
+    elif context == 1024:
+        name, why = "Stable Diffusion 2 model", "its text is 1024 wide"
+    elif context == 2048:
+        name, why = "Stable Diffusion XL model", "its text is 2048 wide"
+    else:
+        return None
+    return Kind(name, f"it is a {name} ({why}); minidiff makes images with text-to-image Stable Diffusion 1.x")
+
+
+def _refuse_unet(shapes: Shapes, conv_in: str) -> Kind | None:
+    context = next((shape[-1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), 768)
+    return refuse_widths(shapes.get(conv_in, (0, 4))[1], 4, context)
+
+
+def _checkpoint(shapes: Shapes) -> Kind:
+    if not any(key.startswith(LDM_PREFIX["vae"]) for key in shapes):
+        return Kind(f"{CHECKPOINT} without an autoencoder", "it holds no autoencoder; pass one with vae=")
+    if not any(key.startswith("cond_stage_model.transformer.") for key in shapes):
+        return Kind(f"{CHECKPOINT} without a text encoder", "it holds no text encoder; use the complete checkpoint")
+    return Kind(CHECKPOINT)
+
+
+def _alone(part: str) -> str:
+    return f"it is {part} alone; load the model folder that it belongs to"
+
+
+def ldm_levels(shapes: Shapes) -> tuple[int, int]:
+    """(levels, resnets per level) of a UNet in LDM names without prefix, told by where the resolution changes."""
+    downs = sorted(
+        int(key.split(".")[1]) for key in shapes if key.startswith("input_blocks.") and key.endswith(".0.op.weight")
+    )
+    if downs:
+        return len(downs) + 1, downs[0] - 1
+    return 1, max(int(key.split(".")[1]) for key in shapes if key.startswith("input_blocks."))
+
+
+def unet_config(shapes: Shapes) -> UNetConfig:
+    """The config of a UNet from its shapes in our names. A tensor that is missing counts as SD 1.x's: the strict check names it later.
+
+    Tensors do not tell the number of heads nor of groups: SD 1.x's 8 and 32.
+    """
+    widths = _widths(shapes, "down_blocks.{}.")
+    levels = len(widths)
+    context = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), 768)
+    linear = any(key.endswith("proj_in.weight") and len(shape) == 2 for key, shape in shapes.items())
+    return UNetConfig(
+        in_channels=shapes.get("conv_in.weight", (0, 4))[1],
+        out_channels=shapes.get("conv_out.weight", (4,))[0],
+        block_out_channels=widths,
+        down_attention=tuple(_has(shapes, f"down_blocks.{i}.attentions.") for i in range(levels)),
+        up_attention=tuple(_has(shapes, f"up_blocks.{i}.attentions.") for i in range(levels)),
+        layers_per_block=tuple(_count(shapes, f"down_blocks.{i}.resnets.{{}}.") for i in range(levels)),
+        num_heads=(8,) * levels,
+        cross_attention_dim=context,
+        use_linear_projection=linear,
+    )
+
+
+def vae_config(shapes: Shapes) -> VAEConfig:
+    """The config of a VAE from its shapes in our names; groups and scaling as in SD 1.x."""
+    return VAEConfig(
+        in_channels=shapes.get("encoder.conv_in.weight", (0, 3))[1],
+        out_channels=shapes.get("decoder.conv_out.weight", (3,))[0],
+        latent_channels=shapes.get("post_quant_conv.weight", (4,))[0],
+        block_out_channels=_widths(shapes, "encoder.down_blocks.{}."),
+        layers_per_block=_count(shapes, "encoder.down_blocks.0.resnets.{}."),
+    )
+
+
+def text_config(shapes: Shapes) -> dict[str, object]:
+    """The config.json of a CLIP text encoder from its shapes in the hub's names. Heads are 64 wide in every CLIP."""
+    vocab, width = shapes.get("text_model.embeddings.token_embedding.weight", (49408, 768))
+    if width % 64:
+        raise ValueError(
+            f"the text encoder is {width} wide; expected a multiple of 64, the width of a CLIP head (768 in SD 1.x)"
+        )
+    return {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": shapes.get("text_model.encoder.layers.0.mlp.fc1.weight", (4 * width,))[0],
+        "num_hidden_layers": _count(shapes, "text_model.encoder.layers.{}."),
+        "num_attention_heads": width // 64,
+        "max_position_embeddings": shapes.get("text_model.embeddings.position_embedding.weight", (77,))[0],
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }
+
+
+def _widths(shapes: Shapes, level: str) -> tuple[int, ...]:
+    """Channels that come out of the first resnet of every level; each of several tensors tells them."""
+    widths: list[int] = []
+    while True:
+        resnet = f"{level.format(len(widths))}resnets.0."
+        keys = (f"{resnet}{tensor}" for tensor in ("conv1.weight", "conv2.weight", "norm2.weight", "conv1.bias"))
+        width = next((shapes[key][0] for key in keys if key in shapes), None)
+        if width is None:
+            return tuple(widths)
+        widths.append(width)
+
+
+def _count(shapes: Shapes, prefix: str) -> int:
+    n = 0
+    while _has(shapes, prefix.format(n)):
+        n += 1
+    return n
+
+
+def _has(shapes: Shapes, prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in shapes)

@@ -1,0 +1,191 @@
+"""Where a model comes from: a folder, a single file or the hub, each laid out as the same description of parts. No weight is read here."""
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..networks.config import UNetConfig, VAEConfig
+from ..sampling.schedule import SD15_SCHEDULER_CONFIG
+from .files import PICKLES, Stored, how_to_convert, stored_tensors
+from .names import IGNORED, LDM_PREFIX, VAE_OLD_ATTENTION, rename, unet_ldm, vae_ldm
+from .recognise import CHECKPOINT, ldm_levels, recognise, refuse_widths, text_config, unet_config, vae_config
+
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class VAESource:
+    """An autoencoder's config and its tensors by our names."""
+
+    config: VAEConfig
+    tensors: Mapping[str, Stored]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The parts of a model that can be loaded. Tensors by our names (the text encoder's by the hub's)."""
+
+    name: str
+    path: Path
+    unet: UNetConfig
+    unet_tensors: Mapping[str, Stored]
+    vae: VAESource
+    text: Mapping[str, object]
+    text_tensors: Mapping[str, Stored]
+    tokenizer: Path
+    scheduler: Mapping[str, object]
+
+
+def folder_source(
+    folder: Path, name: str, variant: str | None, tokenizer: Path | None, vae: VAESource | None
+) -> Source:
+    """A folder in the Stable Diffusion format: unet/, vae/, text_encoder/, tokenizer/, scheduler/."""
+    if not (folder / "unet").is_dir():
+        raise ValueError(
+            f"{folder} has no unet/; expected a Stable Diffusion folder with unet, vae, text_encoder, tokenizer and scheduler"
+        )
+    unet = _read_json(folder / "unet" / "config.json")
+    config_in, config_context = unet.get("in_channels"), unet.get("cross_attention_dim")
+    if isinstance(config_in, int) and isinstance(config_context, int):
+        refusal = refuse_widths(config_in, 4, config_context)
+        if refusal is not None:
+            raise ValueError(f"{folder} cannot be loaded: {refusal.problem}")
+    return Source(
+        name=name,
+        path=folder,
+        unet=UNetConfig.from_dict(unet),
+        unet_tensors=_folder_tensors(folder / "unet", "diffusion_pytorch_model", variant),
+        vae=vae or vae_from_folder(folder / "vae", variant),
+        text=_read_json(folder / "text_encoder" / "config.json"),
+        text_tensors=_text_tensors(_folder_tensors(folder / "text_encoder", "model", variant)),
+        tokenizer=tokenizer or folder / "tokenizer",
+        scheduler=_read_json(folder / "scheduler" / "scheduler_config.json"),
+    )
+
+
+def file_source(
+    path: Path, tensors: Mapping[str, Stored], tokenizer: Path | Callable[[], Path], vae: VAESource | None
+) -> Source:
+    """A single .safetensors file in LDM names, of which the header was read; `tokenizer` is a folder or how to get one.
+
+    Keys outside its three networks are left alone, with a warning that names them.
+    """
+    kind = recognise({key: tensor.shape for key, tensor in tensors.items()})
+    if kind.problem is not None and not (
+        vae is not None and kind.name.startswith(f"{CHECKPOINT} without an autoencoder")
+    ):
+        raise ValueError(f"{path} cannot be loaded: {kind.problem}")
+    parts = {part: _under(tensors, prefix) for part, prefix in LDM_PREFIX.items()}
+    foreign = [key for key in tensors if not key.startswith((*LDM_PREFIX.values(), *IGNORED))]
+    if foreign:
+        warnings.warn(
+            f"{path.name} holds {len(foreign)} tensors that are no part of Stable Diffusion 1.x: {_some(foreign)}",
+            stacklevel=2,
+        )
+    table = unet_ldm(*ldm_levels(_shapes(parts["unet"])))
+    unet_tensors = {rename(key, table): tensor for key, tensor in parts["unet"].items()}
+    text_tensors = _text_tensors(parts["text_encoder"])
+    return Source(
+        name=path.stem,
+        path=path,
+        unet=unet_config(_shapes(unet_tensors)),
+        unet_tensors=unet_tensors,
+        vae=vae or _ldm_vae(parts["vae"]),
+        text=text_config(_shapes(text_tensors)),
+        text_tensors=text_tensors,
+        tokenizer=tokenizer() if callable(tokenizer) else tokenizer,
+        scheduler=SD15_SCHEDULER_CONFIG,
+    )
+
+
+def vae_from_folder(folder: Path, variant: str | None) -> VAESource:
+    """An autoencoder's own folder: config.json and its weights, in the names of any year."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} has no config.json: this model comes without an autoencoder; expected one there, or one passed as vae="
+        )
+    tensors = _folder_tensors(folder, "diffusion_pytorch_model", variant)
+    renamed = {rename(key, VAE_OLD_ATTENTION): tensor for key, tensor in tensors.items()}
+    return VAESource(VAEConfig.from_dict(_read_json(folder / "config.json")), renamed)
+
+
+def vae_from_file(path: Path) -> VAESource:
+    """An autoencoder in one file: LDM names with or without prefix, a whole checkpoint, or the folder format's names."""
+    tensors = stored_tensors(path)
+    inside = _under(tensors, LDM_PREFIX["vae"]) or {key: t for key, t in tensors.items() if not key.startswith(IGNORED)}
+    if not any(key.startswith("decoder.") for key in inside):
+        raise ValueError(
+            f"{path} holds no autoencoder; expected keys such as decoder.conv_in.weight, found {_some(list(tensors))}"
+        )
+    if any(key.startswith("encoder.down_blocks.") for key in inside):
+        renamed = {rename(key, VAE_OLD_ATTENTION): tensor for key, tensor in inside.items()}
+        return VAESource(vae_config(_shapes(renamed)), renamed)
+    return _ldm_vae(inside)
+
+
+def _ldm_vae(tensors: Mapping[str, Stored]) -> VAESource:
+    levels = 1 + max((int(key.split(".")[2]) for key in tensors if key.startswith("encoder.down.")), default=3)
+    layers = 1 + max((int(key.split(".")[4]) for key in tensors if key.startswith("encoder.down.0.block.")), default=1)
+    table = vae_ldm(levels, layers)
+    renamed = {rename(key, table): tensor for key, tensor in tensors.items()}
+    return VAESource(vae_config(_shapes(renamed)), renamed)
+
+
+def _text_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """With the prefix that some merged files lack, without position_ids, which some hold corrupted (they are 0, 1, ... always)."""
+    return {
+        key if key.startswith("text_model.") else f"text_model.{key}": tensor
+        for key, tensor in tensors.items()
+        if not key.endswith("position_ids")
+    }
+
+
+def _folder_tensors(folder: Path, base: str, variant: str | None) -> dict[str, Stored]:
+    path = folder / weight_file(base, variant)
+    if path.is_file():
+        return stored_tensors(path)
+    found = sorted(file.name for file in folder.glob("*")) if folder.is_dir() else []
+    others = [name for name in found if name.endswith(".safetensors")]
+    pickles = [name for name in found if name.endswith(PICKLES)]
+    if others:
+        mend = f'there is {", ".join(others)}; a name such as {base}.fp16.safetensors is asked for with variant="fp16"'
+    elif pickles:
+        mend = f"there is only {pickles[0]}, a pickle, which can run code when it is read. {how_to_convert(folder / pickles[0])}"
+    else:
+        mend = f"the folder holds {', '.join(found) or 'nothing'}"
+    raise ValueError(f"{path} is not there; {mend}")
+
+
+def weight_file(base: str, variant: str | None) -> str:
+    """The file name of a network's weights, such as model.fp16.safetensors."""
+    return f"{base}.safetensors" if variant is None else f"{base}.{variant}.safetensors"
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is not there; expected a Stable Diffusion folder with a config in each of its parts"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _under(tensors: Mapping[str, Stored], prefix: str) -> dict[str, Stored]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def _shapes(tensors: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
+    return {key: tensor.shape for key, tensor in tensors.items()}
+
+
+def _some(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

@@ -1,0 +1,181 @@
+"""A1111's text: hand-written examples in the forms its versions wrote, and round trips of anything we write."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from minidiff.infotext import NEGATIVE, SAMPLERS, parse_infotext, to_infotext
+
+PIECES = [
+    "\n",
+    ",",
+    ":",
+    '"',
+    "\\",
+    " ",
+    "Steps: 20, Sampler: Euler a, Seed: 1",
+    "Negative prompt: x",
+    "日本語",
+    "é",
+    "\r",
+    "\x85",
+]
+texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=8).map("".join)
+numbers = st.floats(allow_nan=False)
+
+
+def test_writes_what_a1111_writes() -> None:
+    arguments = {
+        "prompt": "a red circle,\nlarge",
+        "negative_prompt": "blurry",
+        "steps": 20,
+        "sampler": "euler_ancestral",
+        "karras": False,
+        "guidance_scale": 7.0,
+        "seed": 1,
+        "width": 512,
+        "height": 768,
+        "model": "v1-5",
+        "clip_skip": 1,
+    }
+    assert to_infotext(arguments, model_hash="6ce0161689", version="minidiff 0.1.0") == (
+        "a red circle,\nlarge\n"
+        "Negative prompt: blurry\n"
+        "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x768, Model hash: 6ce0161689, Model: v1-5, "
+        "Clip skip: 2, RNG: CPU, Version: minidiff 0.1.0"
+    )
+
+
+def test_leaves_out_what_is_unset_or_has_no_plain_value() -> None:
+    marked = {"tensor": {"shape": [1], "dtype": "float32", "sha256": "0"}}
+    arguments = {
+        "prompt": None,
+        "steps": 4,
+        "seed": None,
+        "clip_skip": 0,
+        "guidance_scale": marked,
+        "eta": 0.0,
+        "sampler": "ddim",
+    }
+    assert to_infotext(arguments) == "\nSteps: 4, Sampler: DDIM"
+
+
+@pytest.mark.parametrize(("sampler", "label"), [*SAMPLERS.items(), ("unipc", "unipc")])
+@pytest.mark.parametrize("karras", [False, True])
+def test_sampler_names(sampler: str, label: str, karras: bool) -> None:
+    text = to_infotext({"prompt": "x", "steps": 1, "sampler": sampler, "karras": karras})
+    assert f"Sampler: {label}{' Karras' if karras else ''}" in text
+    arguments, rest = parse_infotext(text)
+    assert (arguments["sampler"], arguments["karras"], rest) == (sampler, karras, {})
+
+
+def test_a_sampler_object_is_written_by_its_name() -> None:
+    text = to_infotext({"prompt": "x", "steps": 1, "sampler": {"object": "mine.samplers.Heun", "fields": {}}})
+    assert text == "x\nSteps: 1, Sampler: Heun"
+
+
+def test_reads_an_old_a1111_text() -> None:
+    text = (
+        "girl with a beret, ((eyeshadow)), [soft:hard:0.5]\nsecond line\n"
+        "Negative prompt: ugly, (extra_limb),\nblurry\n"
+        "Steps: 28, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: 965400086, Size: 512x704, Model hash: 45dee52b, "
+        'Model: "odd, name: v1", Clip skip: 2, ENSD: 31337, Lora hashes: "a: 1, b: \\"2\\"", Version: v1.6.0'
+    )
+    arguments, rest = parse_infotext(text)
+    assert arguments == {
+        "prompt": "girl with a beret, ((eyeshadow)), [soft:hard:0.5]\nsecond line",
+        "negative_prompt": "ugly, (extra_limb),\nblurry",
+        "steps": 28,
+        "sampler": "dpmpp_2m",
+        "karras": True,
+        "guidance_scale": 7.5,
+        "seed": 965400086,
+        "width": 512,
+        "height": 704,
+        "clip_skip": 1,
+        "model": "odd, name: v1",
+    }
+    assert rest == {"Model hash": "45dee52b", "ENSD": "31337", "Lora hashes": 'a: 1, b: "2"', "Version": "v1.6.0"}
+    assert isinstance(arguments["steps"], int) and isinstance(arguments["guidance_scale"], float)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampler", "karras", "left"),
+    [
+        ("Sampler: DPM++ 2M, Schedule type: Karras", "dpmpp_2m", True, {}),
+        ("Sampler: DPM++ 2M, Schedule type: Automatic", "dpmpp_2m", False, {}),
+        ("Sampler: Euler a, Schedule type: Uniform", "euler_ancestral", False, {}),
+        ("Sampler: Euler, Schedule type: Exponential", "euler", False, {"Schedule type": "Exponential"}),
+        ("Sampler: DPM++ SDE Karras", "DPM++ SDE", True, {}),
+        ("Sampler: PLMS", "pndm", False, {}),
+        ("Sampler: euler A", "euler_ancestral", False, {}),
+    ],
+)
+def test_reads_both_ways_to_name_a_schedule(settings: str, sampler: str, karras: bool, left: dict[str, str]) -> None:
+    arguments, rest = parse_infotext(f"x\nSteps: 20, {settings}, Seed: 1")
+    assert (arguments["sampler"], arguments["karras"], rest) == (sampler, karras, left)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("1", None), ("2", 1), ("3", 2), ("0", None)])
+def test_clip_skip_is_counted_as_diffusers_does(theirs: str, ours: int | None) -> None:
+    assert parse_infotext(f"x\nSteps: 20, Clip skip: {theirs}")[0].get("clip_skip") == ours
+
+
+def test_the_last_line_that_looks_like_a_negative_prompt_divides() -> None:
+    arguments, _ = parse_infotext("a sign:\nNegative prompt: painted on it\nNegative prompt: blurry\nSteps: 1, Seed: 2")
+    assert arguments["prompt"] == "a sign:\nNegative prompt: painted on it"
+    assert arguments["negative_prompt"] == "blurry"
+
+
+def test_texts_without_prompt_or_with_settings_first_named_otherwise() -> None:
+    assert parse_infotext("Steps: 1, Seed: 2")[0] == {"prompt": "", "negative_prompt": "", "steps": 1, "seed": 2}
+    arguments, rest = parse_infotext("x\nSize: 64x32, Tiling, Seed: 3, Denoising strength: 0.4\n")
+    assert (arguments["width"], arguments["height"], rest) == (64, 32, {"Denoising strength": "0.4"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"last line should be like 'Steps: 20, .*got ''"),
+        ("only a prompt", r"last line should be like .*got 'only a prompt'"),
+        ("x\nSteps", r"last line should be like"),
+        ("x\nSteps: many, Seed: 1", r"'Steps' should be a whole number, got 'many'"),
+        ("x\nSteps: 20, Seed: 1.5", r"'Seed' should be a whole number, got '1.5'"),
+        ("x\nSteps: 20, CFG scale: high", r"'CFG scale' should be a number, got 'high'"),
+        ("x\nSteps: 20, Size: 512", r"'height' should be a whole number, got ''"),
+        ("x\nSteps: 20, Clip skip: none", r"'Clip skip' should be a whole number, got 'none'"),
+        ("x\nSteps: 20, Seed: " + "9" * 5000, r"'Seed' should be a whole number, got '9{80}'$"),
+    ],
+)
+def test_malformed_texts_say_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_infotext(text)
+
+
+@given(prompt=texts, negative=texts)
+def test_prompts_come_back(prompt: str, negative: str) -> None:
+    assume(not any(line.startswith(NEGATIVE) for line in negative.split("\n")))
+    arguments = {"prompt": prompt, "negative_prompt": negative, "steps": 20, "seed": 3}
+    assert parse_infotext(to_infotext(arguments)) == (arguments, {"RNG": "CPU"})
+
+
+@given(model=texts, model_hash=texts, scale=numbers, eta=numbers, seed=st.integers(), clip_skip=st.integers(1, 9))
+def test_settings_come_back(model: str, model_hash: str, scale: float, eta: float, seed: int, clip_skip: int) -> None:
+    assume(eta != 0)
+    sizes = {"width": 64, "height": 32}
+    numeric = {"steps": 5, "guidance_scale": scale, "seed": seed, "clip_skip": clip_skip, "eta": eta, **sizes}
+    arguments = {"prompt": "p", "negative_prompt": "", "sampler": "ddim", "karras": False, "model": model, **numeric}
+    back, rest = parse_infotext(to_infotext(arguments, model_hash=model_hash))
+    assert back == arguments
+    assert rest == {"Model hash": model_hash, "RNG": "CPU"}
+
+
+@pytest.mark.parametrize("unit", ["a", " ", 'a: "', 'ab: "\\",', 'ab: "x" y,', "\\"])
+def test_a_hostile_line_costs_linear_time(unit: str) -> None:
+    start = time.perf_counter()
+    parse_infotext("x\nSteps: 20, " + unit * (200_000 // len(unit)))
+    assert time.perf_counter() - start < 2  # quadratic: minutes

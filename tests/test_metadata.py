@@ -1,0 +1,333 @@
+"""PNG metadata both ways, other programs' files, damage; and arguments as plain values."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import tempfile
+import zlib
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from minidiff.result import Plain, Result, plain, read_metadata, read_parameters, reproducible
+
+ARGUMENTS: dict[str, Plain] = {
+    "prompt": "a red circle",
+    "negative_prompt": "blurry, 日本語",
+    "model": "shapes",
+    "width": 16,
+    "height": 8,
+    "steps": 20,
+    "guidance_scale": 7.5,
+    "guidance_rescale": 0.0,
+    "clip_skip": None,
+    "eta": 0.0,
+    "seed": 42,
+    "sampler": "dpmpp_2m",
+    "karras": True,
+    "timesteps": None,
+    "dtype": "float32",
+}
+INFO: dict[str, Plain] = {"versions": {"minidiff": "0.1.0", "torch": "2.13.0"}, "model_hash": "6ce0161689"}
+TENSOR = torch.arange(12, dtype=torch.float32).reshape(3, 4)
+
+
+def result(count: int = 1, **changes: Plain) -> Result:
+    parameters: tuple[dict[str, Plain], ...] = tuple({**ARGUMENTS, "seed": 42 + i, **changes} for i in range(count))
+    images, seeds = torch.zeros(count, 3, 8, 16), tuple(range(42, 42 + count))
+    return Result(images, torch.zeros(count, 4, 1, 2), seeds, parameters, {}, INFO)
+
+
+@pytest.mark.parametrize("bad", [object(), "\ud800", {1: 2, "a": 3}, b"bytes"])
+def test_metadata_that_cannot_be_written_costs_only_itself(bad: object, tmp_path: Path) -> None:
+    made = result(sampler=bad)  # type: ignore[arg-type]
+    if isinstance(bad, dict):
+        bad["self"] = bad  # without end
+    with pytest.warns(UserWarning, match="saved without metadata, its parameters cannot be written") as caught:
+        (path,) = made.save(tmp_path / "image.png")
+    assert caught[0].filename == __file__
+    with pytest.raises(ValueError, match="no text chunk"):
+        read_parameters(path)
+
+
+# ---- metadata: ours
+
+
+def text_chunks(path: Path) -> dict[str, tuple[str, bytes]]:
+    """keyword -> (chunk type, the rest), read without Pillow, checking each checksum."""
+    data, found, at = path.read_bytes(), {}, 8
+    while at < len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
+        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(kind + body)
+        if kind in (b"tEXt", b"iTXt", b"zTXt"):
+            key, _, rest = body.partition(b"\0")
+            found[key.decode()] = (kind.decode(), rest)
+        at += 12 + length
+    return found
+
+
+def test_a_png_holds_a1111s_text_and_our_json(tmp_path: Path) -> None:
+    (path,) = result(negative_prompt="café").save(tmp_path / "latin.png")
+    kind, body = text_chunks(path)["parameters"]
+    assert kind == "tEXt"
+    assert body.decode("latin-1") == (
+        "a red circle\nNegative prompt: café\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: 42, Size: 16x8, "
+        "Model hash: 6ce0161689, Model: shapes, RNG: CPU, Version: minidiff 0.1.0"
+    )
+    kind, body = text_chunks(path)["minidiff"]
+    assert kind == "iTXt" and body.startswith(b"\0\0\0\0")
+    chunk = json.loads(body[4:].decode("utf-8"))
+    assert chunk == {
+        "format": 1,
+        "arguments": {**ARGUMENTS, "negative_prompt": "café"},
+        "info": INFO,
+        "reproducible": True,
+    }
+    (path,) = result().save(tmp_path / "wide.png")
+    assert text_chunks(path)["parameters"][0] == "iTXt"
+
+
+def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
+    for index, path in enumerate(result(3).save(tmp_path / "out")):
+        back = read_metadata(path)
+        assert back.arguments == read_parameters(str(path)) == {**ARGUMENTS, "seed": 42 + index}
+        assert (back.info, back.reproducible, back.source) == (INFO, True, "minidiff")
+
+
+def test_metadata_can_be_switched_off(tmp_path: Path) -> None:
+    (path,) = result().save(tmp_path / "image.png", metadata=False)
+    assert text_chunks(path) == {}
+    with pytest.raises(
+        ValueError, match="image.png holds no parameters .*no text chunk; it was saved without metadata"
+    ):
+        read_parameters(path)
+
+
+def test_floats_that_json_lacks_survive(tmp_path: Path) -> None:
+    (path,) = result(sigmas=[math.inf, 1.0, -math.inf, math.nan]).save(tmp_path / "image.png")
+    assert b"NaN" not in path.read_bytes() and b"Infinity" not in path.read_bytes()
+    sigmas = read_parameters(path)["sigmas"]
+    assert isinstance(sigmas, list) and sigmas[:3] == [math.inf, 1.0, -math.inf]
+    assert isinstance(sigmas[3], float) and math.isnan(sigmas[3])
+
+
+def test_marked_arguments_are_told(tmp_path: Path) -> None:
+    (path,) = result(latents=plain(TENSOR)).save(tmp_path / "image.png")
+    back = read_metadata(path)
+    assert not back.reproducible and back.arguments["latents"] == plain(TENSOR)
+    assert json.loads(text_chunks(path)["minidiff"][1][4:])["reproducible"] is False
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.text(), negative=st.text(), arguments=st.dictionaries(st.text(max_size=8), json_values, max_size=4))
+def test_any_arguments_come_back_exactly(prompt: str, negative: str, arguments: dict[str, Plain]) -> None:
+    arguments = {**arguments, "prompt": prompt, "negative_prompt": f"{negative}\nNegative prompt: x\nSteps: 3"}
+    made = Result(torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 1, 1), (1,), (arguments,), {})
+    with tempfile.TemporaryDirectory() as folder:
+        (path,) = made.save(folder)
+        back = read_parameters(path)
+    assert back == arguments and json.dumps(back) == json.dumps(arguments)  # True is not 1, 1 is not 1.0
+
+
+# ---- metadata: other programs', and damage
+
+
+def png_with(path: Path, **chunks: str) -> Path:
+    info = PngInfo()
+    for key, text in chunks.items():
+        info.add_text(key, text)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    return path
+
+
+def test_an_a1111_file_is_read_into_our_names(tmp_path: Path) -> None:
+    text = (
+        "a cat, 日本語\nNegative prompt: dog\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x768, "
+        "Model hash: 6ce0161689, Model: v1-5-pruned-emaonly, Clip skip: 2, ENSD: 31337, Version: v1.10.1"
+    )
+    path = png_with(tmp_path / "a1111.png", parameters=text, prompt="{}")
+    back = read_metadata(path)
+    assert (
+        back.arguments
+        == read_parameters(path)
+        == {
+            "prompt": "a cat, 日本語",
+            "negative_prompt": "dog",
+            "steps": 20,
+            "sampler": "euler_ancestral",
+            "karras": False,
+            "guidance_scale": 7.0,
+            "seed": 1,
+            "width": 512,
+            "height": 768,
+            "clip_skip": 1,
+            "model": "v1-5-pruned-emaonly",
+        }
+    )
+    assert back.info == {"model_hash": "6ce0161689", "version": "v1.10.1", "other": {"ENSD": "31337"}}
+    assert (back.source, back.reproducible) == ("a1111", False)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "message"),
+    [
+        ({"parameters": "only words"}, "metadata is damaged: the last line should be like 'Steps: 20"),
+        ({"parameters": "x\nSteps: many"}, "'Steps' should be a whole number, got 'many'"),
+        ({"prompt": '{"3": {}}', "workflow": '{"nodes": []}'}, "is a ComfyUI file: .* text chunk 'workflow'"),
+        ({"prompt": '{"3": {}}'}, "is a ComfyUI file: .* text chunk 'prompt'"),
+        ({"Software": "gimp", "Comment": "x"}, "it has text chunks Comment, Software, which are not ours"),
+        ({"minidiff": "{"}, "metadata is damaged"),
+        ({"minidiff": "[1]"}, "should be an object with 'format' 1"),
+        ({"minidiff": '{"format": 2, "arguments": {}, "info": {}}'}, "'format' 1 .*a newer minidiff may read it"),
+        ({"minidiff": '{"format": 1, "arguments": [], "info": {}}'}, "objects 'arguments' and 'info'"),
+        ({"minidiff": '{"format": 1, "arguments": {"a": NaN}, "info": {}}'}, "NaN is not JSON"),
+        ({"minidiff": "[" * 100_000}, "metadata is damaged"),
+    ],
+)
+def test_metadata_that_cannot_be_read(chunks: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        read_parameters(png_with(tmp_path / "image.png", **chunks))
+    assert "image.png" in str(caught.value)
+
+
+def test_files_that_are_no_png(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file: .*none.png"):
+        read_parameters(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("words")
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.jpg")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("text.png", "image.jpg", "empty.png"):
+        with pytest.raises(ValueError, match=f"{name} is no PNG file"):
+            read_parameters(tmp_path / name)
+    with pytest.raises(ValueError, match="cannot read .* as PNG: .*directory"):
+        read_parameters(tmp_path)
+
+
+def test_a_text_bomb_is_refused(tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_text("parameters", "x" * 50_000_000, zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "bomb.png", pnginfo=info)
+    with pytest.raises(ValueError, match="cannot read .*bomb.png as PNG: Decompressed data too large"):
+        read_parameters(tmp_path / "bomb.png")
+
+
+def test_truncated_and_damaged_files_raise_only_value_errors(tmp_path: Path) -> None:
+    (path,) = result().save(tmp_path / "whole.png")
+    data, broken = path.read_bytes(), tmp_path / "broken.png"
+    end = data.index(b"IDAT") + 10  # inside the pixels: the text before them is whole, and yet the file is refused
+    for length in [*range(0, end, 7), end]:
+        broken.write_bytes(data[:length])
+        with pytest.raises(ValueError, match="broken.png"):
+            read_parameters(broken)
+    for index in range(0, len(data), 3):
+        broken.write_bytes(data[:index] + bytes([data[index] ^ 0xFF]) + data[index + 1 :])
+        try:
+            read_parameters(broken)
+        except ValueError:
+            continue
+
+
+# ---- plain values
+
+
+class Colour(Enum):
+    RED = 1
+
+
+@dataclass(frozen=True)
+class Box:
+    left: float
+    mask: Tensor
+
+
+class Opaque:
+    pass
+
+
+def test_plain_values_stay() -> None:
+    value = {"a": [1, 2.5, True, None, "text/with/slash"], "b": {"c": "/no/such/path"}}
+    assert plain(value) == value
+    assert plain((1, (2,))) == [1, [2]]
+    assert plain({3, 1, 2}) == [1, 2, 3]
+    assert plain({1: "a", Path("/x/y"): "b"}) == {"1": "a", "y": "b"}
+    scalars = plain([np.float64(0.5), np.int64(3), np.bool_(True), np.str_("s"), torch.tensor(7.5), np.array(2)])
+    assert scalars == [0.5, 3, True, "s", 7.5, 2]
+    assert isinstance(scalars, list) and [type(item) for item in scalars] == [float, int, bool, str, float, int]
+    assert plain([torch.float16, torch.device("cpu")]) == ["float16", "cpu"]
+
+
+def test_no_absolute_path_gets_in(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "model.safetensors").write_bytes(b"")
+    values = [
+        secret / "model.safetensors",
+        str(secret / "model.safetensors"),
+        {"x": [str(secret)]},
+        {str(secret): 1},
+        secret / "none",
+    ]
+    assert plain(values) == ["model.safetensors", "model.safetensors", {"x": ["secret"]}, {"secret": 1}, "none"]
+    assert plain(["/", "p" * 5000, "/nul\0"]) == ["/", "p" * 5000, "/nul\0"]
+
+
+def test_tensors_arrays_and_images_are_fingerprints() -> None:
+    mark = plain(TENSOR)
+    assert mark == {"tensor": {"shape": [3, 4], "dtype": "float32", "sha256": mark["tensor"]["sha256"]}}  # type: ignore
+    assert mark == plain(TENSOR.numpy()) == plain(TENSOR.t().contiguous().t()) == plain(TENSOR.clone().requires_grad_())
+    changed = TENSOR.clone()
+    changed[2, 3] += 1e-6 * 11
+    others = [
+        changed,
+        TENSOR.reshape(4, 3),
+        TENSOR.double(),
+        TENSOR.bfloat16(),
+        torch.zeros(0, 4),
+        TENSOR.t(),
+        TENSOR > 3,
+    ]
+    marks = [json.dumps(plain(value)) for value in [TENSOR, *others]]
+    assert len(set(marks)) == len(marks)
+    pixels = np.zeros((2, 3, 3), np.uint8)
+    assert plain(Image.fromarray(pixels)) == plain(pixels)
+
+
+def test_objects_go_by_their_names() -> None:
+    here = __name__
+    assert plain(test_plain_values_stay) == {"object": f"{here}.test_plain_values_stay"}
+    assert plain(Opaque()) == plain(Opaque) == {"object": f"{here}.Opaque"}
+    assert plain(Colour.RED) == {"object": f"{here}.Colour.RED"}
+    assert plain(Box(0.5, TENSOR)) == {"object": f"{here}.Box", "fields": {"left": 0.5, "mask": plain(TENSOR)}}
+    assert plain(partial(print)) == {"object": "functools.partial"}
+    assert plain(torch.nn.functional.relu) == {"object": "torch.nn.functional.relu"}
+    assert "0x" not in json.dumps(plain([Opaque(), torch.Generator(), lambda: 0, b"x", 1j]))
+
+
+@pytest.mark.parametrize("value", [TENSOR, TENSOR.numpy(), print, Opaque(), Box(1, TENSOR), [1, {"a": [TENSOR]}]])
+def test_what_the_file_does_not_hold_is_not_reproducible(value: object) -> None:
+    assert not reproducible({**ARGUMENTS, "extra": plain(value)})
+
+
+def test_plain_arguments_are_reproducible() -> None:
+    assert reproducible(ARGUMENTS)
+    assert reproducible({"objects": {"object": {"box": [0, 0, 1, 1]}, "tensor": "a phrase"}})
