@@ -1,4 +1,4 @@
-"""What generate() was asked, checked: each function takes an argument as the caller gave it and returns it in one form, or raises."""
+"""What generate() was asked, checked: each function takes what the caller gave, returns it in one form or raises."""
 
 import random
 from collections.abc import Sequence
@@ -8,14 +8,25 @@ import torch
 from torch import Tensor
 
 from .model import Model
-from .sampling import DDIM, SAMPLERS, Sampler, default_sampler, sampler_by_name
+from .sampling import (
+    DDIM,
+    LMS,
+    PNDM,
+    SAMPLERS,
+    DPMpp2M,
+    Euler,
+    EulerAncestral,
+    Sampler,
+    default_sampler,
+    sampler_by_name,
+)
 
 _MAX_SEED = 2**63 - 1  # what torch.Generator and a JSON reader with signed integers both hold
 
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """The prompts of a call, P of them, or their encoded contexts [P,L,D]; each makes `repeats` images, which follow each other."""
+    """The P prompts of a call, or their contexts [P,L,D]; each makes `repeats` images, which follow each other."""
 
     prompts: tuple[str, ...] | None
     negatives: tuple[str, ...]
@@ -42,7 +53,8 @@ class Texts:
         uncond = self._encoded(model, self.negatives, self.negative_context, clip_skip)
         if uncond.shape[1] != cond.shape[1]:
             raise ValueError(
-                f"context holds {cond.shape[1]} tokens and the negative one {uncond.shape[1]}; expected as many. Pass both context and negative_context"
+                f"context holds {cond.shape[1]} tokens and the negative one {uncond.shape[1]}; expected as many. "
+                "Pass both context and negative_context"
             )
         return torch.cat([uncond, cond])
 
@@ -83,7 +95,7 @@ def check_texts(
         raise ValueError("got both negative_prompt and negative_context; expected one of them")
     check_positive("images_per_prompt", repeats)
     prompts = None if prompt is None else _texts("prompt", prompt)
-    count = len(prompts) if context is None else len(_check_context("context", context, model, None))
+    count = len(prompts or ()) if context is None else len(_check_context("context", context, model, None))
     if negative_context is not None:
         _check_context("negative_context", negative_context, model, count)
     negatives = ("",) if negative is None else _texts("negative_prompt", negative)
@@ -139,29 +151,33 @@ def choose_sampler(
                 f"karras=True was given with sampler {chosen!r}; expected the name of one that has it: {with_karras}"
             )
         chosen = sampler_by_name(name)
-    options = {key: value for key, value in (("spacing", spacing), ("eta", eta or None)) if value is not None}
-    if options and not isinstance(sampler, str | None):
+    if (spacing is not None or eta) and not isinstance(sampler, str | None):
         raise ValueError(
-            f"got {' and '.join(options)} beside a sampler object; expected them inside it, such as {type(chosen).__name__}(...)"
+            f"got spacing={spacing!r} and eta={eta!r} beside a sampler object; "
+            f"expected them inside it, such as {type(chosen).__name__}(spacing=...)"
         )
-    if "eta" in options and not isinstance(chosen, DDIM):
-        raise ValueError(
-            f'eta is {eta!r} with sampler "{chosen.name}"; expected sampler="ddim", the only one that has it'
-        )
-    if isinstance(chosen, DDIM):
-        return replace(chosen, **options)
-    return chosen if spacing is None else replace(chosen, spacing=spacing)
+    if eta and chosen.name != "ddim":
+        raise ValueError(f'eta is {eta!r} with sampler "{chosen.name}"; expected sampler="ddim", the only one with eta')
+    return _with_options(chosen, spacing, eta)
+
+
+def _with_options(sampler: Sampler, spacing: str | None, eta: float) -> Sampler:
+    if isinstance(sampler, DDIM):
+        sampler = replace(sampler, eta=eta or sampler.eta)
+    if spacing is None:
+        return sampler
+    assert isinstance(sampler, DDIM | PNDM | Euler | EulerAncestral | LMS | DPMpp2M)  # all that has a name
+    return replace(sampler, spacing=spacing)
 
 
 def sampler_arguments(sampler: Sampler) -> dict[str, object]:
     """generate's arguments that give this sampler; one that no name gives stands for itself."""
     karras = bool(getattr(sampler, "karras", False))
-    options = {"spacing": getattr(sampler, "spacing", None), "eta": getattr(sampler, "eta", 0.0)}
+    spacing, eta = getattr(sampler, "spacing", None), getattr(sampler, "eta", 0.0)
     name = f"{sampler.name}_karras" if karras else sampler.name
-    known = {key: value for key, value in options.items() if value is not None and hasattr(sampler, key)}
-    if name not in SAMPLERS or replace(SAMPLERS[name](), **known) != sampler:
+    if name not in SAMPLERS or _with_options(SAMPLERS[name](), spacing, eta) != sampler:
         return {"sampler": sampler}
-    return {"sampler": sampler.name, "karras": karras, "spacing": options["spacing"], "eta": options["eta"]}
+    return {"sampler": sampler.name, "karras": karras, "spacing": spacing, "eta": eta}
 
 
 def check_size(model: Model, width: int | None, height: int | None, latents: Tensor | None) -> tuple[int, int]:
@@ -206,7 +222,7 @@ def check_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]
         raise ValueError(f"seed is {seed!r}; expected a whole number, a list of them or None")
     if len(seeds) != count:
         raise ValueError(
-            f"seed holds {len(seeds)} numbers for {count} images; expected one for each, or a single one to count on from"
+            f"seed holds {len(seeds)} numbers for {count} images; expected one for each, or one to count on from"
         )
     wrong = [s for s in seeds if not 0 <= s <= _MAX_SEED]
     if wrong:
@@ -215,7 +231,10 @@ def check_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]
 
 
 def check_scale(scale: float) -> float:
-    """guidance_scale, at least 1. diffusers takes less for 1; read as a formula, less would push the image away from the prompt."""
+    """guidance_scale, at least 1.
+
+    diffusers takes less for 1; read as a formula, less would push the image away from the prompt.
+    """
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 1 <= scale < float("inf"):
         raise ValueError(
             f"guidance_scale is {scale!r}; expected a number of at least 1 (1 turns guidance off, 7.5 is usual)"

@@ -43,7 +43,7 @@ class Step(SamplerStep):
     run: "_Run | None" = field(default=None, repr=False)
 
     def preview(self) -> Tensor:
-        """The images that the network expects at this step, [B,3,H,W] in [0,1]: its estimate of the clean latents, decoded."""
+        """The network's estimate at this step of the finished images, [B,3,H,W] in [0,1]."""
         assert self.run is not None
         return self.run.pixels(self.denoised)
 
@@ -84,28 +84,31 @@ def generate(
 ) -> Result:
     """Make images from text.
 
-    prompt: one text or a list; or None with `context`, the encoded text [P,L,D]. negative_prompt: one for all or a list as long;
-        or `negative_context` [P,L,D].
-    model: a Model from `minidiff.load`, or what load takes (a hub id, folder or .safetensors file), loaded for this call alone.
-    width, height: pixels, multiples of the autoencoder's factor (8 in SD 1.5); default: what the model was trained on.
-    steps: of the sampler; or `timesteps` (descending, 0 to 999), or `sigmas` (descending), where the sampler takes them.
-    guidance_scale: w in eps_uncond + w * (eps_cond - eps_uncond) (Ho and Salimans 2022), at least 1; 1 runs the conditional half alone.
-    guidance_rescale: in [0,1], how far the guided prediction is brought back to the conditional one's spread (Lin et al. 2023, eq. 15-16).
+    prompt: one text or a list; or None with `context`, the encoded text [P,L,D].
+    model: a Model from `minidiff.load`, or what load takes (a hub id, folder or .safetensors file), loaded for this
+        call alone.
+    negative_prompt: one for all or a list as long; or `negative_context` [P,L,D].
+    width, height: pixels, multiples of the autoencoder's factor (8 in SD 1.5); default: what the UNet was trained on.
+    steps: of the sampler; or `timesteps` (descending, 0 to 999), or `sigmas` (descending to 0), where it takes them.
+    guidance_scale: w in eps_uncond + w * (eps_cond - eps_uncond) (Ho and Salimans 2022, eq. 6), at least 1; 1 runs the
+        conditional half alone.
+    guidance_rescale: in [0,1], how far the guided prediction is brought back to the spread of the conditional one
+        (Lin et al. 2023, eq. 15-16).
     clip_skip: leave out the last n layers of the text encoder, in diffusers' counting (A1111's is one more).
-    sampler: a name ("ddim", "pndm", "euler", "euler_ancestral", "lms", "dpmpp_2m") or a sampler object; default: the model's.
-        With a name, `karras` takes the noise levels of Karras et al. 2022, `spacing` ("leading", "linspace", "trailing") places the
-        timesteps, and `eta` in [0,1] gives DDIM fresh noise.
+    sampler: "ddim", "pndm", "euler", "euler_ancestral", "lms", "dpmpp_2m" or a sampler object; default: the model's.
+        With a name, `karras` takes the noise levels of Karras et al. 2022, `spacing` ("leading", "linspace",
+        "trailing") places the timesteps, and `eta` in [0,1] gives DDIM fresh noise.
     seed: of the first image, the next ones count on; or one per image. None draws one; the result names it.
-    images_per_prompt: the images of a prompt follow each other. Image i of a batch agrees with image i made alone from its own seed.
-    latents: start from these instead of noise, [images,4,h,w] of unit variance, on any device.
+    images_per_prompt: the images of a prompt follow each other. Image i of a batch agrees with image i made alone from
+        its own seed.
+    latents: start from these instead of noise, [images,4,h,w] of unit variance.
     output: "pil" images, "numpy" [B,H,W,3] or "tensor" [B,3,H,W] in [0,1], or "latents" (not decoded).
 
-    Noise is drawn on the CPU in float32, so a seed means the same image on every device. Raises ValueError for any argument that
-    does not fit, before anything is computed.
+    Noise is drawn on the CPU in float32, so a seed means the same image on every device. Raises ValueError for any
+    argument that does not fit, before the network runs.
     """
     check_choice("output", output, OUTPUTS)
-    last: Step | None = None
-    for last in sample_steps(
+    run = sample_steps(
         prompt,
         model=model,
         negative_prompt=negative_prompt,
@@ -126,9 +129,8 @@ def generate(
         latents=latents,
         context=context,
         negative_context=negative_context,
-    ):
-        pass
-    assert last is not None  # a schedule has at least one step
+    )
+    *_, last = run  # at least one
     return last.result(output)
 
 
@@ -158,9 +160,11 @@ def sample_steps(
     edit: Edit | None = None,
     inputs: Inputs | None = None,
 ) -> Iterator[Step]:
-    """The steps of `generate`, one at a time: watch, preview, stop early, draw a progress bar. The last one's `result()` has the images.
+    """The steps of `generate`, one at a time: watch, preview, stop early, draw a progress bar.
 
-    Arguments as for `generate`, and `record`, `edit` and `inputs` as the UNet takes them; each Step holds what was recorded in it.
+    The last one's `result()` has the images.
+    Arguments as for `generate`, and `record`, `edit` and `inputs` as the UNet takes them; each Step holds what was
+    recorded in it.
     Arguments are checked and texts encoded at the call; the network runs when a step is asked for.
     """
     started = time.perf_counter()
@@ -204,7 +208,7 @@ def sample_steps(
 
 
 class Denoise:
-    """The network as the sampling loop sees it: (x [B,C,h,w], t) -> (prediction, maps), with classifier-free guidance inside.
+    """The network as the sampling loop sees it, with classifier-free guidance inside.
 
     `context` holds the conditional texts [B,L,D], or [uncond, cond] [2B,L,D] where the scale asks for both.
     """
@@ -244,7 +248,7 @@ class Denoise:
 
 
 def guided(uncond: Tensor, cond: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022, eq. 6), brought back by `rescale` to cond's spread (Lin et al. 2023, eq. 15-16).
+    """Classifier-free guidance (Ho and Salimans 2022, eq. 6), with the rescaling of Lin et al. 2023, eq. 15-16.
 
     All [B,C,h,w]; the spread is taken over each image of its own.
     """
@@ -258,14 +262,15 @@ def guided(uncond: Tensor, cond: Tensor, scale: float, rescale: float = 0.0) -> 
 def _only_rows(name: str, rows: str) -> Literal["all"]:
     if rows == "uncond":
         raise ValueError(
-            f'{name}.rows is "uncond", but guidance_scale 1 runs no unconditional rows; expected "cond" or "all", or a larger scale'
+            f'{name}.rows is "uncond", but guidance_scale 1 runs no unconditional rows; '
+            'expected "cond" or "all", or a larger scale'
         )
     return "all"
 
 
 @dataclass(frozen=True)
 class _Noise:
-    """Unit noise [B,C,h,w], image by image from its own CPU generator in float32: equal on every device and in every batch."""
+    """Unit noise [B,C,h,w], each image's from a CPU generator of its own: equal on every device, in every batch."""
 
     generators: tuple[torch.Generator, ...]
     shape: tuple[int, int, int]
@@ -286,7 +291,10 @@ class _Run:
     timings: Mapping[str, float]
 
     def steps(self, found: Iterator[SamplerStep]) -> Iterator[Step]:
-        """The sampler's steps, with a way to images. Time that the caller spends between two steps does not count as sampling."""
+        """The sampler's steps, with a way to images.
+
+        Time that the caller spends between two steps does not count as sampling.
+        """
         seconds = 0.0
         while True:
             before = time.perf_counter()
@@ -298,8 +306,11 @@ class _Run:
             yield Step(step.index, step.t, step.sigma, step.latents, step.denoised, step.maps, step.report, run)
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """Latents [B,4,h,w] -> images [B,3,H,W] in [0,1] on the CPU, decoded one by one: memory does not grow with the batch."""
-        images = torch.cat([self.model.decode(one).cpu() for one in latents.split(1)])
+        """Latents [B,4,h,w] -> images [B,3,H,W] in [0,1] on the CPU.
+
+        Decoded one by one, so memory does not grow with the batch.
+        """
+        images = torch.cat([self.model.decode(one).cpu() for one in torch.split(latents, 1)])
         broken = [i for i, image in enumerate(images) if not image.isfinite().all()]
         if broken:
             warnings.warn(

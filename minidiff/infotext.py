@@ -4,7 +4,8 @@
     Negative prompt: NEGATIVE PROMPT, likewise
     Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x512, Model hash: 6ce0161689, Model: NAME, Clip skip: 2
 
-After modules/infotext_utils.py and create_infotext in modules/processing.py of AUTOMATIC1111/stable-diffusion-webui 1.10.
+After modules/infotext_utils.py and create_infotext in modules/processing.py of AUTOMATIC1111/stable-diffusion-webui
+1.10.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ PAIR = re.compile(r'(?:^|(?<=,))\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"(?=\s*(?:,
 
 
 def to_infotext(arguments: Mapping[str, object], *, model_hash: object = None, version: object = None) -> str:
-    """generate()'s arguments in A1111's grammar; what it has no word for is left out, as is what is no string or number.
+    """generate()'s arguments in A1111's grammar; what it has no word for is left out, as is what is no string or
+    number.
 
     One thing does not come back from parse_infotext: a negative prompt with a line that starts with `Negative prompt:`.
     """
@@ -46,7 +48,8 @@ def to_infotext(arguments: Mapping[str, object], *, model_hash: object = None, v
 def parse_infotext(text: str) -> tuple[dict[str, Value], dict[str, str]]:
     """A1111's text -> (generate()'s arguments, the settings that have no name of ours as they stand).
 
-    Of several lines that start with `Negative prompt:` the last one divides (A1111 takes the first): a prompt may hold one.
+    Of several lines that start with `Negative prompt:` the last one divides (A1111 takes the first): a prompt may hold
+    one.
     ValueError when the last line is no line of settings, or a setting that should be a number is none.
     """
     body, _, line = text.rstrip().rpartition("\n")
@@ -84,7 +87,10 @@ def _settings(arguments: Mapping[str, object]) -> dict[str, object]:
 
 
 def _take_sampler(rest: dict[str, str]) -> dict[str, Value]:
-    """Karras as the end of the sampler's name (before A1111 1.9, and ours) or as a schedule type. Unknown samplers stay."""
+    """Karras as the end of the sampler's name (before A1111 1.9, and ours) or as a schedule type.
+
+    Unknown samplers stay.
+    """
     if "Sampler" not in rest:
         return {}
     label = rest.pop("Sampler")

@@ -17,9 +17,12 @@ from .sampling.schedule import NoiseSchedule
 
 @dataclass(frozen=True)
 class Defaults:
-    """What `generate` does where the caller says nothing. The values here are those of diffusers for Stable Diffusion 1.5.
+    """What `generate` does where the caller says nothing.
 
-    A model may bring its own as `minidiff_defaults` in its scheduler_config.json. `sampler` None is the one that the config names.
+    The values here are those of diffusers for Stable Diffusion 1.5.
+
+    A model may bring its own as `minidiff_defaults` in its scheduler_config.json. `sampler` None is the one that the
+    config names.
     """
 
     sampler: str | None = None
@@ -28,7 +31,7 @@ class Defaults:
 
     @classmethod
     def from_config(cls, scheduler: Mapping[str, object]) -> "Defaults":
-        """Read `minidiff_defaults` of a scheduler_config.json; ValueError names a key or value that is not understood."""
+        """Read `minidiff_defaults` of a scheduler_config.json; ValueError names what is not understood."""
         given = scheduler.get("minidiff_defaults", {})
         kinds: dict[str, type | tuple[type, ...]] = {"sampler": str, "steps": int, "guidance_scale": (int, float)}
         if not isinstance(given, Mapping):
@@ -38,15 +41,17 @@ class Defaults:
         for key, value in given.items():
             if key not in kinds or not isinstance(value, kinds[key]):
                 raise ValueError(
-                    f"scheduler_config.json: minidiff_defaults has {key!r}: {value!r}; expected a text for sampler, a whole number for steps, "
-                    "a number for guidance_scale"
+                    f"scheduler_config.json: minidiff_defaults has {key!r}: {value!r}; "
+                    "expected a text for sampler, a whole number for steps, a number for guidance_scale"
                 )
         return cls(**given)
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """Stable Diffusion 1.x, as `minidiff.load` returns it. Weights are frozen (no gradients) and shared by all who hold it.
+    """Stable Diffusion 1.x, as `minidiff.load` returns it.
+
+    Weights are frozen (no gradients) and shared by all who hold it.
 
     `name` is the hub id, or the name of the folder or file; `origin` the folder or file that was read;
     `options` the arguments of `load` that change the images (plain values), for the record.
@@ -81,7 +86,10 @@ class Model:
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """images [B,3,H,W] in [-1,1] -> float32 latents [B,4,h,w] at the UNet's scale: their mean, or with unit `noise` a sample."""
+        """images [B,3,H,W] in [-1,1] -> float32 latents [B,4,h,w] at the UNet's scale.
+
+        Their mean, or with unit `noise` [B,4,h,w] a sample.
+        """
         noise = None if noise is None else noise.to(self.device, self.dtype)
         return self.vae.encode(images.to(self.device, self.dtype), noise).float() * self.vae.config.scaling_factor
 
@@ -89,7 +97,8 @@ class Model:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B,4,h,w] at the UNet's scale -> float32 images [B,3,H,W], about [-1,1] and not clamped.
 
-        Where half precision overflows the image is decoded again in float32, so only latents that are not finite give one that is not.
+        Where half precision overflows the image is decoded again in float32, so only latents that are not finite give
+        one that is not.
         """
         latents = (latents / self.vae.config.scaling_factor).to(self.device)
         images = self.vae.decode(latents.to(self.dtype)).float()

@@ -1,7 +1,9 @@
 """What generate() returns, its PNG files, and the way back from a PNG to the arguments that made it.
 
-A saved PNG holds two text chunks: `parameters`, the text that A1111 writes and most programs read, and `minidiff`, JSON:
-{"format": 1, "arguments": generate()'s arguments for this image alone, "info": what is no argument, "reproducible": bool}.
+A saved PNG holds two text chunks: `parameters`, the text that A1111 writes and most programs read, and `minidiff`,
+JSON:
+{"format": 1, "arguments": generate()'s arguments for this image alone, "info": what is no argument, "reproducible":
+bool}.
 """
 
 from __future__ import annotations
@@ -14,11 +16,9 @@ import json
 import math
 import os
 import re
-import struct
 import tempfile
 import unicodedata
 import warnings
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from minidiff.infotext import parse_infotext, to_infotext
 
-Plain: TypeAlias = "None | bool | int | float | str | list[Plain] | dict[str, Plain]"
+Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 Images: TypeAlias = "list[Image.Image] | NDArray[np.float32] | Tensor"
 
 FORMAT = 1  # of our chunk; a reader refuses any other
@@ -47,7 +47,8 @@ class Result:
 
     `images` follows generate's `output`: "pil" a list, "numpy" [B,H,W,3] float32 in [0,1], "tensor" [B,3,H,W] in [0,1],
     "latents" [B,4,h,w]. `latents` [B,4,h,w] float32 on the CPU are the last step's, whatever the output.
-    `parameters[i]` are the arguments of generate() that make image i alone, as plain() writes them; `info` is what is true
+    `parameters[i]` are the arguments of generate() that make image i alone, as plain() writes them; `info` is what is
+    true
     of the run and no argument: {"versions": {"minidiff": "0.1.0", ...}, "model_hash": ..., "device": ...}.
     `timings` are seconds by phase. ValueError when the counts differ.
     """
@@ -70,12 +71,12 @@ class Result:
     def save(self, path: str | Path, *, metadata: bool = True) -> list[Path]:
         """Write every image as PNG and return the files written, in order. Never overwrites.
 
-        A path that ends in .png is the name of the file; anything else, and any existing folder, is a folder and the names
-        come from prompt and seed (a-red-circle-seed-42.png). Missing folders are made. A taken name gets the next free
-        number, so three images saved as cat.png are cat.png, cat-1.png, cat-2.png; two processes never share a name.
-        Where a file cannot be written it goes to the current folder, the home folder or the temporary folder, with a warning.
-        metadata=False writes no text chunk. ValueError: another format than PNG, or latents. OSError: no folder could be
-        written; the images are still in the Result.
+        A path that ends in .png is the name of the file; anything else, and any existing folder, is a folder and the
+        names come from prompt and seed (a-red-circle-seed-42.png). Missing folders are made. A taken name gets the next
+        free number, so three images saved as cat.png are cat.png, cat-1.png, cat-2.png; two processes never share a
+        name. Where a file cannot be written it goes to the current folder, the home folder or the temporary folder,
+        with a warning. metadata=False writes no text chunk. ValueError: another format than PNG, or latents. OSError:
+        no folder could be written; the images are still in the Result.
         """
         check_output_path(path)
         named = Path(path).suffix.lower() == ".png" and not os.path.isdir(path)
@@ -92,10 +93,10 @@ class Result:
 class Metadata:
     """What a PNG says about its making. `source` is "minidiff" or "a1111".
 
-    `arguments` go to generate(**arguments). `info` is the rest: our versions and model_hash, or an A1111 file's model_hash,
-    version and "other" (keys we have no name for). `reproducible`: the arguments alone make the image again, given the same
-    model, versions and dtype; False when one is only a fingerprint of a tensor or the name of an object, and for A1111's
-    files, whose programs differ in noise and in prompt syntax.
+    `arguments` go to generate(**arguments). `info` is the rest: our versions and model_hash, or an A1111 file's
+    model_hash, version and "other" (keys we have no name for). `reproducible`: the arguments alone make the image
+    again, given the same model, versions and dtype; False when one is only a fingerprint of a tensor or the name of an
+    object, and for A1111's files, whose programs differ in noise and in prompt syntax.
     """
 
     arguments: dict[str, Plain]
@@ -145,17 +146,16 @@ def plain(value: object) -> Plain:
     """`value` as JSON can hold it.
 
     Numbers, strings, lists and mappings stay; a dtype or device is its name; a path, or a string that is an existing
-    absolute path, loses its folders. Tensors, arrays and images become {"tensor": {"shape", "dtype", "sha256"}}, functions
-    and other objects {"object": "module.qualname"}, dataclasses {"object": ..., "fields": {...}}: see reproducible().
+    absolute path, loses its folders. Tensors, arrays and images become {"tensor": {"shape", "dtype", "sha256"}},
+    functions and other objects {"object": "module.qualname"}, dataclasses {"object": ..., "fields": {...}}: see
+    reproducible().
     """
     if isinstance(value, (Tensor, np.ndarray, np.generic)) and value.ndim == 0:
         value = value.item()
     if isinstance(value, Enum):
         return {"object": f"{_qualname(value)}.{value.name}"}
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, (bool, int, float)):
         return value
-    if isinstance(value, (int, float)):
-        return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, str):
         return Path(value).name or value if os.path.isabs(value) and os.path.exists(value) else str(value)
     if isinstance(value, PurePath):
@@ -190,7 +190,7 @@ def _marked(value: Plain) -> bool:
     if not isinstance(value, dict):
         return False
     tensor = value.get("tensor")
-    if isinstance(tensor, dict) and "sha256" in tensor or isinstance(value.get("object"), str):
+    if (isinstance(tensor, dict) and "sha256" in tensor) or isinstance(value.get("object"), str):
         return True
     return any(_marked(item) for item in value.values())
 
@@ -324,7 +324,8 @@ def read_parameters(png: str | Path) -> dict[str, Plain]:
 def read_metadata(png: str | Path) -> Metadata:
     """From our chunk, else from A1111's `parameters`.
 
-    ValueError: no such file, no PNG, damaged, no metadata, metadata of another program, or metadata that makes no sense.
+    ValueError: no such file, no PNG, damaged, no metadata, metadata of another program, or metadata that makes no
+    sense.
     """
     chunks = _text_chunks(png)
     try:
@@ -356,15 +357,7 @@ def _text_chunks(png: str | Path) -> dict[str, str]:
         raise ValueError(f"no such file: {png}") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{png} is no PNG file; only PNGs hold parameters") from error
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises here
         raise ValueError(f"cannot read {png} as PNG: {error}") from error
 
 

@@ -133,6 +133,7 @@ def test_the_last_line_that_looks_like_a_negative_prompt_divides() -> None:
 
 def test_texts_without_prompt_or_with_settings_first_named_otherwise() -> None:
     assert parse_infotext("Steps: 1, Seed: 2")[0] == {"prompt": "", "negative_prompt": "", "steps": 1, "seed": 2}
+    assert parse_infotext('x\nSteps: 1, Model: "a" b, Seed: 2')[0]["model"] == '"a" b'
     arguments, rest = parse_infotext("x\nSize: 64x32, Tiling, Seed: 3, Denoising strength: 0.4\n")
     assert (arguments["width"], arguments["height"], rest) == (64, 32, {"Denoising strength": "0.4"})
 

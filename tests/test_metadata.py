@@ -88,7 +88,7 @@ def test_a_png_holds_a1111s_text_and_our_json(tmp_path: Path) -> None:
         "Model hash: 6ce0161689, Model: shapes, RNG: CPU, Version: minidiff 0.1.0"
     )
     kind, body = text_chunks(path)["minidiff"]
-    assert kind == "iTXt" and body.startswith(b"\0\0\0\0")
+    assert kind == "iTXt" and body.startswith(b"\0\0\0\0") and "café".encode() in body
     chunk = json.loads(body[4:].decode("utf-8"))
     assert chunk == {
         "format": 1,
@@ -231,6 +231,19 @@ def test_a_text_bomb_is_refused(tmp_path: Path) -> None:
         read_parameters(tmp_path / "bomb.png")
 
 
+def test_files_that_pillow_refuses_in_its_own_ways(tmp_path: Path) -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    data = result().save(tmp_path / "good.png", metadata=False)[0].read_bytes()
+    huge = data[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)) + data[33:]
+    odd = data[:-12] + chunk(b"zTXt", b"key\0\5text") + data[-12:]
+    for name, content, message in [("huge", huge, "decompression bomb"), ("odd", odd, "Unknown compression method 5")]:
+        (tmp_path / f"{name}.png").write_bytes(content)
+        with pytest.raises(ValueError, match=f"cannot read .*{name}.png as PNG: .*{message}"):
+            read_parameters(tmp_path / f"{name}.png")
+
+
 def test_truncated_and_damaged_files_raise_only_value_errors(tmp_path: Path) -> None:
     (path,) = result().save(tmp_path / "whole.png")
     data, broken = path.read_bytes(), tmp_path / "broken.png"
@@ -268,7 +281,7 @@ def test_plain_values_stay() -> None:
     value = {"a": [1, 2.5, True, None, "text/with/slash"], "b": {"c": "/no/such/path"}}
     assert plain(value) == value
     assert plain((1, (2,))) == [1, [2]]
-    assert plain({3, 1, 2}) == [1, 2, 3]
+    assert plain(set("fbdaec")) == plain(frozenset("abcdef")) == list("abcdef")
     assert plain({1: "a", Path("/x/y"): "b"}) == {"1": "a", "y": "b"}
     scalars = plain([np.float64(0.5), np.int64(3), np.bool_(True), np.str_("s"), torch.tensor(7.5), np.array(2)])
     assert scalars == [0.5, 3, True, "s", 7.5, 2]
@@ -276,7 +289,8 @@ def test_plain_values_stay() -> None:
     assert plain([torch.float16, torch.device("cpu")]) == ["float16", "cpu"]
 
 
-def test_no_absolute_path_gets_in(tmp_path: Path) -> None:
+def test_no_absolute_path_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     secret = tmp_path / "secret"
     secret.mkdir()
     (secret / "model.safetensors").write_bytes(b"")
@@ -288,6 +302,7 @@ def test_no_absolute_path_gets_in(tmp_path: Path) -> None:
         secret / "none",
     ]
     assert plain(values) == ["model.safetensors", "model.safetensors", {"x": ["secret"]}, {"secret": 1}, "none"]
+    assert plain("secret/model.safetensors") == "secret/model.safetensors"  # relative: tells nothing of the machine
     assert plain(["/", "p" * 5000, "/nul\0"]) == ["/", "p" * 5000, "/nul\0"]
 
 
@@ -295,6 +310,7 @@ def test_tensors_arrays_and_images_are_fingerprints() -> None:
     mark = plain(TENSOR)
     assert mark == {"tensor": {"shape": [3, 4], "dtype": "float32", "sha256": mark["tensor"]["sha256"]}}  # type: ignore
     assert mark == plain(TENSOR.numpy()) == plain(TENSOR.t().contiguous().t()) == plain(TENSOR.clone().requires_grad_())
+    assert plain(TENSOR.flatten()[::2]) == plain(TENSOR.flatten()[::2].numpy())
     changed = TENSOR.clone()
     changed[2, 3] += 1e-6 * 11
     others = [

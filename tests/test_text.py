@@ -301,7 +301,7 @@ def test_load_names_every_bad_key(state: dict[str, Tensor]) -> None:
         "missing text_model.final_layer_norm.bias",
         "missing text_model.encoder.layers.1.mlp.fc1.weight",
         "unexpected text_projection.weight",
-        "text_model.encoder.layers.0.mlp.fc2.weight has shape (48, 32), expected (32, 48)",
+        "text_model.encoder.layers.0.mlp.fc2.weight has shape [48, 32], expected [32, 48]",
     ):
         assert part in str(caught.value)
 

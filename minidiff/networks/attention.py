@@ -1,6 +1,7 @@
 """Attention, and the two ways to take part in it from outside: `Record` reads its maps, `Edit` changes them.
 
-Shapes: B rows of the batch, H heads, h x w latent grid, N = h * w pixels, L text tokens (L = N in self-attention), D channels per head.
+Shapes: B rows of the batch, H heads, h x w latent grid, N = h * w pixels, L text tokens (L = N in self-attention), D
+channels per head.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, cat, nn
 
+Place = Literal["down", "mid", "up"]
 Rows = Literal["cond", "uncond", "all"]
 Inputs = Mapping[str, Tensor]
 Grid = tuple[int, int]
@@ -17,9 +19,12 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Site:
-    """One attention layer. `block` counts within its place and `layer` within its block, both from 0 in the order in which they run."""
+    """One attention layer.
 
-    place: Literal["down", "mid", "up"]
+    `block` counts within its place and `layer` within its block, both from 0 in the order in which they run.
+    """
+
+    place: Place
     block: int
     layer: int
     kind: Literal["cross", "self"]
@@ -61,7 +66,9 @@ def COLUMNS(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
 
 @dataclass(frozen=True)
 class Record:
-    """What to keep of a forward pass: a value that goes in; the maps come out. Static and hashable, so it never recompiles a graph.
+    """What to keep of a forward pass: a value that goes in; the maps come out.
+
+    Static and hashable, so it never recompiles a graph.
 
     `rows` says which half of a batch [uncond, cond] is recorded; a batch that holds conditional rows only needs "all".
     With `stop` the forward pass ends after the last recorded site and returns None for eps.
@@ -75,10 +82,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Edit:
-    """How to change the attention of some sites. Static and hashable; whatever depends on the prompt comes in through `inputs`.
+    """How to change the attention of some sites.
 
-    `bias(site, (h, w), inputs)` returns what to add to the logits (q k^T / sqrt(D)), broadcastable to [B,H,h,w,L]; the fused kernel still runs.
-    `probs(site, probs [B,H,h,w,L], inputs)` returns new probabilities of that shape; the site is then computed explicitly.
+    Static and hashable; whatever depends on the prompt comes in through `inputs`.
+
+    `bias(site, (h, w), inputs)` returns what to add to the logits (q k^T / sqrt(D)), broadcastable to [B,H,h,w,L]; the
+    fused kernel still runs.
+    `probs(site, probs [B,H,h,w,L], inputs)` returns new probabilities of that shape; the site is then computed
+    explicitly.
     Order at a site: logits + bias, softmax, `probs`, record. `rows` as in `Record`.
     """
 
@@ -101,19 +112,26 @@ NO_HOOKS = Hooks(None, None, {}, None)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v by the fused kernel; q [B,H,N,D], k and v [B,H,L,D], bias broadcastable to [B,H,N,L]."""
+    """softmax(q k^T / sqrt(D) + bias) v by the fused kernel; q [B,H,N,D], k and v [B,H,L,D], bias broadcastable to
+    [B,H,N,L].
+    """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def attention_probs(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) [B,H,N,L], in float32 (or better) whatever the dtype of q: losses are built on it."""
+    """softmax(q k^T / sqrt(D) + bias) [B,H,N,L], in float32 (or better) whatever the dtype of q: losses are built on
+    it.
+    """
     logits = (q * q.shape[-1] ** -0.5) @ k.mT
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
     return (logits if bias is None else logits + bias).softmax(dim=-1)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of pixels to text (`context` given) or to each other. Weight names as in the folder format."""
+    """Multi-head attention of pixels to text (`context` given) or to each other.
+
+    Weight names as in the folder format.
+    """
 
     def __init__(self, site: Site, channels: int, context_channels: int, num_heads: int) -> None:
         super().__init__()
@@ -142,7 +160,9 @@ class Attention(nn.Module):
 def hooked_attention(
     site: Site, q: Tensor, k: Tensor, v: Tensor, grid: Grid, record: Record | None, edit: Edit | None, inputs: Inputs
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of a site that is recorded, edited or both; the half of the batch that neither names stays on the fused kernel."""
+    """Attention of a site that is recorded, edited or both; the half of the batch that neither names stays on the fused
+    kernel.
+    """
     outs: list[Tensor] = []
     kept: list[Tensor] = []
     for half, rows in _halves(len(q), record, edit):
@@ -160,7 +180,8 @@ def _halves(batch: int, record: Record | None, edit: Edit | None) -> list[tuple[
         return [("all", slice(0, batch))]
     if batch % 2:
         raise ValueError(
-            f'a record or edit of one half of the batch got {batch} rows; expected [uncond, cond], an even number. Use rows="all" for a batch without uncond rows'
+            f"a record or edit of one half of the batch got {batch} rows; expected [uncond, cond], an even number. "
+            'Use rows="all" for a batch without uncond rows'
         )
     return [("uncond", slice(0, batch // 2)), ("cond", slice(batch // 2, batch))]
 

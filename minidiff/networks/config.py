@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-# What a config.json may say besides the keys read below. Any other value asks for a network that Stable Diffusion 1.x does not have.
+# What a config.json may say besides the keys read below. Any other value asks for a network that Stable Diffusion 1.x
+# does not have.
 _UNET_FIXED: dict[str, object] = {
     "act_fn": "silu",
     "addition_embed_type_num_heads": 64,
@@ -35,7 +36,8 @@ class UNetConfig:
     """The UNet's shape. The defaults are Stable Diffusion 1.5.
 
     `down_attention` and `up_attention` say which blocks hold transformers, in the order in which they run.
-    `num_heads` has one value per level, from the outermost in; the folder format calls it `attention_head_dim`, although it counts heads.
+    `num_heads` has one value per level, from the outermost in; the folder format calls it `attention_head_dim`,
+    although it counts heads.
     """
 
     in_channels: int = 4
@@ -65,8 +67,8 @@ class UNetConfig:
                 "expected the number of heads in attention_head_dim"
             )
         found = cls(
-            in_channels=read.int("in_channels", cls.in_channels),
-            out_channels=read.int("out_channels", cls.out_channels),
+            in_channels=read.whole("in_channels", cls.in_channels),
+            out_channels=read.whole("out_channels", cls.out_channels),
             block_out_channels=widths,
             down_attention=read.blocks(
                 "down_block_types", "DownBlock2D", "CrossAttnDownBlock2D", cls.down_attention, levels
@@ -75,22 +77,23 @@ class UNetConfig:
             layers_per_block=read.per_level("layers_per_block", 2, levels),
             num_heads=read.per_level("attention_head_dim", 8, levels),
             # diffusers' own default when the key is missing
-            cross_attention_dim=read.int("cross_attention_dim", 1280),
-            norm_num_groups=read.int("norm_num_groups", cls.norm_num_groups),
-            norm_eps=read.float("norm_eps", cls.norm_eps),
+            cross_attention_dim=read.whole("cross_attention_dim", 1280),
+            norm_num_groups=read.whole("norm_num_groups", cls.norm_num_groups),
+            norm_eps=read.number("norm_eps", cls.norm_eps),
             flip_sin_to_cos=bool(read.plain("flip_sin_to_cos", True)),
-            freq_shift=read.float("freq_shift", cls.freq_shift),
+            freq_shift=read.number("freq_shift", cls.freq_shift),
             use_linear_projection=bool(read.plain("use_linear_projection", False)),
             # null in some folders: the size of the image then comes from the call, or from SD 1.5's 64
             sample_size=cls.sample_size
             if config.get("sample_size") is None
-            else read.int("sample_size", cls.sample_size),
+            else read.whole("sample_size", cls.sample_size),
         )
         read.refuse_the_rest(_UNET_FIXED, known=("sample_size",))
         _check_groups("unet/config.json", found.norm_num_groups, widths)
         if any(width % heads for width, heads in zip(widths, found.num_heads, strict=True)):
             raise ValueError(
-                f"unet/config.json: attention_head_dim gives {list(found.num_heads)} heads, which do not divide block_out_channels {list(widths)}"
+                f"unet/config.json: attention_head_dim gives {list(found.num_heads)} heads, "
+                f"which do not divide block_out_channels {list(widths)}"
             )
         return found
 
@@ -99,7 +102,8 @@ class UNetConfig:
 class VAEConfig:
     """The autoencoder's shape. The defaults are Stable Diffusion 1.5.
 
-    `scaling_factor` multiplies latents on their way from the encoder to the UNet, so that they have about unit variance.
+    `scaling_factor` multiplies latents on their way from the encoder to the UNet, so that they have about unit
+    variance.
     """
 
     in_channels: int = 3
@@ -123,13 +127,13 @@ class VAEConfig:
         read.blocks("down_block_types", "DownEncoderBlock2D", None, (False,) * len(widths), len(widths))
         read.blocks("up_block_types", "UpDecoderBlock2D", None, (False,) * len(widths), len(widths))
         found = cls(
-            in_channels=read.int("in_channels", cls.in_channels),
-            out_channels=read.int("out_channels", cls.out_channels),
-            latent_channels=read.int("latent_channels", cls.latent_channels),
+            in_channels=read.whole("in_channels", cls.in_channels),
+            out_channels=read.whole("out_channels", cls.out_channels),
+            latent_channels=read.whole("latent_channels", cls.latent_channels),
             block_out_channels=widths,
-            layers_per_block=read.int("layers_per_block", 1),
-            norm_num_groups=read.int("norm_num_groups", cls.norm_num_groups),
-            scaling_factor=read.float("scaling_factor", cls.scaling_factor),
+            layers_per_block=read.whole("layers_per_block", 1),
+            norm_num_groups=read.whole("norm_num_groups", cls.norm_num_groups),
+            scaling_factor=read.number("scaling_factor", cls.scaling_factor),
         )
         # sample_size: the size it was trained at, which nothing depends on
         read.refuse_the_rest({**_VAE_FIXED, "force_upcast": config.get("force_upcast")}, known=("sample_size",))
@@ -147,13 +151,13 @@ class _Reader:
         self.seen.add(key)
         return self.config.get(key, default)
 
-    def int(self, key: str, default: int) -> int:
+    def whole(self, key: str, default: int) -> int:
         value = self.plain(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{self.file}: {key} is {value!r}; expected a whole number of at least 1")
         return value
 
-    def float(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float) -> float:
         value = self.plain(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ValueError(f"{self.file}: {key} is {value!r}; expected a number")
@@ -170,10 +174,11 @@ class _Reader:
         if isinstance(value, list | tuple):
             if len(value) != levels:
                 raise ValueError(
-                    f"{self.file}: {key} has {len(value)} values; expected {levels}, one per level of block_out_channels"
+                    f"{self.file}: {key} has {len(value)} values; "
+                    f"expected {levels}, one per level of block_out_channels"
                 )
             return self.ints(key, ())
-        return (self.int(key, default),) * levels
+        return (self.whole(key, default),) * levels
 
     def blocks(
         self, key: str, plain: str, cross: str | None, default: tuple[bool, ...], levels: int
@@ -203,7 +208,8 @@ class _Reader:
                 continue
             expected = fixed.get(key, "null or false")
             raise ValueError(
-                f"{self.file}: {key} is {value!r}; Stable Diffusion 1.x needs {expected!r}. This is another kind of model"
+                f"{self.file}: {key} is {value!r}; Stable Diffusion 1.x needs {expected!r}. "
+                "This is another kind of model"
             )
 
 

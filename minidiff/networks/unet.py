@@ -1,16 +1,18 @@
-"""The UNet of Stable Diffusion 1.x: noisy latents, a timestep and a text in; the predicted noise and the recorded attention maps out.
+"""The UNet of Stable Diffusion 1.x: noisy latents, a timestep and a text in; the predicted noise and the recorded
+attention maps out.
 
 Rombach et al. 2022, section 3.3. Module names are those of the folder format, so its weights load as they are.
 Shapes: x [B,C,h,w] latents, emb [B,4*C0] time embedding, context [B,L,D] text.
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import NO_HOOKS, Attention, Edit, Hooks, Inputs, Record, Site
+from .attention import NO_HOOKS, Attention, Edit, Hooks, Inputs, Place, Record, Site
 from .config import UNetConfig
 
 Maps = dict[Site, Tensor]
@@ -63,50 +65,43 @@ class UNet(nn.Module):
     ) -> tuple[Tensor | None, Maps]:
         """Predict the noise (or v) in latents.
 
-        x [B,C,h,w], variance-preserving (scaled by 1/sqrt(1+sigma^2)); t a number or [B], in training timesteps (0 to 999); context [B,L,D].
+        x [B,C,h,w], variance-preserving (scaled by 1/sqrt(1+sigma^2)); t a number or [B], in training timesteps (0 to
+        999); context [B,L,D].
         Returns (eps [B,C,h,w], maps). maps is empty without `record`; eps is None when `record.stop` ended the pass.
-        ValueError where x or context has the wrong width, or where `record` or `edit` name sites that this UNet does not have.
+        ValueError where x or context has the wrong width, or where `record` or `edit` name sites that this UNet does
+        not have.
         """
         hooks = NO_HOOKS if record is None and edit is None else self._hooks(record, edit, inputs)
         self._check(x, context)
         emb = self.time_embedding(self._timesteps(x, t).to(x.dtype))
+        y = self.conv_in(x)
+        skips: list[Tensor] = [y]
         maps: Maps = {}
-        x = self.conv_in(x)
-
-        skips = [x]
-        for block in self.down_blocks:
-            for resnet, transformer in block.layers():
-                x = resnet(x, emb)
-                if transformer is not None:
-                    x, kept = transformer(x, context, hooks)
-                    maps.update(kept)
-                    if x is None:
-                        return None, maps
-                skips.append(x)
+        for block in cast("list[Block]", self.down_blocks):
+            for i in range(len(block.resnets)):
+                y, kept = block.layer(i, y, emb, context, hooks)
+                maps.update(kept)
+                if y is None:
+                    return None, maps
+                skips.append(y)
             if block.downsamplers is not None:
-                x = block.downsamplers[0](x)
-                skips.append(x)
-
-        x = self.mid_block.resnets[0](x, emb)
-        x, kept = self.mid_block.attentions[0](x, context, hooks)
-        maps.update(kept)
-        if x is None:
-            return None, maps
-        x = self.mid_block.resnets[1](x, emb)
-
-        for block in self.up_blocks:
-            for resnet, transformer in block.layers():
-                x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
-                if transformer is not None:
-                    x, kept = transformer(x, context, hooks)
-                    maps.update(kept)
-                    if x is None:
-                        return None, maps
+                y = block.downsamplers[0](y)
+                skips.append(y)
+        for i in range(len(self.mid_block.resnets)):
+            y, kept = self.mid_block.layer(i, y, emb, context, hooks)
+            maps.update(kept)
+            if y is None:
+                return None, maps
+        for block in cast("list[Block]", self.up_blocks):
+            for i in range(len(block.resnets)):
+                y, kept = block.layer(i, torch.cat([y, skips.pop()], dim=1), emb, context, hooks)
+                maps.update(kept)
+                if y is None:
+                    return None, maps
             if block.upsamplers is not None:
-                # An odd grid is halved upwards (65 -> 33), so the way back is told by the skip connection, not by doubling.
-                x = block.upsamplers[0](x, skips[-1].shape[-2:])
-
-        return self.conv_out(F.silu(self.conv_norm_out(x))), maps
+                # An odd grid is halved upwards (65 -> 33): the skip connection tells the way back, not doubling.
+                y = block.upsamplers[0](y, skips[-1].shape[-2:])
+        return self.conv_out(F.silu(self.conv_norm_out(y))), maps
 
     def _timesteps(self, x: Tensor, t: Tensor | float) -> Tensor:
         t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(len(x))
@@ -133,7 +128,8 @@ class UNet(nn.Module):
 
 
 class Block(nn.Module):
-    """The layers of one level on one side: resnets, a transformer behind each where `attention`, and at the end a change of resolution.
+    """The layers of one level on one side: resnets, a transformer behind each where `attention`, and at the end a
+    change of resolution.
 
     `inputs` are the channels that go into each resnet. The mid block has one transformer fewer than resnets.
     """
@@ -141,7 +137,7 @@ class Block(nn.Module):
     def __init__(
         self,
         config: UNetConfig,
-        place: str,
+        place: Place,
         index: int,
         level: int,
         inputs: list[int],
@@ -158,10 +154,12 @@ class Block(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(out)]) if resample == "downsamplers" else None
         self.upsamplers = nn.ModuleList([Upsample(out)]) if resample == "upsamplers" else None
 
-    def layers(self) -> list[tuple[nn.Module, nn.Module | None]]:
-        """(resnet, transformer or None) in the order in which they run."""
-        transformers = [None] * len(self.resnets) if self.attentions is None else list(self.attentions)
-        return list(zip(self.resnets, transformers, strict=True))
+    def layer(self, i: int, x: Tensor, emb: Tensor, context: Tensor, hooks: Hooks) -> tuple[Tensor | None, Maps]:
+        """Resnet i and the transformer behind it, if there is one: (x, its maps); x is None where the pass ends."""
+        x = self.resnets[i](x, emb)
+        if self.attentions is None or i == len(self.attentions):
+            return x, {}
+        return self.attentions[i](x, context, hooks)
 
 
 class ResBlock(nn.Module):
@@ -187,7 +185,7 @@ class ResBlock(nn.Module):
 class Transformer(nn.Module):
     """Pixels as tokens: self-attention, attention to the text, feed-forward; around them a shortcut."""
 
-    def __init__(self, config: UNetConfig, place: str, block: int, layer: int, level: int) -> None:
+    def __init__(self, config: UNetConfig, place: Place, block: int, layer: int, level: int) -> None:
         super().__init__()
         channels, heads = config.block_out_channels[level], config.num_heads[level]
         self.linear = config.use_linear_projection
@@ -217,7 +215,7 @@ class TransformerBlock(nn.Module):
     """attn1 looks at the pixels, attn2 at the text."""
 
     def __init__(
-        self, place: str, block: int, layer: int, channels: int, context_channels: int, num_heads: int
+        self, place: Place, block: int, layer: int, channels: int, context_channels: int, num_heads: int
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
@@ -305,7 +303,7 @@ class TimeEmbedding(nn.Module):
 
 
 def sinusoids(t: Tensor, channels: int, cos_first: bool = True, freq_shift: float = 0) -> Tensor:
-    """Timesteps [B] -> [B,channels] in float32, cosines and sines of log-spaced frequencies (Vaswani et al. 2017, section 3.5)."""
+    """Timesteps [B] -> float32 [B,channels]: cosines and sines of log-spaced frequencies (Vaswani et al. 2017, 3.5)."""
     half = channels // 2
     frequencies = torch.exp(
         torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / (half - freq_shift))

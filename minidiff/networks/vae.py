@@ -1,6 +1,7 @@
 """The autoencoder of Stable Diffusion 1.x: images in [-1,1] to latents and back.
 
-Rombach et al. 2022, appendix G. Module names are those of the folder format. The latents here are the autoencoder's own;
+Rombach et al. 2022, appendix G. Module names are those of the folder format. The latents here are the autoencoder's
+own;
 the UNet's are `scaling_factor` times as large.
 """
 
@@ -38,7 +39,8 @@ class VAE(nn.Module):
             or any(n % config.factor for n in images.shape[-2:])
         ):
             raise ValueError(
-                f"images have shape {list(images.shape)}; expected [B, {config.in_channels}, H, W] with H and W multiples of {config.factor}"
+                f"images have shape {list(images.shape)}; expected [B, {config.in_channels}, H, W] "
+                f"with H and W multiples of {config.factor}"
             )
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 class Step:
     """What one step leaves behind.
 
-    index: 0 to steps - 1. t, sigma: where the step began; maps: recorded there (by the first call, where PNDM makes two).
+    index: 0 to steps - 1. t, sigma: where the step began; maps: recorded there (by the first call, where PNDM makes
+    two).
     latents: [B,C,h,w] after the step, in diffusers' space for the sampler ("ve" latents shrink from sigma's size).
-    denoised: [B,C,h,w], the clean latents that the network expected at the step's last call (variance preserving; for previews).
+    denoised: [B,C,h,w], the clean latents that the network expected at the step's last call (variance preserving; for
+    previews).
     report: None from this loop; whoever refines may put one in with dataclasses.replace.
     """
 
@@ -53,7 +55,8 @@ def sample(
 
     denoise is given x in variance-preserving scale, in the dtype of `x`, and t as a tensor on x's device, so that a
     compiled network sees one kind of argument. refine moves x before each call; returning its argument changes no bit.
-    noise returns fresh unit noise of x's shape (for DDIM with eta and Euler ancestral). Arithmetic is float32 or better.
+    noise returns fresh unit noise of x's shape (for DDIM with eta and Euler ancestral). Arithmetic is float32 or
+    better.
     Whether gradients are recorded is the caller's choice inside denoise: no torch mode is held across a yield.
     """
     if not x.is_floating_point():

@@ -1,8 +1,8 @@
 """Samplers: one small frozen class per algorithm, each a pure function of what it is given.
 
 `schedule` turns a model's NoiseSchedule into the Schedule of one run; `step` makes x at one noise level into x at the
-next. A sampler never sees the network and keeps nothing: earlier outputs travel in a History value, so one sampler object
-may serve many runs at once. Coefficients are Python floats (float64); tensors are only scaled and added.
+next. A sampler never sees the network and keeps nothing: earlier outputs travel in a History value, so one sampler
+object may serve many runs at once. Coefficients are Python floats (float64); tensors are only scaled and added.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class Sampler(Protocol):
 class DDIM:
     """DDIM, Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16. eta 0 is deterministic, 1 is DDPM's variance.
 
-    Space "vp". spacing None: the model's, else leading. Like diffusers (and unlike the paper) a step counts back T // steps
-    timesteps whatever the spacing, so with linspace or trailing the level reached differs a little from the next call's.
-    Custom timesteps and sigmas, which diffusers' DDIM does not take, step exactly from one to the next.
+    Space "vp". spacing None: the model's, else leading. Like diffusers (and unlike the paper) a step counts back T //
+    steps timesteps whatever the spacing, so with linspace or trailing the level reached differs a little from the next
+    call's. Custom timesteps and sigmas, which diffusers' DDIM does not take, step exactly from one to the next.
     """
 
     name: ClassVar[str] = "ddim"
@@ -120,10 +120,10 @@ class DDIM:
 class PNDM:
     """PNDM without its Runge-Kutta steps (PLMS), Liu et al. 2022 (arXiv 2202.09778), eq. 9 and 12: SD 1.5's own.
 
-    Space "vp". spacing None: the model's, else leading. n > 1 steps make n + 1 calls: the first step is taken, the network
-    asked again where it arrived, and the step taken anew from the saved sample with the mean of both outputs. Two of
-    diffusers' choices are kept: v outputs are combined as they are and turned into eps once, at the sample stepped from;
-    and formula (9) counts T // steps timesteps back (in the repeated call: up), whatever the spacing.
+    Space "vp". spacing None: the model's, else leading. n > 1 steps make n + 1 calls: the first step is taken, the
+    network asked again where it arrived, and the step taken anew from the saved sample with the mean of both outputs.
+    Two of diffusers' choices are kept: v outputs are combined as they are and turned into eps once, at the sample
+    stepped from; and formula (9) counts T // steps timesteps back (in the repeated call: up), whatever the spacing.
     """
 
     name: ClassVar[str] = "pndm"
@@ -210,7 +210,7 @@ class Euler:
 
 @dataclass(frozen=True)
 class EulerAncestral:
-    """Euler steps with DDPM's fresh noise (Ho et al. 2020, arXiv 2006.11239) in sigmas, as k-diffusion's sample_euler_ancestral.
+    """Euler steps with DDPM's fresh noise (Ho et al. 2020, arXiv 2006.11239), as k-diffusion has them.
 
     Space "ve". Draws noise at every step but one that ends at sigma 0. karras: as Euler's; diffusers has none here.
     """
@@ -246,7 +246,8 @@ class EulerAncestral:
 class LMS:
     """Linear multistep (Adams-Bashforth with uneven steps) on the same ODE, as k-diffusion's sample_lms; order 1 to 4.
 
-    Space "ve". The coefficients are exact, where diffusers integrates numerically. Layout guidance was published with it.
+    Space "ve". The coefficients are exact, where diffusers integrates numerically. Layout guidance was published with
+    it.
     """
 
     name: ClassVar[str] = "lms"
@@ -282,10 +283,10 @@ class LMS:
 
 @dataclass(frozen=True)
 class DPMpp2M:
-    """DPM-Solver++ 2M, Lu et al. 2022 (arXiv 2211.01095), Alg. 2, midpoint form; first order at the first and last step.
+    """DPM-Solver++ 2M, Lu et al. 2022 (arXiv 2211.01095), Alg. 2, midpoint; first order at the first and last step.
 
-    Space "vp". karras: sigmas (eq. 5 of Karras et al. 2022) over the whole training range, timesteps rounded. spacing None:
-    the model's, else linspace; a run of n steps is spaced as n + 1 points without the lowest.
+    Space "vp". karras: sigmas (eq. 5 of Karras et al. 2022) over the whole training range, timesteps rounded.
+    spacing None: the model's, else linspace; a run of n steps is spaced as n + 1 points without the lowest.
     """
 
     name: ClassVar[str] = "dpmpp_2m"

@@ -2,7 +2,8 @@
 
 betas -> alphas_cumprod (`NoiseSchedule`); timesteps and sigmas (`Schedule`), which the samplers make with spacing.py.
 Two spaces appear. In "vp" (variance preserving) x = sqrt(abar) * x0 + sqrt(1 - abar) * eps; in "ve" (variance
-exploding) x = x0 + sigma * eps. They differ by a factor: x_ve = x_vp * sqrt(1 + sigma^2), with abar = 1 / (1 + sigma^2).
+exploding) x = x0 + sigma * eps. They differ by a factor: x_ve = x_vp * sqrt(1 + sigma^2), with abar = 1 / (1 +
+sigma^2).
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ SD15_SCHEDULER_CONFIG: Mapping[str, object] = MappingProxyType(
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """What a model was trained on, and how its scheduler_config.json wants it sampled. Change one with dataclasses.replace.
+    """What a model was trained on, and how its scheduler_config.json wants it sampled.
+
+    Change one with dataclasses.replace.
 
     alphas_cumprod: float32 [T] on the CPU, bit-equal to diffusers'; strictly between 0 and 1, descending.
     timestep_spacing, set_alpha_to_one: None where the config is silent: then each sampler has diffusers' own default.
@@ -126,7 +129,8 @@ class Schedule:
 
     timesteps: [calls], what the network is told; int64 or float32, as diffusers has it.
     sigmas: float64 [calls], the actual noise level of x at each call, noise over signal: abar = 1 / (1 + sigma^2).
-    spans: for each call the sigmas (from, to) between which the sampler's formula steps; the last `to` is the run's end.
+    spans: for each call the sigmas (from, to) between which the sampler's formula steps; the last `to` is the run's
+    end.
         Mostly (sigmas[i], sigmas[i + 1]); DDIM and PNDM count back T // steps timesteps instead, as diffusers does.
     index: the step that each call belongs to; PNDM's first two calls are both step 0.
     init_scale: what unit-variance latents are multiplied by. space: "vp" or "ve". sampler: the name of what made it.

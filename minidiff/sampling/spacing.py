@@ -63,7 +63,7 @@ def spaced_timesteps(noise: NoiseSchedule, steps: int, spacing: str, *, whole: b
 
 
 def custom_timesteps(noise: NoiseSchedule, values: Numbers, *, whole: bool) -> Floats:
-    """A caller's timesteps, checked: strictly descending inside [0, T - 1], whole numbers where the sampler needs them."""
+    """A caller's timesteps, checked: strictly descending inside [0, T - 1], whole where the sampler needs it."""
     times, last = np.asarray(values, dtype=np.float64), noise.num_train_timesteps - 1
     if times.ndim != 1 or times.size == 0 or not np.isfinite(times).all():
         raise ValueError(f"timesteps are {values!r}; expected a list of at least one number, all finite")
@@ -128,7 +128,7 @@ def ve_schedule(
     timesteps: Custom,
     sigmas: Custom,
 ) -> Schedule:
-    """The run of the Euler family: float32 timesteps that may be fractions, sigmas down to 0 or to the caller's last."""
+    """The run of the Euler family: float32 timesteps, fractions too, and sigmas down to 0 or to the caller's last."""
     count = count_steps(noise, steps, timesteps, sigmas)
     check_karras(karras, timesteps, sigmas)
     spacing = spacing or noise.timestep_spacing or "linspace"

@@ -1,0 +1,162 @@
+"""Fixtures for all tests: no network, few threads, and a tiny Stable Diffusion 1.x model."""
+
+import os
+
+# huggingface_hub reads it when it is imported, torch counts its threads when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import minidiff
+from minidiff.networks.config import UNetConfig, VAEConfig
+from minidiff.networks.text import text_encoder_shapes
+from minidiff.networks.unet import UNet
+from minidiff.networks.vae import VAE
+
+TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"
+# A single file does not tell its numbers of heads and groups: 8, 32 and 64-wide CLIP heads are those that it implies.
+UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.42.1",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [32, 64, 96],
+    "center_input_sample": False,
+    "cross_attention_dim": 64,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 8,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+VAE_CONFIG = {
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": "0.42.1",
+    "act_fn": "silu",
+    "block_out_channels": [32, 64, 96],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 32,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+}
+TEXT = {
+    "architectures": ["CLIPTextModel"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "dropout": 0.0,
+    "eos_token_id": 2,
+    "hidden_act": "quick_gelu",
+    "hidden_size": 64,
+    "initializer_factor": 1.0,
+    "initializer_range": 0.02,
+    "intermediate_size": 256,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 1,
+    "num_hidden_layers": 3,
+    "pad_token_id": 1,
+    "projection_dim": 64,
+    "torch_dtype": "float32",
+    "vocab_size": 49408,
+}
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.42.1",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion folder with small random float32 weights, laid out as the hub's: 32x32 pixels, latents 8x8.
+
+    Tests read it; those that change something copy it first.
+    """
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        _write(folder / "unet", UNET, "diffusion_pytorch_model", _weights(UNet(UNetConfig.from_dict(UNET))))
+        _write(folder / "vae", VAE_CONFIG, "diffusion_pytorch_model", _weights(VAE(VAEConfig.from_dict(VAE_CONFIG))))
+        _write(folder / "text_encoder", TEXT, "model", _text_weights())
+    shutil.copytree(TOKENIZER, folder / "tokenizer")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder: Path) -> minidiff.Model:
+    """`tiny_folder`, loaded in float32 on the CPU."""
+    return minidiff.load(tiny_folder, dtype="float32", device="cpu")
+
+
+def _write(folder: Path, config: dict, base: str, weights: dict[str, Tensor]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / f"{base}.safetensors", metadata={"format": "pt"})
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    """torch's own initialisation, with norms that are not the identity, so that a mixed-up name shows."""
+    weights = {}
+    for key, value in network.state_dict().items():
+        norm = "norm" in key.split(".")[-2]
+        weights[key] = value + 0.1 * torch.randn(value.shape) if norm else value
+    return weights
+
+
+def _text_weights() -> dict[str, Tensor]:
+    weights = {}
+    for key, shape in text_encoder_shapes(TEXT).items():
+        if "norm" in key:
+            weights[key] = float(key.endswith("weight")) + 0.1 * torch.randn(shape)
+        else:
+            weights[key] = torch.randn(shape) * (0.5 if "embedding" in key else 0.1)
+    weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    return weights

@@ -1,0 +1,232 @@
+"""Recording and editing attention: nothing changes unless asked, and what comes out is what a slow formula gives."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from compare import relative_error
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from minidiff.networks.attention import ALL, COLUMNS, HEAD_MEAN, Edit, Inputs, Record, Site, attention, attention_probs
+from minidiff.networks.config import UNetConfig
+from minidiff.networks.unet import UNet
+
+CONFIG = UNetConfig(
+    block_out_channels=(32, 64),
+    down_attention=(True, False),
+    up_attention=(False, True),
+    layers_per_block=(1, 1),
+    num_heads=(2, 4),
+    cross_attention_dim=24,
+    norm_num_groups=8,
+)
+GRIDS = {"down.0": (6, 10), "mid.0": (3, 5), "up.1": (6, 10)}
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    torch.manual_seed(0)
+    return UNet(CONFIG).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, float, Tensor]:
+    """Two images' worth of [uncond, cond]."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(4, 4, 6, 10, generator=generator), 321.0, torch.randn(4, 7, 24, generator=generator)
+
+
+def by_name(unet: UNet, *names: str) -> frozenset[Site]:
+    return frozenset(site for site in unet.sites if site.name in names)
+
+
+def add_bias(site: Site, grid: tuple[int, int], inputs: Inputs) -> Tensor:
+    return inputs["bias"]
+
+
+def double_first(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
+    return torch.cat([2 * probs[..., :1], probs[..., 1:]], dim=-1)
+
+
+def test_recording_changes_nothing_and_covers_every_site(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
+    plain, _ = unet(*batch)
+    eps, maps = unet(*batch, Record(frozenset(unet.sites), ALL, rows="all"))
+    assert relative_error(eps, plain) <= 1e-5
+    assert set(maps) == set(unet.sites)
+    for site, probs in maps.items():
+        heads = 4 if site.place == "mid" else 2
+        h, w = GRIDS[f"{site.place}.{site.block}"]
+        assert probs.shape == (4, heads, h, w, 7 if site.kind == "cross" else h * w)
+        torch.testing.assert_close(probs.sum(-1), torch.ones(4, heads, h, w))
+
+
+def test_maps_equal_a_slow_formula(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
+    site = next(iter(by_name(unet, "mid.0.0.cross")))
+    module = unet.get_submodule(site.key)
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.extend(args[:2]))
+    _, maps = unet(*batch, Record(frozenset([site]), ALL, rows="all"))
+    handle.remove()
+    x, context = seen
+    for b in range(4):
+        for head in range(4):
+            part = slice(head * 16, head * 16 + 16)
+            q, k = x[b] @ module.to_q.weight[part].T, context[b] @ module.to_k.weight[part].T
+            for u in range(15):
+                weights = [math.exp(float(q[u] @ k[token]) / 4) for token in range(7)]
+                expected = torch.tensor(weights) / sum(weights)
+                torch.testing.assert_close(maps[site][b, head, u // 5, u % 5], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_rows_choose_the_half(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
+    record = Record(by_name(unet, "mid.0.0.cross", "up.1.1.self"), ALL, rows="all")
+    _, every = unet(*batch, record)
+    for rows, half in (("uncond", slice(0, 2)), ("cond", slice(2, 4))):
+        eps, maps = unet(*batch, replace(record, rows=rows))
+        assert relative_error(eps, unet(*batch)[0]) <= 1e-5
+        for site, probs in maps.items():
+            torch.testing.assert_close(probs, every[site][half])
+
+
+def test_keeps(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
+    sites = by_name(unet, "mid.0.0.cross", "up.1.0.cross")
+    _, every = unet(*batch, Record(sites, ALL))
+    _, means = unet(*batch, Record(sites, HEAD_MEAN))
+    weights = torch.rand(2, 3, 7)
+    _, columns = unet(*batch, Record(sites, COLUMNS), inputs={"token_weights": weights})
+    for site, probs in every.items():
+        torch.testing.assert_close(means[site], probs.mean(1))
+        for b in range(2):
+            for o in range(3):
+                expected = sum(float(weights[b, o, token]) * probs[b, ..., token] for token in range(7))
+                torch.testing.assert_close(columns[site][b, ..., o], expected)
+
+
+@pytest.mark.parametrize("last", ["down.0.0.self", "down.0.0.cross", "mid.0.0.cross", "up.1.0.self", "up.1.1.cross"])
+def test_stop_runs_nothing_behind_the_last_site(unet: UNet, batch: tuple[Tensor, float, Tensor], last: str) -> None:
+    ran: list[str] = []
+    hooks = [m.register_forward_hook(lambda *_, name=n: ran.append(name)) for n, m in unet.named_modules()]
+    record = Record(by_name(unet, "down.0.0.self", last), ALL)
+    eps, maps = unet(*batch, replace(record, stop=True))
+    ran_with_stop = list(ran)
+    ran.clear()
+    _, expected = unet(*batch, record)
+    for hook in hooks:
+        hook.remove()
+    assert eps is None
+    assert set(maps) == set(record.sites)
+    for site, probs in maps.items():
+        assert torch.equal(probs, expected[site])
+    key = next(iter(by_name(unet, last))).key
+    # the site's own module is the last leaf that ran: what follows is its parents closing
+    assert ran_with_stop[-1] != "conv_out"
+    assert [name for name in ran_with_stop if name and not key.startswith(name)][-1] == f"{key}.to_out.0"
+
+
+def test_bias_and_probability_edits_equal_a_slow_formula(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
+    sites = by_name(unet, "mid.0.0.cross")
+    bias = torch.randn(2, 1, 3, 5, 7)
+    inputs = {"bias": bias}
+    record = Record(sites, ALL)
+    _, plain = unet(*batch, record)
+    _, biased = unet(*batch, record, Edit(sites, bias=add_bias), inputs)
+    _, both = unet(*batch, record, Edit(sites, bias=add_bias, probs=double_first), inputs)
+    (site,) = sites
+    weights = plain[site] * bias.exp()
+    expected = weights / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(biased[site], expected)
+    torch.testing.assert_close(both[site], double_first(site, expected, inputs))
+
+
+def test_a_bias_is_the_same_fused_and_explicit(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
+    sites = by_name(unet, "mid.0.0.cross", "down.0.0.cross")
+    inputs = {"bias": torch.tensor([0.0, 3.0, -3.0, 0.0, 1.0, 0.0, 0.0])[None, None, None, None]}
+    edit = Edit(sites, bias=add_bias)
+    fused, _ = unet(*batch, edit=edit, inputs=inputs)
+    explicit, _ = unet(*batch, Record(sites, ALL), edit, inputs)
+    assert relative_error(explicit, fused) <= 1e-5
+    assert relative_error(fused, unet(*batch)[0]) > 1e-3
+
+
+def test_edits_keep_to_their_half_and_sites(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
+    edit = Edit(by_name(unet, "up.1.1.cross"), probs=double_first)
+    plain, _ = unet(*batch)
+    eps, _ = unet(*batch, edit=edit)
+    assert relative_error(eps[:2], plain[:2]) <= 1e-5
+    assert relative_error(eps[2:], plain[2:]) > 1e-3
+    uncond, _ = unet(*batch, edit=replace(edit, rows="uncond"))
+    assert relative_error(uncond[2:], plain[2:]) <= 1e-5
+    assert relative_error(uncond[:2], plain[:2]) > 1e-3
+    # record of one half and edit of the other
+    _, maps = unet(*batch, Record(edit.sites, ALL, rows="uncond"), edit)
+    _, expected = unet(*batch, Record(edit.sites, ALL, rows="uncond"))
+    for site in edit.sites:
+        torch.testing.assert_close(maps[site], expected[site])
+
+
+def test_wrong_hooks_are_named(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
+    strange = frozenset([Site("down", 7, 0, "cross")])
+    with pytest.raises(
+        ValueError, match=r"record.sites holds \['down.7.0.cross'\]; expected some of \['down.0.0.self'"
+    ):
+        unet(*batch, Record(strange))
+    with pytest.raises(ValueError, match="edit.sites holds no sites"):
+        unet(*batch, edit=Edit(frozenset()))
+    x, t, context = batch
+    with pytest.raises(ValueError, match=r"one half of the batch got 3 rows; .* Use rows=\"all\""):
+        unet(x[:3], t, context[:3], Record(frozenset(unet.sites)))
+
+
+def test_compiles_to_one_graph_for_each_kind_of_record(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(unet, fullgraph=True, backend=counter)
+    x, _, context = batch
+    sites = by_name(unet, "mid.0.0.cross", "up.1.0.cross")
+    kinds = (
+        (None, None),
+        (Record(sites, COLUMNS), None),
+        (Record(sites, COLUMNS, stop=True), None),
+        (Record(sites, ALL), Edit(sites, bias=add_bias)),
+    )
+    for index in range(5):
+        t = torch.tensor(900.0 - index)
+        inputs = {"token_weights": torch.rand(2, 3, 7), "bias": torch.rand(1, 1, 1, 1, 7)}
+        for record, edit in kinds:
+            eps, maps = compiled(x, t, context, record, edit, inputs)
+            expected, expected_maps = unet(x, t, context, record, edit, inputs)
+            if expected is None:
+                assert eps is None
+            else:
+                assert relative_error(eps, expected) <= 1e-5
+            assert set(maps) == set(expected_maps)
+            assert all(relative_error(maps[site], expected_maps[site]) <= 1e-5 for site in maps)
+    assert counter.frame_count == len(kinds)
+
+
+def test_gradient_reaches_the_latents_through_the_maps(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
+    x, t, context = batch
+    record = Record(by_name(unet, "mid.0.0.cross"), ALL, rows="all", stop=True)
+    x = x.double().requires_grad_()
+    double = UNet(CONFIG).double()
+    double.load_state_dict(unet.state_dict())
+
+    def loss(latents: Tensor) -> Tensor:
+        _, maps = double.requires_grad_(False)(latents, t, context.double(), record)
+        return sum(probs[..., 2].square().sum() for probs in maps.values())
+
+    (gradient,) = torch.autograd.grad(loss(x), x)
+    direction = torch.randn_like(x)
+    step = 1e-5
+    slope = (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
+    assert gradient.abs().max() > 0
+    torch.testing.assert_close((gradient * direction).sum(), slope.detach(), rtol=1e-4, atol=1e-9)
+
+
+def test_fused_and_explicit_attention_agree() -> None:
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    bias = torch.randn(1, 3, 5, 7)
+    assert relative_error(attention_probs(q, k, bias) @ v, attention(q, k, v, bias)) <= 1e-5
+    assert attention_probs(q.bfloat16(), k.bfloat16()).dtype == torch.float32
