@@ -1,6 +1,7 @@
 """A loaded model: its networks, tokenizer and noise schedule in one frozen value."""
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -104,10 +105,12 @@ class Model:
         images = self.vae.decode(latents.to(self.dtype)).float()
         if self.dtype == torch.float32 or images.isfinite().all() or not latents.isfinite().all():
             return images
-        weights = {name: value.float() for name, value in self.vae.named_parameters()}
-        return torch.func.functional_call(
-            _Decode(self.vae), {f"vae.{k}": v for k, v in weights.items()}, (latents.float(),)
+        warnings.warn(
+            f"an image overflowed in {str(self.dtype).removeprefix('torch.')} and was decoded again in float32",
+            stacklevel=3,
         )
+        weights = {f"vae.{name}": value.float() for name, value in self.vae.state_dict().items()}
+        return torch.func.functional_call(_Decode(self.vae), weights, (latents.float(),))
 
 
 class _Decode(torch.nn.Module):

@@ -32,7 +32,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
-from minidiff.infotext import parse_infotext, to_infotext
+from .infotext import parse_infotext, to_infotext
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 Images: TypeAlias = "list[Image.Image] | NDArray[np.float32] | Tensor"

@@ -1,5 +1,5 @@
-"""Writes a model folder's weights as one file in the names of Stable Diffusion's original code: the inverse of the
-tables in minidiff/weights/names.py, and what else a file of 2022 holds."""
+"""Stable Diffusion's original names: the inverse of the tables in minidiff/weights/names.py. Writes a model folder as
+one file in these names, with what else a file of 2022 holds."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minidiff.networks.config import UNetConfig, VAEConfig
+from minidiff.networks.text import text_encoder_shapes
+from minidiff.networks.unet import UNet
+from minidiff.networks.vae import VAE
 from minidiff.weights.names import LDM_PREFIX, VAE_OLD_ATTENTION, invert, rename, unet_ldm, vae_ldm
 
+SD15_TEXT = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
 SCHEDULE = (
     "alphas_cumprod",
     "alphas_cumprod_prev",
@@ -26,6 +40,36 @@ SCHEDULE = (
 )
 
 
+def unet_names(config: UNetConfig) -> dict[str, str]:
+    """The keys of a UNet -> those in a single file."""
+    with torch.device("meta"):
+        keys = list(UNet(config).state_dict())
+    table = invert(unet_ldm(len(config.block_out_channels), config.layers_per_block[0]), keys)
+    return {key: LDM_PREFIX["unet"] + rename(key, table) for key in keys}
+
+
+def vae_names(config: VAEConfig) -> dict[str, str]:
+    """The keys of a VAE -> those in a single file."""
+    with torch.device("meta"):
+        keys = list(VAE(config).state_dict())
+    table = invert(vae_ldm(len(config.block_out_channels), config.layers_per_block), keys)
+    return {key: LDM_PREFIX["vae"] + rename(key, table) for key in keys}
+
+
+def sd15_shapes() -> dict[str, tuple[int, ...]]:
+    """Shapes in v1-5-pruned-emaonly.safetensors by its keys, position_ids included: 686 + 248 + 197."""
+    with torch.device("meta"):
+        unet, vae = UNet(UNetConfig()), VAE(VAEConfig())
+    names = unet_names(unet.config) | vae_names(vae.config)
+    shapes = {names[key]: tuple(value.shape) for key, value in (unet.state_dict() | vae.state_dict()).items()}
+    for key, shape in shapes.items():
+        if ".mid.attn_1." in key and len(shape) == 2:
+            shapes[key] = (*shape, 1, 1)
+    text = {key: tuple(shape) for key, shape in text_encoder_shapes(SD15_TEXT).items()}
+    text["text_model.embeddings.position_ids"] = (1, 77)
+    return shapes | {LDM_PREFIX["text_encoder"] + key: shape for key, shape in text.items()}
+
+
 def write_single_file(
     folder: Path,
     target: Path,
@@ -38,8 +82,8 @@ def write_single_file(
 ) -> Path:
     """Write `target` from `folder` (whose text file has the hub's keys) and return it.
 
-    vae: False leaves the autoencoder out. text_prefix: "" as in some merged files. flat_vae_attention: its linear layers
-    as [C,C], where the original code has convolutions [C,C,1,1]. dtype: of the networks' weights. more: other tensors.
+    vae: False leaves the autoencoder out. text_prefix: "" as in some merged files. flat_vae_attention: as [C,C], where
+    the original code has convolutions [C,C,1,1]. dtype: of the networks' weights. more: other tensors.
     """
     tensors = ldm_tensors(folder, flat_vae_attention)
     tensors = {key: value.to(dtype).contiguous() for key, value in tensors.items()}
@@ -56,28 +100,19 @@ def write_single_file(
 
 def ldm_tensors(folder: Path, flat_vae_attention: bool = False) -> dict[str, Tensor]:
     """The weights of the folder's three networks by the names of a single file."""
-    layers = _json(folder / "unet" / "config.json")["layers_per_block"]
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    table = invert(unet_ldm(len(_json(folder / "unet" / "config.json")["block_out_channels"]), layers), unet)
-    tensors = {LDM_PREFIX["unet"] + rename(key, table): value for key, value in unet.items()}
-    tensors |= {LDM_PREFIX["vae"] + key: value for key, value in ldm_vae(folder / "vae", flat_vae_attention).items()}
+    names = unet_names(UNetConfig.from_dict(_json(folder / "unet" / "config.json")))
+    tensors = {names[key]: value for key, value in unet.items()}
+    vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    names = vae_names(VAEConfig.from_dict(_json(folder / "vae" / "config.json")))
+    for key, value in vae.items():
+        key = rename(key, VAE_OLD_ATTENTION)
+        convolution = ".mid_block.attentions." in key and value.ndim == 2 and not flat_vae_attention
+        tensors[names[key]] = value[:, :, None, None] if convolution else value
     text = load_file(folder / "text_encoder" / "model.safetensors")
     return tensors | {
         LDM_PREFIX["text_encoder"] + key: value for key, value in text.items() if not key.endswith("position_ids")
     }
-
-
-def ldm_vae(folder: Path, flat_attention: bool = False) -> dict[str, Tensor]:
-    """The weights of an autoencoder's folder by the names of a file of its own."""
-    config = _json(folder / "config.json")
-    vae = load_file(folder / "diffusion_pytorch_model.safetensors")
-    vae = {rename(key, VAE_OLD_ATTENTION): value for key, value in vae.items()}
-    table = invert(vae_ldm(len(config["block_out_channels"]), config["layers_per_block"]), vae)
-    renamed = {}
-    for key, value in vae.items():
-        convolution = ".mid_block.attentions." in key and value.ndim == 2 and not flat_attention
-        renamed[rename(key, table)] = value[:, :, None, None] if convolution else value
-    return renamed
 
 
 def _json(path: Path) -> dict:

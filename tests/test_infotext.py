@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from minidiff.infotext import NEGATIVE, SAMPLERS, parse_infotext, to_infotext
@@ -64,6 +65,12 @@ def test_leaves_out_what_is_unset_or_has_no_plain_value() -> None:
     assert to_infotext(arguments) == "\nSteps: 4, Sampler: DDIM"
 
 
+@pytest.mark.parametrize("model", ["a,b", "a:b", "a\nb", '"a"', " a", ""])
+def test_values_are_quoted_as_a1111_does(model: str) -> None:
+    assert to_infotext({"prompt": "x", "model": model}) == f"x\nModel: {json.dumps(model)}"
+    assert to_infotext({"prompt": "x", "model": 'a "b" \\é'}) == 'x\nModel: a "b" \\é'
+
+
 @pytest.mark.parametrize(("sampler", "label"), [*SAMPLERS.items(), ("unipc", "unipc")])
 @pytest.mark.parametrize("karras", [False, True])
 def test_sampler_names(sampler: str, label: str, karras: bool) -> None:
@@ -73,7 +80,8 @@ def test_sampler_names(sampler: str, label: str, karras: bool) -> None:
     assert (arguments["sampler"], arguments["karras"], rest) == (sampler, karras, {})
 
 
-def test_a_sampler_object_is_written_by_its_name() -> None:
+def test_a_plain_schedule_and_a_sampler_object_are_named() -> None:
+    assert to_infotext({"sampler": "dpmpp_2m"}) == "\nSampler: DPM++ 2M, Schedule type: Uniform"
     text = to_infotext({"prompt": "x", "steps": 1, "sampler": {"object": "mine.samplers.Heun", "fields": {}}})
     assert text == "x\nSteps: 1, Sampler: Heun"
 
@@ -143,6 +151,7 @@ def test_texts_without_prompt_or_with_settings_first_named_otherwise() -> None:
     [
         ("", r"last line should be like 'Steps: 20, .*got ''"),
         ("only a prompt", r"last line should be like .*got 'only a prompt'"),
+        ("x\nlight: soft, mood: calm", r"last line should be like .*got 'light: soft, mood: calm'"),
         ("x\nSteps", r"last line should be like"),
         ("x\nSteps: many, Seed: 1", r"'Steps' should be a whole number, got 'many'"),
         ("x\nSteps: 20, Seed: 1.5", r"'Seed' should be a whole number, got '1.5'"),
@@ -164,6 +173,7 @@ def test_prompts_come_back(prompt: str, negative: str) -> None:
     assert parse_infotext(to_infotext(arguments)) == (arguments, {"RNG": "CPU"})
 
 
+@example(model='"x"', model_hash=" x", scale=7.125, eta=1e300, seed=-1, clip_skip=1)
 @given(model=texts, model_hash=texts, scale=numbers, eta=numbers, seed=st.integers(), clip_skip=st.integers(1, 9))
 def test_settings_come_back(model: str, model_hash: str, scale: float, eta: float, seed: int, clip_skip: int) -> None:
     assume(eta != 0)

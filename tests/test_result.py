@@ -189,7 +189,7 @@ def test_other_formats_are_refused_before_anything_is_written(tmp_path: Path) ->
     for name in ("image.jpg", "image.WEBP", Path("image.jpeg")):
         with pytest.raises(ValueError, match=r"only .png .*result.images\[0\].save\('image"):
             check_output_path(name)
-        with pytest.raises(ValueError, match="only .png"):
+        with pytest.raises(ValueError, match=r"only .png"):
             result().save(tmp_path / name)
     assert files(tmp_path / "current") == []
     for good in ("image.png", "IMAGE.PNG", "folder", "folder.v2", "", Path("x")):
@@ -202,7 +202,7 @@ def test_other_formats_are_refused_before_anything_is_written(tmp_path: Path) ->
 
 
 def test_an_unwritable_folder_sends_the_image_to_the_current_one(tmp_path: Path, unwritable: Path) -> None:
-    with pytest.warns(UserWarning, match="file/out/Cat.png .*; the image is in .*current/cat.png") as caught:
+    with pytest.warns(UserWarning, match=r"file/out/Cat.png .*; the image is in .*current/cat.png") as caught:
         paths = result().save(unwritable / "Cat.png")
     assert paths == [tmp_path / "current" / "cat.png"]
     assert read_parameters(paths[0]) == ARGUMENTS
@@ -238,7 +238,7 @@ def test_home_then_the_temporary_folder(tmp_path: Path, unwritable: Path, monkey
     monkeypatch.setattr(tempfile, "tempdir", str(unwritable))
     made = result()
     with pytest.raises(
-        OSError, match="nor a-red-circle-seed-42.png in the current, home or temporary .*still in the Result"
+        OSError, match=r"nor a-red-circle-seed-42.png in the current, home or temporary .*still in the Result"
     ):
         made.save(unwritable)
     assert isinstance(made.images, list) and made.images[0].size == (16, 8)

@@ -226,21 +226,36 @@ class HasShape(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
+    @property
+    def dtype(self) -> object: ...
+
 
 def check_state(name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, HasShape]) -> None:
     """One ValueError that names every missing, unexpected and misshapen key of a network's weights.
 
-    Edges of length 1 at the end do not count: a 1x1 convolution and a linear layer hold the same numbers.
+    Edges of length 1 at the end do not count: a 1x1 convolution and a linear layer hold the same numbers. Integers are
+    refused: what they stand for is told elsewhere, if anywhere.
     """
     problems = [f"missing {key}" for key in expected if key not in found]
     problems += [f"unexpected {key}" for key in found if key not in expected]
+    both = [(key, shape, found[key]) for key, shape in expected.items() if key in found]
     problems += [
-        f"{key} has shape {list(found[key].shape)}, expected {list(shape)}"
-        for key, shape in expected.items()
-        if key in found and _trimmed(found[key].shape) != _trimmed(shape)
+        f"{key} has shape {list(tensor.shape)}, expected {list(shape)}"
+        for key, shape, tensor in both
+        if _trimmed(tensor.shape) != _trimmed(shape)
+    ]
+    problems += [
+        f"{key} has dtype {tensor.dtype}, expected floating-point numbers; quantised weights are not read"
+        for key, _, tensor in both
+        if not _floating(tensor.dtype)
     ]
     if problems:
         raise ValueError(f"the weights do not fit the {name} that its config describes:\n  " + "\n  ".join(problems))
+
+
+def _floating(dtype: object) -> bool:
+    """By its name, torch's ("torch.bfloat16") or that in a file ("BF16")."""
+    return str(dtype).removeprefix("torch.").upper().startswith(("F", "BF"))
 
 
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Safetensors files, header first: what a file holds costs no reading, and tensors are taken straight from the memory map."""
+"""Safetensors files, header first: what a file holds costs no reading, and its tensors are the memory map itself."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-_CHUNK = 128 * 2**20  # bytes of a mapped file that may be resident while its tensors are converted
-
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+_CHUNK = 128 * 2**20  # bytes of a mapped file that may at most be resident while its tensors are converted
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that lies in a file and has not been read. `key` is its name there, `dtype` as safetensors writes it ("F16")."""
+    """A tensor in a file, not yet read. `key` is its name there, `dtype` as safetensors writes it ("F16")."""
 
     path: Path
     key: str
@@ -38,64 +38,84 @@ class Stored:
 def stored_tensors(path: Path) -> dict[str, Stored]:
     """The tensors of a .safetensors file by key, from its header alone.
 
-    ValueError for a pickle (which can run code when it is read), a file that is not there, cut short or not in this format.
+    ValueError for a file that is not there, a pickle (which can run code when it is read), one cut short or damaged.
     """
-    if path.suffix.lower() in PICKLES:
-        raise ValueError(
-            f"{path} is a pickle, which can run code when it is read; expected .safetensors. {how_to_convert(path)}"
-        )
     if not path.is_file():
         raise ValueError(f"{path} is not there; expected a .safetensors file")
+    if path.suffix.lower() in PICKLES:
+        raise ValueError(_pickle(path))
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118, it is no dict
             return {
                 key: Stored(path, key, tuple(part.get_shape()), str(part.get_dtype())) for key, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read as safetensors: {error}. "
-            "It was cut short or damaged, or is something else under that name; download it again and compare its sha256 with weights.md"
-        ) from error
+        raise ValueError(_damage(path, error)) from error
 
 
-def how_to_convert(path: Path) -> str:
-    """One sentence: the way from a pickle to a safetensors file."""
-    target = path.with_suffix(".safetensors").name
+def _pickle(path: Path) -> str:
+    return f"{path} is a pickle, which can run code when it is read; expected .safetensors. {how_to_convert(path)}"
+
+
+def _damage(path: Path, error: Exception) -> str:
+    """Why safetensors cannot read a file, by the first bytes of what people store under that name by mistake."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError:
+        return f"{path} cannot be read: {error}"
+    # A safetensors file begins with the length of its header in 8 bytes, of which the last four are 0 in any real one.
+    if len(head) > 8 and any(head[4:8]):
+        if head.startswith(b"PK") or head[0] == 0x80:
+            return _pickle(path)
+        if head.startswith(b"version https://git-lfs"):
+            return f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+        if head.lstrip()[:1] == b"<":
+            return f"{path} is a web page, not a .safetensors file; the download needs another address or an account"
     return (
-        "If you trust its origin, convert it once: "
-        "from safetensors.torch import save_file; import torch; d = torch.load(FILE, weights_only=True); "
-        f"save_file({{k: v.contiguous() for k, v in d.get('state_dict', d).items() if hasattr(v, 'shape')}}, {target!r})"
+        f"{path} ({path.stat().st_size:,} bytes) cannot be read as safetensors: {error}. It was cut short or damaged, "
+        "or is something else under that name; download it again and compare its sha256 with weights.md"
+    )
+
+
+def how_to_convert(path: Path, target: str | None = None) -> str:
+    """One sentence: the way from a pickle to a safetensors file, named `target` or as the pickle is."""
+    save = str(path.with_suffix(".safetensors") if target is None else path.with_name(target))
+    return (
+        "If you trust its origin, convert it once in Python: from safetensors.torch import save_file; import torch; "
+        f"d = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
+        "save_file({k: v.contiguous() for k, v in d.get('state_dict', d).items() if hasattr(v, 'shape')}, "
+        f"{save!r})"
     )
 
 
 def read_tensors(
     wanted: Mapping[str, Stored], shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """The wanted tensors, floating-point, in `dtype` on `device` and in these shapes (same elements, other 1-sized edges).
+    """The wanted tensors in `dtype` on `device` and in these shapes (same elements, other 1-sized edges).
 
-    Tensors that need no conversion are the memory map itself: nothing is copied, and pages are read when they are first used.
-    Others are converted one by one, and the map is dropped every 128 MiB, so that the file never lies in memory beside its copy.
+    Tensors that need no conversion are the memory map itself: nothing is copied, and pages are read when they are first
+    used. Others are converted one by one, and the map is dropped after every 16th of them, so that the file never lies in
+    memory beside its copy.
     """
-    by_file: dict[Path, list[str]] = defaultdict(list)
-    for name, tensor in wanted.items():
-        by_file[tensor.path].append(name)
     found: dict[str, Tensor] = {}
-    for path, names in by_file.items():
-        for chunk in _chunks(names, wanted):
-            with safe_open(path, framework="pt") as file:
-                for name in chunk:
-                    found[name] = file.get_tensor(wanted[name].key).to(device=device, dtype=dtype).reshape(shapes[name])
+    for part in _parts(wanted, dtype, device):
+        with safe_open(wanted[part[0]].path, framework="pt") as file:
+            for name in part:
+                found[name] = file.get_tensor(wanted[name].key).to(device=device, dtype=dtype).reshape(shapes[name])
     return found
 
 
-def _chunks(names: list[str], wanted: Mapping[str, Stored]) -> list[list[str]]:
-    chunks: list[list[str]] = [[]]
+def _parts(wanted: Mapping[str, Stored], dtype: torch.dtype, device: torch.device) -> list[list[str]]:
+    """Names that share one opening of their file: all that are used as they are, the others by the chunk."""
+    parts: dict[object, list[str]] = defaultdict(list)
+    chunk = min(_CHUNK, 1 + sum(tensor.nbytes for tensor in wanted.values()) // 16)
     size = 0
-    for name in names:
-        size += wanted[name].nbytes
-        if size > _CHUNK and chunks[-1]:
-            chunks.append([])
-            size = wanted[name].nbytes
-        chunks[-1].append(name)
-    return chunks
+    for name, tensor in wanted.items():
+        if _DTYPES.get(tensor.dtype) == dtype and device.type == "cpu":
+            parts[tensor.path].append(name)
+        else:
+            parts[tensor.path, size // chunk].append(name)
+            size += tensor.nbytes
+    return list(parts.values())

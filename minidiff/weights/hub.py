@@ -1,31 +1,50 @@
-"""The hub: fetch just the files that are needed, or find them in its cache. huggingface_hub is imported when first needed."""
+"""The hub: fetch the files that are needed, or find them in its cache. huggingface_hub is imported only then."""
 
 from pathlib import Path
 
-from .sources import CLIP_TOKENIZER, TOKENIZER_FILES, weight_file
+from .sources import CLIP_TOKENIZER, TOKENIZER_FILES, folder_unet_config, weight_file
 
 
-def fetch_model(repo: str, revision: str | None, variant: str | None) -> Path:
-    """The local folder of a Stable Diffusion repository: configs, tokenizer and one set of safetensors."""
-    return _fetch(
-        repo,
-        revision,
-        [
-            *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder")),
-            *(f"{part}/{weight_file('diffusion_pytorch_model', variant)}" for part in ("unet", "vae")),
-            f"text_encoder/{weight_file('model', variant)}",
-            *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
-            "model_index.json",
-            "scheduler/scheduler_config.json",
-        ],
-    )
+def fetch_model(
+    repo: str, revision: str | None, variant: str | None, *, vae: bool = True, tokenizer: bool = True
+) -> Path:
+    """The local folder of a Stable Diffusion repository: configs, tokenizer and one set of safetensors.
+
+    The configs come first, so that a model of another kind is refused before its weights are fetched.
+    vae, tokenizer: False leaves them out.
+    """
+    parts = ["unet", "text_encoder", *(["vae"] if vae else [])]
+    configs = [f"{part}/config.json" for part in parts]
+    weights = [f"{part}/{weight_file(_BASE[part], variant)}" for part in parts]
+    small = ["model_index.json", "scheduler/scheduler_config.json", *configs]
+    if tokenizer:
+        small += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
+    folder = _fetch(repo, revision, small)
+    if (folder / "unet").is_dir():
+        folder_unet_config(folder)
+    folder = _fetch(repo, revision, [*small, *weights])
+    missing = [name for name in (*configs, *weights) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{_at(repo, revision)} holds no {', '.join(missing)}; expected a Stable Diffusion 1.x folder with "
+            + ("safetensors" if variant is None else f"safetensors of the variant {variant!r}")
+            + ". Pickles (.bin) are not fetched, since reading them can run code. Where the hub cannot be reached, the "
+            "cache may hold a part only"
+        )
+    return folder
 
 
 def fetch_vae(repo: str, variant: str | None) -> Path:
-    """The local folder of an autoencoder's own repository, such as stabilityai/sd-vae-ft-mse, or a model's vae folder."""
-    weights = weight_file("diffusion_pytorch_model", variant)
-    folder = _fetch(repo, None, ["config.json", weights, "vae/config.json", f"vae/{weights}"])
-    return folder / "vae" if (folder / "vae").is_dir() else folder
+    """The local folder of an autoencoder's own repository, such as stabilityai/sd-vae-ft-mse, or a model's vae folder.
+
+    Its weights are the variant's, or where it has none, the plain ones.
+    """
+    for file in dict.fromkeys(weight_file(_BASE["vae"], name) for name in (variant, None)):
+        folder = _fetch(repo, None, ["config.json", file, "vae/config.json", f"vae/{file}"])
+        for found in (folder / "vae", folder):
+            if (found / file).is_file():
+                return found
+    raise ValueError(f"{repo} holds no autoencoder; expected config.json and {file}, or the two in vae/")
 
 
 def fetch_tokenizer() -> Path:
@@ -38,29 +57,47 @@ def fetch_tokenizer() -> Path:
         ) from error
 
 
+_BASE = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+def _at(repo: str, revision: str | None) -> str:
+    return repo if revision is None else f"{repo} at revision {revision}"
+
+
 def _fetch(repo: str, revision: str | None, files: list[str]) -> Path:
     import huggingface_hub
-    from huggingface_hub import errors
 
-    at = repo if revision is None else f"{repo} at revision {revision}"
+    # huggingface_hub.errors has not all of them before 0.25.
+    from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = _at(repo, revision)
     try:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=files))
-    except errors.GatedRepoError as error:
+    except GatedRepoError as error:
         raise ValueError(
-            f"{repo} asks for an account that has accepted its terms: accept them on its page and log in with `hf auth login`."
+            f"{repo} asks for an account that has accepted its terms: "
+            "accept them on its page and log in with `hf auth login`."
         ) from error
-    except errors.RepositoryNotFoundError as error:
+    except RepositoryNotFoundError as error:
         raise ValueError(
             f"there is no model {repo!r} on the hub, and no such file or folder here; check the spelling (owner/name)."
         ) from error
-    except errors.RevisionNotFoundError as error:
+    except RevisionNotFoundError as error:
         raise ValueError(f"the hub has no {at}; leave revision out for the newest one.") from error
-    except errors.HFValidationError as error:
+    except HFValidationError as error:
         raise ValueError(f"{repo!r} is neither a file or folder here nor a hub id (owner/name): {error}") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ValueError(
             f"{at} is not in the hub's cache and the hub cannot be reached (or HF_HUB_OFFLINE is set); "
             "go online once to fetch it, or give a folder or a .safetensors file."
         ) from error
-    except errors.HfHubHTTPError as error:
-        raise ValueError(f"the hub did not give {at}: {error}") from error
+    except Exception as error:  # of an HTTP library, which one depends on the version, or of the disk
+        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the hub did not give {at}: {problem}. Try again; what was fetched is kept") from error

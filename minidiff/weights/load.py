@@ -1,4 +1,5 @@
-"""load(): a model from the hub, a folder or a single file. On the meta device first, then every weight assigned, none left over."""
+"""load(): a model from the hub, a folder or a single file. On the meta device first, then every weight assigned, none
+left over."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..accelerate import compile_unet
 from ..model import Defaults, Model
@@ -18,7 +19,7 @@ from ..networks.vae import VAE
 from ..sampling.schedule import NoiseSchedule
 from .files import PICKLES, Stored, read_tensors, stored_tensors
 from .hub import fetch_model, fetch_tokenizer, fetch_vae
-from .sources import Source, VAESource, file_source, folder_source, vae_from_file, vae_from_folder
+from .sources import Source, VAESource, file_source, folder_source, vae_from_file, vae_from_folder, weight_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,18 +42,22 @@ def load(
 ) -> Model:
     """Load a Stable Diffusion 1.x model from safetensors; pickles are refused.
 
-    source: a hub id ("stable-diffusion-v1-5/stable-diffusion-v1-5"), a folder in that format, or a single .safetensors file in LDM names.
-    tokenizer: a folder with CLIP's tokenizer; a single file carries none, and without this argument it comes from the hub's cache.
+    source: a hub id ("stable-diffusion-v1-5/stable-diffusion-v1-5"), a folder in that format, or a single .safetensors
+        file in LDM names. What exists here is taken before the hub.
+    tokenizer: a folder with CLIP's tokenizer; a single file carries none, and without this argument it comes from the
+        hub's cache.
     vae: another autoencoder: a hub id, a folder or a .safetensors file.
-    prediction_type: "epsilon" or "v_prediction", where the source's scheduler config is silent or wrong (a single file always means epsilon).
-    dtype: what the networks compute in: a torch dtype or "float32", "bfloat16", "float16". None chooses bfloat16 on a CPU with
-        instructions for it, float16 on CUDA, else float32.
+    prediction_type: "epsilon" or "v_prediction", where the source's scheduler config is silent or wrong (a single file
+        always means epsilon).
+    dtype: what the networks compute in: a torch dtype or "float32", "bfloat16", "float16". None chooses bfloat16 on a
+        CPU with instructions for it, float16 on CUDA, else float32.
     device: None is CUDA where there is one, else the CPU.
-    variant: of a folder's or the hub's files, such as "fp16" for model.fp16.safetensors. revision: of the hub's repository.
+    variant: of a folder's or the hub's files, such as "fp16" for model.fp16.safetensors.
+    revision: of the hub's repository: a branch, a tag or a commit.
     compile: run the UNet through torch.compile; the first step of each kind then takes up to minutes.
 
-    Raises ValueError that says what is wrong with the source: missing, unexpected and misshapen keys by name, another kind of model,
-    a damaged file, an unknown hub id, a model that is neither here nor reachable.
+    Raises ValueError that says what is wrong with the source: missing, unexpected and misshapen keys by name, another
+    kind of model, a damaged file, an unknown hub id, a model that is neither here nor reachable.
     """
     device = _device(device)
     dtype = _dtype(dtype, device)
@@ -61,12 +66,18 @@ def load(
     noise = replace(NoiseSchedule.from_config(found.scheduler), steps_offset=1)
     if prediction_type is not None:
         noise = replace(noise, prediction_type=prediction_type)
+    unet, autoencoder = _empty(UNet, found.unet), _empty(VAE, found.vae.config)
     text_shapes = text_encoder_shapes(found.text)
-    unet = _network(UNet, found.unet, "UNet", found.unet_tensors, dtype, device)
-    autoencoder = _network(VAE, found.vae.config, "autoencoder", found.vae.tensors, dtype, device)
-    text_tensors = _read("text encoder", found.text_tensors, text_shapes, dtype, device)
+    _check_states(
+        ("UNet", _shapes(unet), found.unet_tensors),
+        ("autoencoder", _shapes(autoencoder), found.vae.tensors),
+        ("text encoder", text_shapes, found.text_tensors),
+    )
+    text_tensors = read_tensors(found.text_tensors, text_shapes, dtype, device)
     text = load_text_encoder(found.text, text_tensors, found.tokenizer)
     _check_fit(found, text.length, text.width)
+    _fill(unet, found.unet_tensors, dtype, device)
+    _fill(autoencoder, found.vae.tensors, dtype, device)
     given = {
         "vae": vae,
         "tokenizer": tokenizer,
@@ -84,7 +95,7 @@ def load(
         defaults=Defaults.from_config(found.scheduler),
         # A path on this machine means nothing elsewhere: its last part is kept.
         options={
-            key: Path(value).name if Path(value).exists() else str(value)
+            key: Path(value).resolve().name if Path(value).exists() else str(value)
             for key, value in given.items()
             if value is not None
         },
@@ -94,61 +105,90 @@ def load(
 def _find(
     source: str | Path, tokenizer: str | Path | None, vae: VAESource | None, variant: str | None, revision: str | None
 ) -> Source:
+    if not isinstance(source, str | Path):
+        raise ValueError(f"source is {source!r}; expected a hub id, a model folder or a .safetensors file")
     path, folder = Path(source), None if tokenizer is None else Path(tokenizer)
+    local = isinstance(source, Path) or _is_local(path)
+    if local and revision is not None:
+        raise ValueError(f"revision is {revision!r}, but {source} is no hub id; only the hub keeps revisions")
     if path.is_dir():
         return folder_source(path, path.resolve().name, variant, folder, vae)
-    if path.is_file() or path.suffix.lower() in (".safetensors", *PICKLES):
+    if _is_local(path):
         tensors = stored_tensors(path)  # a bad file is named before the tokenizer is looked for
         return file_source(path, tensors, folder or fetch_tokenizer, vae)
-    if isinstance(source, Path):
+    if local:
         raise ValueError(f"{source} is not there; expected a model folder or a .safetensors file")
-    return folder_source(fetch_model(source, revision, variant), source, variant, folder, vae)
+    fetched = fetch_model(str(source), revision, variant, vae=vae is None, tokenizer=folder is None)
+    return folder_source(fetched, str(source), variant, folder, vae)
+
+
+def _is_local(path: Path) -> bool:
+    """Whether it is here, or can only be meant to be a file, not a hub id."""
+    return path.exists() or path.suffix.lower() in (".safetensors", *PICKLES)
 
 
 def _vae(source: str | Path, variant: str | None) -> VAESource:
+    """Another autoencoder. `variant` is the model's: this one need not have it."""
     path = Path(source)
     if path.is_dir():
-        return vae_from_folder(path / "vae" if (path / "vae").is_dir() else path, variant)
-    if path.is_file() or path.suffix.lower() in (".safetensors", *PICKLES):
+        folder = path / "vae" if (path / "vae").is_dir() else path
+    elif _is_local(path):
         return vae_from_file(path)
-    return vae_from_folder(fetch_vae(str(source), variant), variant)
+    elif isinstance(source, Path):
+        raise ValueError(f"vae {source} is not there; expected an autoencoder's folder or .safetensors file")
+    else:
+        folder = fetch_vae(source, variant)
+    has = variant is not None and (folder / weight_file("diffusion_pytorch_model", variant)).is_file()
+    return vae_from_folder(folder, variant if has else None)
 
 
-def _network(
-    kind: Callable[[Config], Network],
-    config: Config,
-    name: str,
-    tensors: Mapping[str, Stored],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Network:
-    with torch.device("meta"):
-        network = kind(config)
-    shapes = {key: value.shape for key, value in network.state_dict().items()}
-    network.load_state_dict(_read(name, tensors, shapes, dtype, device), strict=True, assign=True)
-    return network.eval().requires_grad_(False)
+def _empty(kind: Callable[[Config], Network], config: Config) -> Network:
+    """The network without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except RuntimeError as error:  # torch says so of sizes that no memory holds
+        raise ValueError(f"a network of these sizes cannot be built: {config}: {error}") from error
 
 
-def _read(
-    name: str, tensors: Mapping[str, Stored], shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
-    check_state(name, shapes, tensors)
-    return read_tensors(tensors, shapes, dtype, device)
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in network.state_dict().items()}
+
+
+def _check_states(*networks: tuple[str, Mapping[str, torch.Size], Mapping[str, Stored]]) -> None:
+    """One error for all networks, before any weight is read."""
+    problems = []
+    for name, shapes, tensors in networks:
+        try:
+            check_state(name, shapes, tensors)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype, device: torch.device) -> None:
+    state = read_tensors(tensors, _shapes(network), dtype, device)
+    network.load_state_dict(state, strict=True, assign=True)
+    network.eval().requires_grad_(False)
 
 
 def _check_fit(found: Source, length: int, width: int) -> None:
     """The parts of a model must fit each other, also where one was exchanged."""
     if found.unet.cross_attention_dim != width:
         raise ValueError(
-            f"the UNet reads text {found.unet.cross_attention_dim} wide, the text encoder gives {width}: they are of different models"
+            f"the UNet reads text {found.unet.cross_attention_dim} wide, the text encoder gives {width}: "
+            "they are of different models"
         )
     if found.unet.in_channels != found.vae.config.latent_channels:
         raise ValueError(
-            f"the UNet works on {found.unet.in_channels} channels, the autoencoder on {found.vae.config.latent_channels}: they are of different models"
+            f"the UNet works on {found.unet.in_channels} channels, the autoencoder on "
+            f"{found.vae.config.latent_channels}: they are of different models"
         )
     if length < 3:
         raise ValueError(
-            f"the tokenizer allows {length} tokens, which leaves no room for a word; see model_max_length in tokenizer_config.json"
+            f"the tokenizer allows {length} tokens, which leaves no room for a word; "
+            "see model_max_length in tokenizer_config.json"
         )
 
 
@@ -158,7 +198,7 @@ def _device(device: torch.device | str | None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by the kind of device
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any of these, by the kind of device
         raise ValueError(
             f'device {str(device)!r} cannot be used: {str(error).splitlines()[0]}. Expected such as "cpu" or "cuda"'
         ) from error
@@ -166,7 +206,7 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 
 def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    fast_bf16 = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    fast_bf16 = device.type == "cpu" and _cpu_has_bf16()
     if dtype is None:
         return torch.bfloat16 if fast_bf16 else torch.float16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, str):
@@ -177,7 +217,7 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
         raise ValueError(
             f"dtype {dtype} is not supported; expected one of {', '.join(sorted(set(map(str, DTYPES.values()))))}"
         )
-    if dtype == torch.float16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if dtype == torch.float16 and device.type == "cpu" and not _cpu_has_fp16():
         instead = torch.bfloat16 if fast_bf16 else torch.float32
         # Without kernels a float16 matrix product runs a thousand times slower than a float32 one.
         warnings.warn(
@@ -185,3 +225,11 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
         )
         return instead
     return dtype
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _cpu_has_fp16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()

@@ -1,7 +1,8 @@
-"""Key tables: the names that weight files use, mapped to the names of our modules, which are those of the folder format.
+"""Key tables: the names that weight files use, mapped to those of our modules, which are the folder format's.
 
-Every table maps the path of a module, or the front part of one, in the file to ours; the longest match counts and what follows it stays.
-So the inverse of a table is the way back. The numbers of the LDM names run over a whole side of the network; see weights.md.
+Every table maps the path of a module, or the front part of one, in the file to ours; the longest match counts and what
+follows it stays. So the inverse of a table is the way back. The numbers of the LDM names run over a whole side of the
+network; see weights.md.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,7 +27,12 @@ IGNORED = (
     "lvlb_weights",
     "scale_factor",
 )
-"""Beginnings of keys that hold no weight of a network: the schedule (recomputed exactly), the trainer's state and a second, averaged copy of the UNet."""
+"""Beginnings of keys that hold no weight of a network: the schedule (recomputed exactly), the trainer's state and a
+second, averaged copy of the UNet."""
+
+TEXT_IGNORED = ("position_ids", "text_projection.weight", "logit_scale")
+"""Ends of keys beside a text encoder's weights: 0, 1, ... (corrupted in some merged files), and what CLIP needs to
+compare a text with an image."""
 
 _RESNET = {
     "in_layers.0": "norm1",
@@ -43,14 +49,14 @@ VAE_OLD_ATTENTION = {
     for side in ("encoder", "decoder")
     for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items()
 }
-"""Folders written before 2023 (SD 1.5's fp32 VAE is one) name the four linear layers of the VAE's attention differently."""
+"""Folders written before 2023 (SD 1.5's fp32 VAE is one) name the linear layers of the VAE's attention differently."""
 
 
 def unet_ldm(levels: int = 4, layers: int = 2) -> dict[str, str]:
-    """LDM names of the UNet -> ours, for `levels` resolutions with `layers` resnets each on the way down (SD 1.x: 4 and 2).
+    """LDM names of the UNet -> ours, for `levels` resolutions with `layers` resnets each on the way down.
 
-    `input_blocks` 1.. and `output_blocks` 0.. number the layers of all levels through; a change of resolution has a number of its own
-    on the way down, and shares the number of its level's last layer on the way up.
+    `input_blocks` 1.. and `output_blocks` 0.. number the layers of all levels through; a change of resolution has a
+    number of its own on the way down, and shares the number of its level's last layer on the way up.
     """
     table = {
         "time_embed.0": "time_embedding.linear_1",

@@ -1,5 +1,7 @@
-"""What kind of file is this? Answered from the names and shapes of its tensors, to load SD 1.x and refuse the rest by name."""
+"""What kind of file is this? Answered from the names and shapes of its tensors, to load SD 1.x and refuse the rest by
+name."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,8 +22,6 @@ _BY_PREFIX = (
     ("control_model.", "ControlNet"),
     ("ip_adapter.", "IP-Adapter"),
     ("image_proj.", "IP-Adapter"),
-    ("lora_", "LoRA"),
-    ("text_encoder.text_model.", "LoRA"),
     ("emb_params", "textual inversion embedding"),
     ("string_to_param", "textual inversion embedding"),
 )
@@ -40,18 +40,18 @@ def recognise(shapes: Shapes) -> Kind:
     for prefix, name in _BY_PREFIX:
         if any(key.startswith(prefix) for key in shapes):
             return Kind(name, f"it is a {name}; minidiff makes images with Stable Diffusion 1.x")
-    if any("lora" in key for key in shapes):
-        return Kind("LoRA", "it is a LoRA, which changes a model; load the model itself")
     unet = LDM_PREFIX["unet"]
     if _has(shapes, f"{unet}input_blocks."):
         return _refuse_unet(shapes, f"{unet}input_blocks.0.0.weight") or _checkpoint(shapes)
+    if any("lora" in key or key.startswith("lycoris_") for key in shapes):
+        return Kind("LoRA", "it is a LoRA, which changes a model; load the model itself")
     if "conv_in.weight" in shapes and "time_embedding.linear_1.weight" in shapes:
         if any(key.startswith("controlnet_") for key in shapes):
             return Kind("ControlNet", "it is a ControlNet; minidiff makes images with Stable Diffusion 1.x")
         return _refuse_unet(shapes, "conv_in.weight") or Kind("UNet in the folder format", _alone("a UNet"))
     if any(key.endswith("encoder.conv_in.weight") for key in shapes):
         return Kind("autoencoder (VAE)", _alone("an autoencoder") + ", or pass it as vae=")
-    if any("text_model.encoder.layers" in key for key in shapes):
+    if any(key.endswith("embeddings.token_embedding.weight") for key in shapes):
         return Kind("CLIP text encoder", _alone("a text encoder"))
     if shapes and all(len(shape) <= 2 and shape[-1:] == (768,) for shape in shapes.values()):
         return Kind(
@@ -81,15 +81,14 @@ def refuse_widths(in_channels: int, latent_channels: int, context: int) -> Kind 
 
 
 def _refuse_unet(shapes: Shapes, conv_in: str) -> Kind | None:
-    context = next((shape[-1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), 768)
-    return refuse_widths(shapes.get(conv_in, (0, 4))[1], 4, context)
+    return refuse_widths(_edge(shapes, conv_in, 1, 4), 4, _context(shapes))
 
 
 def _checkpoint(shapes: Shapes) -> Kind:
-    if not any(key.startswith(LDM_PREFIX["vae"]) for key in shapes):
-        return Kind(f"{CHECKPOINT} without an autoencoder", "it holds no autoencoder; pass one with vae=")
-    if not any(key.startswith("cond_stage_model.transformer.") for key in shapes):
+    if not _has(shapes, LDM_PREFIX["text_encoder"]):
         return Kind(f"{CHECKPOINT} without a text encoder", "it holds no text encoder; use the complete checkpoint")
+    if not _has(shapes, LDM_PREFIX["vae"]):
+        return Kind(f"{CHECKPOINT} without an autoencoder", "it holds no autoencoder; pass one with vae=")
     return Kind(CHECKPOINT)
 
 
@@ -99,32 +98,35 @@ def _alone(part: str) -> str:
 
 def ldm_levels(shapes: Shapes) -> tuple[int, int]:
     """(levels, resnets per level) of a UNet in LDM names without prefix, told by where the resolution changes."""
-    downs = sorted(
-        int(key.split(".")[1]) for key in shapes if key.startswith("input_blocks.") and key.endswith(".0.op.weight")
-    )
+    downs = sorted({int(match[1]) for key in shapes if (match := re.match(r"input_blocks\.(\d{1,2})\.0\.op\.", key))})
     if downs:
-        return len(downs) + 1, downs[0] - 1
-    return 1, max(int(key.split(".")[1]) for key in shapes if key.startswith("input_blocks."))
+        return len(downs) + 1, max(downs[0] - 1, 1)
+    return 1, max(_count(shapes, "input_blocks.{}.") - 1, 1)
+
+
+def ldm_vae_levels(shapes: Shapes) -> tuple[int, int]:
+    """(levels, resnets per level) of a VAE in LDM names without prefix; SD 1.x's where the keys do not tell."""
+    return _count(shapes, "encoder.down.{}.") or 4, _count(shapes, "encoder.down.0.block.{}.") or 2
 
 
 def unet_config(shapes: Shapes) -> UNetConfig:
-    """The config of a UNet from its shapes in our names. A tensor that is missing counts as SD 1.x's: the strict check names it later.
+    """The config of a UNet from its shapes in our names. A tensor that is missing counts as SD 1.x's: the strict check
+    names it later.
 
     Tensors do not tell the number of heads nor of groups: SD 1.x's 8 and 32.
     """
-    widths = _widths(shapes, "down_blocks.{}.")
+    widths = _widths("UNet", shapes, "down_blocks.{}.")
     levels = len(widths)
-    context = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), 768)
     linear = any(key.endswith("proj_in.weight") and len(shape) == 2 for key, shape in shapes.items())
     return UNetConfig(
-        in_channels=shapes.get("conv_in.weight", (0, 4))[1],
-        out_channels=shapes.get("conv_out.weight", (4,))[0],
+        in_channels=_edge(shapes, "conv_in.weight", 1, 4),
+        out_channels=_edge(shapes, "conv_out.weight", 0, 4),
         block_out_channels=widths,
         down_attention=tuple(_has(shapes, f"down_blocks.{i}.attentions.") for i in range(levels)),
         up_attention=tuple(_has(shapes, f"up_blocks.{i}.attentions.") for i in range(levels)),
         layers_per_block=tuple(_count(shapes, f"down_blocks.{i}.resnets.{{}}.") for i in range(levels)),
         num_heads=(8,) * levels,
-        cross_attention_dim=context,
+        cross_attention_dim=_context(shapes),
         use_linear_projection=linear,
     )
 
@@ -132,43 +134,60 @@ def unet_config(shapes: Shapes) -> UNetConfig:
 def vae_config(shapes: Shapes) -> VAEConfig:
     """The config of a VAE from its shapes in our names; groups and scaling as in SD 1.x."""
     return VAEConfig(
-        in_channels=shapes.get("encoder.conv_in.weight", (0, 3))[1],
-        out_channels=shapes.get("decoder.conv_out.weight", (3,))[0],
-        latent_channels=shapes.get("post_quant_conv.weight", (4,))[0],
-        block_out_channels=_widths(shapes, "encoder.down_blocks.{}."),
+        in_channels=_edge(shapes, "encoder.conv_in.weight", 1, 3),
+        out_channels=_edge(shapes, "decoder.conv_out.weight", 0, 3),
+        latent_channels=_edge(shapes, "post_quant_conv.weight", 0, 4),
+        block_out_channels=_widths("autoencoder", shapes, "encoder.down_blocks.{}."),
         layers_per_block=_count(shapes, "encoder.down_blocks.0.resnets.{}."),
     )
 
 
 def text_config(shapes: Shapes) -> dict[str, object]:
     """The config.json of a CLIP text encoder from its shapes in the hub's names. Heads are 64 wide in every CLIP."""
-    vocab, width = shapes.get("text_model.embeddings.token_embedding.weight", (49408, 768))
+    width = _edge(shapes, "text_model.embeddings.token_embedding.weight", 1, 768)
     if width % 64:
         raise ValueError(
             f"the text encoder is {width} wide; expected a multiple of 64, the width of a CLIP head (768 in SD 1.x)"
         )
     return {
-        "vocab_size": vocab,
+        "vocab_size": _edge(shapes, "text_model.embeddings.token_embedding.weight", 0, 49408),
         "hidden_size": width,
-        "intermediate_size": shapes.get("text_model.encoder.layers.0.mlp.fc1.weight", (4 * width,))[0],
+        "intermediate_size": _edge(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", 0, 4 * width),
         "num_hidden_layers": _count(shapes, "text_model.encoder.layers.{}."),
         "num_attention_heads": width // 64,
-        "max_position_embeddings": shapes.get("text_model.embeddings.position_embedding.weight", (77,))[0],
+        "max_position_embeddings": _edge(shapes, "text_model.embeddings.position_embedding.weight", 0, 77),
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
     }
 
 
-def _widths(shapes: Shapes, level: str) -> tuple[int, ...]:
+def _widths(network: str, shapes: Shapes, level: str) -> tuple[int, ...]:
     """Channels that come out of the first resnet of every level; each of several tensors tells them."""
     widths: list[int] = []
     while True:
         resnet = f"{level.format(len(widths))}resnets.0."
         keys = (f"{resnet}{tensor}" for tensor in ("conv1.weight", "conv2.weight", "norm2.weight", "conv1.bias"))
-        width = next((shapes[key][0] for key in keys if key in shapes), None)
+        width = next((_edge(shapes, key, 0, 0) for key in keys if key in shapes), None)
         if width is None:
-            return tuple(widths)
+            break
         widths.append(width)
+    if not widths or any(width == 0 or width % 32 for width in widths):
+        raise ValueError(
+            f"the levels of the {network} are {widths} wide; expected multiples of 32, since tensors do not tell the "
+            "number of groups (32 in SD 1.x). Another model is read from a folder, where the configs tell"
+        )
+    return tuple(widths)
+
+
+def _context(shapes: Shapes) -> int:
+    """Width of the text that a UNet reads."""
+    return next((_edge(shapes, key, 1, 768) for key in shapes if key.endswith("attn2.to_k.weight")), 768)
+
+
+def _edge(shapes: Shapes, key: str, axis: int, default: int) -> int:
+    """An edge of a tensor, SD 1.x's where there is none of a sensible length: the strict check names it later."""
+    shape = shapes.get(key, ())
+    return shape[axis] if axis < len(shape) and 0 < shape[axis] < 2**20 else default
 
 
 def _count(shapes: Shapes, prefix: str) -> int:

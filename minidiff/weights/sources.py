@@ -1,4 +1,5 @@
-"""Where a model comes from: a folder, a single file or the hub, each laid out as the same description of parts. No weight is read here."""
+"""Where a model comes from: a folder, a single file or the hub, each laid out as the same description of parts. No
+weight is read here."""
 
 import json
 import warnings
@@ -9,8 +10,17 @@ from pathlib import Path
 from ..networks.config import UNetConfig, VAEConfig
 from ..sampling.schedule import SD15_SCHEDULER_CONFIG
 from .files import PICKLES, Stored, how_to_convert, stored_tensors
-from .names import IGNORED, LDM_PREFIX, VAE_OLD_ATTENTION, rename, unet_ldm, vae_ldm
-from .recognise import CHECKPOINT, ldm_levels, recognise, refuse_widths, text_config, unet_config, vae_config
+from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED, VAE_OLD_ATTENTION, rename, unet_ldm, vae_ldm
+from .recognise import (
+    CHECKPOINT,
+    ldm_levels,
+    ldm_vae_levels,
+    recognise,
+    refuse_widths,
+    text_config,
+    unet_config,
+    vae_config,
+)
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -43,20 +53,10 @@ def folder_source(
     folder: Path, name: str, variant: str | None, tokenizer: Path | None, vae: VAESource | None
 ) -> Source:
     """A folder in the Stable Diffusion format: unet/, vae/, text_encoder/, tokenizer/, scheduler/."""
-    if not (folder / "unet").is_dir():
-        raise ValueError(
-            f"{folder} has no unet/; expected a Stable Diffusion folder with unet, vae, text_encoder, tokenizer and scheduler"
-        )
-    unet = _read_json(folder / "unet" / "config.json")
-    config_in, config_context = unet.get("in_channels"), unet.get("cross_attention_dim")
-    if isinstance(config_in, int) and isinstance(config_context, int):
-        refusal = refuse_widths(config_in, 4, config_context)
-        if refusal is not None:
-            raise ValueError(f"{folder} cannot be loaded: {refusal.problem}")
     return Source(
         name=name,
         path=folder,
-        unet=UNetConfig.from_dict(unet),
+        unet=folder_unet_config(folder),
         unet_tensors=_folder_tensors(folder / "unet", "diffusion_pytorch_model", variant),
         vae=vae or vae_from_folder(folder / "vae", variant),
         text=_read_json(folder / "text_encoder" / "config.json"),
@@ -64,6 +64,32 @@ def folder_source(
         tokenizer=tokenizer or folder / "tokenizer",
         scheduler=_read_json(folder / "scheduler" / "scheduler_config.json"),
     )
+
+
+def folder_unet_config(folder: Path) -> UNetConfig:
+    """What a folder's UNet is. ValueError where it is of another kind, which this one file tells."""
+    if not (folder / "unet").is_dir():
+        raise ValueError(
+            f"{folder} has no unet/{_class_name(folder)}; "
+            "expected a Stable Diffusion folder with unet, vae, text_encoder, tokenizer and scheduler"
+        )
+    config = _read_json(folder / "unet" / "config.json")
+    channels, context = config.get("in_channels"), config.get("cross_attention_dim")
+    if isinstance(channels, int) and isinstance(context, int):
+        refusal = refuse_widths(channels, 4, context)
+        if refusal is not None:
+            raise ValueError(f"{folder} cannot be loaded: {refusal.problem}")
+    return UNetConfig.from_dict(config)
+
+
+def _class_name(folder: Path) -> str:
+    """In brackets, what the folder says it is; nothing where it says nothing."""
+    for file in ("model_index.json", "config.json"):
+        try:
+            return f" (its {file} says {_read_json(folder / file)['_class_name']!r})"
+        except (ValueError, KeyError):
+            continue
+    return ""
 
 
 def file_source(
@@ -83,7 +109,7 @@ def file_source(
     if foreign:
         warnings.warn(
             f"{path.name} holds {len(foreign)} tensors that are no part of Stable Diffusion 1.x: {_some(foreign)}",
-            stacklevel=2,
+            stacklevel=4,  # load's caller
         )
     table = unet_ldm(*ldm_levels(_shapes(parts["unet"])))
     unet_tensors = {rename(key, table): tensor for key, tensor in parts["unet"].items()}
@@ -93,7 +119,7 @@ def file_source(
         path=path,
         unet=unet_config(_shapes(unet_tensors)),
         unet_tensors=unet_tensors,
-        vae=vae or _ldm_vae(parts["vae"]),
+        vae=vae or _vae_by_shape(parts["vae"]),
         text=text_config(_shapes(text_tensors)),
         text_tensors=text_tensors,
         tokenizer=tokenizer() if callable(tokenizer) else tokenizer,
@@ -105,7 +131,8 @@ def vae_from_folder(folder: Path, variant: str | None) -> VAESource:
     """An autoencoder's own folder: config.json and its weights, in the names of any year."""
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder} has no config.json: this model comes without an autoencoder; expected one there, or one passed as vae="
+            f"{folder} has no config.json: this model comes without an autoencoder; expected one there, or one passed "
+            "as vae="
         )
     tensors = _folder_tensors(folder, "diffusion_pytorch_model", variant)
     renamed = {rename(key, VAE_OLD_ATTENTION): tensor for key, tensor in tensors.items()}
@@ -113,33 +140,32 @@ def vae_from_folder(folder: Path, variant: str | None) -> VAESource:
 
 
 def vae_from_file(path: Path) -> VAESource:
-    """An autoencoder in one file: LDM names with or without prefix, a whole checkpoint, or the folder format's names."""
+    """An autoencoder in a file: LDM names with or without prefix, a whole checkpoint, or the folder's names."""
     tensors = stored_tensors(path)
-    inside = _under(tensors, LDM_PREFIX["vae"]) or {key: t for key, t in tensors.items() if not key.startswith(IGNORED)}
+    inside = _under(tensors, LDM_PREFIX["vae"]) or tensors
     if not any(key.startswith("decoder.") for key in inside):
         raise ValueError(
             f"{path} holds no autoencoder; expected keys such as decoder.conv_in.weight, found {_some(list(tensors))}"
         )
-    if any(key.startswith("encoder.down_blocks.") for key in inside):
-        renamed = {rename(key, VAE_OLD_ATTENTION): tensor for key, tensor in inside.items()}
-        return VAESource(vae_config(_shapes(renamed)), renamed)
-    return _ldm_vae(inside)
+    return _vae_by_shape(inside)
 
 
-def _ldm_vae(tensors: Mapping[str, Stored]) -> VAESource:
-    levels = 1 + max((int(key.split(".")[2]) for key in tensors if key.startswith("encoder.down.")), default=3)
-    layers = 1 + max((int(key.split(".")[4]) for key in tensors if key.startswith("encoder.down.0.block.")), default=1)
-    table = vae_ldm(levels, layers)
-    renamed = {rename(key, table): tensor for key, tensor in tensors.items()}
+def _vae_by_shape(tensors: Mapping[str, Stored]) -> VAESource:
+    """An autoencoder without a config, its tensors by LDM names without prefix or by the folder's."""
+    table = VAE_OLD_ATTENTION
+    if not any(key.startswith("encoder.down_blocks.") for key in tensors):
+        table = vae_ldm(*ldm_vae_levels(_shapes(tensors)))
+    # Some carry the loss that they were trained with, a network of its own.
+    renamed = {rename(key, table): tensor for key, tensor in tensors.items() if not key.startswith(IGNORED)}
     return VAESource(vae_config(_shapes(renamed)), renamed)
 
 
 def _text_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """With the prefix that some merged files lack, without position_ids, which some hold corrupted (they are 0, 1, ... always)."""
+    """With the prefix that merged files and transformers >= 5.6 leave out, without what is no weight of the encoder."""
     return {
         key if key.startswith("text_model.") else f"text_model.{key}": tensor
         for key, tensor in tensors.items()
-        if not key.endswith("position_ids")
+        if not key.endswith(TEXT_IGNORED)
     }
 
 
@@ -151,9 +177,13 @@ def _folder_tensors(folder: Path, base: str, variant: str | None) -> dict[str, S
     others = [name for name in found if name.endswith(".safetensors")]
     pickles = [name for name in found if name.endswith(PICKLES)]
     if others:
-        mend = f'there is {", ".join(others)}; a name such as {base}.fp16.safetensors is asked for with variant="fp16"'
+        mend = (
+            f"there is {', '.join(others)}; "
+            f'variant="fp16" asks for {base}.fp16.safetensors, no variant for {base}.safetensors'
+        )
     elif pickles:
-        mend = f"there is only {pickles[0]}, a pickle, which can run code when it is read. {how_to_convert(folder / pickles[0])}"
+        recipe = how_to_convert(folder / pickles[0], path.name)
+        mend = f"there is only {pickles[0]}, a pickle, which can run code when it is read. {recipe}"
     else:
         mend = f"the folder holds {', '.join(found) or 'nothing'}"
     raise ValueError(f"{path} is not there; {mend}")

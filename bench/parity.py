@@ -1,0 +1,253 @@
+"""Parity: every part of minidiff against diffusers on the same weights and inputs, in float32.
+
+Nothing is timed here but the whole: what each implementation costs is another benchmark's business.
+"""
+
+import argparse
+import gc
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidiff.networks.unet import UNet
+from minidiff.sampling import SAMPLERS, SD15_SCHEDULER_CONFIG, NoiseSchedule, Schedule, sample
+
+from .images import image_rows
+from .machine import print_header
+from .models import SD15, TINY, Config, text_dict, unet_dict, vae_dict, write_folder
+from .reference import (
+    COMPARED,
+    reference_context,
+    reference_scheduler,
+    relative_error,
+    text_pair,
+    unet_pair,
+    vae_pair,
+)
+from .table import Row, finish, print_head, print_row
+
+BOUND = 1e-5
+SIGMA_BOUND = 1e-6
+STEPS = 20
+Grid = tuple[int, int]
+GRIDS = ((64, 64), (48, 80))
+"""Latent grids of the full-size rows: 512 x 512 pixels, and 640 wide x 384 high."""
+
+SMALL_UNETS: tuple[tuple[str, Config, Grid], ...] = (
+    ("square", TINY.unet, (16, 16)),
+    (
+        "odd grid, layers 1 2 1",
+        unet_dict([32, 48, 64], [True, True, False], heads=4, groups=16, layers=[1, 2, 1]),
+        (9, 14),
+    ),
+    (
+        "plain first, linear, heads 2 4 6",
+        unet_dict([32, 64, 96], [False, True, True], heads=[2, 4, 6], context=48, groups=8, linear=True),
+        (12, 20),
+    ),
+)
+SMALL_VAES: tuple[tuple[str, Config, Grid], ...] = (
+    ("square", TINY.vae, (8, 8)),
+    ("non-square", vae_dict([32, 48, 64, 64], groups=16), (5, 9)),
+    ("2 levels, 1 layer", vae_dict([16, 24], layers=1, groups=8), (12, 7)),
+)
+PROMPTS = [
+    "",
+    "a photo of a cat",
+    "Café  au\nlait, 2024 (highly detailed)!",
+    "a 🐱 in İstanbul",
+    "An old lighthouse, " * 30,
+]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `python -m bench parity`."""
+    parser.add_argument(
+        "--full", action="store_true", help="UNet, VAE and text encoder at SD 1.5's size, instead of small"
+    )
+    parser.add_argument("--only", nargs="+", choices=[*SMALL, *FULL], metavar="PART", help=f"of {', '.join(SMALL)}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one row per part; 1 where one is out of its bound."""
+    parts = FULL if args.full else SMALL
+    only = list(parts) if args.only is None else args.only
+    if not set(only) <= set(parts):
+        raise ValueError(f"--only {' '.join(only)}; with --full expected some of {', '.join(FULL)}")
+    threads = torch.get_num_threads()
+    if not args.full:
+        torch.set_num_threads(1)  # two threads on two busy cores wait for each other: small networks run 10 x slower
+    try:
+        return finish(_printed({name: parts[name] for name in only}, args.full), args.json)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _printed(parts: dict[str, Callable[[], Iterator[Row]]], full: bool) -> list[Row]:
+    facts = {"dtype": "float32", "weights": "random, the same in both", "threads": str(torch.get_num_threads())}
+    print_header(f"parity with diffusers, {'full SD 1.5 size' if full else 'small models'}", facts)
+    print("Seconds are those of making the weights and of both implementations: this compares numbers, not speed.")
+    if "images" in parts:
+        print(
+            "contrast: how far the image is, in 1/255, from one without the option (for a sampler: of another prompt)."
+        )
+    print_head()
+    started, rows = time.perf_counter(), []
+    for name, part in parts.items():
+        before = time.perf_counter()
+        for row in part():
+            print_row(row)
+            rows.append(row)
+        gc.collect()  # one part's weights go before the next part's come
+        print(f"  {name}: {time.perf_counter() - before:.1f} s")
+    print(f"all: {time.perf_counter() - started:.1f} s")
+    return rows
+
+
+@torch.no_grad()
+def unet_rows(name: str, config: Config, grids: Sequence[Grid], batch: int) -> Iterator[Row]:
+    """eps of one UNet on each latent grid, at another timestep for each image of the batch."""
+    ours, theirs = unet_pair(config)
+    for grid in grids:
+        x, context, t = unet_inputs(ours, grid, batch)
+        expected = theirs(x, t, encoder_hidden_states=context, return_dict=False)[0]
+        yield Row(f"unet, {name}", shape(x), relative_error(unet_output(ours, x, t, context), expected), BOUND)
+
+
+def unet_inputs(unet: UNet, grid: Grid, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, context and timesteps from a fixed seed."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(batch, unet.config.in_channels, *grid, generator=generator)
+    context = torch.randn(batch, 77, unet.config.cross_attention_dim, generator=generator)
+    return x, context, torch.tensor([981, 21, 500, 1][:batch])
+
+
+def unet_output(unet: UNet, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    """eps, which is there whenever nothing asks the UNet to stop early."""
+    eps, _ = unet(x, t, context)
+    assert eps is not None
+    return eps
+
+
+@torch.no_grad()
+def vae_rows(name: str, config: Config, grids: Sequence[Grid], batch: int) -> Iterator[Row]:
+    """Encoding to the mean and to a sample with the same noise, and decoding, of one autoencoder."""
+    ours, theirs = vae_pair(config)
+    for grid in grids:
+        generator = torch.Generator().manual_seed(7)
+        images = torch.rand(batch, 3, *(n * ours.config.factor for n in grid), generator=generator) * 2 - 1
+        z, noise = (torch.randn(batch, 4, *grid, generator=torch.Generator().manual_seed(seed)) for seed in (5, 3))
+        expected = theirs.encode(images).latent_dist
+        yield Row(f"vae encode, mean, {name}", shape(images), relative_error(ours.encode(images), expected.mean), BOUND)
+        sampled = expected.sample(torch.Generator().manual_seed(3))  # draws our noise
+        error = relative_error(ours.encode(images, noise), sampled)
+        yield Row(f"vae encode, sampled, {name}", shape(images), error, BOUND)
+        decoded = theirs.decode(z, return_dict=False)[0]
+        yield Row(f"vae decode, {name}", shape(z), relative_error(ours.decode(z), decoded), BOUND)
+
+
+@torch.no_grad()
+def text_rows(name: str, config: Config) -> Iterator[Row]:
+    """Contexts of short, odd and too long prompts, without clip_skip and with it."""
+    ours, pipeline = text_pair(config)
+    for clip_skip in (None, 1, 2):
+        expected = reference_context(pipeline, PROMPTS, clip_skip)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*the text encoder reads", category=UserWarning)
+            found = ours.encode(PROMPTS, clip_skip)
+        mended = "" if clip_skip is None else "diffusers mended, #14124"
+        yield Row(
+            f"text, {name}, clip_skip {clip_skip}", shape(found), relative_error(found, expected), BOUND, note=mended
+        )
+
+
+def sampler_rows(name: str, steps: int = STEPS) -> Iterator[Row]:
+    """Timesteps, sigmas and the latents after every step of one sampler, for an analytic network."""
+    noise, sampler = NoiseSchedule.from_config(SD15_SCHEDULER_CONFIG), SAMPLERS[name]()
+    schedule, scheduler = sampler.schedule(noise, steps), reference_scheduler(name, SD15_SCHEDULER_CONFIG, steps)
+    calls = f"{steps} steps, {len(schedule.index)} calls"
+    late = (schedule.timesteps.double() - scheduler.timesteps.double()).abs().max().item()
+    yield Row(f"sampler {name}, timesteps", calls, late, 0.0, "max|diff|")
+    yield Row(f"sampler {name}, sigmas", calls, _sigma_error(schedule, scheduler), SIGMA_BOUND)
+    start = torch.randn(2, 4, 9, 16, generator=torch.Generator().manual_seed(0))
+    draws = torch.Generator().manual_seed(5)
+    run = sample(
+        lambda x, t: (analytic(x, t), {}),
+        start,
+        schedule,
+        sampler,
+        noise=lambda: torch.randn(start.shape, generator=draws),
+    )
+    found = [step.latents for step in run]
+    expected = [path for path, last in zip(_path(scheduler, start), _last_calls(schedule), strict=True) if last]
+    worst = max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
+    yield Row(f"sampler {name}, trajectory", f"{shape(start)} x {len(found)}", worst, BOUND)
+
+
+def analytic(x: Tensor, t: Tensor) -> Tensor:
+    """Stands for the UNet in the sampler rows: nonlinear, different at every timestep."""
+    return torch.tanh(0.7 * x + t / 800) + 0.2 * torch.cos(3 * x - t / 300)
+
+
+def _path(scheduler: Any, start: Tensor) -> Iterator[Tensor]:
+    """Latents after each of diffusers' calls."""
+    x, given = start * scheduler.init_noise_sigma, {}
+    if "generator" in scheduler.step.__code__.co_varnames:
+        given = {"generator": torch.Generator().manual_seed(5)}
+    for t in scheduler.timesteps:
+        x = scheduler.step(analytic(scheduler.scale_model_input(x, t), t.float()), t, x, **given).prev_sample
+        yield x
+
+
+def _last_calls(schedule: Schedule) -> list[bool]:
+    """Which calls end a step: the first of PNDM's two calls for step 0 does not."""
+    return [a != b for a, b in zip(schedule.index, [*schedule.index[1:], -1], strict=True)]
+
+
+def _sigma_error(schedule: Schedule, scheduler: Any) -> float:
+    """max |diff| / (1 + |ref|): relative for large sigmas, absolute for small ones.
+
+    DDIM and PNDM of diffusers keep no sigmas: theirs are those of its alphas_cumprod.
+    """
+    sigmas = schedule.sigmas
+    if hasattr(scheduler, "sigmas"):
+        sigmas, expected = torch.tensor([*sigmas.tolist(), schedule.spans[-1][1]]), scheduler.sigmas
+    else:
+        abar = scheduler.alphas_cumprod[scheduler.timesteps]
+        expected = ((1 - abar) / abar) ** 0.5
+    return ((sigmas.double() - expected.double()).abs() / (1 + expected.double().abs())).max().item()
+
+
+def shape(x: Tensor) -> str:
+    """Such as "2x4x64x64"."""
+    return "x".join(map(str, x.shape))
+
+
+def _small_images() -> Iterator[Row]:
+    with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
+        yield from image_rows(write_folder(Path(folder) / "tiny", TINY))
+
+
+def _each(parts: Callable[[], Iterator[Iterator[Row]]]) -> Callable[[], Iterator[Row]]:
+    return lambda: (row for rows in parts() for row in rows)
+
+
+SMALL: dict[str, Callable[[], Iterator[Row]]] = {
+    "unet": _each(lambda: (unet_rows(name, config, [grid], 2) for name, config, grid in SMALL_UNETS)),
+    "vae": _each(lambda: (vae_rows(name, config, [grid], 2) for name, config, grid in SMALL_VAES)),
+    "text": lambda: text_rows("small", text_dict(64, 256, 3, 4)),
+    "samplers": _each(lambda: (sampler_rows(name) for name in COMPARED)),
+    "images": _small_images,
+}
+FULL: dict[str, Callable[[], Iterator[Row]]] = {
+    "unet": lambda: unet_rows("SD 1.5", SD15.unet, GRIDS, 1),
+    "vae": lambda: vae_rows("SD 1.5", SD15.vae, GRIDS, 1),
+    "text": lambda: text_rows("SD 1.5", SD15.text),
+}
+"""Part -> its rows, made when they are asked for."""

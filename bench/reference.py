@@ -1,0 +1,123 @@
+"""diffusers as the reference: its networks over minidiff's own weights, its schedulers, its pipeline.
+
+The weights are shared, not copied: both implementations hold the same tensors, so that a full-size UNet fits once.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor
+
+transformers.logging.set_verbosity_error()  # before diffusers, whose import makes transformers talk about torchvision
+transformers.logging.disable_progress_bar()
+import diffusers  # noqa: E402
+
+import minidiff  # noqa: E402
+from minidiff.networks.config import UNetConfig, VAEConfig  # noqa: E402
+from minidiff.networks.text import TextEncoder, load_text_encoder, text_encoder_shapes  # noqa: E402
+from minidiff.networks.unet import UNet  # noqa: E402
+from minidiff.networks.vae import VAE  # noqa: E402
+
+from .models import TOKENIZER, Config, random_weights, unet_shapes, vae_shapes  # noqa: E402
+
+diffusers.utils.logging.set_verbosity_error()  # it logs every truncated prompt and every unused config key
+diffusers.utils.logging.disable_progress_bar()
+
+THEIRS: Mapping[str, Any] = {
+    "ddim": diffusers.DDIMScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "lms": diffusers.LMSDiscreteScheduler,
+    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+}
+COMPARED = tuple(name for name in minidiff.sampling.SAMPLERS if name != "euler_ancestral_karras")
+"""The samplers that diffusers has too. Its Euler ancestral knows no Karras sigmas."""
+
+
+def relative_error(found: Tensor | NDArray[Any], expected: Tensor | NDArray[Any]) -> float:
+    """max |found - expected| / max |expected|; infinite where the shapes differ, NaN where either holds one."""
+    a, b = (torch.as_tensor(value).detach().double() for value in (found, expected))
+    if a.shape != b.shape:
+        return float("inf")
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def unet_pair(config: Config, seed: int = 0) -> tuple[UNet, Any]:
+    """Our UNet and UNet2DConditionModel with the same random weights."""
+    weights = random_weights(unet_shapes(config), seed)
+    with torch.device("meta"):
+        ours, theirs = UNet(UNetConfig.from_dict(config)), diffusers.UNet2DConditionModel.from_config(dict(config))
+    return _filled(ours, weights), _filled(theirs, weights)
+
+
+def vae_pair(config: Config, seed: int = 0) -> tuple[VAE, Any]:
+    """Our autoencoder and AutoencoderKL with the same random weights."""
+    weights = random_weights(vae_shapes(config), seed)
+    with torch.device("meta"):
+        ours, theirs = VAE(VAEConfig.from_dict(config)), diffusers.AutoencoderKL.from_config(dict(config))
+    return _filled(ours, weights), _filled(theirs, weights)
+
+
+def text_pair(config: Config, tokenizer: Path = TOKENIZER, seed: int = 0) -> tuple[TextEncoder, Any]:
+    """Our text encoder and a StableDiffusionPipeline that holds nothing but its own, with the same random weights."""
+    weights = random_weights(text_encoder_shapes(config), seed)
+    theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**dict(config)))
+    prefix = "" if next(iter(theirs.state_dict())).startswith("text_model.") else "text_model."
+    _filled(theirs, {key.removeprefix(prefix): value for key, value in weights.items()})
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=None,
+        text_encoder=theirs,
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(str(tokenizer)),
+        unet=None,
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    mend_clip_skip(pipeline)
+    return load_text_encoder(config, weights, tokenizer), pipeline
+
+
+def pipeline_pair(folder: Path) -> tuple[minidiff.Model, Any]:
+    """The folder as minidiff and as diffusers load it, in float32 on the CPU."""
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        str(folder), safety_checker=None, requires_safety_checker=False, dtype=torch.float32, local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    mend_clip_skip(pipeline)
+    return minidiff.load(folder, dtype="float32", device="cpu"), pipeline
+
+
+def mend_clip_skip(pipeline: Any) -> None:
+    """Let diffusers' own clip_skip code run with transformers >= 5.6, in which CLIPTextModel lost its `text_model`.
+
+    huggingface/diffusers#14124: the code looks for text_encoder.text_model.final_layer_norm and fails with an
+    AttributeError; the norm is now one level higher. Set past nn.Module, which would make the encoder its own child.
+    """
+    if not hasattr(pipeline.text_encoder, "text_model"):
+        pipeline.text_encoder.__dict__["text_model"] = pipeline.text_encoder
+
+
+def reference_context(pipeline: Any, prompts: list[str], clip_skip: int | None) -> Tensor:
+    """diffusers' context [B,L,D] of the prompts. It skips layers for the prompt only; called so, for negatives too."""
+    context: Tensor = pipeline.encode_prompt(prompts, "cpu", 1, False, clip_skip=clip_skip)[0]
+    return context
+
+
+def reference_scheduler(name: str, config: Config, steps: int | None = None) -> Any:
+    """diffusers' scheduler for one of our sampler names, made from a model's scheduler config as a user would."""
+    settings = {**config, **({"use_karras_sigmas": True} if name.endswith("_karras") else {})}
+    scheduler = THEIRS[name.removesuffix("_karras")].from_config(settings)
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def _filled(network: Any, weights: Mapping[str, Tensor]) -> Any:
+    network.load_state_dict(weights, strict=True, assign=True)
+    return network.eval().requires_grad_(False)

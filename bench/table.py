@@ -1,0 +1,61 @@
+"""Rows of a benchmark that has bounds: a number, what it may be at most, and whether it is."""
+
+import json
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .machine import machine, versions
+
+RELATIVE = "max|diff| / max|ref|"
+LEVELS = "1/255"
+
+
+@dataclass(frozen=True)
+class Row:
+    """`value` in `unit` must not exceed `bound`. `shape` says on what; `note` is what a reader should also know."""
+
+    part: str
+    shape: str
+    value: float
+    bound: float
+    unit: str = RELATIVE
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """False also for NaN."""
+        return self.value <= self.bound
+
+
+def print_row(row: Row) -> None:
+    """One line, as soon as it is known."""
+    verdict = "ok" if row.ok else "OUT"
+    value = f"{row.value:.2e}" if row.unit == RELATIVE else f"{row.value:.3g}"
+    note = f"  ({row.note})" if row.note else ""
+    print(f"{row.part:<38} {row.shape:<24} {value:>9} {row.bound:>8.3g}  {verdict:<3}  {row.unit}{note}", flush=True)
+
+
+def print_head() -> None:
+    """The line above the rows."""
+    print(f"{'part':<38} {'shape':<24} {'value':>9} {'bound':>8}  {'':<3}  unit")
+
+
+def finish(rows: Iterable[Row], path: str | None) -> int:
+    """Print the verdict, write the rows to `path` as JSON, return the exit code: 1 where a row is out of its bound."""
+    rows = list(rows)
+    wrong = [row for row in rows if not row.ok]
+    print(f"\n{len(rows) - len(wrong)} of {len(rows)} rows within their bounds" + (", OUT:" if wrong else ""))
+    for row in wrong:
+        print_row(row)
+    if path is not None:
+        found = {"machine": machine(), "versions": versions(), "arguments": sys.argv[1:]}
+        # JSON has no NaN: such a value is null, and the row is not ok
+        values = [
+            {**asdict(row), "value": row.value if math.isfinite(row.value) else None, "ok": row.ok} for row in rows
+        ]
+        Path(path).write_text(json.dumps({**found, "rows": values}, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {path}")
+    return 1 if wrong or not rows else 0

@@ -1,0 +1,125 @@
+"""The flags of the command line. Names are long, and those of generate()'s and load()'s arguments."""
+
+import argparse
+from importlib.metadata import version
+from typing import NoReturn
+
+from .infotext import SAMPLERS
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong flag as any other bad argument: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Its namespace has `command` and the flags, None (for PROMPT: []) where one is not given and generate() decides.
+
+    parse_args raises ValueError for a wrong flag.
+    """
+    top = _Parser(prog="minidiff", description="Stable Diffusion 1.5 in plain PyTorch.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"minidiff {version('minidiff')}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    text = "make images from text"
+    generate = commands.add_parser("generate", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
+    _add_image_flags(generate)
+    _add_sampling_flags(generate)
+    _add_model_flags(generate)
+    text = "show what made a PNG, or what a weight file or model folder holds and whether it loads"
+    info = commands.add_parser("info", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
+    info.add_argument("source", metavar="FILE_OR_MODEL", help="a PNG, a .safetensors file, a model folder or a hub id")
+    info.add_argument("--variant", help="of the weight files in a folder or on the hub, such as fp16")
+    info.add_argument("--revision", help="branch, tag or commit on the hub")
+    info.add_argument("--json", action="store_true", help="print JSON, with every key that is missing or misshapen")
+    return top
+
+
+def _add_image_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompt", nargs="*", metavar="PROMPT", help="what the image shows; several prompts make a batch")
+    add(
+        "--negative-prompt",
+        action="append",
+        metavar="TEXT",
+        help="what to avoid; once for all prompts, or once for each",
+    )
+    add("--width", type=int, metavar="PIXELS", help="a multiple of 8 (default: what the model was trained on, 512)")
+    add("--height", type=int, metavar="PIXELS", help="likewise")
+    add(
+        "--seed",
+        type=_seed,
+        metavar="N[,N...]",
+        help="of the first image, the next ones count on; or one per image (default: drawn)",
+    )
+    add("--images", dest="images_per_prompt", type=int, metavar="N", default=1, help="images per prompt (default: 1)")
+    add(
+        "--out",
+        metavar="PATH",
+        default=".",
+        help="a .png file or a folder (default: here); never overwrites, a taken name gets a number",
+    )
+    add("--no-metadata", action="store_true", help="write no parameters into the PNG")
+    add(
+        "--from",
+        dest="png",
+        metavar="PNG",
+        help="take the arguments from a PNG of minidiff or A1111; flags that are given override them",
+    )
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("sampling").add_argument
+    add("--steps", type=int, metavar="N", help="default: the model's, 50")
+    add("--timesteps", type=_numbers, metavar="T,T,...", help="descending from 999, instead of --steps")
+    add("--sigmas", type=_numbers, metavar="S,S,...", help="descending to 0, one more than steps, instead of --steps")
+    add(
+        "--guidance-scale",
+        type=float,
+        metavar="W",
+        help="how much the prompt counts; 1 turns guidance off (default: the model's, 7.5)",
+    )
+    add("--guidance-rescale", type=float, metavar="R", help="0 to 1, against overexposure at large scales (default: 0)")
+    add(
+        "--clip-skip",
+        type=int,
+        metavar="N",
+        help="leave out the last N layers of the text encoder (A1111's number less one)",
+    )
+    add("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: the model's)")
+    add("--karras", action=argparse.BooleanOptionalAction, help="the noise levels of Karras et al. 2022")
+    add(
+        "--spacing",
+        metavar="NAME",
+        help="where the timesteps lie: leading, linspace or trailing (default: the sampler's)",
+    )
+    add("--eta", type=float, metavar="E", help="0 to 1, fresh noise in every step of ddim (default: 0)")
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="SOURCE", help="a hub id, a model folder or a .safetensors file")
+    add("--variant", metavar="NAME", help="of the weight files in a folder or on the hub, such as fp16")
+    add("--revision", metavar="NAME", help="branch, tag or commit on the hub")
+    add("--vae", metavar="SOURCE", help="another autoencoder: a hub id, a folder or a .safetensors file")
+    add("--tokenizer", metavar="FOLDER", help="CLIP's tokenizer, for a single file when the hub's cache has none")
+    add("--prediction-type", metavar="NAME", help="epsilon or v_prediction, where the model does not say")
+    add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what the device is fast at)")
+    add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
+    add("--compile", action="store_true", help="torch.compile: a slow first step, then faster ones")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected numbers with commas between them") from None
+
+
+def _seed(text: str) -> int | list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number, or several with commas") from None
+    return seeds if len(seeds) > 1 else seeds[0]

@@ -1,0 +1,391 @@
+"""What a model source holds and whether it would load, from configs and headers alone: 4 GB answer at once."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..model import Defaults
+from ..networks.config import UNetConfig, VAEConfig, check_state
+from ..networks.text import load_tokenizer, text_encoder_shapes
+from ..networks.unet import UNet
+from ..networks.vae import VAE
+from ..sampling.schedule import NoiseSchedule
+from .files import PICKLES, Stored, stored_tensors
+from .hub import fetch_model
+from .load import _check_fit
+from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED
+from .recognise import CHECKPOINT, Kind, recognise, refuse_widths, text_config, unet_config
+from .sources import (
+    CLIP_TOKENIZER,
+    TOKENIZER_FILES,
+    Source,
+    VAESource,
+    _folder_tensors,
+    _read_json,
+    _text_tensors,
+    file_source,
+    folder_source,
+    folder_unet_config,
+    vae_from_file,
+    vae_from_folder,
+)
+
+Tensors = Mapping[str, Stored]
+Shapes = Mapping[str, tuple[int, ...]]
+
+FOLDER = "Stable Diffusion 1.x folder"
+_NAMES = {"unet": "UNet", "vae": "autoencoder", "text_encoder": "text encoder"}
+_WITHOUT_VAE = f"{CHECKPOINT} without an autoencoder"
+_KNOWN = (*LDM_PREFIX.values(), *IGNORED)
+_AVERAGED = ("model_ema.decay", "model_ema.num_updates")  # the averaging's own state, also where there are no averages
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a source does not load: a sentence, or what is wrong with each of `items`, keys and their shapes."""
+
+    what: str
+    items: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.items:
+            return self.what
+        more = f" and {len(self.items) - 5} more" if len(self.items) > 5 else ""
+        return f"{len(self.items)} {self.what}: {', '.join(self.items[:5])}{more}"
+
+
+@dataclass(frozen=True)
+class Content:
+    """Counts over some tensors; `dtypes` counts tensors by the dtype's name in the file ("F16")."""
+
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a source, or the tensors that are of none. `file` lies below a folder; None in a single file."""
+
+    name: str
+    file: str | None
+    config: Mapping[str, object]
+    content: Content
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model folder or a weight file. `loads`: minidiff.load would take it; otherwise some problem says why not.
+
+    problems: of the whole; each part has its own. ignored: how many tensors of which kind are left out knowingly.
+    foreign: keys that belong to no network of Stable Diffusion 1.x, which are left out with a warning.
+    """
+
+    name: str
+    kind: str
+    loads: bool
+    content: Content
+    parts: tuple[Part, ...]
+    problems: tuple[Problem, ...] = ()
+    scheduler: Mapping[str, object] = field(default_factory=dict)
+    tokenizer: Mapping[str, object] = field(default_factory=dict)
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    foreign: tuple[str, ...] = ()
+
+    def all_problems(self) -> list[str]:
+        """In words, the first one first, each with the name of its part."""
+        return [str(p) for p in self.problems] + [f"{part.name}: {p}" for part in self.parts for p in part.problems]
+
+
+def describe(source: str | Path, *, variant: str | None = None, revision: str | None = None) -> Description:
+    """Describe a folder, a .safetensors file or a hub id, each as `minidiff.load` would read it; no tensor is read.
+
+    A hub id is fetched first where the cache has it not. Values are not looked at, so NaN goes unseen.
+    ValueError where there is nothing to describe: no such source, a pickle, a damaged file, a folder of another kind.
+    What is whole but cannot be loaded is described, with its problems.
+    """
+    path = Path(source)
+    local = isinstance(source, Path) or path.exists() or path.suffix.lower() in (".safetensors", *PICKLES)
+    if local and revision is not None:
+        raise ValueError(f"revision is {revision!r}, but {source} is no hub id; only the hub keeps revisions")
+    if path.is_dir():
+        return _describe_folder(path, path.resolve().name, variant)
+    if path.is_file() or path.suffix.lower() in (".safetensors", *PICKLES):
+        return _describe_file(path)
+    if local:
+        raise ValueError(f"{source} is not there; expected a model folder or a .safetensors file")
+    return _describe_folder(fetch_model(str(source), revision, variant), str(source), variant)
+
+
+# ---- a single file
+
+
+def _describe_file(path: Path) -> Description:
+    tensors = stored_tensors(path)
+    kind = recognise(_shapes(tensors))
+    if kind.name in (CHECKPOINT, _WITHOUT_VAE):
+        # Of foreign keys the loader warns; here they are listed. A missing autoencoder must not hide the other parts.
+        mine = {key: tensor for key, tensor in tensors.items() if key.startswith(_KNOWN)}
+        try:
+            source = file_source(path, mine, Path(), None if kind.problem is None else VAESource(VAEConfig(), {}))
+        except ValueError as error:
+            return _counted(path, tensors, kind, _problems(error))
+        return _checkpoint(path, tensors, kind, source)
+    return _counted(path, tensors, kind)
+
+
+def _checkpoint(path: Path, tensors: Tensors, kind: Kind, source: Source) -> Description:
+    unet, text = _unet(None, source.unet, source.unet_tensors), _text(None, source.text, source.text_tensors)
+    parts = (unet, text) if kind.name == _WITHOUT_VAE else (unet, _vae(None, source.vae), text)
+    problems = _refusal(kind) or _fit(source, _int(source.text, "max_position_embeddings"))
+    return Description(
+        name=path.name,
+        kind=kind.name,
+        loads=not problems and not any(part.problems for part in parts),
+        content=_content(tensors.values()),
+        parts=parts,
+        problems=problems,
+        scheduler=_scheduler(source.scheduler),
+        tokenizer={"from": f"{CLIP_TOKENIZER} in the hub's cache, or the folder given: a single file has none"},
+        ignored=_ignored(tensors),
+        foreign=tuple(key for key in tensors if not key.startswith(_KNOWN)),
+    )
+
+
+def _counted(path: Path, tensors: Tensors, kind: Kind, problems: tuple[Problem, ...] = ()) -> Description:
+    """A file that is no model of ours, or not one that can be taken apart."""
+    try:
+        parts = _alone(path, tensors, kind)
+    except ValueError as error:
+        parts, problems = (), problems + _problems(error)
+    return Description(path.name, kind.name, False, _content(tensors.values()), parts, _refusal(kind) + problems)
+
+
+def _alone(path: Path, tensors: Tensors, kind: Kind) -> tuple[Part, ...]:
+    """A network in a file of its own, checked as in a model; of anything else, what its keys tell."""
+    if kind.name == "UNet in the folder format":
+        return (_unet(None, unet_config(_shapes(tensors)), tensors),)
+    if kind.name == "autoencoder (VAE)":
+        return (_vae(None, vae_from_file(path)),)
+    if kind.name == "CLIP text encoder":
+        text = _text_tensors(tensors)
+        return (_text(None, text_config(_shapes(text)), text),)
+    parts = {
+        _NAMES[part]: [tensor for key, tensor in tensors.items() if key.startswith(prefix)]
+        for part, prefix in LDM_PREFIX.items()
+    }
+    parts["other tensors"] = [tensor for key, tensor in tensors.items() if not key.startswith(_KNOWN)]
+    return tuple(Part(name, None, {}, _content(found)) for name, found in parts.items() if found)
+
+
+def _ignored(tensors: Tensors) -> dict[str, int]:
+    """How many tensors the loader leaves out knowingly, by what they are."""
+
+    def kind(key: str) -> str | None:
+        if key.startswith("model_ema.") and key not in _AVERAGED:
+            return "averaged copies (EMA) of the UNet"
+        if key.endswith(TEXT_IGNORED):
+            return "of CLIP, no weights of its text encoder"
+        return "schedule and trainer state" if key.startswith(IGNORED) else None
+
+    return dict(Counter(found for key in tensors if (found := kind(key)) is not None))
+
+
+# ---- a folder
+
+
+def _describe_folder(folder: Path, name: str, variant: str | None) -> Description:
+    if not (folder / "unet").is_dir():
+        folder_unet_config(folder)  # raises, in the loader's words
+    kind, parts = _folder_kind(folder), tuple(_folder_part(folder, part, variant) for part in _NAMES)
+    scheduler, no_scheduler = _attempt(lambda: _scheduler(_read_json(folder / "scheduler" / "scheduler_config.json")))
+    tokenizer, no_tokenizer = _attempt(lambda: _tokenizer(folder / "tokenizer", parts[2].config))
+    problems = _refusal(kind) + no_scheduler + no_tokenizer
+    if not problems and not any(part.problems for part in parts):
+        problems = _fit(folder_source(folder, name, variant, None, None), _int(tokenizer, "length"))
+    return Description(
+        name=name,
+        kind=kind.name,
+        loads=not problems and not any(part.problems for part in parts),
+        content=_sum(part.content for part in parts),
+        parts=parts,
+        problems=problems,
+        scheduler=scheduler,
+        tokenizer=tokenizer,
+    )
+
+
+def _folder_part(folder: Path, part: str, variant: str | None) -> Part:
+    try:
+        if part == "vae":
+            return _vae(folder, vae_from_folder(folder / "vae", variant))
+        config = _read_json(folder / part / "config.json")
+        if part == "unet":
+            tensors = _folder_tensors(folder / part, "diffusion_pytorch_model", variant)
+            return _unet(folder, UNetConfig.from_dict(config), tensors)
+        return _text(folder, config, _text_tensors(_folder_tensors(folder / part, "model", variant)))
+    except ValueError as error:
+        return Part(_NAMES[part], None, {}, _content(()), _problems(error))
+
+
+def _folder_kind(folder: Path) -> Kind:
+    """As the loader does, told by the UNet's widths."""
+    try:
+        config = _read_json(folder / "unet" / "config.json")
+    except ValueError:  # a problem of the UNet, named there
+        return Kind(FOLDER)
+    channels, context = config.get("in_channels"), config.get("cross_attention_dim")
+    if isinstance(channels, int) and isinstance(context, int):
+        return refuse_widths(channels, 4, context) or Kind(FOLDER)
+    return Kind(FOLDER)
+
+
+def _tokenizer(folder: Path, text: Mapping[str, object]) -> dict[str, object]:
+    reader = load_tokenizer(folder)
+    vocabulary = text.get("vocabulary")
+    if isinstance(vocabulary, int) and len(reader) > vocabulary:
+        raise ValueError(
+            f"tokenizer {folder} has {len(reader)} tokens, the text encoder knows {vocabulary}: "
+            "they do not belong together; take the tokenizer from where the weights come from"
+        )
+    files = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    positions = text.get("positions")  # a tokenizer without a limit claims 1e30
+    length = int(reader.model_max_length)
+    return {
+        "files": files,
+        "tokens": len(reader),
+        "length": min(length, positions) if isinstance(positions, int) else length,
+    }
+
+
+def _scheduler(config: Mapping[str, object]) -> dict[str, object]:
+    noise, defaults = NoiseSchedule.from_config(config), Defaults.from_config(config)
+    refused = f"none: it names {noise.refusal}, which minidiff has not"
+    return {
+        "sampler": defaults.sampler or noise.sampler or refused,
+        "prediction_type": noise.prediction_type,
+        "spacing": noise.timestep_spacing or "each sampler's own",
+        "steps": defaults.steps,
+        "guidance_scale": defaults.guidance_scale,
+    }
+
+
+# ---- networks
+
+
+def _unet(folder: Path | None, config: UNetConfig, tensors: Tensors) -> Part:
+    summary = {
+        "widths": config.block_out_channels,
+        "layers": config.layers_per_block,
+        "heads": config.num_heads,
+        "context_width": config.cross_attention_dim,
+        "sample_size": config.sample_size,
+    }
+    return _part("UNet", folder, summary, tensors, lambda: _empty(lambda: UNet(config)))
+
+
+def _vae(folder: Path | None, source: VAESource) -> Part:
+    config = source.config
+    summary = {
+        "widths": config.block_out_channels,
+        "layers": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "scaling_factor": config.scaling_factor,
+    }
+    return _part("autoencoder", folder, summary, source.tensors, lambda: _empty(lambda: VAE(config)))
+
+
+def _text(folder: Path | None, config: Mapping[str, object], tensors: Tensors) -> Part:
+    names = {
+        "width": "hidden_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "positions": "max_position_embeddings",
+        "vocabulary": "vocab_size",
+        "activation": "hidden_act",
+    }
+    summary = {ours: config.get(theirs) for ours, theirs in names.items()}
+    return _part("text encoder", folder, summary, tensors, lambda: text_encoder_shapes(config))
+
+
+def _part(
+    name: str, folder: Path | None, config: Mapping[str, object], tensors: Tensors, expected: Callable[[], Shapes]
+) -> Part:
+    path = next((tensor.path for tensor in tensors.values()), None)
+    file = None if folder is None or path is None else path.relative_to(folder).as_posix()
+    problems: tuple[Problem, ...] = ()
+    try:
+        check_state(name, expected(), tensors)
+    except ValueError as error:
+        problems = _problems(error)
+    return Part(name, file, config, _content(tensors.values()), problems)
+
+
+def _empty(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a network that has no memory."""
+    with torch.device("meta"):
+        network = build()
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+def _problems(error: ValueError) -> tuple[Problem, ...]:
+    """check_state's lines in groups; any other error as it stands."""
+    head, *lines = str(error).split("\n  ")
+    if not lines:
+        return (Problem(head),)
+    missing = tuple(line.removeprefix("missing ") for line in lines if line.startswith("missing "))
+    extra = tuple(line.removeprefix("unexpected ") for line in lines if line.startswith("unexpected "))
+    shapes = tuple(line for line in lines if not line.startswith(("missing ", "unexpected ")))
+    groups = {"missing keys": missing, "unexpected keys": extra, "keys of another shape or dtype": shapes}
+    return tuple(Problem(what, items) for what, items in groups.items() if items)
+
+
+def _refusal(kind: Kind) -> tuple[Problem, ...]:
+    return () if kind.problem is None else (Problem(kind.problem),)
+
+
+def _attempt(read: Callable[[], dict[str, object]]) -> tuple[dict[str, object], tuple[Problem, ...]]:
+    try:
+        return read(), ()
+    except ValueError as error:
+        return {}, _problems(error)
+
+
+def _fit(source: Source, length: int) -> tuple[Problem, ...]:
+    try:
+        _check_fit(source, length, _int(source.text, "hidden_size"))
+    except ValueError as error:
+        return _problems(error)
+    return ()
+
+
+def _content(tensors: Iterable[Stored]) -> Content:
+    tensors = list(tensors)
+    sizes, nbytes = sum(tensor.size for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
+    return Content(len(tensors), sizes, nbytes, dict(Counter(tensor.dtype for tensor in tensors).most_common()))
+
+
+def _sum(contents: Iterable[Content]) -> Content:
+    contents = list(contents)
+    return Content(
+        tensors=sum(content.tensors for content in contents),
+        parameters=sum(content.parameters for content in contents),
+        nbytes=sum(content.nbytes for content in contents),
+        dtypes=dict(sum((Counter(content.dtypes) for content in contents), Counter[str]())),
+    )
+
+
+def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    return {key: tensor.shape for key, tensor in tensors.items()}
+
+
+def _int(values: Mapping[str, object], key: str) -> int:
+    value = values[key]
+    assert isinstance(value, int)  # written here, or checked by the network that it sizes
+    return value

@@ -1,0 +1,544 @@
+"""The command line: what it prints where, its exit codes, its flags, and the way back from a PNG."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from ldm import write_single_file
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import minidiff
+from minidiff.cli import main
+from minidiff.result import Result, read_metadata
+from minidiff.sampling import SAMPLERS
+
+A1111 = """a cat, (masterpiece:1.2)
+Negative prompt: blurry
+Steps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 6.5, Seed: 9, Size: 16x32, Model hash: 0123456789, \
+Model: v1-5-pruned-emaonly, Clip skip: 2, Hires upscale: 2, Version: v1.10.1"""
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str], list[str]]]:
+    """Run a command line in this process: its exit code, the lines on stdout and those on stderr."""
+
+    def run(*argv: object) -> tuple[int, list[str], list[str]]:
+        try:
+            code = main([str(arg) for arg in argv])
+        except SystemExit as exit:  # --help and --version
+            code = int(exit.code or 0)
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err.splitlines()
+
+    return run
+
+
+Cli = Callable[..., tuple[int, list[str], list[str]]]
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path, tmp_path: Path) -> tuple[object, ...]:
+    """Flags of a quick run into tmp_path."""
+    return "--model", tiny_folder, "--steps", 2, "--dtype", "float32", "--device", "cpu", "--out", tmp_path
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tiny_model: minidiff.Model) -> dict[str, dict[str, object]]:
+    """The arguments that load() and sample_steps() are given; nothing runs, the command ends as if interrupted."""
+    seen: dict[str, dict[str, object]] = {}
+
+    def load(source: str, **given: object) -> minidiff.Model:
+        seen["load"] = {"source": source, **given}
+        return tiny_model
+
+    def sample_steps(prompt: list[str], **given: object) -> None:
+        seen["sample"] = {"prompt": prompt, **given}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minidiff.weights.load.load", load)
+    monkeypatch.setattr(sys.modules["minidiff.generate"], "sample_steps", sample_steps)
+    return seen
+
+
+@pytest.fixture
+def no_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(source: str, **given: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("minidiff.weights.load.load", load)
+
+
+def write_png(path: Path, **chunks: str) -> Path:
+    info = PngInfo()
+    for name, text in chunks.items():
+        info.add_itxt(name, text)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    return path
+
+
+def ours(path: Path, info: dict[str, object] | None = None, **arguments: object) -> Path:
+    chunk = {"format": 1, "arguments": {"prompt": "a cat", "seed": 1, **arguments}, "info": info or {}}
+    return write_png(path, minidiff=json.dumps(chunk))
+
+
+# ---- generate
+
+
+def test_writes_what_generate_makes_and_prints_the_paths(
+    cli: Cli, tiny: tuple[object, ...], tiny_model: minidiff.Model, tmp_path: Path
+) -> None:
+    code, out, err = cli(
+        "generate", "a red circle", "a dog", "--negative-prompt", "blur", "--seed", 7, "--images", 2, *tiny
+    )
+    names = ["a-red-circle-seed-7", "a-red-circle-seed-8", "a-dog-seed-9", "a-dog-seed-10"]
+    assert (code, out, err) == (0, [str(tmp_path / f"{name}.png") for name in names], [])
+    made = minidiff.generate(
+        ["a red circle", "a dog"], model=tiny_model, negative_prompt="blur", steps=2, seed=7, images_per_prompt=2
+    )
+    for path, image in zip(out, made.images, strict=True):
+        assert Image.open(path).tobytes() == image.tobytes()  # type: ignore[union-attr]
+    assert read_metadata(out[3]).arguments == made.parameters[3] | {"model": "tiny"}
+
+
+def test_never_overwrites_and_leaves_the_metadata_out_on_request(
+    cli: Cli, tiny: tuple[object, ...], tmp_path: Path
+) -> None:
+    for name in ("x.png", "x-1.png"):
+        code, out, _ = cli("generate", "a cat", *tiny, "--out", tmp_path / "new" / "x.png", "--no-metadata")
+        assert (code, out) == (0, [str(tmp_path / "new" / name)])
+        assert Image.open(out[0]).text == {}  # type: ignore[attr-defined]
+
+
+def test_an_image_that_cannot_be_written_there_is_saved_elsewhere(
+    cli: Cli, tiny: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("generate", "a cat", *tiny, "--seed", 5, "--out", "file/x.png")
+    assert (code, out) == (0, [str(tmp_path / "x.png")])
+    assert len(err) == 1
+    assert err[0].startswith("warning: could not write file/x.png")
+
+
+def test_exit_code_1_where_nothing_can_be_written(
+    cli: Cli, tiny: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(self: Result, path: str, *, metadata: bool) -> list[Path]:
+        raise OSError("could not write x, nor y")
+
+    monkeypatch.setattr(Result, "save", save)
+    assert cli("generate", "a cat", *tiny) == (1, [], ["minidiff: error: could not write x, nor y"])
+
+
+def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: dict[str, dict[str, object]], tmp_path: Path) -> None:
+    flags = (
+        "--model=m --negative-prompt=n --width=16 --height=24 --timesteps=900,500.5 --guidance-scale=2 "
+        "--guidance-rescale=0.5 --clip-skip=1 --sampler=ddim --karras --spacing=trailing --eta=0.25 --seed=3,4 "
+        "--images=2 --variant=fp16 --revision=r --vae=v --tokenizer=t --prediction-type=v_prediction --dtype=bf16 "
+        "--device=cuda --compile"
+    )
+    cli("generate", "a cat", *flags.split())
+    assert asked["load"] == {
+        "source": "m",
+        "tokenizer": "t",
+        "vae": "v",
+        "prediction_type": "v_prediction",
+        "dtype": "bf16",
+        "device": "cuda",
+        "variant": "fp16",
+        "revision": "r",
+        "compile": True,
+    }
+    del asked["sample"]["model"]
+    assert asked["sample"] == {
+        "prompt": ["a cat"],
+        "negative_prompt": ["n"],
+        "width": 16,
+        "height": 24,
+        "steps": None,
+        "timesteps": [900.0, 500.5],
+        "sigmas": None,
+        "guidance_scale": 2.0,
+        "guidance_rescale": 0.5,
+        "clip_skip": 1,
+        "sampler": "ddim",
+        "karras": True,
+        "spacing": "trailing",
+        "eta": 0.25,
+        "seed": [3, 4],
+        "images_per_prompt": 2,
+    }
+    cli("generate", "a", "b", "--model=m", "--sigmas=9,1,0", "--negative-prompt=c", "--negative-prompt=d", "--seed=5")
+    assert asked["sample"]["sigmas"] == [9.0, 1.0, 0.0]
+    assert asked["sample"]["negative_prompt"] == ["c", "d"]
+    assert asked["sample"]["seed"] == 5
+
+
+def test_without_flags_the_library_decides(cli: Cli, asked: dict[str, dict[str, object]]) -> None:
+    assert cli("generate", "a cat", "--model", "m") == (130, [], ["minidiff: interrupted"])
+    tensors = {"latents", "context", "negative_context", "record", "edit", "inputs"}
+    for name, function in (("sample", minidiff.sample_steps), ("load", minidiff.load)):
+        defaults = {key: entry.default for key, entry in inspect.signature(function).parameters.items()}
+        given = {key: value for key, value in asked[name].items() if key not in ("prompt", "model", "source")}
+        assert given == {key: defaults[key] for key in given}
+        assert set(defaults) - set(asked[name]) <= tensors
+
+
+def test_progress_bar_is_for_terminals(
+    cli: Cli, tiny: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("generate", "a cat", *tiny)[2] == []
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    code, out, _ = cli("generate", "a cat", *tiny)
+    assert (code, len(out)) == (0, 1)
+    assert "2/2" in terminal.getvalue()
+
+
+# ---- what is wrong
+
+
+@pytest.mark.usefixtures("no_load")
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ([], "there is no prompt"),
+        (["a"], "there is no --model"),
+        (["a", "--model", "m", "--out", "x.jpg"], "cannot save as .jpg"),
+        (["a", "--model", "m", "--sampler", "nope"], "no sampler is called 'nope'; expected one of ddim"),
+        (["a", "--model", "m", "--steps", "0"], "steps is 0; expected a whole number of at least 1"),
+        (["a", "--model", "m", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
+        (["a", "--model", "m", "--steps", "2", "--sigmas", "2,1,0"], "several of --steps, --timesteps and --sigmas"),
+        (["a", "--model", "m", "--width", "-8"], "width is -8"),
+        (["a", "--model", "m", "--images", "0"], "images is 0"),
+        (["a", "--model", "m", "--guidance-scale", "0.5"], "guidance_scale is 0.5; expected a number of at least 1"),
+        (["a", "--model", "m", "--guidance-rescale", "2"], "guidance_rescale is 2.0; expected a number from 0 to 1"),
+        (["a", "--model", "m", "--eta", "2"], "eta is 2.0; expected a number from 0 to 1"),
+        (["a", "--model", "m", "--seed", "1,2"], "seed holds 2 numbers for 1 images"),
+        (["a", "--model", "m", "--seed", "-1"], "seed -1 is out of range"),
+        (["a", "--model", "m", "--seed", "one"], "argument --seed: got 'one'; expected a whole number"),
+        (["a", "--model", "m", "--timesteps", "9;8"], "argument --timesteps: got '9;8'; expected numbers with commas"),
+        (["a", "--mod", "m"], "unrecognized arguments: --mod"),
+        (["a", "--model", "m", "--from", "gone.png"], "no such file: gone.png"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(flags: list[str], text: str, cli: Cli) -> None:
+    code, out, err = cli("generate", *flags)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert err[0].startswith("minidiff: error: ")
+    assert text in err[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--width", 30], "width is 30; expected a positive multiple of 4 pixels, such as 32"),
+        (["--sampler", "euler", "--eta", 0.5], "eta is 0.5"),
+        (["--sampler", "pndm", "--karras"], "expected the name of one that has it"),
+        (["--spacing", "odd"], "odd"),
+        (["--clip-skip", 9], "clip_skip: got 9, expected 0 to 2"),
+        (["--dtype", "int8"], "dtype 'int8' is unknown"),
+        (["--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--prediction-type", "sample"], "prediction_type is 'sample'"),
+        (["--variant", "fp16"], 'variant="fp16"'),
+        (["--negative-prompt", "a", "--negative-prompt", "b"], "negative_prompt holds 2 texts for 1 prompts"),
+        (["--model", "nobody/nothing"], "is not in the hub's cache and the hub cannot be reached"),
+        (["--model", "gone.safetensors"], "gone.safetensors is not there"),
+    ],
+)
+def test_what_the_library_refuses_is_one_line_too(
+    flags: list[object], text: str, cli: Cli, tiny: tuple[object, ...]
+) -> None:
+    code, out, err = cli("generate", "a cat", *tiny, *flags)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert text in err[0]
+
+
+def test_a_long_list_of_keys_becomes_a_short_line(cli: Cli, tiny_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_single_file(tiny_folder, path, more={f"model.diffusion_model.new.{i}": torch.zeros(1) for i in range(40)})
+    code, _, err = cli("generate", "a cat", "--model", path, "--tokenizer", tiny_folder / "tokenizer")
+    assert (code, len(err)) == (2, 1)
+    assert "unexpected new.0; " in err[0]
+    assert len(err[0]) < 600
+    assert err[0].endswith("more (minidiff info --json lists all)")
+
+
+def test_warnings_are_one_line_without_code(cli: Cli, tiny: tuple[object, ...]) -> None:
+    code, out, err = cli("generate", "red " * 100, *tiny, "--guidance-scale", 1, "--negative-prompt", "blur")
+    assert (code, len(out), len(err)) == (0, 1, 2)
+    assert "warning: the negative prompt has no effect at guidance_scale 1" in err
+    assert any(line.startswith("warning: prompt 'red red") and "has 100 tokens" in line for line in err)
+
+
+def test_terminals_get_no_control_characters(cli: Cli, tmp_path: Path) -> None:
+    path = ours(tmp_path / "x.png", prompt="a\x1b[31m cat\nkind: trap", **{"\x1b[2J": 1})
+    code, out, _ = cli("info", path)
+    assert code == 0
+    assert out[:2] == [r"prompt: a\x1b[31m cat", "  kind: trap"]
+    code, _, err = cli("generate", "--from", path, "--model", "gone\x1b[2J.safetensors")
+    assert code == 2
+    assert not any("\x1b" in line for line in (*out, *err))
+
+
+# ---- generate --from
+
+
+def test_from_makes_the_same_image_again(cli: Cli, tiny: tuple[object, ...], tiny_folder: Path, tmp_path: Path) -> None:
+    flags = ("--sampler", "euler_ancestral", "--karras", "--guidance-scale", 3, "--clip-skip", 1, "--seed", 11)
+    _, (first,), _ = cli("generate", "a cat, 日本", *tiny, *flags, "--width", 24, "--negative-prompt", "blur")
+    code, (second,), err = cli("generate", "--from", first, "--model", tiny_folder, "--out", tmp_path / "again.png")
+    assert (code, err) == (0, [])
+    assert Image.open(first).tobytes() == Image.open(second).tobytes()
+    assert Image.open(first).text == Image.open(second).text  # type: ignore[attr-defined]
+
+
+def test_flags_override_the_file(cli: Cli, asked: dict[str, dict[str, object]], tmp_path: Path) -> None:
+    path = ours(
+        tmp_path / "x.png", steps=9, clip_skip=2, sampler="ddim", eta=0.5, karras=True, width=8, guidance_rescale=0.5
+    )
+    cli("generate", "--from", path, "--model=m", "--clip-skip=0", "--no-karras", "--seed=0", "--guidance-rescale=0")
+    got = asked["sample"]
+    assert (got["prompt"], got["steps"], got["sampler"], got["eta"], got["width"]) == (["a cat"], 9, "ddim", 0.5, 8)
+    assert (got["clip_skip"], got["karras"], got["seed"], got["guidance_rescale"]) == (0, False, 0, 0.0)
+    _, _, err = cli("generate", "a dog", "--from", path, "--model=m", "--sampler=euler", "--timesteps=9,3")
+    got = asked["sample"]
+    assert (got["prompt"], got["steps"], got["timesteps"]) == (["a dog"], None, [9.0, 3.0])
+    assert (got["sampler"], got["eta"], got["karras"]) == ("euler", 0.0, False)
+    assert err[0] == f"note: not taken over from {path}: steps, eta, karras"
+
+
+def test_what_is_not_taken_over_is_said(cli: Cli, asked: dict[str, dict[str, object]], tmp_path: Path) -> None:
+    tensor = {"tensor": {"shape": [1], "dtype": "float32", "sha256": "0"}}
+    info = {"load": {"vae": "kl.safetensors", "variant": "fp16"}, "dtype": "float16", "versions": {"torch": "1.0"}}
+    path = ours(tmp_path / "x.png", info, latents=tensor, sampler={"object": "x.Y"}, model="other")
+    _, _, err = cli("generate", "--from", path, "--model", "m")
+    assert asked["load"]["variant"] is asked["load"]["vae"] is asked["load"]["dtype"] is None
+    assert err == [
+        f"note: not taken over from {path}: latents, sampler, vae, variant, dtype",
+        f"note: {path} does not hold all that made it, the image will be another",
+        f"note: {path} was made with the model 'other', this is 'tiny'",
+        f"note: {path} was made with torch 1.0, this is {torch.__version__}: the last bits may differ",
+        "minidiff: interrupted",
+    ]
+
+
+def test_model_and_how_it_was_loaded_are_taken_where_the_file_says_where_it_is(
+    cli: Cli, asked: dict[str, dict[str, object]], tmp_path: Path
+) -> None:
+    info = {"load": {"vae": "a/kl", "variant": "fp16", "revision": "r"}, "dtype": "float16"}
+    path = ours(tmp_path / "x.png", info, model="owner/name")
+    cli("generate", "--from", path, "--dtype", "float32")
+    load = asked["load"]
+    assert (load["source"], load["vae"], load["variant"], load["revision"]) == ("owner/name", "a/kl", "fp16", "r")
+    assert load["dtype"] == "float32"
+    path = ours(tmp_path / "y.png", info, model="name")
+    assert cli("generate", "--from", path)[2] == [
+        f"minidiff: error: {path} names its model 'name', but not where that is; expected it with --model"
+    ]
+    cli("generate", "--from", path, "--model", "folder/name")
+    assert (asked["load"]["source"], asked["load"]["dtype"]) == ("folder/name", "float16")
+
+
+def test_another_file_of_the_same_name_is_noticed(
+    cli: Cli, tiny: tuple[object, ...], tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = write_single_file(tiny_folder, tmp_path / "m.safetensors")
+    flags = (*tiny, "--model", model, "--tokenizer", tiny_folder / "tokenizer", "--width", 16, "--height", 16)
+    _, (png,), _ = cli("generate", "a cat", *flags)
+    assert cli("generate", "--from", png, *flags)[2] == []
+    write_single_file(tiny_folder, model, dtype=torch.float16)
+    code, _, (note,) = cli("generate", "--from", png, *flags)
+    assert code == 0
+    assert note.startswith(f"note: {png} was made with a model file of sha256 ")
+
+
+def test_from_a1111(cli: Cli, asked: dict[str, dict[str, object]], tmp_path: Path) -> None:
+    path = write_png(tmp_path / "a.png", parameters=A1111)
+    _, _, err = cli("generate", "--from", path, "--model", "m")
+    got = asked["sample"]
+    assert (got["prompt"], got["negative_prompt"]) == (["a cat, (masterpiece:1.2)"], ["blurry"])
+    assert (got["steps"], got["sampler"], got["karras"], got["clip_skip"]) == (2, "dpmpp_2m", True, 1)
+    assert (got["guidance_scale"], got["seed"], got["width"], got["height"]) == (6.5, 9, 16, 32)
+    assert err[:2] == [
+        f"note: not taken over from {path}: Hires upscale",
+        f"note: {path} is not of minidiff: programs differ in noise and prompt syntax, the image will be another",
+    ]
+
+
+@pytest.mark.usefixtures("no_load")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", "many"),
+        ("steps", True),
+        ("karras", 1),
+        ("timesteps", [1, "x"]),
+        ("clip_skip", 0.5),
+        ("sampler", ["ddim"]),
+        ("seed", [1]),
+        ("prompt", 3),
+    ],
+)
+def test_values_of_another_kind_are_refused(name: str, value: object, cli: Cli, tmp_path: Path) -> None:
+    path = ours(tmp_path / "x.png", **{name: value})
+    code, _, err = cli("generate", "--from", path, "--model", "m")
+    assert (code, len(err)) == (2, 1)
+    assert f"its {name} is {value!r}; give your own with --{name.replace('_', '-')}" in err[0]
+
+
+# ---- info
+
+
+def test_info_of_a_png(cli: Cli, tmp_path: Path) -> None:
+    path = ours(tmp_path / "x.png", {"versions": {"minidiff": "0.1.0"}}, negative_prompt="blur", timesteps=[9, 1])
+    assert cli("info", path) == (
+        0,
+        [
+            "prompt: a cat",
+            "negative_prompt: blur",
+            "seed: 1",
+            "timesteps: 9, 1",
+            'versions: {"minidiff": "0.1.0"}',
+            "written by: minidiff",
+            "reproducible: yes, with the same model and versions",
+        ],
+        [],
+    )
+    _, out, _ = cli("info", "--json", path)
+    found = json.loads("\n".join(out))
+    assert (found["kind"], found["source"], found["reproducible"]) == ("PNG", "minidiff", True)
+    assert found["arguments"] == read_metadata(path).arguments
+    _, out, _ = cli("info", write_png(tmp_path / "a.png", parameters=A1111))
+    assert out[:2] == ["prompt: a cat, (masterpiece:1.2)", "negative_prompt: blurry"]
+    assert "sampler: dpmpp_2m" in out
+    assert out[-2].startswith("written by: A1111")
+    assert out[-1].startswith("reproducible: no, other programs differ")
+
+
+def test_info_of_models(cli: Cli, tiny_folder: Path, tmp_path: Path) -> None:
+    code, out, err = cli("info", tiny_folder)
+    assert (code, err) == (0, [])
+    assert out[:2] == ["kind: Stable Diffusion 1.x folder", "loads: yes"]
+    assert "  widths: 32, 64, 96" in out
+    assert "  sampler: pndm" in out
+    assert any(line.startswith("UNet: 496 tensors (496 F32), ") for line in out)
+    path = write_single_file(tiny_folder, tmp_path / "x.safetensors", vae=False, more={"odd": torch.zeros(1)})
+    code, out, err = cli("info", path)
+    assert (code, err) == (0, [])  # it can be described
+    assert out[1] == "loads: no, because it holds no autoencoder; pass one with vae="
+    assert "  schedule and trainer state: 14" in out
+    assert out[-1] == "foreign, left out: 1 tensors: odd"
+    _, out, _ = cli("info", "--json", path)
+    found = json.loads("\n".join(out))
+    assert (found["loads"], found["foreign"], len(found["parts"])) == (False, ["odd"], 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("x.ckpt", b"\x80\x02}q\x00.", "is a pickle, which can run code"),
+        ("x.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{}", "cut short or damaged"),
+        ("x.png", b"no", "is no PNG file"),
+        ("x.jpg", b"\xff\xd8\xff", "is no PNG file; only PNGs hold parameters"),
+        ("x.txt", b"hello, world", "cannot be read as safetensors"),
+    ],
+)
+def test_info_of_what_cannot_be_read(name: str, content: bytes, text: str, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    code, out, err = cli("info", tmp_path / name)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert text in err[0]
+
+
+# ---- the program
+
+
+def test_help_names_every_flag_and_sampler(cli: Cli) -> None:
+    code, out, _ = cli("--help")
+    assert code == 0
+    assert any("generate" in line for line in out)
+    _, out, _ = cli("generate", "--help")
+    text = " ".join(" ".join(out).split())
+    assert all(name in text for name in SAMPLERS if not name.endswith("_karras"))
+    assert cli("--version") == (0, [f"minidiff {version('minidiff')}"], [])
+    assert cli()[0] == 2
+
+
+def test_help_and_bad_flags_need_no_torch() -> None:
+    """But for minidiff/__init__.py, which is put aside here."""
+    code = f"""if True:
+        import sys, types
+        package = types.ModuleType("minidiff")
+        package.__path__ = [{str(Path(minidiff.__file__).parent)!r}]
+        sys.modules["minidiff"] = package
+        from minidiff.cli import main
+        assert main(["generate", "--nope"]) == 2
+        assert main(["generate", "a cat"]) == 2
+        assert "torch" not in sys.modules and "PIL" not in sys.modules, list(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def run_program(*argv: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "minidiff", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_python_m_minidiff(tiny: tuple[object, ...], tmp_path: Path) -> None:
+    made = run_program("generate", "a cat", *tiny, "--seed", 1)
+    assert (made.returncode, made.stdout, made.stderr) == (0, f"{tmp_path / 'a-cat-seed-1.png'}\n", "")
+    (tmp_path / "x.safetensors").write_bytes(bytes(4))
+    broken = run_program("info", tmp_path / "x.safetensors")
+    assert (broken.returncode, broken.stdout, broken.stderr.count("\n")) == (2, "", 1)
+    assert broken.stderr.startswith("minidiff: error: ")
+
+
+def test_interrupt(tiny: tuple[object, ...]) -> None:
+    """Once its progress bar is there, in a terminal."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "minidiff", "generate", "a cat", *map(str, tiny), "--steps", "900"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    try:
+        while b"/900" not in seen:
+            seen += os.read(ours, 1000)
+        running.send_signal(signal.SIGINT)
+        while True:
+            seen += os.read(ours, 1000)
+    except OSError:  # how a terminal ends
+        pass
+    os.close(ours)
+    assert running.communicate(timeout=60)[0] == b""
+    assert running.returncode == 130
+    assert seen.endswith(b"minidiff: interrupted\r\n")
+    assert b"Traceback" not in seen
+
+
+def test_a_reader_that_has_enough_gets_no_traceback(tiny_folder: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [
+        sys.executable,
+        "-m",
+        "minidiff",
+        "info",
+        str(tiny_folder / "unet" / "diffusion_pytorch_model.safetensors"),
+    ]
+    closed = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (closed.returncode, closed.stderr) == (1, b"")

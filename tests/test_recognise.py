@@ -1,0 +1,179 @@
+"""weights/recognise.py: SD 1.x by its tensors, every other kind by its name."""
+
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ldm import SD15_TEXT, sd15_shapes
+
+from minidiff.networks.config import UNetConfig, VAEConfig, check_state
+from minidiff.networks.text import text_encoder_shapes
+from minidiff.networks.unet import UNet
+from minidiff.networks.vae import VAE
+from minidiff.weights.files import Stored
+from minidiff.weights.names import LDM_PREFIX
+from minidiff.weights.recognise import CHECKPOINT, Kind, recognise, unet_config, vae_config
+from minidiff.weights.sources import Source, file_source
+
+Shapes = dict[str, tuple[int, ...]]
+UNET = LDM_PREFIX["unet"]
+CONV_IN = f"{UNET}input_blocks.0.0.weight"
+WIDE_TEXT = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+CLIP = "text_model.embeddings.token_embedding.weight"
+
+
+@pytest.fixture(scope="module")
+def sd15() -> Shapes:
+    return sd15_shapes()
+
+
+def shapes_of(network: torch.nn.Module) -> Shapes:
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+# ---- Stable Diffusion 1.x
+
+
+def test_sd15_is_recognised_with_its_configs(sd15: Shapes) -> None:
+    assert recognise(sd15) == Kind(CHECKPOINT)
+    path = Path("sd15.safetensors")
+    source = file_source(path, {k: Stored(path, k, s, "F16") for k, s in sd15.items()}, Path("tokenizer"), None)
+    assert source.unet == UNetConfig()
+    assert source.vae.config == VAEConfig()
+    assert source.text == SD15_TEXT
+    assert (len(source.unet_tensors), len(source.vae.tensors), len(source.text_tensors)) == (686, 248, 196)
+    check(source)
+
+
+def check(source: Source) -> None:
+    with torch.device("meta"):
+        check_state("UNet", shapes_of(UNet(source.unet)), source.unet_tensors)
+        check_state("autoencoder", shapes_of(VAE(source.vae.config)), source.vae.tensors)
+    check_state("text encoder", text_encoder_shapes(source.text), source.text_tensors)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        UNetConfig(use_linear_projection=True),
+        UNetConfig(block_out_channels=(64, 32, 96, 32), cross_attention_dim=512, in_channels=3, out_channels=6),
+        UNetConfig(down_attention=(False, True, False, False), up_attention=(False, False, True, False)),
+        UNetConfig(
+            block_out_channels=(32, 64),
+            down_attention=(False, True),
+            up_attention=(True, False),
+            layers_per_block=(1, 3),
+            num_heads=(8, 8),
+        ),
+    ],
+    ids=["linear", "widths", "attention", "layers"],
+)
+def test_the_config_of_any_unet(config: UNetConfig) -> None:
+    with torch.device("meta"):
+        assert unet_config(shapes_of(UNet(config))) == config
+
+
+def test_the_config_of_any_vae() -> None:
+    config = VAEConfig(block_out_channels=(32, 96, 64), layers_per_block=3, latent_channels=3, in_channels=1)
+    with torch.device("meta"):
+        assert vae_config(shapes_of(VAE(config))) == config
+
+
+def test_one_missing_tensor_does_not_change_the_config(sd15: Shapes) -> None:
+    """So that the strict check names this tensor and no other. All keys that tell the config are among these."""
+    path, rng = Path("x.safetensors"), random.Random(0)
+    telling = [key for key in sd15 if ".op." in key or ".0.in_layers" in key or ".down." in key]
+    for missing in [CONV_IN, *telling, *rng.sample(list(sd15), 30)]:
+        tensors = {key: Stored(path, key, shape, "F16") for key, shape in sd15.items() if key != missing}
+        source = file_source(path, tensors, Path("tokenizer"), None)
+        assert (source.unet, source.vae.config) == (UNetConfig(), VAEConfig()), missing
+
+
+# ---- everything else
+
+
+def inpainting(sd15: Shapes) -> Shapes:
+    return sd15 | {CONV_IN: (320, 9, 3, 3)}
+
+
+REFUSED = {
+    "SDXL": (lambda s: {"conditioner.embedders.0.transformer.x": (1,), CONV_IN: (320, 4, 3, 3)}, "Diffusion XL"),
+    "SD 2": (lambda s: {"cond_stage_model.model.ln_final.bias": (1024,), CONV_IN: (320, 4, 3, 3)}, "Diffusion 2"),
+    "SD 2 by width": (lambda s: s | {WIDE_TEXT: (320, 1024)}, "Stable Diffusion 2 model .its text is 1024 wide"),
+    "SDXL by width": (lambda s: s | {WIDE_TEXT: (320, 2048)}, "Stable Diffusion XL model .its text is 2048 wide"),
+    "inpainting": (inpainting, "Stable Diffusion inpainting model .its UNet takes 9 channels"),
+    "pix2pix": (lambda s: s | {CONV_IN: (320, 8, 3, 3)}, "InstructPix2Pix model .its UNet takes 8 channels"),
+    "SD 3": (lambda s: {f"{UNET}joint_blocks.0.x_block.attn.proj.weight": (8, 8)}, "Stable Diffusion 3"),
+    "Flux": (lambda s: {"double_blocks.0.img_attn.proj.weight": (8, 8)}, "Flux"),
+    "ControlNet": (lambda s: s | {"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)}, "ControlNet"),
+    "ControlNet in folder names": (
+        lambda s: {
+            "conv_in.weight": (320, 4, 3, 3),
+            "time_embedding.linear_1.weight": (1280, 320),
+            "controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3),
+        },
+        "ControlNet",
+    ),
+    "IP-Adapter": (lambda s: {"image_proj.norm.weight": (768,), "ip_adapter.1.to_k_ip.weight": (320, 768)}, "IP-Ad"),
+    "LoRA, kohya": (lambda s: {"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": (8, 4)}, "is a LoRA"),
+    "LoRA, diffusers": (lambda s: {"unet.mid_block.attentions.0.to_q.lora_A.weight": (4, 8)}, "is a LoRA"),
+    "LoRA, text only": (lambda s: {"text_encoder.text_model.x.q_proj.lora_linear_layer.up.weight": (8, 4)}, "LoRA"),
+    "textual inversion": (lambda s: {"<cat>": (768,)}, "textual inversion"),
+    "textual inversion, A1111": (lambda s: {"emb_params": (4, 768)}, "textual inversion"),
+    "VAE alone": (
+        lambda s: {k.removeprefix("first_stage_model."): v for k, v in s.items() if k.startswith("first")},
+        "an autoencoder alone; load the model folder .* or pass it as vae=",
+    ),
+    "UNet alone": (
+        lambda s: {"conv_in.weight": (320, 4, 3, 3), "time_embedding.linear_1.weight": (1280, 320)},
+        "a UNet alone; load the model folder",
+    ),
+    "inpainting UNet alone": (
+        lambda s: {"conv_in.weight": (320, 9, 3, 3), "time_embedding.linear_1.weight": (1280, 320)},
+        "inpainting",
+    ),
+    "text encoder alone": (lambda s: {CLIP: (49408, 768)}, "a text encoder alone"),
+    "text encoder of transformers 5.6": (lambda s: {CLIP.removeprefix("text_model."): (49408, 768)}, "a text encoder"),
+    "no VAE": (
+        lambda s: {k: v for k, v in s.items() if not k.startswith("first")},
+        "no autoencoder; pass one",
+    ),
+    "no text encoder": (lambda s: {k: v for k, v in s.items() if not k.startswith("cond")}, "no text encoder"),
+    "UNet only": (lambda s: {k: v for k, v in s.items() if k.startswith(UNET)}, "holds no text encoder"),
+    "nothing": (lambda s: {}, "first keys: none"),
+    "another network": (lambda s: {"fc.weight": (3, 3), "fc.bias": (3,)}, "first keys: fc.weight, fc.bias"),
+}
+
+
+@pytest.mark.parametrize(("make", "problem"), REFUSED.values(), ids=REFUSED)
+def test_other_kinds_are_refused_by_name(sd15: Shapes, make: Callable[[Shapes], Shapes], problem: str) -> None:
+    found = recognise(make(sd15)).problem
+    assert found is not None
+    assert re.search(problem, found), found
+
+
+@pytest.mark.parametrize("foreign", ["lora_unet_mid_block.lora_up.weight", "embeddings.cat", "model_ema.decay"])
+def test_a_bundle_is_still_a_checkpoint(sd15: Shapes, foreign: str) -> None:
+    assert recognise(sd15 | {foreign: (3,)}).name == CHECKPOINT
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_any_other_tensors_raise_nothing_but_value_errors(sd15: Shapes) -> None:
+    """Parts of a checkpoint, with some shapes and numbers changed, up to the strict check."""
+    path, rng = Path("x.safetensors"), random.Random(0)
+    refused = 0
+    for _ in range(60):
+        shapes = {key: shape for key, shape in sd15.items() if rng.random() < rng.choice([0.02, 0.5, 0.99, 1])}
+        for key in rng.sample(list(shapes), min(len(shapes), 20)):
+            shapes[key] = tuple(rng.choices([0, 1, 3, 4, 32, 320, 768, 2**40], k=rng.randrange(5)))
+        for key in rng.sample(list(shapes), min(len(shapes), 20)):
+            number = str(rng.choice([0, 1, 7, 99, 10**9, "x", ""]))
+            shapes[re.sub(r"\d+", number, key, count=1)] = shapes.pop(key)
+        try:
+            check(file_source(path, {k: Stored(path, k, s, "F16") for k, s in shapes.items()}, Path("tokenizer"), None))
+        except ValueError:
+            refused += 1
+    assert refused == 60

@@ -1,0 +1,88 @@
+"""The house keeps its order: imports point one way, nothing comes from diffusers, and importing minidiff is cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minidiff
+
+ROOT = Path(minidiff.__file__).parent
+# room -> the rooms that it may import from, besides itself
+MAY_IMPORT = {
+    "networks": set(),
+    "sampling": {"networks"},  # for types alone: see below
+    "infotext": set(),
+    "result": {"infotext"},
+    "model": {"networks", "sampling"},
+    "accelerate": {"networks"},
+    "weights": {"accelerate", "model", "networks", "sampling"},
+    "arguments": {"model", "sampling"},
+    "generate": {"arguments", "model", "networks", "result", "sampling", "weights"},
+    "cli": {"arguments", "generate", "result", "sampling", "weights"},
+    "__main__": {"cli"},
+    "__init__": {"generate", "model", "networks", "result", "sampling", "weights"},
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imports(file: Path, *, types: bool = True) -> set[str]:
+    """Full names of the modules that a file imports; without `types`, not those under `if TYPE_CHECKING`."""
+    package = ["minidiff", *file.relative_to(ROOT).parts[:-1]]
+    tree = ast.parse(file.read_text())
+    checking = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    skipped = set() if types else {id(inner) for node in checking for inner in ast.walk(node)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found.update([module] if node.module else [f"{module}.{alias.name}" for alias in node.names])
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_point_one_way(file: Path) -> None:
+    own = file.relative_to(ROOT).parts[0].removesuffix(".py")
+    for module in imports(file):
+        top = module.split(".")[0]
+        assert top != "diffusers", f"{file} imports {module}"
+        if top == "minidiff":
+            assert room(module) in MAY_IMPORT[own] | {own}, f"{file} imports {module}"
+
+
+def test_sampling_takes_nothing_but_types_from_networks() -> None:
+    for file in FILES:
+        if file.parent.name == "sampling":
+            assert not any("networks" in module for module in imports(file, types=False)), file
+
+
+def test_networks_need_torch_alone() -> None:
+    for file in (ROOT / "networks").glob("*.py"):
+        if file.name != "text.py":
+            tops = {module.split(".")[0] for module in imports(file)}
+            assert tops <= {"minidiff", "torch"} | set(sys.stdlib_module_names), file
+
+
+def test_importing_minidiff_imports_neither_transformers_nor_the_hub() -> None:
+    code = (
+        "import sys, minidiff; print([m for m in ('transformers', 'huggingface_hub', 'diffusers') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_public_names_are_there() -> None:
+    for name in minidiff.__all__:
+        assert getattr(minidiff, name).__doc__, name
