@@ -132,30 +132,25 @@ def _check_context(name: str, context: Tensor, model: Model, count: int | None) 
     return context
 
 
-def choose_sampler(
-    model: Model, sampler: str | Sampler | None, karras: bool, spacing: str | None, eta: float
-) -> Sampler:
-    """The sampler object of a name and its options, the model's own sampler for None."""
-    if sampler is None:
-        name = model.defaults.sampler
-        chosen = default_sampler(model.noise) if name is None else sampler_by_name(name)
-    elif isinstance(sampler, str):
-        chosen = sampler_by_name(sampler)
-    else:
-        chosen = sampler
-    if karras:
-        name = f"{chosen.name}_karras"
-        if name not in SAMPLERS or not isinstance(sampler, str | None):
-            with_karras = ", ".join(key.removesuffix("_karras") for key in SAMPLERS if key.endswith("_karras"))
+def model_sampler(model: Model) -> str:
+    """The name of the model's own sampler. ValueError where its scheduler is one that minidiff has not."""
+    return model.defaults.sampler or default_sampler(model.noise).name
+
+
+def choose_sampler(sampler: str | Sampler, karras: bool, spacing: str | None, eta: float) -> Sampler:
+    """The sampler object of a name and its options; an object brings its own."""
+    if not isinstance(sampler, str):
+        if karras or spacing is not None or eta:
             raise ValueError(
-                f"karras=True was given with sampler {chosen!r}; expected the name of one that has it: {with_karras}"
+                f"got karras={karras}, spacing={spacing!r} and eta={eta!r} beside a sampler object; "
+                f"expected them inside it: {sampler}"
             )
-        chosen = sampler_by_name(name)
-    if (spacing is not None or eta) and not isinstance(sampler, str | None):
-        raise ValueError(
-            f"got spacing={spacing!r} and eta={eta!r} beside a sampler object; "
-            f"expected them inside it, such as {type(chosen).__name__}(spacing=...)"
-        )
+        return sampler
+    name = f"{sampler}_karras" if karras and not sampler.endswith("_karras") else sampler
+    if karras and name not in SAMPLERS and sampler in SAMPLERS:
+        having = ", ".join(key.removesuffix("_karras") for key in SAMPLERS if key.endswith("_karras"))
+        raise ValueError(f'karras is given with sampler "{sampler}"; expected one that has it: {having}')
+    chosen = sampler_by_name(name if name in SAMPLERS else sampler)
     if eta and chosen.name != "ddim":
         raise ValueError(f'eta is {eta!r} with sampler "{chosen.name}"; expected sampler="ddim", the only one with eta')
     return _with_options(chosen, spacing, eta)

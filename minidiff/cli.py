@@ -88,19 +88,8 @@ def _generate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from .generate import sample_steps
-    from .weights.load import load
 
-    model = load(
-        args.model,
-        tokenizer=args.tokenizer,
-        vae=args.vae,
-        prediction_type=args.prediction_type,
-        dtype=args.dtype,
-        device=args.device,
-        variant=args.variant,
-        revision=args.revision,
-        compile=args.compile,
-    )
+    model = _load(args)
     if found is not None:
         _compare(args.png, found, model)
     run = sample_steps(
@@ -134,9 +123,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError('there is no prompt; expected such as minidiff generate "a red circle" --model SOURCE')
     if args.model is None:
         raise ValueError("there is no --model; expected a hub id, a model folder or a .safetensors file")
-    from .arguments import check_fraction, check_positive, check_scale, check_seeds
+    from .arguments import check_fraction, check_positive, check_scale, check_seeds, choose_sampler
     from .result import check_output_path
-    from .sampling import sampler_by_name
 
     check_output_path(args.out)
     check_positive("images", args.images_per_prompt)
@@ -150,8 +138,24 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("guidance_rescale", "eta"):
         check_fraction(name, _given(getattr(args, name), 0.0))
     if args.sampler is not None:
-        sampler_by_name(args.sampler)
+        choose_sampler(args.sampler, _given(args.karras, False), args.spacing, _given(args.eta, 0.0))
     check_seeds(args.seed, len(args.prompt) * args.images_per_prompt)
+
+
+def _load(args: argparse.Namespace) -> Model:
+    from .weights.load import load
+
+    return load(
+        args.model,
+        tokenizer=args.tokenizer,
+        vae=args.vae,
+        prediction_type=args.prediction_type,
+        dtype=args.dtype,
+        device=args.device,
+        variant=args.variant,
+        revision=args.revision,
+        compile=args.compile,
+    )
 
 
 def _count(args: argparse.Namespace, model: Model) -> int:

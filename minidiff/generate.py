@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from .arguments import (
     check_texts,
     choose_sampler,
     latent_shape,
+    model_sampler,
     sampler_arguments,
 )
 from .model import Model
@@ -108,7 +110,7 @@ def generate(
     argument that does not fit, before the network runs.
     """
     check_choice("output", output, OUTPUTS)
-    run = sample_steps(
+    steps_run = sample_steps(
         prompt,
         model=model,
         negative_prompt=negative_prompt,
@@ -130,7 +132,7 @@ def generate(
         context=context,
         negative_context=negative_context,
     )
-    *_, last = run  # at least one
+    (last,) = deque(steps_run, maxlen=1)
     return last.result(output)
 
 
@@ -172,7 +174,7 @@ def sample_steps(
         model = load(model)
     loaded = time.perf_counter()
     texts = check_texts(prompt, negative_prompt, context, negative_context, model, images_per_prompt)
-    chosen = choose_sampler(model, sampler, karras, spacing, eta)
+    chosen = choose_sampler(model_sampler(model) if sampler is None else sampler, karras, spacing, eta)
     if steps is None and timesteps is None and sigmas is None:
         steps = model.defaults.steps
     schedule = chosen.schedule(model.noise, steps, timesteps=timesteps, sigmas=sigmas)

@@ -85,7 +85,10 @@ class Result:
         for image, seed, arguments in zip(images, self.seeds, self.parameters, strict=True):
             wanted = Path(path) if named else Path(path, _name(arguments.get("prompt"), seed))
             chunks = _chunks(arguments, self.info) if metadata else None
-            written.append(_write(_encode(image, chunks), wanted))
+            try:
+                written.append(_write(_encode(image, chunks), wanted))
+            except OSError as error:
+                raise OSError(f"{error}. Written before: {', '.join(map(str, written)) or 'none'}") from error
         return written
 
 

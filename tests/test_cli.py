@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -145,7 +146,7 @@ def test_exit_code_1_where_nothing_can_be_written(
 def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: dict[str, dict[str, object]], tmp_path: Path) -> None:
     flags = (
         "--model=m --negative-prompt=n --width=16 --height=24 --timesteps=900,500.5 --guidance-scale=2 "
-        "--guidance-rescale=0.5 --clip-skip=1 --sampler=ddim --karras --spacing=trailing --eta=0.25 --seed=3,4 "
+        "--guidance-rescale=0.5 --clip-skip=1 --sampler=lms --karras --spacing=trailing --seed=3,4 "
         "--images=2 --variant=fp16 --revision=r --vae=v --tokenizer=t --prediction-type=v_prediction --dtype=bf16 "
         "--device=cuda --compile"
     )
@@ -173,10 +174,10 @@ def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: dict[str, dict[
         "guidance_scale": 2.0,
         "guidance_rescale": 0.5,
         "clip_skip": 1,
-        "sampler": "ddim",
+        "sampler": "lms",
         "karras": True,
         "spacing": "trailing",
-        "eta": 0.25,
+        "eta": 0.0,
         "seed": [3, 4],
         "images_per_prompt": 2,
     }
@@ -184,6 +185,8 @@ def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: dict[str, dict[
     assert asked["sample"]["sigmas"] == [9.0, 1.0, 0.0]
     assert asked["sample"]["negative_prompt"] == ["c", "d"]
     assert asked["sample"]["seed"] == 5
+    cli("generate", "a", "--model=m", "--sampler=ddim", "--eta=0.25")
+    assert asked["sample"]["eta"] == 0.25
 
 
 def test_without_flags_the_library_decides(cli: Cli, asked: dict[str, dict[str, object]]) -> None:
@@ -247,7 +250,7 @@ def test_bad_arguments_are_one_line_and_exit_code_2(flags: list[str], text: str,
     [
         (["--width", 30], "width is 30; expected a positive multiple of 4 pixels, such as 32"),
         (["--sampler", "euler", "--eta", 0.5], "eta is 0.5"),
-        (["--sampler", "pndm", "--karras"], "expected the name of one that has it"),
+        (["--sampler", "pndm", "--karras"], "expected one that has it: euler"),
         (["--spacing", "odd"], "odd"),
         (["--clip-skip", 9], "clip_skip: got 9, expected 0 to 2"),
         (["--dtype", "int8"], "dtype 'int8' is unknown"),
@@ -510,6 +513,7 @@ def test_python_m_minidiff(tiny: tuple[object, ...], tmp_path: Path) -> None:
 def test_interrupt(tiny: tuple[object, ...]) -> None:
     """Once its progress bar is there, in a terminal."""
     ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
     command = [sys.executable, "-m", "minidiff", "generate", "a cat", *map(str, tiny), "--steps", "900"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs)
     os.close(theirs)

@@ -122,6 +122,14 @@ def test_a_truncated_file(file: Path, cut: int) -> None:
         stored_tensors(file)
 
 
+def test_a_truncated_file_whose_first_byte_is_that_of_a_pickle(tmp_path: Path) -> None:
+    path, header = tmp_path / "x.safetensors", {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    write_header(path, header, padding=0x180 - len(json.dumps(header)))
+    assert path.read_bytes()[0] == 0x80
+    with pytest.raises(ValueError, match="cut short or damaged"):
+        stored_tensors(path)
+
+
 def test_a_longer_file(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"x")
     with pytest.raises(ValueError, match="cut short or damaged"):

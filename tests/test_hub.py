@@ -159,6 +159,18 @@ def test_no_hub_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         minidiff.load(name)
 
 
+@pytest.mark.parametrize(("error", "problem"), [(OSError("disk full\nmore"), "disk full"), (KeyError(), "KeyError")])
+def test_a_download_that_breaks_off(error: Exception, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The HTTP library's errors are no OSError in every version of huggingface_hub."""
+
+    def download(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ValueError, match=f"the hub did not give a/model at revision 1: {problem}. Try again"):
+        fetch_model("a/model", "1", None)
+
+
 # ---- a hub on this machine
 
 

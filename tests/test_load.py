@@ -1,4 +1,4 @@
-"""weights/load.py: folders and single files to the same model, exchanged parts, dtypes, and every bad input by its message."""
+"""weights/load.py: folders and single files to one model, exchanged parts, dtypes, every bad input by its message."""
 
 import dataclasses
 import hashlib
@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -165,8 +164,8 @@ def test_a_single_file_is_the_same_model(single: Path, tiny_folder: Path, tiny_m
     for key in text:
         assert getattr(model.text.model.config, key) == getattr(tiny_model.text.model.config, key)
     assert torch.equal(model.text.encode(["a cat"]), tiny_model.text.encode(["a cat"]))
-    assert torch.equal(model.noise.alphas_cumprod, tiny_model.noise.alphas_cumprod)
-    assert replace(model.noise, alphas_cumprod=None or tiny_model.noise.alphas_cumprod).sampler == "pndm"
+    ours, theirs = (vars(m.noise) | {"alphas_cumprod": m.noise.alphas_cumprod.tolist()} for m in (model, tiny_model))
+    assert ours == theirs
     assert (model.name, model.origin, model.options) == ("tiny", single, {"tokenizer": "tokenizer"})
     assert model.sha256 == hashlib.sha256(single.read_bytes()).hexdigest()
 
@@ -267,6 +266,9 @@ def test_another_autoencoder(form: str, folder: Path, tiny_folder: Path, tmp_pat
         prefix = LDM_PREFIX["vae"]
         ldm = {k.removeprefix(prefix): v for k, v in ldm_tensors(folder).items() if k.startswith(prefix)}
         put(given, ldm | ({"loss.logvar": torch.zeros(())} if form == "with loss" else {}))
+    link = tmp_path / "link.safetensors"  # as in the hub's cache: the name of the target tells nothing
+    link.symlink_to(given)
+    assert load(tiny_folder, vae=link).options == {"vae": "link.safetensors"}
     model = load(tiny_folder, vae=given)
     torch.testing.assert_close(model.vae.state_dict(), weights, rtol=0, atol=0)
     assert model.options == {"vae": given.name}
@@ -345,6 +347,7 @@ def test_weights_are_the_memory_map_unless_converted(kind: str, folder: Path, tm
             assert any(start <= tensor.data_ptr() < end for start, end in spans), name
     del model, network, tensor
     model = load(source, tokenizer=folder / "tokenizer", dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
     assert [mapped(file) for file in files] == [[], [], []]
 
 
@@ -602,7 +605,7 @@ CONV_IN, TEXT_IN = (
     ("tensors", "message"),
     [
         ({CONV_IN: (32, 9, 3, 3)}, "it is a Stable Diffusion inpainting model"),
-        ({CONV_IN: (32, 8, 3, 3)}, "it is a InstructPix2Pix model"),
+        ({CONV_IN: (32, 8, 3, 3)}, "it is an InstructPix2Pix model"),
         ({TEXT_IN: (32, 1024)}, "it is a Stable Diffusion 2 model"),
         ({"cond_stage_model.model.ln_final.bias": (8,)}, "it is a Stable Diffusion 2 checkpoint"),
         ({TEXT_IN: (32, 2048), "conditioner.embedders.0.x": (8,)}, "it is a Stable Diffusion XL checkpoint"),
@@ -611,7 +614,6 @@ CONV_IN, TEXT_IN = (
         ({"encoder.conv_in.weight": (8, 3, 3, 3)}, "it is an autoencoder alone; .*pass it as vae="),
         ({"control_model.input_blocks.0.0.weight": (8, 4, 3, 3)}, "it is a ControlNet"),
         ({"fc.weight": (8, 8)}, "not those of a Stable Diffusion 1.x checkpoint .the first keys: fc.weight"),
-        ({}, "not those of a Stable Diffusion 1.x checkpoint .the first keys: none"),
     ],
 )
 def test_single_files_of_other_kinds(tensors: dict[str, tuple[int, ...]], message: str, tmp_path: Path) -> None:
@@ -658,12 +660,3 @@ def test_a_tokenizer_without_room(folder: Path, tiny_folder: Path) -> None:
     change_json(folder / "tokenizer/tokenizer_config.json", model_max_length=2)
     with pytest.raises(ValueError, match="the tokenizer allows 2 tokens, which leaves no room for a word"):
         load(folder)
-
-
-def test_importing_the_loader_is_cheap() -> None:
-    """transformers and huggingface_hub cost seconds; whoever only asks for help must not pay them."""
-    import subprocess
-
-    command = "import sys, minidiff; print([m for m in ('transformers', 'huggingface_hub') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

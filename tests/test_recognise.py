@@ -92,6 +92,16 @@ def test_one_missing_tensor_does_not_change_the_config(sd15: Shapes) -> None:
         assert (source.unet, source.vae.config) == (UNetConfig(), VAEConfig()), missing
 
 
+@pytest.mark.parametrize("shape", [(320, 0, 3, 3), (320, 2**40, 3, 3), (320,), ()])
+def test_a_senseless_shape_does_not_change_the_config(sd15: Shapes, shape: tuple[int, ...]) -> None:
+    path = Path("x.safetensors")
+    tensors = {key: Stored(path, key, shapes, "F16") for key, shapes in (sd15 | {CONV_IN: shape}).items()}
+    source = file_source(path, tensors, Path("tokenizer"), None)
+    assert source.unet == UNetConfig()
+    with pytest.raises(ValueError, match=r"conv_in.weight has shape .*, expected \[320, 4, 3, 3\]"):
+        check(source)
+
+
 # ---- everything else
 
 

@@ -147,7 +147,7 @@ def test_pndm_moves_the_saved_sample_too() -> None:
 
 
 def test_guidance_moves_every_sampler_alike() -> None:
-    """x_vp - scale * (1 - abar) * grad in one space is x - scale * sigma^2 * grad' in the other: Euler against its formula."""
+    """x_vp - scale * (1 - abar) * grad in one space is x - scale * sigma^2 * grad' in the other: tested on Euler."""
     sampler = Euler()
     schedule = sampler.schedule(SD15, 10)
     pull = 0.3 * torch.cos(start())

@@ -1,7 +1,7 @@
 """minidiff.sampling.samplers against diffusers 0.42.1: timesteps, sigmas and whole trajectories in float32.
 
-Where diffusers has no counterpart (custom timesteps outside Euler and DPM++, Karras sigmas for Euler ancestral) the formula
-is tested instead. No combination below makes diffusers crash; one step of linspace or leading starts at timestep 0 or 1
+Where diffusers has no counterpart (custom timesteps outside Euler and DPM++, Karras sigmas for Euler ancestral) the
+formula is tested instead. No combination below makes diffusers crash; one step of linspace or leading starts at timestep 0 or 1
 and gives noise, which is reproduced, with a warning (test_schedule.py).
 """
 
@@ -77,7 +77,7 @@ def config(prediction_type: str = "epsilon", spacing: str | None = None, **chang
 def reference(name: str, settings: dict[str, object], steps: int | None, **custom: object) -> Any:
     """diffusers' scheduler, as a user swaps it in: from_config of the folder's config."""
     scheduler = THEIRS[name].from_config(settings)
-    scheduler.set_timesteps(**({"num_inference_steps": steps} if not custom else custom))
+    scheduler.set_timesteps(**(custom or {"num_inference_steps": steps}))
     return scheduler
 
 

@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "weights": {"accelerate", "model", "networks", "sampling"},
     "arguments": {"model", "sampling"},
     "generate": {"arguments", "model", "networks", "result", "sampling", "weights"},
-    "cli": {"arguments", "generate", "result", "sampling", "weights"},
+    "flags": {"infotext"},
+    "cli": {"arguments", "flags", "generate", "model", "result", "weights"},
     "__main__": {"cli"},
     "__init__": {"generate", "model", "networks", "result", "sampling", "weights"},
 }

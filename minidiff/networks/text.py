@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 PREFIX = "text_model."  # every key of a weight file carries it; transformers >= 5.6 dropped it inside CLIPTextModel
+ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's CLIP and the others
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -159,8 +160,14 @@ def load_text_encoder(
 
 
 def text_encoder_shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:
-    """Shape of every weight by its key in the hub's files: 196 in SD 1.5. ValueError if the config lacks a size."""
-    vocab, width, inner, layers, _, positions = (_size(config, key) for key in SIZES)
+    """Shape of every weight by its key in the hub's files: 196 in SD 1.5. ValueError if the config cannot be built."""
+    vocab, width, inner, layers, heads, positions = (_size(config, key) for key in SIZES)
+    act, eps = config.get("hidden_act", ACTIVATIONS[0]), config.get("layer_norm_eps", 1e-5)
+    if act not in ACTIVATIONS or not isinstance(eps, (int, float)):
+        got = f"hidden_act {act!r} and layer_norm_eps {eps!r}"
+        raise ValueError(f"text encoder config: got {got}, expected one of {', '.join(ACTIVATIONS)} and such as 1e-05")
+    if width % heads:
+        raise ValueError(f"text encoder config: hidden_size is {width}, expected a multiple of {heads}, the heads")
     layer: dict[str, tuple[int, ...]] = {  # of the weights; a bias has the first of these sizes
         "layer_norm1": (width,),
         "layer_norm2": (width,),
@@ -202,15 +209,8 @@ def _empty_model(config: Mapping[str, object]) -> CLIPTextModel:
     Only what shapes it is taken from the config: the other keys vary with the transformers version that wrote it.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
-    from transformers.activations import ACT2FN
 
     vocab, width, inner, layers, heads, positions = (_size(config, key) for key in SIZES)
-    act, eps = config.get("hidden_act", "quick_gelu"), config.get("layer_norm_eps", 1e-5)
-    if not isinstance(act, str) or act not in ACT2FN or not isinstance(eps, (int, float)):
-        got = f"hidden_act {act!r} and layer_norm_eps {eps!r}"
-        raise ValueError(f"text encoder config: got {got}, expected such as 'quick_gelu' and 1e-05")
-    if width % heads:
-        raise ValueError(f"text encoder config: hidden_size is {width}, expected a multiple of {heads}, the heads")
     with torch.device("meta"):
         return CLIPTextModel(
             CLIPTextConfig(
@@ -220,8 +220,8 @@ def _empty_model(config: Mapping[str, object]) -> CLIPTextModel:
                 num_hidden_layers=layers,
                 num_attention_heads=heads,
                 max_position_embeddings=positions,
-                hidden_act=act,
-                layer_norm_eps=eps,
+                hidden_act=str(config.get("hidden_act", ACTIVATIONS[0])),
+                layer_norm_eps=float(str(config.get("layer_norm_eps", 1e-5))),
             )
         )
 
@@ -233,7 +233,7 @@ def _part(model: CLIPTextModel, name: str) -> torch.nn.Module:
 
 def _size(config: Mapping[str, object], key: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"text encoder config: {key} is {value!r}, expected a positive number as a CLIPTextModel has")
     return value
 

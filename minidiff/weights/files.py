@@ -96,8 +96,8 @@ def read_tensors(
     """The wanted tensors in `dtype` on `device` and in these shapes (same elements, other 1-sized edges).
 
     Tensors that need no conversion are the memory map itself: nothing is copied, and pages are read when they are first
-    used. Others are converted one by one, and the map is dropped after every 16th of them, so that the file never lies in
-    memory beside its copy.
+    used. Others are converted one by one, and the map is dropped after every 16th part of them, so that the file never
+    lies in memory beside its copy.
     """
     found: dict[str, Tensor] = {}
     for part in _parts(wanted, dtype, device):

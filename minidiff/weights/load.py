@@ -95,7 +95,7 @@ def load(
         defaults=Defaults.from_config(found.scheduler),
         # A path on this machine means nothing elsewhere: its last part is kept.
         options={
-            key: Path(value).resolve().name if Path(value).exists() else str(value)
+            key: Path(value).absolute().name if Path(value).exists() else str(value)
             for key, value in given.items()
             if value is not None
         },
@@ -202,6 +202,8 @@ def _device(device: torch.device | str | None) -> torch.device:
         raise ValueError(
             f'device {str(device)!r} cannot be used: {str(error).splitlines()[0]}. Expected such as "cpu" or "cuda"'
         ) from error
+    if chosen.type == "meta":
+        raise ValueError('device "meta" cannot be used: it holds no numbers. Expected such as "cpu" or "cuda"')
     return chosen
 
 

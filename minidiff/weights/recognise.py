@@ -39,7 +39,7 @@ def recognise(shapes: Shapes) -> Kind:
     """The kind of a weight file, from the shapes of its tensors by their keys in the file."""
     for prefix, name in _BY_PREFIX:
         if any(key.startswith(prefix) for key in shapes):
-            return Kind(name, f"it is a {name}; minidiff makes images with Stable Diffusion 1.x")
+            return Kind(name, f"it is {_a(name)}; minidiff makes images with Stable Diffusion 1.x")
     unet = LDM_PREFIX["unet"]
     if _has(shapes, f"{unet}input_blocks."):
         return _refuse_unet(shapes, f"{unet}input_blocks.0.0.weight") or _checkpoint(shapes)
@@ -77,7 +77,7 @@ def refuse_widths(in_channels: int, latent_channels: int, context: int) -> Kind 
         name, why = "Stable Diffusion XL model", "its text is 2048 wide"
     else:
         return None
-    return Kind(name, f"it is a {name} ({why}); minidiff makes images with text-to-image Stable Diffusion 1.x")
+    return Kind(name, f"it is {_a(name)} ({why}); minidiff makes images with text-to-image Stable Diffusion 1.x")
 
 
 def _refuse_unet(shapes: Shapes, conv_in: str) -> Kind | None:
@@ -90,6 +90,10 @@ def _checkpoint(shapes: Shapes) -> Kind:
     if not _has(shapes, LDM_PREFIX["vae"]):
         return Kind(f"{CHECKPOINT} without an autoencoder", "it holds no autoencoder; pass one with vae=")
     return Kind(CHECKPOINT)
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[0] == "I" else f"a {name}"
 
 
 def _alone(part: str) -> str:

@@ -1,0 +1,53 @@
+"""README keeps its word: the test command is the one that CI runs, every file has its line, the examples run."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import minidiff
+from minidiff.model import Defaults
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = [
+    "\n".join(line[4:] for line in block.strip("\n").split("\n"))
+    for block in re.findall(r"(?:^(?: {4}.*)?\n)+", README, flags=re.MULTILINE)
+    if block.strip()
+]
+
+
+def test_ci_runs_the_second_command() -> None:
+    (command,) = [block for block in BLOCKS if block.startswith("python3 -m venv") and "pytest" in block]
+    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_the_tree_has_a_line_for_every_file() -> None:
+    (tree,) = [block for block in BLOCKS if block.startswith("minidiff/\n")]
+    listed, folder = set(), ""
+    for line in tree.splitlines():
+        depth, name = len(line) - len(line.lstrip()), line.split()[0]
+        folder = {0: "", 2: "minidiff/"}.get(depth, folder)
+        if name.endswith("/"):
+            folder += name
+        else:
+            listed.add(folder + name)
+    files = {file.relative_to(ROOT).as_posix() for file in (ROOT / "minidiff").rglob("*.py")}
+    rooms = {file for file in files if file.count("/") > 1 and file.endswith("__init__.py")}
+    assert {name for name in listed if name.startswith("minidiff/")} == files - rooms
+
+
+def test_the_python_examples_run(tiny_model: minidiff.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick = replace(tiny_model, defaults=Defaults("ddim", steps=2))
+    monkeypatch.setattr(minidiff, "load", lambda source: quick)
+    names: dict[str, object] = {"torch": torch}
+    examples = [block for block in BLOCKS if re.search(r"^(import|for|def|parameters|sites)\b", block)]
+    assert len(examples) == 5
+    for example in examples:
+        exec(example, names)
+    assert (tmp_path / "cat.png").is_file()
+    assert (tmp_path / "ball.png").is_file()
+    assert "again" in names
