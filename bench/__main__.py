@@ -7,6 +7,7 @@ import sys
 BENCHES = {
     "parity": "every part against diffusers on the same weights: the largest relative error",
     "load": "seconds and peak memory of loading a full-size model, against diffusers; the cost of the import",
+    "model": "no benchmark: writes a model folder with random weights, for trials without a download",
 }
 """Name -> what it shows. Each is a module here with `add_arguments(parser)` and `run(args) -> exit code`."""
 
@@ -18,7 +19,10 @@ def main(argv: list[str] | None = None) -> int:
     asked = next((word for word in (sys.argv[1:] if argv is None else argv) if word in BENCHES), None)
     for name, text in BENCHES.items():
         sub = benches.add_parser(name, help=text, description=text)
-        sub.add_argument("--json", metavar="FILE", help="write the machine, the versions and the rows to FILE as well")
+        if name != "model":
+            sub.add_argument(
+                "--json", metavar="FILE", help="write the machine, the versions and the rows to FILE as well"
+            )
         if name == asked:
             importlib.import_module(f"bench.{name}").add_arguments(sub)
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""A model folder with random weights, which minidiff and diffusers load alike: for trying the tools without a download."""
+"""A model folder with random weights, which minidiff and diffusers load alike: for trials without a download."""
 
 import argparse
 from pathlib import Path

@@ -1,8 +1,8 @@
 """minidiff.sampling.samplers against diffusers 0.42.1: timesteps, sigmas and whole trajectories in float32.
 
 Where diffusers has no counterpart (custom timesteps outside Euler and DPM++, Karras sigmas for Euler ancestral) the
-formula is tested instead. No combination below makes diffusers crash; one step of linspace or leading starts at timestep 0 or 1
-and gives noise, which is reproduced, with a warning (test_schedule.py).
+formula is tested instead. No combination below makes diffusers crash; one step of linspace or leading starts at t = 0
+or 1 and gives noise, which is reproduced, with a warning (test_schedule.py).
 """
 
 from __future__ import annotations

@@ -9,27 +9,38 @@ import torch
 from torch import nn
 
 from ..model import Defaults
-from ..networks.config import UNetConfig, VAEConfig, check_state
+from ..networks.config import UNetConfig, VAEConfig, state_problems
 from ..networks.text import load_tokenizer, text_encoder_shapes
 from ..networks.unet import UNet
 from ..networks.vae import VAE
 from ..sampling.schedule import NoiseSchedule
 from .files import PICKLES, Stored, stored_tensors
 from .hub import fetch_model
-from .load import _check_fit
 from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED
-from .recognise import CHECKPOINT, Kind, recognise, refuse_widths, text_config, unet_config
+from .recognise import (
+    AUTOENCODER,
+    CHECKPOINT,
+    TEXT_ENCODER,
+    UNET,
+    WITHOUT_VAE,
+    Kind,
+    recognise,
+    refuse_widths,
+    text_config,
+    unet_config,
+)
 from .sources import (
     CLIP_TOKENIZER,
     TOKENIZER_FILES,
     Source,
     VAESource,
-    _folder_tensors,
-    _read_json,
-    _text_tensors,
+    check_fit,
     file_source,
     folder_source,
+    folder_tensors,
     folder_unet_config,
+    hub_text_tensors,
+    read_json,
     vae_from_file,
     vae_from_folder,
 )
@@ -39,7 +50,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 FOLDER = "Stable Diffusion 1.x folder"
 _NAMES = {"unet": "UNet", "vae": "autoencoder", "text_encoder": "text encoder"}
-_WITHOUT_VAE = f"{CHECKPOINT} without an autoencoder"
 _KNOWN = (*LDM_PREFIX.values(), *IGNORED)
 _AVERAGED = ("model_ema.decay", "model_ema.num_updates")  # the averaging's own state, also where there are no averages
 
@@ -129,20 +139,20 @@ def describe(source: str | Path, *, variant: str | None = None, revision: str | 
 def _describe_file(path: Path) -> Description:
     tensors = stored_tensors(path)
     kind = recognise(_shapes(tensors))
-    if kind.name in (CHECKPOINT, _WITHOUT_VAE):
+    if kind.name in (CHECKPOINT, WITHOUT_VAE):
         # Of foreign keys the loader warns; here they are listed. A missing autoencoder must not hide the other parts.
         mine = {key: tensor for key, tensor in tensors.items() if key.startswith(_KNOWN)}
         try:
             source = file_source(path, mine, Path(), None if kind.problem is None else VAESource(VAEConfig(), {}))
         except ValueError as error:
-            return _counted(path, tensors, kind, _problems(error))
+            return _counted(path, tensors, kind, _problem(error))
         return _checkpoint(path, tensors, kind, source)
     return _counted(path, tensors, kind)
 
 
 def _checkpoint(path: Path, tensors: Tensors, kind: Kind, source: Source) -> Description:
     unet, text = _unet(None, source.unet, source.unet_tensors), _text(None, source.text, source.text_tensors)
-    parts = (unet, text) if kind.name == _WITHOUT_VAE else (unet, _vae(None, source.vae), text)
+    parts = (unet, text) if kind.name == WITHOUT_VAE else (unet, _vae(None, source.vae), text)
     problems = _refusal(kind) or _fit(source, _int(source.text, "max_position_embeddings"))
     return Description(
         name=path.name,
@@ -163,18 +173,18 @@ def _counted(path: Path, tensors: Tensors, kind: Kind, problems: tuple[Problem, 
     try:
         parts = _alone(path, tensors, kind)
     except ValueError as error:
-        parts, problems = (), problems + _problems(error)
+        parts, problems = (), problems + _problem(error)
     return Description(path.name, kind.name, False, _content(tensors.values()), parts, _refusal(kind) + problems)
 
 
 def _alone(path: Path, tensors: Tensors, kind: Kind) -> tuple[Part, ...]:
     """A network in a file of its own, checked as in a model; of anything else, what its keys tell."""
-    if kind.name == "UNet in the folder format":
+    if kind.name == UNET:
         return (_unet(None, unet_config(_shapes(tensors)), tensors),)
-    if kind.name == "autoencoder (VAE)":
+    if kind.name == AUTOENCODER:
         return (_vae(None, vae_from_file(path)),)
-    if kind.name == "CLIP text encoder":
-        text = _text_tensors(tensors)
+    if kind.name == TEXT_ENCODER:
+        text = hub_text_tensors(tensors)
         return (_text(None, text_config(_shapes(text)), text),)
     parts = {
         _NAMES[part]: [tensor for key, tensor in tensors.items() if key.startswith(prefix)]
@@ -204,7 +214,7 @@ def _describe_folder(folder: Path, name: str, variant: str | None) -> Descriptio
     if not (folder / "unet").is_dir():
         folder_unet_config(folder)  # raises, in the loader's words
     kind, parts = _folder_kind(folder), tuple(_folder_part(folder, part, variant) for part in _NAMES)
-    scheduler, no_scheduler = _attempt(lambda: _scheduler(_read_json(folder / "scheduler" / "scheduler_config.json")))
+    scheduler, no_scheduler = _attempt(lambda: _scheduler(read_json(folder / "scheduler" / "scheduler_config.json")))
     tokenizer, no_tokenizer = _attempt(lambda: _tokenizer(folder / "tokenizer", parts[2].config))
     problems = _refusal(kind) + no_scheduler + no_tokenizer
     if not problems and not any(part.problems for part in parts):
@@ -225,19 +235,19 @@ def _folder_part(folder: Path, part: str, variant: str | None) -> Part:
     try:
         if part == "vae":
             return _vae(folder, vae_from_folder(folder / "vae", variant))
-        config = _read_json(folder / part / "config.json")
+        config = read_json(folder / part / "config.json")
         if part == "unet":
-            tensors = _folder_tensors(folder / part, "diffusion_pytorch_model", variant)
+            tensors = folder_tensors(folder / part, "diffusion_pytorch_model", variant)
             return _unet(folder, UNetConfig.from_dict(config), tensors)
-        return _text(folder, config, _text_tensors(_folder_tensors(folder / part, "model", variant)))
+        return _text(folder, config, hub_text_tensors(folder_tensors(folder / part, "model", variant)))
     except ValueError as error:
-        return Part(_NAMES[part], None, {}, _content(()), _problems(error))
+        return Part(_NAMES[part], None, {}, _content(()), _problem(error))
 
 
 def _folder_kind(folder: Path) -> Kind:
     """As the loader does, told by the UNet's widths."""
     try:
-        config = _read_json(folder / "unet" / "config.json")
+        config = read_json(folder / "unet" / "config.json")
     except ValueError:  # a problem of the UNet, named there
         return Kind(FOLDER)
     channels, context = config.get("in_channels"), config.get("cross_attention_dim")
@@ -319,11 +329,10 @@ def _part(
 ) -> Part:
     path = next((tensor.path for tensor in tensors.values()), None)
     file = None if folder is None or path is None else path.relative_to(folder).as_posix()
-    problems: tuple[Problem, ...] = ()
     try:
-        check_state(name, expected(), tensors)
+        problems = _state(expected(), tensors)
     except ValueError as error:
-        problems = _problems(error)
+        problems = _problem(error)
     return Part(name, file, config, _content(tensors.values()), problems)
 
 
@@ -334,16 +343,18 @@ def _empty(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
-def _problems(error: ValueError) -> tuple[Problem, ...]:
-    """check_state's lines in groups; any other error as it stands."""
-    head, *lines = str(error).split("\n  ")
-    if not lines:
-        return (Problem(head),)
-    missing = tuple(line.removeprefix("missing ") for line in lines if line.startswith("missing "))
-    extra = tuple(line.removeprefix("unexpected ") for line in lines if line.startswith("unexpected "))
-    shapes = tuple(line for line in lines if not line.startswith(("missing ", "unexpected ")))
-    groups = {"missing keys": missing, "unexpected keys": extra, "keys of another shape or dtype": shapes}
+def _state(expected: Shapes, tensors: Tensors) -> tuple[Problem, ...]:
+    found = state_problems(expected, tensors)
+    groups = {
+        "missing keys": found.missing,
+        "unexpected keys": found.unexpected,
+        "keys of another shape or dtype": found.wrong,
+    }
     return tuple(Problem(what, items) for what, items in groups.items() if items)
+
+
+def _problem(error: ValueError) -> tuple[Problem, ...]:
+    return (Problem(str(error)),)
 
 
 def _refusal(kind: Kind) -> tuple[Problem, ...]:
@@ -354,14 +365,14 @@ def _attempt(read: Callable[[], dict[str, object]]) -> tuple[dict[str, object], 
     try:
         return read(), ()
     except ValueError as error:
-        return {}, _problems(error)
+        return {}, _problem(error)
 
 
 def _fit(source: Source, length: int) -> tuple[Problem, ...]:
     try:
-        _check_fit(source, length, _int(source.text, "hidden_size"))
+        check_fit(source, length, _int(source.text, "hidden_size"))
     except ValueError as error:
-        return _problems(error)
+        return _problem(error)
     return ()
 
 

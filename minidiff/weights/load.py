@@ -19,7 +19,16 @@ from ..networks.vae import VAE
 from ..sampling.schedule import NoiseSchedule
 from .files import PICKLES, Stored, read_tensors, stored_tensors
 from .hub import fetch_model, fetch_tokenizer, fetch_vae
-from .sources import Source, VAESource, file_source, folder_source, vae_from_file, vae_from_folder, weight_file
+from .sources import (
+    Source,
+    VAESource,
+    check_fit,
+    file_source,
+    folder_source,
+    vae_from_file,
+    vae_from_folder,
+    weight_file,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,7 +84,7 @@ def load(
     )
     text_tensors = read_tensors(found.text_tensors, text_shapes, dtype, device)
     text = load_text_encoder(found.text, text_tensors, found.tokenizer)
-    _check_fit(found, text.length, text.width)
+    check_fit(found, text.length, text.width)
     _fill(unet, found.unet_tensors, dtype, device)
     _fill(autoencoder, found.vae.tensors, dtype, device)
     given = {
@@ -171,25 +180,6 @@ def _fill(network: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype,
     state = read_tensors(tensors, _shapes(network), dtype, device)
     network.load_state_dict(state, strict=True, assign=True)
     network.eval().requires_grad_(False)
-
-
-def _check_fit(found: Source, length: int, width: int) -> None:
-    """The parts of a model must fit each other, also where one was exchanged."""
-    if found.unet.cross_attention_dim != width:
-        raise ValueError(
-            f"the UNet reads text {found.unet.cross_attention_dim} wide, the text encoder gives {width}: "
-            "they are of different models"
-        )
-    if found.unet.in_channels != found.vae.config.latent_channels:
-        raise ValueError(
-            f"the UNet works on {found.unet.in_channels} channels, the autoencoder on "
-            f"{found.vae.config.latent_channels}: they are of different models"
-        )
-    if length < 3:
-        raise ValueError(
-            f"the tokenizer allows {length} tokens, which leaves no room for a word; "
-            "see model_max_length in tokenizer_config.json"
-        )
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -11,6 +11,10 @@ from .names import LDM_PREFIX
 Shapes = Mapping[str, tuple[int, ...]]
 
 CHECKPOINT = "Stable Diffusion 1.x checkpoint"
+WITHOUT_VAE = "Stable Diffusion 1.x checkpoint without an autoencoder"
+UNET = "UNet in the folder format"
+AUTOENCODER = "autoencoder (VAE)"
+TEXT_ENCODER = "CLIP text encoder"
 
 # (beginning of a key, what a file with such a key is), in the order in which they are tried
 _BY_PREFIX = (
@@ -48,11 +52,11 @@ def recognise(shapes: Shapes) -> Kind:
     if "conv_in.weight" in shapes and "time_embedding.linear_1.weight" in shapes:
         if any(key.startswith("controlnet_") for key in shapes):
             return Kind("ControlNet", "it is a ControlNet; minidiff makes images with Stable Diffusion 1.x")
-        return _refuse_unet(shapes, "conv_in.weight") or Kind("UNet in the folder format", _alone("a UNet"))
+        return _refuse_unet(shapes, "conv_in.weight") or Kind(UNET, _alone("a UNet"))
     if any(key.endswith("encoder.conv_in.weight") for key in shapes):
-        return Kind("autoencoder (VAE)", _alone("an autoencoder") + ", or pass it as vae=")
+        return Kind(AUTOENCODER, _alone("an autoencoder") + ", or pass it as vae=")
     if any(key.endswith("embeddings.token_embedding.weight") for key in shapes):
-        return Kind("CLIP text encoder", _alone("a text encoder"))
+        return Kind(TEXT_ENCODER, _alone("a text encoder"))
     if shapes and all(len(shape) <= 2 and shape[-1:] == (768,) for shape in shapes.values()):
         return Kind(
             "textual inversion embedding",
@@ -88,7 +92,7 @@ def _checkpoint(shapes: Shapes) -> Kind:
     if not _has(shapes, LDM_PREFIX["text_encoder"]):
         return Kind(f"{CHECKPOINT} without a text encoder", "it holds no text encoder; use the complete checkpoint")
     if not _has(shapes, LDM_PREFIX["vae"]):
-        return Kind(f"{CHECKPOINT} without an autoencoder", "it holds no autoencoder; pass one with vae=")
+        return Kind(WITHOUT_VAE, "it holds no autoencoder; pass one with vae=")
     return Kind(CHECKPOINT)
 
 

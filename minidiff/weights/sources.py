@@ -57,12 +57,12 @@ def folder_source(
         name=name,
         path=folder,
         unet=folder_unet_config(folder),
-        unet_tensors=_folder_tensors(folder / "unet", "diffusion_pytorch_model", variant),
+        unet_tensors=folder_tensors(folder / "unet", "diffusion_pytorch_model", variant),
         vae=vae or vae_from_folder(folder / "vae", variant),
-        text=_read_json(folder / "text_encoder" / "config.json"),
-        text_tensors=_text_tensors(_folder_tensors(folder / "text_encoder", "model", variant)),
+        text=read_json(folder / "text_encoder" / "config.json"),
+        text_tensors=hub_text_tensors(folder_tensors(folder / "text_encoder", "model", variant)),
         tokenizer=tokenizer or folder / "tokenizer",
-        scheduler=_read_json(folder / "scheduler" / "scheduler_config.json"),
+        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
     )
 
 
@@ -73,7 +73,7 @@ def folder_unet_config(folder: Path) -> UNetConfig:
             f"{folder} has no unet/{_class_name(folder)}; "
             "expected a Stable Diffusion folder with unet, vae, text_encoder, tokenizer and scheduler"
         )
-    config = _read_json(folder / "unet" / "config.json")
+    config = read_json(folder / "unet" / "config.json")
     channels, context = config.get("in_channels"), config.get("cross_attention_dim")
     if isinstance(channels, int) and isinstance(context, int):
         refusal = refuse_widths(channels, 4, context)
@@ -86,7 +86,7 @@ def _class_name(folder: Path) -> str:
     """In brackets, what the folder says it is; nothing where it says nothing."""
     for file in ("model_index.json", "config.json"):
         try:
-            return f" (its {file} says {_read_json(folder / file)['_class_name']!r})"
+            return f" (its {file} says {read_json(folder / file)['_class_name']!r})"
         except (ValueError, KeyError):
             continue
     return ""
@@ -113,7 +113,7 @@ def file_source(
         )
     table = unet_ldm(*ldm_levels(_shapes(parts["unet"])))
     unet_tensors = {rename(key, table): tensor for key, tensor in parts["unet"].items()}
-    text_tensors = _text_tensors(parts["text_encoder"])
+    text_tensors = hub_text_tensors(parts["text_encoder"])
     return Source(
         name=path.stem,
         path=path,
@@ -127,6 +127,28 @@ def file_source(
     )
 
 
+def check_fit(found: Source, length: int, width: int) -> None:
+    """ValueError where the parts of a model do not fit each other; one may have been exchanged.
+
+    length and width: of the text encoder's contexts.
+    """
+    if found.unet.cross_attention_dim != width:
+        raise ValueError(
+            f"the UNet reads text {found.unet.cross_attention_dim} wide, the text encoder gives {width}: "
+            "they are of different models"
+        )
+    if found.unet.in_channels != found.vae.config.latent_channels:
+        raise ValueError(
+            f"the UNet works on {found.unet.in_channels} channels, the autoencoder on "
+            f"{found.vae.config.latent_channels}: they are of different models"
+        )
+    if length < 3:
+        raise ValueError(
+            f"the tokenizer allows {length} tokens, which leaves no room for a word; "
+            "see model_max_length in tokenizer_config.json"
+        )
+
+
 def vae_from_folder(folder: Path, variant: str | None) -> VAESource:
     """An autoencoder's own folder: config.json and its weights, in the names of any year."""
     if not (folder / "config.json").is_file():
@@ -134,9 +156,9 @@ def vae_from_folder(folder: Path, variant: str | None) -> VAESource:
             f"{folder} has no config.json: this model comes without an autoencoder; expected one there, or one passed "
             "as vae="
         )
-    tensors = _folder_tensors(folder, "diffusion_pytorch_model", variant)
+    tensors = folder_tensors(folder, "diffusion_pytorch_model", variant)
     renamed = {rename(key, VAE_OLD_ATTENTION): tensor for key, tensor in tensors.items()}
-    return VAESource(VAEConfig.from_dict(_read_json(folder / "config.json")), renamed)
+    return VAESource(VAEConfig.from_dict(read_json(folder / "config.json")), renamed)
 
 
 def vae_from_file(path: Path) -> VAESource:
@@ -160,7 +182,7 @@ def _vae_by_shape(tensors: Mapping[str, Stored]) -> VAESource:
     return VAESource(vae_config(_shapes(renamed)), renamed)
 
 
-def _text_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+def hub_text_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """With the prefix that merged files and transformers >= 5.6 leave out, without what is no weight of the encoder."""
     return {
         key if key.startswith("text_model.") else f"text_model.{key}": tensor
@@ -169,7 +191,8 @@ def _text_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     }
 
 
-def _folder_tensors(folder: Path, base: str, variant: str | None) -> dict[str, Stored]:
+def folder_tensors(folder: Path, base: str, variant: str | None) -> dict[str, Stored]:
+    """The tensors of one part of a model folder. ValueError that says what is there instead."""
     path = folder / weight_file(base, variant)
     if path.is_file():
         return stored_tensors(path)
@@ -194,7 +217,8 @@ def weight_file(base: str, variant: str | None) -> str:
     return f"{base}.safetensors" if variant is None else f"{base}.{variant}.safetensors"
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
+    """A config file. ValueError where it is not there or holds no JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
