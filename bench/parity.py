@@ -34,6 +34,7 @@ from .table import Row, finish, print_head, print_row
 
 BOUND = 1e-5
 SIGMA_BOUND = 1e-6
+SIGMA_UNIT = "max |diff| / (1 + |ref|)"
 STEPS = 20
 Grid = tuple[int, int]
 GRIDS = ((64, 64), (48, 80))
@@ -174,7 +175,7 @@ def sampler_rows(name: str, steps: int = STEPS) -> Iterator[Row]:
     calls = f"{steps} steps, {len(schedule.index)} calls"
     late = (schedule.timesteps.double() - scheduler.timesteps.double()).abs().max().item()
     yield Row(f"sampler {name}, timesteps", calls, late, 0.0, "max|diff|")
-    yield Row(f"sampler {name}, sigmas", calls, _sigma_error(schedule, scheduler), SIGMA_BOUND)
+    yield Row(f"sampler {name}, sigmas", calls, _sigma_error(schedule, scheduler), SIGMA_BOUND, SIGMA_UNIT)
     start = torch.randn(2, 4, 9, 16, generator=torch.Generator().manual_seed(0))
     draws = torch.Generator().manual_seed(5)
     run = sample(

@@ -33,7 +33,7 @@ class Row:
 def print_row(row: Row) -> None:
     """One line, as soon as it is known."""
     verdict = "ok" if row.ok else "OUT"
-    value = f"{row.value:.2e}" if row.unit == RELATIVE else f"{row.value:.3g}"
+    value = f"{row.value:.2e}" if row.bound < 0.01 else f"{row.value:.3g}"
     note = f"  ({row.note})" if row.note else ""
     print(f"{row.part:<38} {row.shape:<24} {value:>9} {row.bound:>8.3g}  {verdict:<3}  {row.unit}{note}", flush=True)
 

@@ -410,9 +410,7 @@ def test_bad_arguments_are_named_before_the_network_runs(tiny_model: Model, opti
     ran: list[object] = []
     handle = tiny_model.unet.register_forward_pre_hook(lambda *_: ran.append(1))
     with pytest.raises(ValueError, match=message):
-        minidiff.generate(
-            **({"prompt": "a cat", "model": tiny_model, "steps": 2} | options)
-        )
+        minidiff.generate(**({"prompt": "a cat", "model": tiny_model, "steps": 2} | options))
     handle.remove()
     assert not ran
 

@@ -1,0 +1,170 @@
+"""Loading: minidiff.load against StableDiffusionPipeline.from_pretrained, a full-size model in the page cache.
+
+Each load runs in a fresh process (load_once.py), the two libraries by turns. Whatever they import is left out of the
+load and shown beside it. The peak of the resident set counts from the load's start to the first reading of every
+weight, so that a file which was only mapped counts as soon as it is used.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .machine import print_header
+from .models import SD15, TINY, write_folder
+from .table import Row, finish, print_head, print_row
+
+TIME_BOUND = 0.5
+MEMORY_BOUND = 1.3
+IMPORT_BOUND = 0.2
+LIBRARIES = ("minidiff", "diffusers")
+# what the folder holds -> what is asked for
+CASES: dict[torch.dtype, tuple[str, ...]] = {
+    torch.float16: ("float32", "bfloat16"),
+    torch.float32: ("bfloat16", "float32"),
+}
+IMPORT = """
+from time import perf_counter
+start = perf_counter()
+import torch
+middle = perf_counter()
+import minidiff
+print(middle - start, perf_counter() - middle)
+"""
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Load:
+    """One load: seconds (`imported` with a tiny load, `touch` reads a number of every page after it), bytes."""
+
+    imported: float
+    wall: float
+    cpu: float
+    touch: float
+    peak: int
+    weights: int
+    dtype: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `python -m bench load`."""
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="loads per library and case (default 3)")
+    parser.add_argument(
+        "--dir", metavar="FOLDER", help="where the models are written, 4.3 GB at a time (default: temporary)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what each library took, case by case; 1 where a bound is broken."""
+    if args.repeats < 1:
+        raise ValueError(f"--repeats is {args.repeats}; expected at least 1")
+    print_header(
+        "loading a full-size model from the page cache, against diffusers",
+        {"loads": f"{args.repeats} each, by turns, in fresh processes", "threads": str(torch.get_num_threads())},
+    )
+    rows = [import_row(max(5, args.repeats))]
+    with tempfile.TemporaryDirectory(prefix="minidiff-bench-", dir=args.dir) as name:
+        tiny = write_folder(Path(name) / "tiny", TINY)
+        for stored, asked in CASES.items():
+            folder = write_folder(Path(name) / "full", SD15, stored)
+            for dtype in asked:
+                case = f"{str(stored).removeprefix('torch.')} -> {dtype}"
+                rows += case_rows(case, by_turns(folder, dtype, tiny, args.repeats))
+            shutil.rmtree(folder)
+    print()
+    print_head()
+    for row in rows:
+        print_row(row)
+    return finish(rows, args.json)
+
+
+def case_rows(case: str, loads: dict[str, list[Load]]) -> Iterator[Row]:
+    """Print both libraries' numbers, and make the two rows that have bounds: seconds and memory."""
+    for library, found in loads.items():
+        wall = sorted(load.wall for load in found)
+        print(
+            f"{case:<22} {library:<10} load {statistics.median(wall):6.2f} s ({wall[0]:.2f} to {wall[-1]:.2f}), "
+            f"CPU {median(found, 'cpu'):5.2f} s, first touch {median(found, 'touch'):.2f} s, "
+            f"imports {median(found, 'imported'):5.2f} s, "
+            f"peak {median(found, 'peak') / 1e9:.2f} GB for {found[0].weights / 1e9:.2f} GB of weights",
+            flush=True,
+        )
+    ours, theirs = (loads[library] for library in LIBRARIES)
+    ratio = median(ours, "wall") / median(theirs, "wall")
+    best = min(load.wall for load in ours) / min(load.wall for load in theirs)
+    count = f"{len(ours)} loads each"
+    yield Row(f"seconds, {case}", count, ratio, TIME_BOUND, "of diffusers'", f"medians; of the best loads {best:.2f}")
+    yield Row(
+        f"peak memory, {case}",
+        count,
+        peak_ratio(ours),
+        MEMORY_BOUND,
+        "of the weights",
+        f"diffusers {peak_ratio(theirs):.2f}",
+    )
+
+
+def median(loads: Sequence[Load], field: str) -> float:
+    """Of one field of several loads."""
+    return statistics.median(getattr(load, field) for load in loads)
+
+
+def peak_ratio(loads: Sequence[Load]) -> float:
+    """The largest peak of the resident set, over the bytes of the weights."""
+    return max(load.peak / load.weights for load in loads)
+
+
+def import_row(repeats: int) -> Row:
+    """What `import minidiff` costs after `import torch`, median of fresh processes."""
+    times = [import_seconds() for _ in range(repeats)]
+    alone, extra = (statistics.median(column) for column in zip(*times, strict=True))
+    spread = f"{min(t for _, t in times):.2f} to {max(t for _, t in times):.2f}; import torch {alone:.2f}"
+    return Row("import minidiff less import torch", f"{repeats} processes", extra, IMPORT_BOUND, "s", spread)
+
+
+def import_seconds() -> tuple[float, float]:
+    """(import torch, import minidiff after it) in a fresh process."""
+    torch_seconds, extra = _python("-c", IMPORT).split()
+    return float(torch_seconds), float(extra)
+
+
+def by_turns(folder: Path, dtype: str, tiny: Path, repeats: int, threads: int | None = None) -> dict[str, list[Load]]:
+    """Loads of `folder` in `dtype` by both, alternating. `tiny` is loaded first, for what is imported late."""
+    loads: dict[str, list[Load]] = {library: [] for library in LIBRARIES}
+    for _ in range(repeats):
+        for library in LIBRARIES:
+            loads[library].append(load_once(library, folder, dtype, tiny, threads))
+    return loads
+
+
+def load_once(library: str, folder: Path, dtype: str, tiny: Path, threads: int | None = None) -> Load:
+    """One load in a fresh process, after reading the folder's files into the page cache."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            while file.read(2**24):
+                pass
+    load = Load(**json.loads(_python("-m", "bench.load_once", library, str(folder), dtype, str(tiny), threads=threads)))
+    if load.dtype != dtype:
+        raise ValueError(f"{library} was asked for {dtype} and loaded {load.dtype}; expected what was asked for")
+    return load
+
+
+def _python(*arguments: str, threads: int | None = None) -> str:
+    """What a fresh interpreter prints last, from the repository's root. ValueError with its last words if it fails."""
+    limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **limit}, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise ValueError(f"python {' '.join(arguments)} failed ({done.returncode}): {done.stderr.strip()[-2000:]}")
+    return done.stdout.strip().splitlines()[-1]

@@ -1,0 +1,237 @@
+"""python -m bench: what it prints, writes and returns, and that it sees a part that is broken."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+
+import bench.images
+from bench import parity
+from bench.__main__ import main
+from bench.load import IMPORT_BOUND, Load, case_rows, import_seconds, load_once
+from bench.models import SD15, TINY, random_weights, unet_dict, unet_shapes, vae_shapes, write_folder
+from bench.reference import relative_error
+from bench.table import Row, finish
+from minidiff.networks.text import TextEncoder
+from minidiff.networks.unet import UNet
+from minidiff.networks.vae import VAE
+from minidiff.sampling import Euler, Schedule
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
+SMALL = unet_dict([32, 64], [True, False], layers=1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("models") / "tiny", TINY)
+
+
+def wrong(rows: Iterator[Row]) -> list[str]:
+    return [row.part for row in rows if not row.ok]
+
+
+# --- parity
+
+
+def test_parity_prints_every_row_and_writes_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["parity", "--only", "unet", "text", "samplers", "--json", str(tmp_path / "rows.json")]) == 0
+    printed = capsys.readouterr().out
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert len(written["rows"]) == 3 + 3 + 3 * 9
+    for row in written["rows"]:
+        assert row["ok"] and row["value"] <= row["bound"]
+        assert f"{row['part']:<38} {row['shape']:<24}" in printed
+    for word in ("machine:", "versions:", "cores", "diffusers 0.42.1", "torch", "float32", "33 of 33 rows within"):
+        assert word in printed
+    assert written["machine"]["cores"] and written["versions"]["torch"]
+
+
+def test_parity_of_the_autoencoder() -> None:
+    assert wrong(parity.SMALL["vae"]()) == []
+
+
+def test_parity_of_images(folder: Path) -> None:
+    options = ("3 prompts, negatives, seeds", "clip_skip 1", "eta 0.6")
+    rows = list(bench.images.image_rows(folder, ("pndm", "lms_karras"), options))
+    assert [row.part for row in rows if not row.ok] == []
+    assert [row.part for row in rows] == [
+        "generate, pndm",
+        "generate, lms_karras",
+        *(f"generate, {o}" for o in options),
+    ]
+
+
+def test_a_broken_unet_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = UNet.forward
+
+    def broken(self: UNet, *args: Tensor) -> tuple[Tensor | None, dict]:
+        eps, maps = forward(self, *args)
+        assert eps is not None
+        eps[..., -1, -1] += 1e-3 * eps.abs().max()
+        return eps, maps
+
+    monkeypatch.setattr(UNet, "forward", broken)
+    assert wrong(parity.unet_rows("small", SMALL, [(8, 8)], 2)) == ["unet, small"]
+    assert main(["parity", "--only", "unet"]) == 1
+
+
+def test_a_broken_autoencoder_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = VAE.encode
+    monkeypatch.setattr(VAE, "encode", lambda self, x, noise=None: encode(self, x, None))
+    assert wrong(parity.SMALL["vae"]()) == [f"vae encode, sampled, {name}" for name, *_ in parity.SMALL_VAES]
+
+
+def test_a_broken_text_encoder_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = TextEncoder.encode
+    monkeypatch.setattr(TextEncoder, "encode", lambda self, prompts, clip_skip=None: encode(self, prompts, None))
+    assert wrong(parity.SMALL["text"]()) == ["text, small, clip_skip 1", "text, small, clip_skip 2"]
+
+
+def test_a_broken_sampler_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = Euler.schedule
+
+    def late(self: Euler, *args: object) -> Schedule:
+        found = schedule(self, *args)
+        found.timesteps[3] += 1e-3
+        return found
+
+    monkeypatch.setattr(Euler, "schedule", late)
+    assert "sampler euler, timesteps" in wrong(parity.sampler_rows("euler"))
+    monkeypatch.undo()
+    step = Euler.step
+    monkeypatch.setattr(Euler, "step", lambda self, x, eps, *rest: step(self, x, eps * (1 + 1e-4), *rest))
+    assert wrong(parity.sampler_rows("euler")) == ["sampler euler, trajectory"]
+
+
+def test_a_broken_image_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = bench.images.ours
+
+    def broken(*args: object) -> np.ndarray:
+        pixels = ours(*args)
+        pixels[0, 3, 3, 1] += 1.5 / 255
+        return pixels
+
+    monkeypatch.setattr(bench.images, "ours", broken)
+    assert wrong(bench.images.image_rows(folder, ("ddim",), ())) == ["generate, ddim"]
+
+
+def test_an_option_without_effect_is_not_ok(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = bench.images.PLAIN
+    monkeypatch.setitem(bench.images.OPTIONS, "nothing", (plain, plain))
+    (row,) = bench.images.image_rows(folder, (), ("nothing",))
+    assert not row.ok and "contrast 0," in row.note
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["parity", "--full", "--only", "images"], "expected some of unet, vae, text"),
+        (["load", "--repeats", "0"], "--repeats is 0; expected at least 1"),
+    ],
+)
+def test_wrong_calls(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_bench_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["speeed"])
+    assert "parity" in capsys.readouterr().err
+
+
+# --- rows
+
+
+@pytest.mark.parametrize(
+    ("value", "ok"), [(0.0, True), (1e-5, True), (1.1e-5, False), (math.inf, False), (math.nan, False)]
+)
+def test_rows(value: float, ok: bool, tmp_path: Path) -> None:
+    row = Row("unet", "1x4x8x8", value, 1e-5)
+    assert row.ok == ok
+    assert finish([Row("text", "1x77x64", 0.0, 1e-5), row], str(tmp_path / "rows.json")) == (0 if ok else 1)
+    written = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert written[1]["ok"] == ok
+    assert written[1]["value"] == (value if math.isfinite(value) else None)
+
+
+def test_no_rows_are_no_success() -> None:
+    assert finish([], None) == 1
+
+
+def test_relative_error() -> None:
+    a = torch.tensor([1.0, -4.0])
+    assert relative_error(a, a) == 0
+    assert relative_error(a + torch.tensor([0.0, 1.0]), a) == 0.25
+    assert relative_error(a[:1], a) == math.inf
+    assert math.isnan(relative_error(torch.tensor([math.nan, -4.0]), a))
+
+
+# --- models
+
+
+def test_full_size_models_have_sd15s_tensors() -> None:
+    for shapes, tensors, numbers in (
+        (unet_shapes(SD15.unet), 686, 859_520_964),
+        (vae_shapes(SD15.vae), 248, 83_653_863),
+    ):
+        assert (len(shapes), sum(shape.numel() for shape in shapes.values())) == (tensors, numbers)
+
+
+def test_random_weights_are_like_torchs_own() -> None:
+    weights = random_weights(unet_shapes(SMALL))
+    again = random_weights(unet_shapes(SMALL))
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    conv = weights["down_blocks.0.resnets.0.conv1.weight"]
+    assert conv.abs().max() == pytest.approx(1 / math.sqrt(9 * 32), rel=0.01)
+    norm = weights["conv_norm_out.weight"]
+    assert norm.mean() == pytest.approx(1, abs=0.05) and norm.std() > 0.03
+
+
+# --- load
+
+
+def test_one_load_in_a_fresh_process(folder: Path) -> None:
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    for library in ("minidiff", "diffusers"):
+        load = load_once(library, folder, "bfloat16", folder, threads=1)
+        assert load.weights == pytest.approx(size / 2, rel=0.01)
+        assert load.dtype == "bfloat16"
+        assert 0 < load.wall < load.imported and 0 < load.cpu < 60
+
+
+def test_a_failing_load_says_why(folder: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        load_once("minidiff", folder / "nowhere", "float32", folder)
+
+
+def test_rows_of_a_load(capsys: pytest.CaptureFixture[str]) -> None:
+    def loads(wall: float, peak: int) -> list[Load]:
+        return [Load(5.0, wall * n, wall, 0.1, peak + n, 1000, "float32") for n in (1, 3, 2)]
+
+    seconds, memory = case_rows("a -> b", {"minidiff": loads(1.0, 1297), "diffusers": loads(2.0, 1800)})
+    assert (seconds.value, seconds.ok) == (0.5, True)
+    assert (memory.value, memory.ok) == (1.3, True)
+    assert "2.00 s (1.00 to 3.00)" in capsys.readouterr().out
+
+
+def test_import_is_cheap() -> None:
+    """At most 0.2 s more than torch; the best of three processes, since neighbours may be busy."""
+    times = [import_seconds() for _ in range(3)]
+    assert min(alone for alone, _ in times) > 0.1
+    assert min(extra for _, extra in times) <= IMPORT_BOUND, times
