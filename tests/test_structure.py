@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "accelerate": {"networks"},
     "weights": {"accelerate", "model", "networks", "sampling"},
     "arguments": {"model", "sampling"},
+    "shapes": set(),
     "generate": {"arguments", "model", "networks", "result", "sampling", "weights"},
     "flags": {"infotext"},
     "cli": {"arguments", "flags", "generate", "model", "result", "weights"},
