@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import io
 import json
@@ -515,7 +516,9 @@ def test_interrupt(tiny: tuple[object, ...]) -> None:
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     command = [sys.executable, "-m", "minidiff", "generate", "a cat", *map(str, tiny), "--steps", "900"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs)
+    # A background job of a shell ignores the signal, and so would its children.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, preexec_fn=heed)
     os.close(theirs)
     seen = b""
     try:
