@@ -7,7 +7,6 @@ weight, so that a file which was only mapped counts as soon as it is used.
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -138,33 +137,30 @@ def import_seconds() -> tuple[float, float]:
     return float(torch_seconds), float(extra)
 
 
-def by_turns(folder: Path, dtype: str, tiny: Path, repeats: int, threads: int | None = None) -> dict[str, list[Load]]:
+def by_turns(folder: Path, dtype: str, tiny: Path, repeats: int) -> dict[str, list[Load]]:
     """Loads of `folder` in `dtype` by both, alternating. `tiny` is loaded first, for what is imported late."""
     loads: dict[str, list[Load]] = {library: [] for library in LIBRARIES}
     for _ in range(repeats):
         for library in LIBRARIES:
-            loads[library].append(load_once(library, folder, dtype, tiny, threads))
+            loads[library].append(load_once(library, folder, dtype, tiny))
     return loads
 
 
-def load_once(library: str, folder: Path, dtype: str, tiny: Path, threads: int | None = None) -> Load:
+def load_once(library: str, folder: Path, dtype: str, tiny: Path) -> Load:
     """One load in a fresh process, after reading the folder's files into the page cache."""
     for path in sorted(folder.rglob("*.safetensors")):
         with path.open("rb") as file:
             while file.read(2**24):
                 pass
-    load = Load(**json.loads(_python("-m", "bench.load_once", library, str(folder), dtype, str(tiny), threads=threads)))
+    load = Load(**json.loads(_python("-m", "bench.load_once", library, str(folder), dtype, str(tiny))))
     if load.dtype != dtype:
         raise ValueError(f"{library} was asked for {dtype} and loaded {load.dtype}; expected what was asked for")
     return load
 
 
-def _python(*arguments: str, threads: int | None = None) -> str:
+def _python(*arguments: str) -> str:
     """What a fresh interpreter prints last, from the repository's root. ValueError with its last words if it fails."""
-    limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **limit}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ValueError(f"python {' '.join(arguments)} failed ({done.returncode}): {done.stderr.strip()[-2000:]}")
     return done.stdout.strip().splitlines()[-1]
