@@ -209,7 +209,7 @@ def test_random_weights_are_like_torchs_own() -> None:
 def test_one_load_in_a_fresh_process(folder: Path) -> None:
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     for library in ("minidiff", "diffusers"):
-        load = load_once(library, folder, "bfloat16", folder, threads=1)
+        load = load_once(library, folder, "bfloat16", folder)
         assert load.weights == pytest.approx(size / 2, rel=0.01)
         assert load.dtype == "bfloat16"
         assert 0 < load.wall < load.imported and 0 < load.cpu < 60
