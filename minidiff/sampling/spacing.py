@@ -194,6 +194,7 @@ def training_karras(noise: NoiseSchedule, steps: int) -> Floats:
 
 
 def check_karras(karras: bool, timesteps: Custom, sigmas: Custom) -> None:
+    """ValueError where Karras sigmas are asked for beside custom timesteps or sigmas, which they would replace."""
     if karras and (timesteps is not None or sigmas is not None):
         given = "timesteps" if timesteps is not None else "sigmas"
         raise ValueError(
