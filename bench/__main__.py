@@ -6,6 +6,7 @@ import sys
 
 BENCHES = {
     "parity": "every part against diffusers on the same weights: the largest relative error",
+    "layout": "what the bundled model draws: objects, colours and shapes right, measured without a network",
     "load": "seconds and peak memory of loading a full-size model, against diffusers; the cost of the import",
     "model": "no benchmark: writes a model folder with random weights, for trials without a download",
 }

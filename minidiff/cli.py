@@ -120,12 +120,12 @@ def _generate(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     """What can be found wrong without a model, so that none is fetched and read for nothing."""
     if not args.prompt:
-        raise ValueError('there is no prompt; expected such as minidiff generate "a red circle" --model SOURCE')
-    if args.model is None:
-        raise ValueError("there is no --model; expected a hub id, a model folder or a .safetensors file")
+        raise ValueError('there is no prompt; expected such as minidiff generate "a red circle"')
     from .arguments import check_fraction, check_positive, check_scale, check_seeds, choose_sampler
     from .result import check_output_path
+    from .weights.sources import BUNDLED
 
+    args.model = _given(args.model, BUNDLED)
     check_output_path(args.out)
     check_positive("images", args.images_per_prompt)
     for name in ("width", "height", "steps"):

@@ -45,7 +45,7 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="what to avoid; once for all prompts, or once for each",
     )
-    add("--width", type=int, metavar="PIXELS", help="a multiple of 8 (default: what the model was trained on, 512)")
+    add("--width", type=int, metavar="PIXELS", help="a multiple of 8 in SD 1.5 (default: what the model learnt at)")
     add("--height", type=int, metavar="PIXELS", help="likewise")
     add(
         "--seed",
@@ -71,14 +71,14 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sampling").add_argument
-    add("--steps", type=int, metavar="N", help="default: the model's, 50")
+    add("--steps", type=int, metavar="N", help="default: the model's")
     add("--timesteps", type=_numbers, metavar="T,T,...", help="descending from 999, instead of --steps")
     add("--sigmas", type=_numbers, metavar="S,S,...", help="descending to 0, one more than steps, instead of --steps")
     add(
         "--guidance-scale",
         type=float,
         metavar="W",
-        help="how much the prompt counts; 1 turns guidance off (default: the model's, 7.5)",
+        help="how much the prompt counts; 1 turns guidance off (default: the model's)",
     )
     add("--guidance-rescale", type=float, metavar="R", help="0 to 1, against overexposure at large scales (default: 0)")
     add(
@@ -99,7 +99,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="SOURCE", help="a hub id, a model folder or a .safetensors file")
+    add("--model", metavar="SOURCE", help="a hub id, a model folder or a .safetensors file (default: the bundled one)")
     add("--variant", metavar="NAME", help="of the weight files in a folder or on the hub, such as fp16")
     add("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     add("--vae", metavar="SOURCE", help="another autoencoder: a hub id, a folder or a .safetensors file")

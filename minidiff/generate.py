@@ -33,6 +33,7 @@ from .result import Images, Plain, Result, plain, to_numpy, to_pil
 from .sampling import Sampler, Schedule, sample
 from .sampling import Step as SamplerStep
 from .weights.load import load
+from .weights.sources import BUNDLED
 
 Output = Literal["pil", "numpy", "tensor", "latents"]
 OUTPUTS = ("pil", "numpy", "tensor", "latents")
@@ -63,7 +64,7 @@ class Step(SamplerStep):
 def generate(
     prompt: str | Sequence[str] | None = None,
     *,
-    model: Model | str | Path,
+    model: Model | str | Path = BUNDLED,
     negative_prompt: str | Sequence[str] | None = None,
     width: int | None = None,
     height: int | None = None,
@@ -88,7 +89,7 @@ def generate(
 
     prompt: one text or a list; or None with `context`, the encoded text [P,L,D].
     model: a Model from `minidiff.load`, or what load takes (a hub id, folder or .safetensors file), loaded for this
-        call alone.
+        call alone. Default: the bundled model of coloured shapes, which needs no download.
     negative_prompt: one for all or a list as long; or `negative_context` [P,L,D].
     width, height: pixels, multiples of the autoencoder's factor (8 in SD 1.5); default: what the UNet was trained on.
     steps: of the sampler; or `timesteps` (descending, 0 to 999), or `sigmas` (descending to 0), where it takes them.
@@ -139,7 +140,7 @@ def generate(
 def sample_steps(
     prompt: str | Sequence[str] | None = None,
     *,
-    model: Model | str | Path,
+    model: Model | str | Path = BUNDLED,
     negative_prompt: str | Sequence[str] | None = None,
     width: int | None = None,
     height: int | None = None,

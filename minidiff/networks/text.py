@@ -54,12 +54,19 @@ class TextEncoder:
         """D, width of a context: 768 in SD 1.5."""
         return int(self.model.config.hidden_size)
 
+    @property
+    def words(self) -> frozenset[str] | None:
+        """All that the encoder was trained on, as `minidiff_words` in its tokenizer_config.json lists it; None: any."""
+        listed = self.tokenizer.init_kwargs.get("minidiff_words")
+        return None if listed is None else frozenset(listed)
+
     def encode(self, prompts: Sequence[str], clip_skip: int | None = None) -> Tensor:
         """Contexts [B,L,D] of B prompts in the model's dtype, equal to StableDiffusionPipeline.encode_prompt's.
 
         Causal mask only: padding is attended to. `clip_skip` counts as diffusers does: n leaves out the last n layers
         (A1111 calls that n + 1); the final layer norm is applied in any case. A prompt that is too long is cut, with a
-        warning that quotes what was lost. ValueError for a bare string, an empty list, a clip_skip out of range.
+        warning that quotes what was lost; words that are not in `words` get a warning too. ValueError for a bare
+        string, an empty list, a clip_skip out of range.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or len(prompts) == 0:
             raise ValueError(f"prompts: got {prompts!r}, expected a non-empty list of strings; write [prompt] for one")
@@ -67,6 +74,7 @@ class TextEncoder:
         if clip_skip is not None and not 0 <= clip_skip < layers:
             raise ValueError(f"clip_skip: got {clip_skip}, expected 0 to {layers - 1}: the encoder has {layers} layers")
         ids = torch.tensor(list(map(self._ids, prompts)), device=self.model.device)
+        self._warn_of_unknown_words(prompts)
         output = self.model(input_ids=ids, output_hidden_states=clip_skip is not None)
         context: Tensor = output.last_hidden_state
         if clip_skip is not None:
@@ -118,6 +126,15 @@ class TextEncoder:
                 f"and the text encoder reads {self.length - 2}; move it to the front, or shorten the prompt"
             )
         return tuple(range(first + 1, last + 2))
+
+    def _warn_of_unknown_words(self, prompts: Sequence[str]) -> None:
+        if self.words is None:
+            return
+        parts = [part for prompt in prompts for part in re.findall(r"\w+|[^\w\s]", prompt.lower())]
+        unknown = [part for part in dict.fromkeys(parts) if part not in self.words]
+        if unknown:
+            text = f"this model does not know {', '.join(map(repr, unknown))}; it knows {' '.join(sorted(self.words))}"
+            warnings.warn(text, stacklevel=3)  # this, encode, its caller
 
     def _ids(self, prompt: str) -> list[int]:
         """L token ids: BOS, the prompt's, EOS, padding. Warns about lost words."""
@@ -222,6 +239,9 @@ def _empty_model(config: Mapping[str, object]) -> CLIPTextModel:
                 max_position_embeddings=positions,
                 hidden_act=str(config.get("hidden_act", ACTIVATIONS[0])),
                 layer_norm_eps=float(str(config.get("layer_norm_eps", 1e-5))),
+                # CLIP's markers are its last two tokens; transformers warns of others, and the context needs neither
+                bos_token_id=max(vocab - 2, 0),
+                eos_token_id=vocab - 1,
             )
         )
 

@@ -93,6 +93,9 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """Name -> f(u, v) on the object's box [-1,1]^2 (v down), negative inside, zero on the outline."""
 
+HELD_OUT = frozenset((shape, list(COLOURS)[3 * i % len(COLOURS)]) for i, shape in enumerate(SHAPES))
+"""Pairs (shape, colour) that training never shows, one of each shape: whether the two were learnt apart."""
+
 
 @dataclass(frozen=True)
 class Thing:

@@ -30,6 +30,8 @@ from .recognise import (
     unet_config,
 )
 from .sources import (
+    BUNDLED,
+    BUNDLED_FOLDER,
     CLIP_TOKENIZER,
     TOKENIZER_FILES,
     Source,
@@ -121,9 +123,12 @@ def describe(source: str | Path, *, variant: str | None = None, revision: str | 
     What is whole but cannot be loaded is described, with its problems.
     """
     path = Path(source)
-    local = isinstance(source, Path) or path.exists() or path.suffix.lower() in (".safetensors", *PICKLES)
+    bundled = source == BUNDLED
+    local = bundled or isinstance(source, Path) or path.exists() or path.suffix.lower() in (".safetensors", *PICKLES)
     if local and revision is not None:
         raise ValueError(f"revision is {revision!r}, but {source} is no hub id; only the hub keeps revisions")
+    if bundled:
+        return _describe_folder(BUNDLED_FOLDER, BUNDLED, variant)
     if path.is_dir():
         return _describe_folder(path, path.resolve().name, variant)
     if path.is_file() or path.suffix.lower() in (".safetensors", *PICKLES):

@@ -20,6 +20,8 @@ from ..sampling.schedule import NoiseSchedule
 from .files import PICKLES, Stored, read_tensors, stored_tensors
 from .hub import fetch_model, fetch_tokenizer, fetch_vae
 from .sources import (
+    BUNDLED,
+    BUNDLED_FOLDER,
     Source,
     VAESource,
     check_fit,
@@ -38,7 +40,7 @@ Config = TypeVar("Config")
 
 
 def load(
-    source: str | Path,
+    source: str | Path = BUNDLED,
     *,
     tokenizer: str | Path | None = None,
     vae: str | Path | None = None,
@@ -52,7 +54,8 @@ def load(
     """Load a Stable Diffusion 1.x model from safetensors; pickles are refused.
 
     source: a hub id ("stable-diffusion-v1-5/stable-diffusion-v1-5"), a folder in that format, or a single .safetensors
-        file in LDM names. What exists here is taken before the hub.
+        file in LDM names. What exists here is taken before the hub. Default: the bundled
+        model of coloured shapes, "minidiff/shapes".
     tokenizer: a folder with CLIP's tokenizer; a single file carries none, and without this argument it comes from the
         hub's cache.
     vae: another autoencoder: a hub id, a folder or a .safetensors file.
@@ -117,9 +120,11 @@ def _find(
     if not isinstance(source, str | Path):
         raise ValueError(f"source is {source!r}; expected a hub id, a model folder or a .safetensors file")
     path, folder = Path(source), None if tokenizer is None else Path(tokenizer)
-    local = isinstance(source, Path) or _is_local(path)
+    local = isinstance(source, Path) or source == BUNDLED or _is_local(path)
     if local and revision is not None:
         raise ValueError(f"revision is {revision!r}, but {source} is no hub id; only the hub keeps revisions")
+    if source == BUNDLED:
+        return folder_source(BUNDLED_FOLDER, BUNDLED, variant, folder, vae)
     if path.is_dir():
         return folder_source(path, path.resolve().name, variant, folder, vae)
     if _is_local(path):

@@ -22,6 +22,9 @@ from .recognise import (
     vae_config,
 )
 
+BUNDLED = "minidiff/shapes"
+"""The name of the model that ships inside the package."""
+BUNDLED_FOLDER = Path(__file__).parents[1] / "shapes" / "model"
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 

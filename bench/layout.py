@@ -1,0 +1,184 @@
+"""What the bundled model draws: 200 fixed prompts, each picture measured without a network."""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import minidiff
+from minidiff.draw import sheet
+from minidiff.networks.attention import Site
+from minidiff.result import to_pil
+from minidiff.shapes.measure import Measured, check, matched, measure, share_right
+from minidiff.shapes.world import HELD_OUT, SIZE, Thing
+
+from .machine import machine, print_header, versions
+from .prompts import Prompt, prompts
+
+BATCH = 20
+BOUNDS = {1: 0.95, 2: 0.85, 3: 0.65}  # objects -> pictures that should have all of them right
+HELD = 0.8  # of the seen pairs' share, for those held out
+READABLE = 2.0  # how much more of a word's attention a pixel inside its object's box gets than one outside
+
+
+@dataclass(frozen=True)
+class Share:
+    """`hits` of `count` cases, which should be at least `bound` of them."""
+
+    name: str
+    hits: int
+    count: int
+    bound: float | None = None
+
+    @property
+    def value(self) -> float:
+        return self.hits / self.count if self.count else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of 95 % confidence (Wilson 1927)."""
+        z, n, p = 1.96, max(self.count, 1), self.value
+        middle, reach = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (middle - reach) / (1 + z * z / n), (middle + reach) / (1 + z * z / n)
+
+    @property
+    def ok(self) -> bool:
+        return self.bound is None or self.value >= self.bound
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A prompt, what its picture shows, and for each object the one found for it."""
+
+    prompt: Prompt
+    picture: Measured
+    found: tuple[Thing | None, ...]
+
+    @property
+    def all_right(self) -> bool:
+        return None not in self.found
+
+    @property
+    def facts(self) -> bool:
+        """Every object, no other one, and the background that was asked for."""
+        alone = len(self.picture.things) == len(self.found)
+        return self.all_right and alone and self.prompt.background in (None, self.picture.background)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m bench layout`."""
+    parser.add_argument("--model", default="minidiff/shapes", metavar="SOURCE", help="of coloured shapes")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="write the first 24 of the pictures to PNG")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw, measure, print; 1 where a share is below its bound."""
+    model, asked = minidiff.load(args.model), prompts()
+    facts = {"model": model.name, "dtype": str(model.dtype).removeprefix("torch."), "prompts": str(len(asked))}
+    facts |= {"seed": str(args.seed), **{name: str(value) for name, value in asdict(model.defaults).items()}}
+    print_header("bench layout", facts)
+    true = share_right(*check(100, seed=1))
+    print(f"the measurer itself: {true:.1%} of the objects of 100 true pictures right, with a box of IoU >= 0.9")
+    images, maps, seconds = _draw(model, asked, args.seed)
+    drawn = [_measured(prompt, image) for prompt, image in zip(asked, images, strict=True)]
+    shares = [*_shares(drawn), _readable(model, drawn, maps)]
+    print(f"\n{'':<52} {'share':>6}  {'95 % interval':<16} {'cases':>5}  bound")
+    for share in shares:
+        _print(share)
+    low, high = min(seconds), max(seconds)
+    middle = statistics.median(seconds)
+    print(f"\nseconds per image, in batches of {BATCH}: median {middle:.3f}, {low:.3f} to {high:.3f}")
+    if args.sheet is not None:
+        every = slice(None, None, len(asked) // 24)
+        sheet([to_pil(image[None])[0] for image in images[every]], [p.text for p in asked[every]], 6).save(args.sheet)
+    if args.json is not None:
+        rows = [{**asdict(share), "interval": share.interval, "ok": share.ok} for share in shares]
+        found = {"machine": machine(), "versions": versions(), "run": facts, "rows": rows, "seconds": seconds}
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(share.ok for share in shares) else 1
+
+
+def _draw(model: minidiff.Model, asked: Sequence[Prompt], seed: int) -> tuple[Tensor, dict[Site, Tensor], list[float]]:
+    """Images [B,3,128,128] in [0,1]; each site's map [B,h,w,L], mean over heads and steps; seconds per image."""
+    sites = frozenset(site for site in model.unet.sites if site.kind == "cross" and site.place in ("mid", "up"))
+    record = minidiff.Record(sites, minidiff.HEAD_MEAN)
+    images: list[Tensor] = []
+    maps: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    seconds: list[float] = []
+    for start in range(0, len(asked), BATCH):
+        before = time.perf_counter()
+        batch = asked[start : start + BATCH]
+        total: dict[Site, Tensor] = {}
+        for step in minidiff.sample_steps([p.text for p in batch], model=model, seed=seed + start, record=record):
+            for site, kept in step.maps.items():
+                total[site] = total.get(site, 0) + kept
+        image = step.result("tensor").images
+        assert isinstance(image, Tensor)
+        images.append(image)
+        for site in sites:
+            maps[site].append(total[site] / (step.index + 1))
+        seconds.append((time.perf_counter() - before) / len(batch))
+    return torch.cat(images), {site: torch.cat(kept) for site, kept in maps.items()}, seconds
+
+
+def _measured(prompt: Prompt, image: Tensor) -> Drawn:
+    picture = measure((image * 255).round().to(torch.uint8))
+    wanted = [Thing(shape, colour, (0, 0, 1, 1)) for shape, colour in prompt.things]
+    return Drawn(prompt, picture, tuple(matched(picture.things, wanted)))
+
+
+def _shares(drawn: Sequence[Drawn]) -> Iterator[Share]:
+    for count, bound in BOUNDS.items():
+        some = [one for one in drawn if len(one.found) == count]
+        name = f"{count} object{'s' * (count > 1)}"
+        found = [thing is not None for one in some for thing in one.found]
+        yield Share(f"{name}: objects of the right colour and shape", sum(found), len(found))
+        yield Share(f"{name}: pictures with all of them right", sum(one.all_right for one in some), len(some), bound)
+        yield Share(f"{name}: pictures with every fact true", sum(one.facts for one in some), len(some))
+    pairs = [pair for one in drawn for pair in zip(one.prompt.things, one.found, strict=True)]
+    seen, held = (
+        [thing is not None for name, thing in pairs if (name in HELD_OUT) == which] for which in (False, True)
+    )
+    yield Share("objects right, of colour-shape pairs seen in training", sum(seen), len(seen))
+    yield Share("objects right, of pairs held out", sum(held), len(held), HELD * sum(seen) / len(seen))
+
+
+def _readable(model: minidiff.Model, drawn: Sequence[Drawn], maps: Mapping[Site, Tensor]) -> Share:
+    """Pictures of two objects, both found, in which each one's word looks into its box."""
+    hits = count = 0
+    for i, one in enumerate(drawn):
+        if len(one.found) != 2 or not one.all_right:
+            continue
+        count += 1
+        ratios = []
+        for phrase, thing in zip(one.prompt.phrases, one.found, strict=True):
+            assert thing is not None
+            word = model.text.spans(one.prompt.text, phrase)[-1]
+            ratios.append(_ratio([kept[i, :, :, word] for kept in maps.values()], thing.box))
+        hits += min(ratios) >= READABLE
+    return Share(f"2 objects: pictures with attention {READABLE:g} times as dense in the box", hits, count, 0.9)
+
+
+def _ratio(maps: Sequence[Tensor], box: Sequence[float]) -> float:
+    """Mean over sites of a word's map [h,w] per pixel inside the box, over that outside; every site counts alike."""
+    centres = (torch.arange(SIZE) + 0.5) / SIZE
+    x0, y0, x1, y1 = box
+    inside = ((centres > y0) & (centres < y1))[:, None] & ((centres > x0) & (centres < x1))
+    whole = sum(F.interpolate(kept[None, None], (SIZE, SIZE), mode="nearest")[0, 0] / kept.mean() for kept in maps)
+    assert isinstance(whole, Tensor)
+    return float(whole[inside].mean() / whole[~inside].mean())
+
+
+def _print(share: Share) -> None:
+    low, high = share.interval
+    bound = "" if share.bound is None else f"{share.bound:.0%} {'ok' if share.ok else 'OUT'}"
+    print(f"{share.name:<52} {share.value:>6.1%}  {f'{low:.1%} to {high:.1%}':<16} {share.count:>5}  {bound}")
