@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "accelerate": {"networks"},
     "weights": {"accelerate", "model", "networks", "sampling"},
     "arguments": {"model", "sampling"},
-    "shapes": set(),
+    "draw": set(),
+    "shapes": {"draw", "generate", "networks", "sampling", "weights"},  # for training: see below
     "generate": {"arguments", "model", "networks", "result", "sampling", "weights"},
     "flags": {"infotext"},
     "cli": {"arguments", "flags", "generate", "model", "result", "weights"},
@@ -69,6 +70,18 @@ def test_sampling_takes_nothing_but_types_from_networks() -> None:
     for file in FILES:
         if file.parent.name == "sampling":
             assert not any("networks" in module for module in imports(file, types=False)), file
+
+
+def test_the_world_of_shapes_and_its_measurer_need_no_network() -> None:
+    for name in ("world", "measure"):
+        own = {module for module in imports(ROOT / "shapes" / f"{name}.py") if module.startswith("minidiff")}
+        assert own <= {"minidiff.shapes.world"}
+
+
+def test_nothing_knows_of_the_bundled_model_but_its_folder() -> None:
+    for file in FILES:
+        if file.parent.name != "shapes":
+            assert not any(room(module) == "shapes" for module in imports(file)), file
 
 
 def test_networks_need_torch_alone() -> None:

@@ -14,18 +14,20 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import minidiff
+from minidiff.networks.attention import Site
 from minidiff.networks.config import UNetConfig, VAEConfig
 from minidiff.networks.text import load_tokenizer
 from minidiff.networks.unet import UNet
 from minidiff.networks.vae import VAE
 from minidiff.shapes import autoencoder, folder, latents, optimise, train
 from minidiff.shapes.autoencoder import autoencoder_loss, fidelity, normalise, pictures
-from minidiff.shapes.denoising import ALPHAS_CUMPROD, denoising_loss
+from minidiff.shapes.denoising import ALPHAS_CUMPROD, GROUNDING, denoising_loss, grounding_loss, token_boxes
 from minidiff.shapes.latents import Latents
 from minidiff.shapes.optimise import Optimiser
-from minidiff.shapes.world import HELD_OUT, caption
+from minidiff.shapes.world import BACKGROUNDS, COLOURS, HELD_OUT, SHAPES, Scene, Thing, caption, random_scene
 
 VAE_DICT = {**folder.VAE, "block_out_channels": [8, 8, 8]}
+BOX = (0.3, 0.3, 0.35, 0.5)  # within one cell, across
 UNET_DICT = {**folder.UNET, "block_out_channels": [16, 16, 16], "cross_attention_dim": 16}
 TEXT_DICT = {**folder.TEXT, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "projection_dim": 16}
 
@@ -178,15 +180,15 @@ def test_latents_leave_out_the_held_out_pairs_and_are_read_again(
     monkeypatch.setattr(latents, "FIRST", 40)
     vae = VAE(VAEConfig.from_dict(VAE_DICT))
     first = Latents(vae, tmp_path, seed=0)
-    values, captions = first.batch(0, 16)
+    values, drawn, captions = first.batch(0, 16)
     assert values.shape == (16, 4, 32, 32)
     assert len(first.scenes) == 40
     assert not any((thing.shape, thing.colour) in HELD_OUT for scene in first.scenes for thing in scene.things)
     monkeypatch.setattr(VAE, "encode", lambda self, images: pytest.fail("encoded again"))
     again = Latents(vae, tmp_path, seed=0)
-    same, words = again.batch(0, 16)
+    same, scenes, words = again.batch(0, 16)
     assert torch.equal(values, same)
-    assert captions == words
+    assert (drawn, captions) == (scenes, words)
     assert not torch.equal(again.batch(1, 16)[0], values)
 
 
@@ -196,45 +198,55 @@ def test_a_batch_holds_the_pictures_of_its_captions(tmp_path: Path, monkeypatch:
     # an "encoder" that keeps the picture's corner, which is the background
     monkeypatch.setattr(VAE, "encode", lambda self, images: images[:, :, :1, :1].expand(-1, -1, 32, 32))
     pool = Latents(VAE(VAEConfig.from_dict(VAE_DICT)), tmp_path, seed=0)
-    values, captions = pool.batch(0, 64)
-    for value, text in zip(values, captions, strict=True):
+    values, scenes, captions = pool.batch(0, 64)
+    for value, scene, text in zip(values, scenes, captions, strict=True):
         ground = (value[:, 0, 0] / 0.5 + 1) * 127.5
-        if " on a " in text:
-            name = text.split(" on a ")[1].split()[0]
-            torch.testing.assert_close(ground, torch.tensor(folder.BACKGROUNDS[name]).float(), rtol=0, atol=0.2)
+        torch.testing.assert_close(ground, torch.tensor(BACKGROUNDS[scene.background]).float(), rtol=0, atol=0.2)
+        assert [word for word in text.replace(",", "").split() if word in SHAPES] == [t.shape for t in scene.things]
 
 
-def test_the_loss_is_that_of_the_velocity(tmp_path: Path) -> None:
-    """A UNet that knows the picture and the noise has no loss, where both are those that the loss asks for."""
+CIRCLE = Scene((Thing("circle", "red", (0.0, 0.25, 0.5, 0.75)),), "white")
+Maps = dict[Site, torch.Tensor]
+
+
+class Oracle(nn.Module):
+    """In place of a UNet: knows the clean latents, and attends evenly."""
+
+    def __init__(self, clean: torch.Tensor) -> None:
+        super().__init__()
+        self.clean, self.sites = clean, (Site("mid", 0, 0, "cross"),)
+        self.contexts: list[torch.Tensor] = []
+        self.timesteps: list[torch.Tensor] = []
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, record: object
+    ) -> tuple[torch.Tensor, Maps]:
+        abar = ALPHAS_CUMPROD[t][:, None, None, None]
+        noise = (x - abar.sqrt() * self.clean) / (1 - abar).sqrt()
+        self.contexts.append(context.detach().float())
+        self.timesteps.append(t)
+        maps = {self.sites[0]: torch.full((len(x), 2, 8, 8, 24), 1 / 24)}
+        return abar.sqrt() * noise - (1 - abar).sqrt() * self.clean, maps
+
+
+def loss_of(oracle: Oracle, tmp_path: Path) -> float:
     folder.write_tokenizer(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
     text = CLIPTextModel(CLIPTextConfig.from_dict(dict(folder.TEXT)))
-    clean = torch.randn(6, 4, 8, 8)
+    size = len(oracle.clean)
+    scenes, captions = [CIRCLE] * size, ["a red circle"] * size
+    tokenizer, rng = load_tokenizer(tmp_path), np.random.default_rng(0)
+    return float(denoising_loss(oracle, text, tokenizer, oracle.clean, scenes, captions, rng).detach())
 
-    class Oracle(nn.Module):
-        def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, dict]:
-            abar = ALPHAS_CUMPROD[t][:, None, None, None]
-            noise = (x - abar.sqrt() * clean) / (1 - abar).sqrt()
-            return abar.sqrt() * noise - (1 - abar).sqrt() * clean, {}
 
-    captions = ["a red circle"] * 6
-    found = denoising_loss(Oracle(), text, tokenizer, clean, captions, np.random.default_rng(0))
-    assert float(found) < 1e-6
+def test_the_loss_is_that_of_the_velocity_and_of_attention_beside_the_box(tmp_path: Path) -> None:
+    # who knows the velocity is left with the attention: spread evenly, three quarters of it miss the box
+    assert loss_of(Oracle(torch.randn(6, 4, 8, 8)), tmp_path) == pytest.approx(GROUNDING * 0.75**2, rel=1e-4)
 
 
 def test_end_markers_are_hidden_from_half_and_captions_from_some(tmp_path: Path) -> None:
-    folder.write_tokenizer(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    text = CLIPTextModel(CLIPTextConfig.from_dict(dict(folder.TEXT)))
-    seen: list[torch.Tensor] = []
-
-    class Spy(nn.Module):
-        def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, dict]:
-            seen.append(context.detach().float())
-            return x, {}
-
-    denoising_loss(Spy(), text, tokenizer, torch.zeros(400, 4, 2, 2), ["a red circle"] * 400, np.random.default_rng(0))
-    there = seen[0].abs().sum(dim=2) > 0  # [400,24]: BOS, a, red, circle, EOS, ...
+    oracle = Oracle(torch.zeros(400, 4, 2, 2))
+    loss_of(oracle, tmp_path)
+    there = oracle.contexts[0].abs().sum(dim=2) > 0  # [400,24]: BOS, a, red, circle, EOS, ...
     assert there[:, 0].all()
     alone = ~there[:, -1]
     assert 0.4 < alone.float().mean() < 0.6
@@ -242,6 +254,65 @@ def test_end_markers_are_hidden_from_half_and_captions_from_some(tmp_path: Path)
     assert 0.02 < empty.float().mean() < 0.09
     assert there[alone & there[:, 1]][:, 1:4].all()
     assert not there[alone][:, 4:].any()
+
+
+def test_noisy_timesteps_are_the_more_frequent(tmp_path: Path) -> None:
+    oracle = Oracle(torch.zeros(4000, 4, 2, 2))
+    loss_of(oracle, tmp_path)
+    (t,) = oracle.timesteps
+    assert t.min() >= 0
+    assert t.max() == 999
+    assert (t < 500).float().mean() == pytest.approx(0.25, abs=0.03)
+
+
+def test_the_boxes_of_tokens() -> None:
+    star, heart = Thing("star", "blue", (0.1, 0.1, 0.4, 0.4)), Thing("heart", "orange", (0.5, 0.5, 0.9, 0.8))
+    scene = Scene((star, heart, star), "white")
+    texts = ["a blue star, an orange heart and a star on a white background", ""]
+    boxes = token_boxes(texts, [scene, scene], 24)
+    named = {2: star, 3: star, 6: heart, 7: heart, 10: star}  # BOS a blue star , an orange heart and a star on ...
+    for place in range(24):
+        expected = torch.tensor(named[place].box) if place in named else torch.zeros(4)
+        assert torch.equal(boxes[0, place], expected), place
+    assert not boxes[1].any()
+
+
+def test_tokens_of_boxes_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+    folder.write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scene = random_scene(rng)
+        text = caption(scene, rng)
+        boxes = token_boxes([text], [scene], 24)[0]
+        words = [tokenizer.decode([token]) for token in tokenizer(text)["input_ids"]]
+        for word, box in zip(words, boxes, strict=False):
+            assert box.any() == (word in SHAPES or word in COLOURS), (text, word)
+
+
+def test_the_grounding_loss_by_a_loop() -> None:
+    boxes = torch.zeros(2, 5, 4)
+    boxes[0, 1], boxes[0, 3], boxes[1, 2] = (torch.tensor(box) for box in ((0.1, 0.2, 0.6, 0.9), (0, 0, 1, 1), BOX))
+    maps = {
+        Site("mid", 0, 0, "cross"): torch.rand(2, 3, 4, 4, 5, dtype=torch.float64),
+        Site("up", 1, 0, "cross"): torch.rand(2, 2, 8, 8, 5, dtype=torch.float64),
+    }
+    sites = []
+    for probs in maps.values():
+        side, losses = probs.shape[2], []
+        for b, k in ((0, 1), (0, 3), (1, 2)):
+            x0, y0, x1, y1 = boxes[b, k].tolist()
+            for head in range(probs.shape[1]):
+                inside = 0.0
+                for y in range(side):
+                    for x in range(side):
+                        across = max(0.0, min(x1, (x + 1) / side) - max(x0, x / side)) * side
+                        down = max(0.0, min(y1, (y + 1) / side) - max(y0, y / side)) * side
+                        inside += across * down * float(probs[b, head, y, x, k])
+                losses.append((1 - inside / float(probs[b, head, :, :, k].sum())) ** 2)
+        sites.append(sum(losses) / len(losses))
+    assert float(grounding_loss(maps, boxes.double())) == pytest.approx(sum(sites) / 2, abs=1e-6)
+    assert float(grounding_loss(maps, torch.zeros(2, 5, 4).double())) == 0
 
 
 def test_muon_makes_the_update_of_a_matrix_orthogonal_and_leaves_the_rest_to_adamw() -> None:
@@ -289,7 +360,7 @@ def test_the_longest_caption_fits(tmp_path: Path) -> None:
     folder.write_tokenizer(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     rng = np.random.default_rng(0)
-    texts = [caption(latents.random_scene(rng), rng) for _ in range(500)]
+    texts = [caption(random_scene(rng), rng) for _ in range(500)]
     lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
     assert max(lengths) <= folder.POSITIONS
     assert max(lengths) >= 20  # four objects were among them

@@ -11,7 +11,7 @@ from ..networks.vae import VAE
 from .world import HELD_OUT, Scene, caption, random_scene, render
 
 CHUNK = 256  # pictures encoded at a time, and kept in one file
-FIRST, PER_STEP, MOST = 512, 4, 64_000  # pictures at the start, new ones per step, and how many at most
+FIRST, PER_STEP, MOST = 512, 3, 64_000  # pictures at the start, new ones per step, and how many at most
 
 
 class Latents:
@@ -26,14 +26,15 @@ class Latents:
         self.chunks: list[Tensor] = []  # each float16 [CHUNK,4,32,32]
         folder.mkdir(parents=True, exist_ok=True)
 
-    def batch(self, step: int, size: int) -> tuple[Tensor, list[str]]:
-        """Batch number `step`: float32 latents [size,4,32,32], and a caption of each."""
+    def batch(self, step: int, size: int) -> tuple[Tensor, list[Scene], list[str]]:
+        """Batch number `step`: float32 latents [size,4,32,32], their scenes, and a caption of each."""
         while len(self.scenes) < min(FIRST + PER_STEP * step, MOST):
             self._grow()
         rng = np.random.default_rng([self.seed, step, 2])
         chosen = rng.integers(0, len(self.scenes), size).tolist()
         latents = torch.stack([self.chunks[i // CHUNK][i % CHUNK] for i in chosen])
-        return latents.float(), [caption(self.scenes[i], rng) for i in chosen]
+        scenes = [self.scenes[i] for i in chosen]
+        return latents.float(), scenes, [caption(scene, rng) for scene in scenes]
 
     @torch.no_grad()
     def _grow(self) -> None:

@@ -52,17 +52,21 @@ PROMPTS = (  # of the sheets; the last four hold pairs that training leaves out
     "a lime star and a blue circle on a black background",
     "an orange heart, a red square and a cyan star on a gray background",
 )
+PLACE = ("seed", "stage", "step", "seconds", "before")  # the fields of a Run that its checkpoint keeps
 
 
 @dataclass
 class Run:
-    """A run in its folder. `step` and `seconds` count within the stage, over all sittings."""
+    """A run in its folder. `step` and `seconds` count within the stage, over all sittings; `before` are the seconds of
+    the stage before.
+    """
 
     out: Path
     seed: int
     stage: str = "autoencoder"
     step: int = 0
     seconds: float = 0.0
+    before: float = 0.0
     fixed: dict[str, Tensor] = field(default_factory=dict)  # the autoencoder, once it is done
     saved: dict[str, Tensor] = field(default_factory=dict)  # what the optimiser goes on from
 
@@ -75,16 +79,17 @@ class Run:
         """Go on from the checkpoint."""
         with safe_open(self.state, "pt") as file:
             place = json.loads((file.metadata() or {}).get("run", "{}"))
-        if place.keys() != {"seed", "stage", "step", "seconds"}:
+        if place.keys() != set(PLACE):
             raise ValueError(f"{self.state} was not written by a training run; expected the --out of one that was cut")
-        self.seed, self.stage, self.step, self.seconds = (place[k] for k in ("seed", "stage", "step", "seconds"))
+        for name in PLACE:
+            setattr(self, name, place[name])
         tensors = load_file(self.state)
         self.fixed = {key: value for key, value in tensors.items() if key.startswith("vae/")}
         self.saved = {key: value for key, value in tensors.items() if key not in self.fixed}
 
     def write(self, optimiser: Optimiser) -> None:
         """Replace the checkpoint at one stroke: whoever is cut while writing keeps the one before."""
-        place = {"seed": self.seed, "stage": self.stage, "step": self.step, "seconds": self.seconds}
+        place = {name: getattr(self, name) for name in PLACE}
         part = self.state.with_suffix(".part")
         save_file({**optimiser.state(), **self.fixed}, part, metadata={"run": json.dumps(place)})
         part.replace(self.state)
@@ -144,9 +149,8 @@ def train(out: Path, minutes: float, resume: bool = False, autoencoder: Path | N
     if resume:
         run.read()
     torch.manual_seed(run.seed)
-    first = min(SHARE * minutes, LONGEST) if autoencoder is None else 0.0
-    vae = _autoencoder(run, first, autoencoder)
-    return _unet(run, vae, minutes - first)
+    vae = _autoencoder(run, min(SHARE * minutes, LONGEST), autoencoder)
+    return _unet(run, vae, minutes - run.before / 60)
 
 
 def _autoencoder(run: Run, minutes: float, given: Path | None) -> VAE:
@@ -161,7 +165,7 @@ def _autoencoder(run: Run, minutes: float, given: Path | None) -> VAE:
             vae.load_state_dict(load(given, dtype="float32", device="cpu").vae.state_dict())
         psnr, kept = fidelity(vae)
         _say(f"autoencoder: {psnr:.1f} dB, {kept:.2%} of the flat pixels keep their colour")
-        run.stage, run.step, run.seconds = "unet", 0, 0.0
+        run.stage, run.step, run.before, run.seconds = "unet", 0, run.seconds, 0.0
         run.fixed = {f"vae/{key}": value for key, value in vae.state_dict().items()}
     vae.load_state_dict({key.removeprefix("vae/"): value for key, value in run.fixed.items()})
     return vae.requires_grad_(False)
@@ -176,8 +180,8 @@ def _unet(run: Run, vae: VAE, minutes: float) -> Path:
     pictures = Latents(vae, run.out / "latents", run.seed)
 
     def loss(step: int) -> Tensor:
-        latents, captions = pictures.batch(step, BATCH)
-        return denoising_loss(unet, text, tokenizer, latents, captions, np.random.default_rng([run.seed, step, 4]))
+        rng = np.random.default_rng([run.seed, step, 4])
+        return denoising_loss(unet, text, tokenizer, *pictures.batch(step, BATCH), rng)
 
     def show(optimiser: Optimiser) -> None:
         states = {"unet": optimiser.averaged("unet"), "text": optimiser.averaged("text"), "vae": vae.state_dict()}
