@@ -51,7 +51,7 @@ class Share:
 
     @property
     def ok(self) -> bool:
-        return self.bound is None or self.value >= self.bound
+        return self.bound is None or self.value >= self.bound  # NaN is not
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Drawn:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `python -m bench layout`."""
     parser.add_argument("--model", default="minidiff/shapes", metavar="SOURCE", help="of coloured shapes")
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="write the first 24 of the pictures to PNG")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="write every eighth of the pictures to PNG")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture")
 
 
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     middle = statistics.median(seconds)
     print(f"\nseconds per image, in batches of {BATCH}: median {middle:.3f}, {low:.3f} to {high:.3f}")
     if args.sheet is not None:
-        every = slice(None, None, len(asked) // 24)
+        every = slice(None, None, max(1, len(asked) // 24))
         sheet([to_pil(image[None])[0] for image in images[every]], [p.text for p in asked[every]], 6).save(args.sheet)
     if args.json is not None:
         rows = [{**asdict(share), "interval": share.interval, "ok": share.ok} for share in shares]
@@ -163,12 +163,12 @@ def _readable(model: minidiff.Model, drawn: Sequence[Drawn], maps: Mapping[Site,
         for phrase, thing in zip(one.prompt.phrases, one.found, strict=True):
             assert thing is not None
             word = model.text.spans(one.prompt.text, phrase)[-1]
-            ratios.append(_ratio([kept[i, :, :, word] for kept in maps.values()], thing.box))
+            ratios.append(density([kept[i, :, :, word] for kept in maps.values()], thing.box))
         hits += min(ratios) >= READABLE
     return Share(f"2 objects: pictures with attention {READABLE:g} times as dense in the box", hits, count, 0.9)
 
 
-def _ratio(maps: Sequence[Tensor], box: Sequence[float]) -> float:
+def density(maps: Sequence[Tensor], box: Sequence[float]) -> float:
     """Mean over sites of a word's map [h,w] per pixel inside the box, over that outside; every site counts alike."""
     centres = (torch.arange(SIZE) + 0.5) / SIZE
     x0, y0, x1, y1 = box

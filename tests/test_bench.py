@@ -13,16 +13,21 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 
 import bench.images
+import bench.layout
 from bench import parity
 from bench.__main__ import main
+from bench.layout import Drawn, Share, density
 from bench.load import IMPORT_BOUND, Load, case_rows, import_seconds, load_once
 from bench.models import SD15, TINY, random_weights, unet_dict, unet_shapes, vae_shapes, write_folder
+from bench.prompts import Prompt, prompts
 from bench.reference import relative_error
 from bench.table import Row, finish
 from minidiff.networks.text import TextEncoder
 from minidiff.networks.unet import UNet
 from minidiff.networks.vae import VAE
 from minidiff.sampling import Euler, Schedule
+from minidiff.shapes.measure import Found, Measured, check
+from minidiff.shapes.world import HELD_OUT
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
 SMALL = unet_dict([32, 64], [True, False], layers=1)
@@ -235,3 +240,72 @@ def test_import_is_cheap() -> None:
     times = [import_seconds() for _ in range(3)]
     assert min(alone for alone, _ in times) > 0.1
     assert min(extra for _, extra in times) <= IMPORT_BOUND, times
+
+
+# --- layout
+
+
+def test_the_prompts_are_fixed_and_fair() -> None:
+    asked = prompts()
+    assert asked == prompts()
+    assert len(asked) == 200
+    assert {len(one.things) for one in asked} == {1, 2, 3}
+    assert len({one.text for one in asked}) > 150
+    held = [one for one in asked if any(thing in HELD_OUT for thing in one.things)]
+    assert 90 <= len(held) <= 110
+    assert 90 <= sum(one.background is not None for one in asked) <= 110
+    for one in asked:
+        assert len({shape for shape, _ in one.things}) == len({colour for _, colour in one.things}) == len(one.things)
+    assert prompts(1) != asked
+
+
+def test_the_words_of_a_prompt() -> None:
+    one = Prompt((("ring", "orange"), ("star", "red"), ("heart", "blue")), "navy")
+    assert one.text == "an orange ring, a red star and a blue heart on a navy background"
+    assert Prompt((("ring", "red"),), None).text == "a red ring"
+
+
+def test_a_share_and_its_interval() -> None:
+    share = Share("x", 8, 10, 0.8)
+    assert (share.value, share.ok, Share("x", 7, 10, 0.8).ok, Share("x", 0, 0, 0.1).ok) == (0.8, True, False, False)
+    assert share.interval == pytest.approx((0.490, 0.943), abs=1e-3)  # Wilson's, as statsmodels has it
+    assert Share("x", 10, 10).interval == pytest.approx((0.722, 1.0), abs=1e-3)
+
+
+@pytest.mark.parametrize(("extra", "ground", "facts"), [((), "navy", True), ((), "white", False), ("x", "navy", False)])
+def test_facts_are_the_objects_no_others_and_the_background(extra: tuple, ground: str, facts: bool) -> None:
+    ring = Found("ring", "red", (0.1, 0.1, 0.4, 0.4))
+    others = [Found("star", "blue", (0.6, 0.6, 0.9, 0.9)) for _ in extra]
+    one = Drawn(Prompt((("ring", "red"),), "navy"), Measured((ring, *others), ground), (ring,))
+    assert one.all_right
+    assert one.facts is facts
+    assert not Drawn(one.prompt, one.picture, (None,)).facts
+
+
+def test_how_much_denser_attention_is_in_a_box() -> None:
+    even, left = torch.ones(8, 8), torch.ones(16, 16)
+    left[:, :8] = 3
+    assert density([even], (0, 0, 0.5, 1)) == pytest.approx(1)
+    assert density([left], (0, 0, 0.5, 1)) == pytest.approx(3)
+    # each site counts alike, whatever the size of its numbers: (1 + 1.5) / (1 + 0.5)
+    assert density([100 * even, left], (0, 0, 0.5, 1)) == pytest.approx(2.5 / 1.5)
+
+
+def test_layout_prints_measures_and_returns(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [one for one in prompts() if len(one.things) < 3][::20]
+    asked = [*few, *[one for one in prompts() if len(one.things) == 3][:1]]
+    monkeypatch.setattr(bench.layout, "prompts", lambda: asked)
+    monkeypatch.setattr(bench.layout, "check", lambda count, seed: check(5, seed))
+    code = main(["layout", "--json", str(tmp_path / "rows.json"), "--sheet", str(tmp_path / "sheet.png")])
+    printed, written = capsys.readouterr().out, json.loads((tmp_path / "rows.json").read_text())
+    assert code == (0 if all(row["ok"] for row in written["rows"]) else 1)
+    assert "the measurer itself: 100.0% of the objects" in printed
+    assert "seconds per image, in batches of" in printed
+    for row in written["rows"]:
+        assert row["name"] in printed
+    assert sum(row["count"] for row in written["rows"] if "right colour" in row["name"]) == sum(
+        len(one.things) for one in asked
+    )
+    assert (tmp_path / "sheet.png").is_file()

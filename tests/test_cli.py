@@ -220,7 +220,6 @@ def test_progress_bar_is_for_terminals(
     ("flags", "text"),
     [
         ([], "there is no prompt"),
-        (["a"], "there is no --model"),
         (["a", "--model", "m", "--out", "x.jpg"], "cannot save as .jpg"),
         (["a", "--model", "m", "--sampler", "nope"], "no sampler is called 'nope'; expected one of ddim"),
         (["a", "--model", "m", "--steps", "0"], "steps is 0; expected a whole number of at least 1"),
