@@ -178,6 +178,7 @@ def test_latents_leave_out_the_held_out_pairs_and_are_read_again(
 ) -> None:
     monkeypatch.setattr(latents, "CHUNK", 8)
     monkeypatch.setattr(latents, "FIRST", 40)
+    monkeypatch.setattr(latents, "PER_STEP", 0)
     vae = VAE(VAEConfig.from_dict(VAE_DICT))
     first = Latents(vae, tmp_path, seed=0)
     values, drawn, captions = first.batch(0, 16)

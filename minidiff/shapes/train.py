@@ -193,7 +193,7 @@ def _unet(run: Run, vae: VAE, minutes: float) -> Path:
 
 
 def _draw(model: Path, path: Path) -> None:
-    """A sheet of what the model makes of PROMPTS; numbers are added to a name that is taken."""
+    """A sheet of what the model makes of PROMPTS."""
     path.parent.mkdir(parents=True, exist_ok=True)
     images = generate(PROMPTS, model=model, seed=0).images
     assert isinstance(images, list)
