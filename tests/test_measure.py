@@ -67,8 +67,8 @@ def test_doubts_are_said() -> None:
     assert len(one.doubts) == 1
     assert {"yellow", "lime"} <= set(one.doubts[0].replace(",", " ").split())
 
-    rose = (250, 190, 190)  # no background of this world
-    assert "background" in measure(blend(rose, [(cover, COLOURS["blue"])])).doubts[0]
+    cream = [(a + b) // 2 for a, b in zip(BACKGROUNDS["white"], BACKGROUNDS["beige"], strict=True)]
+    assert "background" in measure(blend(cream, [(cover, COLOURS["blue"])])).doubts[0]
 
 
 def test_a_shape_between_two_is_doubted() -> None:
