@@ -112,7 +112,7 @@ def test_diffusers_loads_it_and_draws_the_same(model: minidiff.Model, sampler: s
         "ddim": diffusers.DDIMScheduler,
         "pndm": diffusers.PNDMScheduler,
     }
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(BUNDLED_FOLDER, torch_dtype=torch.float32)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(BUNDLED_FOLDER, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     # from the folder's own config: the pipeline hands on what an earlier scheduler had made of it
     config = json.loads((BUNDLED_FOLDER / "scheduler" / "scheduler_config.json").read_text())
