@@ -16,6 +16,7 @@ from minidiff.networks.text import text_encoder_shapes
 from minidiff.networks.unet import UNet
 from minidiff.networks.vae import VAE
 from minidiff.sampling import SD15_SCHEDULER_CONFIG
+from minidiff.shapes.folder import INDEX
 
 Config = Mapping[str, object]
 Shapes = Mapping[str, torch.Size]
@@ -166,19 +167,7 @@ def write_folder(folder: Path, size: Size, dtype: torch.dtype = torch.float32, s
     shutil.copytree(TOKENIZER, folder / "tokenizer")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(SD15_SCHEDULER_CONFIG), indent=1))
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": "0.42.1",
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "PNDMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+    (folder / "model_index.json").write_text(json.dumps(dict(INDEX), indent=1))
     return folder
 
 

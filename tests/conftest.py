@@ -21,6 +21,7 @@ from minidiff.networks.config import UNetConfig, VAEConfig
 from minidiff.networks.text import text_encoder_shapes
 from minidiff.networks.unet import UNet
 from minidiff.networks.vae import VAE
+from minidiff.shapes.folder import INDEX
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"
 # A single file does not tell its numbers of heads and groups: 8, 32 and 64-wide CLIP heads are those that it implies.
@@ -93,18 +94,6 @@ SCHEDULER = {
     "trained_betas": None,
     "clip_sample": False,
 }
-MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": "0.42.1",
-    "feature_extractor": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "PNDMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +116,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(TOKENIZER, folder / "tokenizer")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX))
+    (folder / "model_index.json").write_text(json.dumps(dict(INDEX)))
     return folder
 
 
