@@ -38,7 +38,7 @@ from .optimise import Optimiser
 BATCH = 32
 SHARE, LONGEST = 0.2, 15.0  # of the minutes, for the autoencoder; and its minutes at most
 LINE, CHECKPOINT, SHEET = 10.0, 90.0, 600.0  # seconds between two
-PROMPTS = (  # of the sheets; the last four hold pairs that training leaves out
+PROMPTS = (  # of the sheets; red circle, blue ring, green square, purple triangle and lime star are held out
     "a red circle",
     "a blue star on a white background",
     "a yellow ring on a black background",
