@@ -1,12 +1,15 @@
 """What generate() was asked, checked: each function takes what the caller gave, returns it in one form or raises."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .guidance.guide import Guidance
+from .guidance.layout import Boxes, Region, read_regions
+from .guidance.objectives import Objective
 from .model import Model
 from .sampling import (
     DDIM,
@@ -130,6 +133,42 @@ def _check_context(name: str, context: Tensor, model: Model, count: int | None) 
     if not context.isfinite().all():
         raise ValueError(f"{name} holds values that are not finite; expected the output of a text encoder")
     return context
+
+
+def check_boxes(
+    boxes: Boxes | Sequence[Boxes | None] | None, texts: Texts, model: Model
+) -> tuple[tuple[Region, ...], ...]:
+    """Each image's regions: of one mapping for all prompts, or of a list with one (or None) for each."""
+    count = texts.images // texts.repeats
+    given = boxes if isinstance(boxes, list | tuple) else [boxes] * count
+    if len(given) != count:
+        raise ValueError(f"boxes holds {len(given)} layouts for {count} prompts; expected one for all, or one for each")
+    regions = []
+    for i, one in enumerate(given):
+        prompt = None if texts.prompts is None else texts.prompts[i]
+        length = model.text.length if texts.context is None else texts.context.shape[1]
+
+        def find(phrase: str, prompt: str | None = prompt) -> tuple[int, ...]:
+            if prompt is None:
+                raise ValueError(f"boxes has the key {phrase!r} but there is no prompt; expected token positions")
+            return model.text.all_spans(prompt, phrase)
+
+        regions.append(() if one is None else read_regions(one, find, length))
+    return tuple(own for own in regions for _ in range(texts.repeats))
+
+
+def check_guidance(guidance: Guidance | Objective | str | Mapping[str, object]) -> Guidance | None:
+    """None for "none"."""
+    return None if isinstance(guidance, str) and guidance == "none" else Guidance.read(guidance)
+
+
+def plain_boxes(regions: Sequence[Region]) -> dict[str, object]:
+    """Regions as generate() takes them."""
+    return {
+        region.name: {"weight": region.weight}
+        | ({"boxes": region.boxes} if region.mask is None else {"mask": region.mask})
+        for region in regions
+    }
 
 
 def model_sampler(model: Model) -> str:

@@ -1,8 +1,8 @@
 """generate(): the one file that wires text, UNet, sampler and autoencoder together."""
 
+import math
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -12,10 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .accelerate import compile_whole, is_compiled
 from .arguments import (
     Texts,
+    check_boxes,
     check_choice,
     check_fraction,
+    check_guidance,
     check_latents,
     check_scale,
     check_seeds,
@@ -24,11 +27,17 @@ from .arguments import (
     choose_sampler,
     latent_shape,
     model_sampler,
+    plain_boxes,
     sampler_arguments,
 )
+from .guidance.guide import Guidance, Guide, Report, evaluate
+from .guidance.layout import Boxes, Layout, Region, make_layout
+from .guidance.objectives import Objective
 from .model import Model
-from .networks.attention import Edit, Inputs, Record
+from .networks.attention import HEAD_MEAN, Edit, Inputs, Record, Site
+from .networks.sites import Position, choose, cross, level
 from .networks.unet import Maps
+from .recorded import MEAN, PER_STEP, Attention, Reduce
 from .result import Images, Plain, Result, plain, to_numpy, to_pil
 from .sampling import Sampler, Schedule, sample
 from .sampling import Step as SamplerStep
@@ -50,15 +59,18 @@ class Step(SamplerStep):
         assert self.run is not None
         return self.run.pixels(self.denoised)
 
-    def result(self, output: Output = "pil") -> Result:
-        """The finished images. ValueError before the last step."""
+    def result(self, output: Output = "pil", maps: Maps | None = None, per_step: bool = False) -> Result:
+        """The finished images. ValueError before the last step.
+
+        maps: what was kept of the run's, for the result's `attention`; default: this step's. per_step: [S,...].
+        """
         assert self.run is not None
         if self.index + 1 < self.run.schedule.steps:
             raise ValueError(
                 f"this is step {self.index} of {self.run.schedule.steps}; expected the last one. "
                 "Run the loop to its end, or look at preview() and latents"
             )
-        return self.run.result(self.latents, output)
+        return self.run.result(self.latents, output, maps or self.maps or None, per_step)
 
 
 def generate(
@@ -83,6 +95,12 @@ def generate(
     latents: Tensor | None = None,
     context: Tensor | None = None,
     negative_context: Tensor | None = None,
+    boxes: Boxes | Sequence[Boxes | None] | None = None,
+    guidance: Guidance | Objective | str | Mapping[str, object] | None = None,
+    edit: Edit | None = None,
+    inputs: Inputs | None = None,
+    attention: bool | Record = False,
+    reduce: Reduce = MEAN,
     output: Output = "pil",
 ) -> Result:
     """Make images from text.
@@ -105,6 +123,16 @@ def generate(
     images_per_prompt: the images of a prompt follow each other. Image i of a batch agrees with image i made alone from
         its own seed.
     latents: start from these instead of noise, [images,4,h,w] of unit variance.
+    boxes: where things shall be: {phrase of the prompt: (x0, y0, x1, y1) in [0,1], from the left and the top}, one for
+        all prompts or a list with one (or None) for each. A phrase may have a list of boxes, a mask ([H,W] or an image)
+        or {"boxes": ..., "weight": 2.0}; token positions may stand for the phrase. The result's `reports` say what
+        became of it.
+    guidance: how boxes are followed: a Guidance, an objective, the name of a published one ("layout",
+        "attend_and_excite", "boxdiff", "refocusing", "rnb"), or "none" (for an edit that follows them by itself);
+        default: the model's.
+    edit, inputs: changes of the attention, and tensors that they read beside the layout's.
+    attention: keep the attention maps, for the result's `attention["phrase"]`: True, or a Record of your own. `reduce`
+        over steps: minidiff.MEAN, LAST or PER_STEP.
     output: "pil" images, "numpy" [B,H,W,3] or "tensor" [B,3,H,W] in [0,1], or "latents" (not decoded).
 
     Noise is drawn on the CPU in float32, so a seed means the same image on every device. Raises ValueError for any
@@ -132,9 +160,16 @@ def generate(
         latents=latents,
         context=context,
         negative_context=negative_context,
+        boxes=boxes,
+        guidance=guidance,
+        record=Record(cross & level(1), HEAD_MEAN) if attention is True else attention or None,
+        edit=edit,
+        inputs=inputs,
     )
-    (last,) = deque(steps_run, maxlen=1)
-    return last.result(output)
+    kept: Maps | None = None
+    for step in steps_run:
+        kept = reduce(kept, step.maps, step.index) if step.maps else None
+    return step.result(output, kept, per_step=reduce is PER_STEP)
 
 
 def sample_steps(
@@ -159,6 +194,8 @@ def sample_steps(
     latents: Tensor | None = None,
     context: Tensor | None = None,
     negative_context: Tensor | None = None,
+    boxes: Boxes | Sequence[Boxes | None] | None = None,
+    guidance: Guidance | Objective | str | Mapping[str, object] | None = None,
     record: Record | None = None,
     edit: Edit | None = None,
     inputs: Inputs | None = None,
@@ -166,8 +203,8 @@ def sample_steps(
     """The steps of `generate`, one at a time: watch, preview, stop early, draw a progress bar.
 
     The last one's `result()` has the images.
-    Arguments as for `generate`, and `record`, `edit` and `inputs` as the UNet takes them; each Step holds what was
-    recorded in it.
+    Arguments as for `generate`, and `record` as the UNet takes it; each Step holds what was recorded in it (`maps`) and
+    what guidance saw (`report`, a tuple of Evaluation).
     Arguments are checked and texts encoded at the call; the network runs when a step is asked for.
     """
     started = time.perf_counter()
@@ -187,9 +224,19 @@ def sample_steps(
     start = noise() if latents is None else check_latents(latents, texts.images, noise.shape)
     if scale == 1 and texts.any_negative:
         warnings.warn("the negative prompt has no effect at guidance_scale 1", stacklevel=2)
-    denoise = Denoise(
-        model, texts.encode(model, clip_skip, negative=scale > 1), scale, guidance_rescale, record, edit, inputs
-    )
+    there = model.unet.positions(*noise.shape[1:])
+    record = None if record is None else replace(record, sites=choose(record.sites, there))
+    edit = None if edit is None else replace(edit, sites=choose(edit.sites, there))
+    encoded = texts.encode(model, clip_skip, negative=scale > 1)
+    regions = check_boxes(boxes, texts, model)
+    how = check_guidance(model.defaults.guidance if guidance is None else guidance)
+    guide, given = None, inputs or {}
+    if any(regions):
+        layout = _layout(model, texts, regions, encoded.shape[1], there)
+        given = {**layout.inputs(), **given}
+        if how is not None:
+            guide = _guide(model, how, encoded[-texts.images :], layout, regions, there, edit, inputs)
+    denoise = Denoise(model, encoded, scale, guidance_rescale, record, edit, given, _last_edited(edit, schedule))
     arguments: dict[str, object] = {
         "model": model.name,
         "width": width,
@@ -202,20 +249,59 @@ def sample_steps(
         "clip_skip": clip_skip,
         **sampler_arguments(chosen),
         "latents": latents,
+        "guidance": None if guide is None and guidance is None else "none" if how is None else how.plain(),
         "edit": edit,
         "inputs": inputs,
     }
     used = [s if latents is None or chosen.stochastic else None for s in seeds]
     timings = {"load": loaded - started, "text": time.perf_counter() - loaded}
-    run = _Run(model, schedule, texts, tuple(used), arguments, timings)
-    found = sample(denoise, start.to(model.device), schedule, chosen, noise=noise if chosen.stochastic else None)
-    return run.steps(found)
+    run = _Run(model, schedule, texts, tuple(used), arguments, timings, regions, guide)
+    fresh = noise if chosen.stochastic else None
+    refine = None if guide is None else guide.refine
+    return run.steps(sample(denoise, start.to(model.device), schedule, chosen, refine, fresh))
+
+
+def _layout(
+    model: Model, texts: Texts, regions: Sequence[Sequence[Region]], length: int, there: Mapping[Site, Position]
+) -> Layout:
+    """Of a batch's regions, on every grid that the UNet has."""
+    if texts.prompts is None:
+        tokens = [length - 1] * texts.images  # all but the start marker: which are the prompt's own is not known
+    else:
+        tokens = [model.text.num_tokens(prompt) for prompt in texts.prompts for _ in range(texts.repeats)]
+    return make_layout(regions, tokens, length, {at.grid for at in there.values()}, model.device)
+
+
+def _guide(
+    model: Model,
+    how: Guidance,
+    context: Tensor,
+    layout: Layout,
+    regions: Sequence[Sequence[Region]],
+    there: Mapping[Site, Position],
+    edit: Edit | None,
+    inputs: Inputs | None,
+) -> Guide:
+    bound = replace(how, objective=how.objective.bound(there, how.sites))
+    names = [[region.name for region in some] for some in regions]
+    compiled = is_compiled(model.unet)
+    look = compile_whole(evaluate) if compiled else evaluate
+    return Guide(bound, model.unet.forward, context, layout, names, edit, inputs, compiled, look)
+
+
+def _last_edited(edit: Edit | None, schedule: Schedule) -> float | None:
+    """The timestep of the last call that `edit` is for; None where it is for all."""
+    if edit is None or edit.steps is None or edit.steps >= schedule.steps:
+        return None
+    calls = [call for call, index in enumerate(schedule.index) if index < edit.steps]
+    return float(schedule.timesteps[calls[-1]]) if calls else math.inf
 
 
 class Denoise:
     """The network as the sampling loop sees it, with classifier-free guidance inside.
 
     `context` holds the conditional texts [B,L,D], or [uncond, cond] [2B,L,D] where the scale asks for both.
+    `edited`: the timestep of the last step that `edit` changes; None: it changes all.
     """
 
     def __init__(
@@ -227,9 +313,10 @@ class Denoise:
         record: Record | None = None,
         edit: Edit | None = None,
         inputs: Inputs | None = None,
+        edited: float | None = None,
     ) -> None:
         self.model, self.context, self.scale, self.rescale = model, context, scale, rescale
-        self.record, self.edit, self.inputs = record, edit, inputs
+        self.record, self.edit, self.inputs, self.edited = record, edit, inputs, edited
         if scale == 1:  # there are no unconditional rows to leave out
             self.record = None if record is None else replace(record, rows=_only_rows("record", record.rows))
             self.edit = None if edit is None else replace(edit, rows=_only_rows("edit", edit.rows))
@@ -242,9 +329,8 @@ class Denoise:
     def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, Maps]:
         """Predict from variance-preserving x; float32 whatever the networks compute in."""
         halves = x if self.scale == 1 else torch.cat([x, x])
-        output, maps = self.model.unet(
-            halves.to(self.model.dtype), t, self.context, self.record, self.edit, self.inputs
-        )
+        edit = None if self.edited is not None and float(t) < self.edited else self.edit
+        output, maps = self.model.unet(halves.to(self.model.dtype), t, self.context, self.record, edit, self.inputs)
         assert output is not None  # no stop
         if self.scale == 1:
             return output.float(), maps
@@ -294,6 +380,8 @@ class _Run:
     seeds: tuple[int | None, ...]
     arguments: Mapping[str, object]
     timings: Mapping[str, float]
+    regions: Sequence[Sequence[Region]]
+    guide: Guide | None
 
     def steps(self, found: Iterator[SamplerStep]) -> Iterator[Step]:
         """The sampler's steps, with a way to images.
@@ -308,7 +396,8 @@ class _Run:
             if step is None:
                 return
             run = replace(self, timings={**self.timings, "sampling": seconds})
-            yield Step(step.index, step.t, step.sigma, step.latents, step.denoised, step.maps, step.report, run)
+            looks = () if self.guide is None else tuple(self.guide.seen.get(step.index, ()))
+            yield Step(step.index, step.t, step.sigma, step.latents, step.denoised, step.maps, looks, run)
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Latents [B,4,h,w] -> images [B,3,H,W] in [0,1] on the CPU.
@@ -325,7 +414,7 @@ class _Run:
             )
         return (images.nan_to_num(-1, -1, -1) / 2 + 0.5).clamp(0, 1)
 
-    def result(self, latents: Tensor, output: Output) -> Result:
+    def result(self, latents: Tensor, output: Output, maps: Maps | None, per_step: bool) -> Result:
         """Decode, and write down what was asked."""
         check_choice("output", output, OUTPUTS)
         before = time.perf_counter()
@@ -341,11 +430,26 @@ class _Run:
             parameters=tuple(self._parameters(i) for i in range(len(latents))),
             timings={**self.timings, "decode": time.perf_counter() - before},
             info=self._info(),
+            attention=None if maps is None else self._attention(maps, per_step),
+            reports=self._reports(),
         )
+
+    def _attention(self, maps: Maps, per_step: bool) -> Attention:
+        def find(image: int, phrase: str) -> tuple[int, ...]:
+            if self.texts.prompts is None:
+                raise ValueError(f"there is no prompt to find {phrase!r} in; read the tokens of attention.maps")
+            return self.model.text.all_spans(self.texts.prompts[image // self.texts.repeats], phrase)
+
+        on_cpu = {site: kept.detach().float().cpu() for site, kept in maps.items()}
+        return Attention(on_cpu, self.texts.images, find, per_step)
+
+    def _reports(self) -> tuple[Report, ...] | None:
+        return None if self.guide is None else tuple(self.guide.report(i) for i in range(self.texts.images))
 
     def _parameters(self, i: int) -> dict[str, Plain]:
         """The arguments that make image i alone."""
         given: dict[str, object] = {**self.texts.arguments(i), **self.arguments, "seed": self.seeds[i]}
+        given["boxes"] = plain_boxes(self.regions[i]) or None
         if isinstance(given["latents"], Tensor):
             given["latents"] = given["latents"][i : i + 1]
         return {name: plain(value) for name, value in given.items() if value is not None}

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .networks.attention import Grid, Site
+from .networks.sites import Where, choose
 from .networks.text import TextEncoder
 from .networks.unet import UNet
 from .networks.vae import VAE
@@ -23,18 +25,24 @@ class Defaults:
     The values here are those of diffusers for Stable Diffusion 1.5.
 
     A model may bring its own as `minidiff_defaults` in its scheduler_config.json. `sampler` None is the one that the
-    config names.
+    config names. `guidance` is what `Guidance.read` takes: how boxes are followed.
     """
 
     sampler: str | None = None
     steps: int = 50
     guidance_scale: float = 7.5
+    guidance: str | Mapping[str, object] = "layout"
 
     @classmethod
     def from_config(cls, scheduler: Mapping[str, object]) -> "Defaults":
         """Read `minidiff_defaults` of a scheduler_config.json; ValueError names what is not understood."""
         given = scheduler.get("minidiff_defaults", {})
-        kinds: dict[str, type | tuple[type, ...]] = {"sampler": str, "steps": int, "guidance_scale": (int, float)}
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "sampler": str,
+            "steps": int,
+            "guidance_scale": (int, float),
+            "guidance": (str, Mapping),
+        }
         if not isinstance(given, Mapping):
             raise ValueError(
                 f"scheduler_config.json: minidiff_defaults is {given!r}; expected an object with {', '.join(kinds)}"
@@ -43,7 +51,8 @@ class Defaults:
             if key not in kinds or not isinstance(value, kinds[key]):
                 raise ValueError(
                     f"scheduler_config.json: minidiff_defaults has {key!r}: {value!r}; "
-                    "expected a text for sampler, a whole number for steps, a number for guidance_scale"
+                    "expected a text for sampler, a whole number for steps, a number for guidance_scale, a name or an "
+                    "object for guidance"
                 )
         return cls(**given)
 
@@ -111,6 +120,20 @@ class Model:
         )
         weights = {f"vae.{name}": value.float() for name, value in self.vae.state_dict().items()}
         return torch.func.functional_call(_Decode(self.vae), weights, (latents.float(),))
+
+
+def sites(
+    model: Model, where: Where | None = None, *, width: int | None = None, height: int | None = None
+) -> dict[Site, Grid]:
+    """The attention layers of a model in the order in which they run, each with its grid (h, w).
+
+    where: which (`cross & at_most(16)`); default: all. width, height: of the image in pixels; default: what the UNet
+    was trained on. ValueError where there is none, with a list of those there are.
+    """
+    factor, edge = model.vae.config.factor, model.unet.config.sample_size
+    there = model.unet.positions(*(edge if size is None else size // factor for size in (height, width)))
+    chosen = there.keys() if where is None else choose(where, there)
+    return {site: at.grid for site, at in there.items() if site in chosen}
 
 
 class _Decode(torch.nn.Module):

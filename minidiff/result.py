@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -33,6 +33,10 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from .infotext import parse_infotext, to_infotext
+
+if TYPE_CHECKING:
+    from .guidance.guide import Report
+    from .recorded import Attention
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 Images: TypeAlias = "list[Image.Image] | NDArray[np.float32] | Tensor"
@@ -48,9 +52,9 @@ class Result:
     `images` follows generate's `output`: "pil" a list, "numpy" [B,H,W,3] float32 in [0,1], "tensor" [B,3,H,W] in [0,1],
     "latents" [B,4,h,w]. `latents` [B,4,h,w] float32 on the CPU are the last step's, whatever the output.
     `parameters[i]` are the arguments of generate() that make image i alone, as plain() writes them; `info` is what is
-    true
-    of the run and no argument: {"versions": {"minidiff": "0.1.0", ...}, "model_hash": ..., "device": ...}.
-    `timings` are seconds by phase. ValueError when the counts differ.
+    true of the run and no argument: {"versions": {"minidiff": "0.1.0", ...}, "model_hash": ..., "device": ...}.
+    `timings` are seconds by phase. `attention` are the maps that were asked for, `reports` what guidance did to each
+    image where there were boxes. ValueError when the counts differ.
     """
 
     images: Images = field(repr=False)
@@ -59,6 +63,8 @@ class Result:
     parameters: tuple[dict[str, Plain], ...] = field(repr=False)
     timings: dict[str, float]
     info: dict[str, Plain] = field(default_factory=dict, repr=False)
+    attention: Attention | None = field(default=None, repr=False)
+    reports: tuple[Report, ...] | None = None
 
     def __post_init__(self) -> None:
         counts = (len(self.images), len(self.latents), len(self.seeds), len(self.parameters))

@@ -4,12 +4,17 @@ Shapes: B rows of the batch, H heads, h x w latent grid, N = h * w pixels, L tex
 channels per head.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch.nn.functional as F
-from torch import Tensor, cat, nn
+from torch import Tensor, cat, einsum, nn
+
+if TYPE_CHECKING:
+    from .sites import Where
 
 Place = Literal["down", "mid", "up"]
 Rows = Literal["cond", "uncond", "all"]
@@ -64,17 +69,35 @@ def COLUMNS(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
     return (probs.flatten(2, 3) @ weights.mT[:, None]).unflatten(2, probs.shape[2:4])
 
 
+def BOX_MASS(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
+    """Keep, for every object and token, the share of the token's attention that lies inside the object's mask:
+    [B,H,O,L] in [0,1].
+
+    The masks [B,O,h,w] are `inputs[mask_name((h, w))]`.
+    """
+    masks = inputs[mask_name((probs.shape[2], probs.shape[3]))].to(probs)
+    return einsum("bhyxl,boyx->bhol", probs, masks) / probs.sum(dim=(2, 3))[:, :, None]
+
+
+def mask_name(grid: Grid) -> str:
+    """The name among a forward pass's `inputs` of the objects' masks on a grid: "masks.16x16"."""
+    return f"masks.{grid[0]}x{grid[1]}"
+
+
 @dataclass(frozen=True)
 class Record:
     """What to keep of a forward pass: a value that goes in; the maps come out.
 
     Static and hashable, so it never recompiles a graph.
 
+    `sites` is a set of them or, where a model is at hand to choose from (generate, sample_steps), a choice such as
+    `cross & at_most(16)`; the UNet itself takes sets.
+
     `rows` says which half of a batch [uncond, cond] is recorded; a batch that holds conditional rows only needs "all".
     With `stop` the forward pass ends after the last recorded site and returns None for eps.
     """
 
-    sites: frozenset[Site]
+    sites: frozenset[Site] | Where
     keep: Keep = ALL
     rows: Rows = "cond"
     stop: bool = False
@@ -90,25 +113,31 @@ class Edit:
     fused kernel still runs.
     `probs(site, probs [B,H,h,w,L], inputs)` returns new probabilities of that shape; the site is then computed
     explicitly.
-    Order at a site: logits + bias, softmax, `probs`, record. `rows` as in `Record`.
+    Order at a site: logits + bias, softmax, `probs`, record. `sites` and `rows` as in `Record`.
+    `steps` is for sampling, which edits the first so many steps of a run (None: all); the UNet itself ignores it.
     """
 
-    sites: frozenset[Site]
+    sites: frozenset[Site] | Where
     bias: Callable[[Site, Grid, Inputs], Tensor] | None = None
     probs: Callable[[Site, Tensor, Inputs], Tensor] | None = None
     rows: Rows = "cond"
+    steps: int | None = None
 
 
 class Hooks(NamedTuple):
-    """What one forward pass of the UNet carries to its attention layers. `stop` is the site after which it ends."""
+    """What one forward pass of the UNet carries to its attention layers: also the sites that `record` and `edit` name,
+    and the one after which it ends.
+    """
 
     record: Record | None
     edit: Edit | None
     inputs: Inputs
-    stop: Site | None
+    recorded: frozenset[Site] = frozenset()
+    edited: frozenset[Site] = frozenset()
+    stop: Site | None = None
 
 
-NO_HOOKS = Hooks(None, None, {}, None)
+NO_HOOKS = Hooks(None, None, {})
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -144,8 +173,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, grid: Grid, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
         """x [B,N,C], context [B,L,C'] -> (new x, what the record keeps of this site or None)."""
         q, k, v = (self.split_heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        record = hooks.record if hooks.record is not None and self.site in hooks.record.sites else None
-        edit = hooks.edit if hooks.edit is not None and self.site in hooks.edit.sites else None
+        record = hooks.record if self.site in hooks.recorded else None
+        edit = hooks.edit if self.site in hooks.edited else None
         if record is None and edit is None:
             out, kept = attention(q, k, v), None
         else:

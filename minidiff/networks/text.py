@@ -127,6 +127,20 @@ class TextEncoder:
             )
         return tuple(range(first + 1, last + 2))
 
+    def all_spans(self, prompt: str, phrase: str) -> tuple[int, ...]:
+        """Positions of the phrase's tokens at all its occurrences; otherwise as `spans`."""
+        if not isinstance(phrase, str) or not phrase.strip():
+            return self.spans(prompt, phrase)  # which says what is wrong
+        count = len(_matches(prompt, _tokenize(self.tokenizer, prompt)[1], phrase))
+        return tuple(token for i in range(max(count, 1)) for token in self.spans(prompt, phrase, i))
+
+    def word_weights(self, prompt: str, weights: Mapping[str, float]) -> torch.Tensor:
+        """[1,L]: the weight of each token, 1 where `weights`, {phrase: weight}, says nothing."""
+        row = torch.ones(1, self.length)
+        for phrase, weight in weights.items():
+            row[0, list(self.all_spans(prompt, phrase))] = weight
+        return row
+
     def _warn_of_unknown_words(self, prompts: Sequence[str]) -> None:
         if self.words is None:
             return

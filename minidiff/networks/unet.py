@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .attention import NO_HOOKS, Attention, Edit, Hooks, Inputs, Place, Record, Site
 from .config import UNetConfig
+from .sites import Position, Where
 
 Maps = dict[Site, Tensor]
 
@@ -108,14 +109,36 @@ class UNet(nn.Module):
         return sinusoids(t, self.config.block_out_channels[0], self.config.flip_sin_to_cos, self.config.freq_shift)
 
     def _hooks(self, record: Record | None, edit: Edit | None, inputs: Inputs | None) -> Hooks:
-        for name, hook in (("record", record), ("edit", edit)):
-            if hook is not None and (not hook.sites or not hook.sites.issubset(self.sites)):
-                wrong = sorted(site.name for site in hook.sites.difference(self.sites)) or "no sites"
-                raise ValueError(f"{name}.sites holds {wrong}; expected some of {[site.name for site in self.sites]}")
+        recorded = self._named("record", None if record is None else record.sites)
+        edited = self._named("edit", None if edit is None else edit.sites)
         stop = None
         if record is not None and record.stop:
-            stop = [site for site in self.sites if site in record.sites][-1]
-        return Hooks(record, edit, {} if inputs is None else inputs, stop)
+            stop = [site for site in self.sites if site in recorded][-1]
+        return Hooks(record, edit, {} if inputs is None else inputs, recorded, edited, stop)
+
+    def _named(self, name: str, sites: frozenset[Site] | Where | None) -> frozenset[Site]:
+        if sites is None:
+            return frozenset()
+        if isinstance(sites, Where):
+            raise ValueError(
+                f"{name}.sites is {sites}; the UNet expects a set: frozenset(minidiff.sites(model, {sites}))"
+            )
+        if not sites or not sites.issubset(self.sites):
+            wrong = sorted(site.name for site in sites.difference(self.sites)) or "no sites"
+            raise ValueError(f"{name}.sites holds {wrong}; expected some of {[site.name for site in self.sites]}")
+        return sites
+
+    def positions(self, height: int, width: int) -> dict[Site, Position]:
+        """The grid and the level of every site, for latents of h x w cells."""
+        levels = len(self.config.block_out_channels)
+        grids = [(height, width)]
+        for _ in range(levels - 1):
+            grids.append((-(-grids[-1][0] // 2), -(-grids[-1][1] // 2)))  # an odd edge is halved upwards
+        found = {}
+        for site in self.sites:
+            depth = site.block if site.place == "down" else levels - 1 - (site.block if site.place == "up" else 0)
+            found[site] = Position(grids[depth], levels - 1 - depth)
+        return found
 
     def _check(self, x: Tensor, context: Tensor) -> None:
         config = self.config

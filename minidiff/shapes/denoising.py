@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
+from ..guidance.layout import box_coverage
 from ..networks.attention import ALL, Record
 from ..networks.unet import Maps, UNet
 from ..sampling import NoiseSchedule
@@ -92,16 +93,3 @@ def grounding_loss(maps: Maps, boxes: Tensor) -> Tensor:
         missed = (1 - inside / probs.sum(dim=(2, 3))).square().mean(dim=1)  # [B,L]
         losses.append((missed * named).sum() / named.sum().clamp_min(1))
     return torch.stack(losses).mean()
-
-
-def box_coverage(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Boxes [...,4] in [0,1] -> how much of each cell of a grid they cover, [...,height,width]."""
-
-    def along(start: Tensor, end: Tensor, cells: int) -> Tensor:
-        edges = torch.arange(cells + 1) / cells
-        return (torch.minimum(end[..., None], edges[1:]) - torch.maximum(start[..., None], edges[:-1])).clamp_min(
-            0
-        ) * cells
-
-    x0, y0, x1, y1 = boxes.unbind(-1)
-    return along(y0, y1, height)[..., :, None] * along(x0, x1, width)[..., None, :]

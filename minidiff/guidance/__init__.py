@@ -1,0 +1,1 @@
+"""Layouts, objectives of the attention, guidance by their gradient, and edits without one."""

@@ -1,0 +1,90 @@
+"""Edits of the attention that need no gradient. Each reads the layout that `boxes` puts among a pass's inputs.
+
+    minidiff.generate(prompt, boxes=boxes, guidance=None, edit=minidiff.forward_guidance(0.8))
+
+Every strength is part of the edit, which is static: a compiled model compiles anew for another one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..networks.attention import Edit, Grid, Inputs, Site, mask_name
+from ..networks.sites import Where, cross
+
+Sites = Where | frozenset[Site]
+
+
+def forward_guidance(strength: float = 0.8, sites: Sites = cross, steps: int | None = None) -> Edit:
+    """Mix the attention to each object's tokens with a smooth box of the same mass.
+
+    P' = (1 - strength) P + strength * g * sum_u P, with g the smoothed mask, which sums to one: Chen, Laina and Vedaldi
+    2024, eq. 2 and 3 (never released by its authors). As there, a pixel's probabilities then no longer sum to one.
+    strength in [0,1]; steps: the first so many (None: all).
+    """
+    _check("strength", strength, 1.0)
+    return Edit(sites, probs=_Forward(strength), steps=steps)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    strength: float
+
+    def __call__(self, site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
+        """probs [B,H,h,w,L]."""
+        masks, owned = _masks(probs, inputs)
+        kernel = torch.tensor([0.25, 0.5, 0.25]).to(probs)
+        flat = F.pad(masks.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
+        smooth = F.conv2d(flat, (kernel[:, None] * kernel)[None, None])[:, 0].unflatten(0, masks.shape[:2])
+        shape = smooth / smooth.sum(dim=(2, 3), keepdim=True).clamp_min(1e-8)
+        # A token that two objects share gets the mean of their boxes.
+        wanted = torch.einsum("boyx,bol->byxl", shape, owned / owned.sum(dim=1, keepdim=True).clamp_min(1))[:, None]
+        mixed = (1 - self.strength) * probs + self.strength * wanted * probs.sum(dim=(2, 3), keepdim=True)
+        return torch.where(owned.any(dim=1)[:, None, None, None], mixed, probs)
+
+
+def regional_prompting(strength: float = 8.0, sites: Sites = cross, steps: int | None = None) -> Edit:
+    """Each object's tokens are seen inside its boxes only: `-strength` on their logits outside, less on partly covered
+    cells. The fused kernel still runs. strength 0 changes nothing, 20 shuts the rest out.
+    """
+    _check("strength", strength, 1e4)
+    return Edit(sites, bias=_Regional(strength), steps=steps)
+
+
+@dataclass(frozen=True)
+class _Regional:
+    strength: float
+
+    def __call__(self, site: Site, grid: Grid, inputs: Inputs) -> Tensor:
+        """[B,1,h,w,L]."""
+        owned = (inputs["token_weights"] > 0).to(inputs["token_weights"].dtype)
+        inside = (inputs[mask_name(grid)][..., None] * owned[:, :, None, None]).amax(dim=1)  # of any that owns it
+        return (self.strength * (inside - 1) * owned.amax(dim=1)[:, None, None])[:, None]
+
+
+def reweight(sites: Sites = cross, steps: int | None = None) -> Edit:
+    """Multiply the attention to each token by `inputs["word_weights"]`, [B,L] or [1,L].
+
+    Prompt-to-prompt's attention re-weighting: Hertz et al. 2022, section 3.2. As there, a pixel's probabilities then no
+    longer sum to one. `model.text.word_weights(prompt, {"ball": 2.0})` makes the weights.
+    """
+    return Edit(sites, probs=_reweighted, steps=steps)
+
+
+def _reweighted(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
+    return probs * inputs["word_weights"].to(probs)[:, None, None, None]
+
+
+def _masks(probs: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Of the objects: masks [B,O,h,w], and which tokens are theirs [B,O,L]."""
+    masks = inputs[mask_name((probs.shape[2], probs.shape[3]))].to(probs)
+    return masks, (inputs["token_weights"] > 0).to(probs)
+
+
+def _check(name: str, value: float, largest: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest:
+        raise ValueError(f"{name} is {value!r}; expected a number from 0 to {largest:g}")

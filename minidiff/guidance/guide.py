@@ -1,0 +1,320 @@
+"""Guidance: an objective of the attention, descended by the latents before a step.
+
+Chen, Laina and Vedaldi 2024, eq. 5, in variance-preserving latents: x <- x - scale * (1 - abar) * grad L. In their
+latents, scaled by 1 / sqrt(abar), it reads x - scale * sigma^2 * grad L; here it is one rule for every sampler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..networks.attention import Edit, Inputs, Record, Site
+from ..networks.sites import Where
+from .objectives import OBJECTIVES, Objective, PerStep, layout_loss, mass_inside
+
+if TYPE_CHECKING:
+    from .layout import Layout
+
+    # a UNet's forward: (x, t, context, record, edit, inputs) -> (eps or None, maps)
+    Forward: TypeAlias = Callable[
+        [Tensor, Tensor, Tensor, Record | None, Edit | None, Inputs | None], tuple[Tensor | None, dict[Site, Tensor]]
+    ]
+    Evaluated: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How to guide. What is None is as the objective's paper has it.
+
+    objective: one of minidiff's, a sum of them, or your own.
+    scale: of the step. threshold: of the objective, above which an image is moved; judged at every step afresh.
+    iterations: moves per step, at most. Each of the three is a number, or a tuple with one value per guided step.
+    steps: the first so many steps of the run are guided.
+    sites: where attention is read, instead of the objective's own: a choice (`cross & level(1)`) or a set.
+    step_rule: "variance" moves by scale * (1 - abar) * grad, "plain" by scale * grad.
+    """
+
+    objective: Objective = layout_loss
+    scale: PerStep | None = None
+    threshold: PerStep | None = None
+    iterations: int | tuple[int, ...] | None = None
+    steps: int | None = None
+    sites: Where | frozenset[Site] | None = None
+    step_rule: Literal["variance", "plain"] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.objective, Objective):
+            raise ValueError(
+                f"objective is {self.objective!r}; expected one such as minidiff.layout_loss, a sum of several, or "
+                "your own function under @minidiff.objective"
+            )
+        for name in ("scale", "threshold", "iterations", "steps", "step_rule"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self.objective.settings, name))
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0:
+            raise ValueError(f"steps is {self.steps!r}; expected how many of the first steps are guided, 0 or more")
+        if self.step_rule not in ("variance", "plain"):
+            raise ValueError(f'step_rule is {self.step_rule!r}; expected "variance" or "plain"')
+        for name in ("scale", "threshold", "iterations"):
+            self._check(name, getattr(self, name), self.steps)
+
+    @staticmethod
+    def _check(name: str, value: object, steps: int) -> None:
+        kind = int if name == "iterations" else (int, float)
+        values = value if isinstance(value, tuple) else (value,)
+        for one in values:
+            if not isinstance(one, kind) or isinstance(one, bool) or not 0 <= one < math.inf:
+                what = "a whole number" if name == "iterations" else "a number"
+                raise ValueError(f"{name} is {value!r}; expected {what} of at least 0, or a tuple with one per step")
+        if isinstance(value, tuple) and len(value) < steps:
+            raise ValueError(
+                f"{name} holds {len(value)} values for {steps} guided steps; expected one for each, or one for all"
+            )
+
+    def at(self, index: int) -> tuple[float, float, int]:
+        """Scale, threshold and iterations of a step; 0 iterations after the last guided one."""
+        assert self.steps is not None
+        if index >= self.steps:
+            return 0.0, 0.0, 0
+        scale, threshold, iterations = (
+            value[index] if isinstance(value, tuple) else value
+            for value in (self.scale, self.threshold, self.iterations)
+        )
+        assert scale is not None and threshold is not None and iterations is not None
+        return scale, threshold, int(iterations)
+
+    @property
+    def acts(self) -> bool:
+        """Whether any step may move anything."""
+        assert self.steps is not None
+        return any(self.at(index)[2] > 0 and self.at(index)[0] > 0 for index in range(self.steps))
+
+    @classmethod
+    def read(cls, value: Guidance | Objective | str | Mapping[str, object]) -> Guidance:
+        """What a caller or a config gave: a Guidance, an objective, the name of one, or a mapping of the fields in
+        which the objective is a name or {name: weight, ...}.
+        """
+        if isinstance(value, Guidance):
+            return value
+        if isinstance(value, Objective):
+            return cls(value)
+        if isinstance(value, str):
+            return cls(_named(value))
+        fields = ("objective", "scale", "threshold", "iterations", "steps", "step_rule")
+        if not isinstance(value, Mapping) or not value.keys() <= set(fields):
+            raise ValueError(
+                f"guidance is {value!r}; expected a minidiff.Guidance, an objective, one of {', '.join(OBJECTIVES)}, "
+                f"or a mapping with some of {', '.join(fields)}"
+            )
+        given = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
+        names = given.pop("objective", "layout")
+        if isinstance(names, Mapping):
+            parts = [_named(name) * weight for name, weight in names.items()]
+            if not parts:
+                raise ValueError("guidance has an empty objective; expected a name, or names with weights")
+            whole = parts[0]
+            for part in parts[1:]:
+                whole = whole + part
+        else:
+            whole = _named(names)
+        return cls(whole, **given)  # type: ignore[arg-type]  # checked in there
+
+    def plain(self) -> dict[str, object] | Guidance:
+        """As a mapping that `read` reads, where that can say it all; itself otherwise."""
+        names = {objective.terms[0]: name for name, objective in OBJECTIVES.items()}
+        terms = [replace(term, weight=1.0) for term in self.objective.terms]
+        if self.sites is not None or len(set(terms)) < len(terms) or not names.keys() >= set(terms):
+            return self
+        weights = [term.weight for term in self.objective.terms]
+        return {
+            "objective": {names[term]: weight for term, weight in zip(terms, weights, strict=True)},
+            **{name: getattr(self, name) for name in ("scale", "threshold", "iterations", "steps", "step_rule")},
+        }
+
+
+def _named(name: object) -> Objective:
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective is {name!r}; expected one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[str(name)]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One look at the objective, for all images of a batch. NaN for images that had stopped.
+
+    loss [B], and of each object its loss and the share of its attention inside its mask, [B,O]. moved [B]: whether the
+    image was moved for it.
+    """
+
+    loss: Tensor
+    object_loss: Tensor
+    mass: Tensor
+    moved: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What guidance did to one image.
+
+    steps: the guided steps; iterations: the moves in each. loss [S], and object_loss and mass [S,O] where each step
+    ended: at its last look, which is before its last move if that was the last iteration. first_mass [O] is the share
+    of each object's attention inside its mask before anything was moved.
+    """
+
+    names: tuple[str, ...]
+    steps: tuple[int, ...]
+    iterations: tuple[int, ...]
+    loss: Tensor
+    object_loss: Tensor
+    mass: Tensor
+    first_mass: Tensor
+    why_not: str | None = None
+
+    def __str__(self) -> str:
+        if self.why_not is not None:
+            return f"guidance did not act: {self.why_not}"
+        objects = ", ".join(
+            f"{name}: {float(before):.0%} -> {float(after):.0%} of its attention inside"
+            for name, before, after in zip(self.names, self.first_mass, self.mass[-1], strict=True)
+        )
+        moves, steps = sum(self.iterations), sum(count > 0 for count in self.iterations)
+        return f"guidance moved {moves} times in {steps} steps; {objects}"
+
+
+def evaluate(
+    forward: Forward,
+    objective: Objective,
+    record: Record,
+    edit: Edit | None,
+    x: Tensor,
+    t: Tensor,
+    context: Tensor,
+    layout: Layout,
+    inputs: Inputs,
+) -> Evaluated:
+    """The gradient of each image's loss by its own x, and (loss [B], objects' losses [B,O], mass inside [B,O]).
+
+    A pure function of tensors, which a compiler can take whole.
+    """
+
+    def loss(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        _, maps = forward(x.to(context.dtype), t, context, record, edit, {**layout.inputs(), **inputs})
+        total, objects = objective.per_object(maps, layout)
+        return total.sum(), (total.detach(), objects.detach(), mass_inside(maps, layout, record.keep).detach())
+
+    gradient, (_, found) = torch.func.grad_and_value(loss, has_aux=True)(x)
+    return gradient, found
+
+
+class Guide:
+    """Moves a run's latents before each step, and remembers what it saw. `refine` is what the sampling loop takes.
+
+    objective, edit: with their sites chosen. context [B,L,D]: the conditional one, since the guided pass runs no other.
+    whole_batch: images that stop stay in the batch and are not moved, since a compiled graph wants one size.
+    """
+
+    def __init__(
+        self,
+        guidance: Guidance,
+        forward: Forward,
+        context: Tensor,
+        layout: Layout,
+        names: Sequence[Sequence[str]],
+        edit: Edit | None = None,
+        inputs: Inputs | None = None,
+        whole_batch: bool = False,
+        evaluate: Callable[..., Evaluated] = evaluate,
+    ) -> None:
+        self.guidance, self.forward, self.context, self.layout, self.names = guidance, forward, context, layout, names
+        self.record = Record(guidance.objective.sites, guidance.objective.keep, rows="all", stop=True)
+        self.edit = None if edit is None or edit.rows == "uncond" else replace(edit, rows="all")
+        self.inputs = inputs or {}
+        self.whole_batch, self.evaluate = whole_batch, evaluate
+        self.seen: dict[int, list[Evaluation]] = {}
+
+    def refine(self, x: Tensor, t: Tensor, abar: float, index: int) -> Tensor:
+        """x [B,4,h,w], variance preserving -> moved x; x itself where nothing is to be moved."""
+        scale, threshold, iterations = self.guidance.at(index)
+        size = scale * (1 - abar) if self.guidance.step_rule == "variance" else scale
+        left = (self.layout.weights > 0).any(dim=1).nonzero().flatten()
+        moved = x
+        for _ in range(iterations):
+            if len(left) == 0:
+                break
+            rows = torch.arange(len(x), device=x.device) if self.whole_batch else left
+            gradient, found = self._look(moved[rows], t, rows, index)
+            going = (found[0] > threshold) & torch.isin(rows, left)
+            self._remember(index, len(x), rows, found, going)
+            left = rows[going]
+            step = size * gradient.to(x.dtype)
+            # NaN times zero is NaN: what stands still is taken from x, not moved by nothing
+            moved = moved.index_copy(0, left, moved[left] - step[going])
+        return moved
+
+    def _look(self, x: Tensor, t: Tensor, rows: Tensor, index: int) -> Evaluated:
+        edit = self.edit if self.edit is None or self.edit.steps is None or index < self.edit.steps else None
+        batch = len(self.context)
+        inputs = {name: _rows(value, rows, batch) for name, value in self.inputs.items()}
+        layout = self.layout.images(rows)
+        return self.evaluate(
+            self.forward, self.guidance.objective, self.record, edit, x, t, self.context[rows], layout, inputs
+        )
+
+    def _remember(
+        self, index: int, batch: int, rows: Tensor, found: tuple[Tensor, Tensor, Tensor], going: Tensor
+    ) -> None:
+        loss, object_loss, mass = (
+            value.new_full((batch, *value.shape[1:]), math.nan).index_copy(0, rows, value).float().cpu()
+            for value in found
+        )
+        moved = torch.zeros(batch, dtype=torch.bool).index_copy(0, rows.cpu(), going.cpu())
+        self.seen.setdefault(index, []).append(Evaluation(loss, object_loss, mass, moved))
+
+    def report(self, image: int) -> Report:
+        """Of one image, as far as the run has come."""
+        steps, iterations, ends = [], [], []
+        for index, looks in self.seen.items():
+            own = [look for look in looks if not look.loss[image].isnan()]
+            if own:
+                steps.append(index)
+                iterations.append(sum(bool(look.moved[image]) for look in own))
+                ends.append(own[-1])
+        names = tuple(self.names[image])
+        objects = len(names)
+        if not ends:
+            nothing = torch.zeros(0, objects)
+            return Report(names, (), (), torch.zeros(0), nothing, nothing, torch.zeros(objects), self._why_not(names))
+        first = next(look for look in self.seen[steps[0]] if not look.loss[image].isnan())
+        loss = torch.stack([look.loss[image] for look in ends])
+        why_not = None
+        if sum(iterations) == 0:
+            limits = [self.guidance.at(index)[1] for index in steps]
+            why_not = f"its loss was {float(loss.max()):.3g} at most, with a threshold of {min(limits):g} at least"
+        return Report(
+            names,
+            tuple(steps),
+            tuple(iterations),
+            loss,
+            torch.stack([look.object_loss[image, :objects] for look in ends]),
+            torch.stack([look.mass[image, :objects] for look in ends]),
+            first.mass[image, :objects],
+            why_not,
+        )
+
+    def _why_not(self, names: Sequence[str]) -> str:
+        if not names:
+            return "there are no boxes"
+        return "iterations, steps or scale is 0" if not self.guidance.acts else "no step has been guided yet"
+
+
+def _rows(value: Tensor, rows: Tensor, batch: int) -> Tensor:
+    """A forward pass's input for some of the images: what has one row for all of them stays as it is."""
+    if value.ndim == 0 or len(value) not in (batch, 2 * batch) or len(value) == 1:
+        return value
+    return value[-batch:][rows]  # of [uncond, cond] the conditional half
