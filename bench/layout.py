@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -23,39 +22,16 @@ from minidiff.result import to_pil
 from minidiff.shapes.measure import Measured, check, matched, measure, share_right
 from minidiff.shapes.world import HELD_OUT, SIZE, Thing
 
+from .boxes import run as run_boxes
 from .machine import machine, print_header, versions
 from .prompts import Prompt, prompts
+from .share import Share, print_share
 
 BATCH = 20
 BOUNDS = {1: 0.95, 2: 0.85, 3: 0.65}  # objects -> pictures that should have all of them right
 HELD = 0.8  # of the seen pairs' share, for those held out
 COLD = 10.0  # seconds that a cold process may take for its picture
 READABLE = 2.0  # how much more of a word's attention a pixel inside its object's box gets than one outside
-
-
-@dataclass(frozen=True)
-class Share:
-    """`hits` of `count` cases, which should be at least `bound` of them."""
-
-    name: str
-    hits: int
-    count: int
-    bound: float | None = None
-
-    @property
-    def value(self) -> float:
-        return self.hits / self.count if self.count else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Of 95 % confidence (Wilson 1927)."""
-        z, n, p = 1.96, max(self.count, 1), self.value
-        middle, reach = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (middle - reach) / (1 + z * z / n), (middle + reach) / (1 + z * z / n)
-
-    @property
-    def ok(self) -> bool:
-        return self.bound is None or self.value >= self.bound  # NaN is not
 
 
 @dataclass(frozen=True)
@@ -82,10 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="minidiff/shapes", metavar="SOURCE", help="of coloured shapes")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="write 24 of the pictures to PNG")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture")
+    parser.add_argument("--boxes", action="store_true", help="say where the objects shall be: every method of guidance")
+    parser.add_argument("--pareto", type=Path, metavar="PNG", help="with --boxes: draw quality over cost")
+    parser.add_argument("--prompts", type=int, metavar="N", help="with --boxes: N of the prompts, for a quick look")
 
 
 def run(args: argparse.Namespace) -> int:
     """Draw, measure, print; 1 where a share is below its bound."""
+    if args.boxes:
+        return run_boxes(args)
     model, asked = minidiff.load(args.model), prompts()
     facts = {"model": model.name, "dtype": str(model.dtype).removeprefix("torch."), "prompts": str(len(asked))}
     facts |= {"seed": str(args.seed), **{name: str(value) for name, value in asdict(model.defaults).items()}}
@@ -97,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     shares = [*_shares(drawn), _readable(model, drawn, maps)]
     print(f"\n{'':<52} {'share':>6}  {'95 % interval':<16} {'cases':>5}  bound")
     for share in shares:
-        _print(share)
+        print_share(share)
     cold = _cold(args.model)
     print(f"\nseconds per image, in batches of {BATCH}: {_spread(seconds)}")
     print(f"seconds of `minidiff generate`, a cold process: {_spread(cold)}; bound {COLD:g}")
@@ -197,9 +178,3 @@ def density(maps: Sequence[Tensor], box: Sequence[float]) -> float:
     whole = sum(F.interpolate(kept[None, None], (SIZE, SIZE), mode="nearest")[0, 0] / kept.mean() for kept in maps)
     assert isinstance(whole, Tensor)
     return float(whole[inside].mean() / whole[~inside].mean())
-
-
-def _print(share: Share) -> None:
-    low, high = share.interval
-    bound = "" if share.bound is None else f"{share.bound:.0%} {'ok' if share.ok else 'OUT'}"
-    print(f"{share.name:<52} {share.value:>6.1%}  {f'{low:.1%} to {high:.1%}':<16} {share.count:>5}  {bound}")

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..networks.attention import Edit, Inputs, Record, Site
 from ..networks.sites import Where
-from .objectives import OBJECTIVES, Objective, PerStep, layout_loss, mass_inside
+from .objectives import OBJECTIVES, Objective, PerStep, StepRule, layout_loss, mass_inside
 
 if TYPE_CHECKING:
     from .layout import Layout
@@ -37,7 +37,8 @@ class Guidance:
     iterations: moves per step, at most. Each of the three is a number, or a tuple with one value per guided step.
     steps: the first so many steps of the run are guided.
     sites: where attention is read, instead of the objective's own: a choice (`cross & level(1)`) or a set.
-    step_rule: "variance" moves by scale * (1 - abar) * grad, "plain" by scale * grad.
+    step_rule: "variance" moves by scale * (1 - abar) * grad, "plain" by scale * grad; "unit" as "variance" with each
+        image's gradient brought to a root mean square of one, so that a step is as long wherever the attention is.
     """
 
     objective: Objective = layout_loss
@@ -46,7 +47,7 @@ class Guidance:
     iterations: int | tuple[int, ...] | None = None
     steps: int | None = None
     sites: Where | frozenset[Site] | None = None
-    step_rule: Literal["variance", "plain"] | None = None
+    step_rule: StepRule | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.objective, Objective):
@@ -59,8 +60,8 @@ class Guidance:
                 object.__setattr__(self, name, getattr(self.objective.settings, name))
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0:
             raise ValueError(f"steps is {self.steps!r}; expected how many of the first steps are guided, 0 or more")
-        if self.step_rule not in ("variance", "plain"):
-            raise ValueError(f'step_rule is {self.step_rule!r}; expected "variance" or "plain"')
+        if self.step_rule not in ("variance", "plain", "unit"):
+            raise ValueError(f'step_rule is {self.step_rule!r}; expected "variance", "plain" or "unit"')
         for name in ("scale", "threshold", "iterations"):
             self._check(name, getattr(self, name), self.steps)
 
@@ -241,7 +242,7 @@ class Guide:
     def refine(self, x: Tensor, t: Tensor, abar: float, index: int) -> Tensor:
         """x [B,4,h,w], variance preserving -> moved x; x itself where nothing is to be moved."""
         scale, threshold, iterations = self.guidance.at(index)
-        size = scale * (1 - abar) if self.guidance.step_rule == "variance" else scale
+        size = scale if self.guidance.step_rule == "plain" else scale * (1 - abar)
         left = (self.layout.weights > 0).any(dim=1).nonzero().flatten()
         moved = x
         for _ in range(iterations):
@@ -252,6 +253,8 @@ class Guide:
             going = (found[0] > threshold) & torch.isin(rows, left)
             self._remember(index, len(x), rows, found, going)
             left = rows[going]
+            if self.guidance.step_rule == "unit":
+                gradient = gradient / gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
             step = size * gradient.to(x.dtype)
             # NaN times zero is NaN: what stands still is taken from x, not moved by nothing
             moved = moved.index_copy(0, left, moved[left] - step[going])

@@ -6,6 +6,7 @@ Maps of different grids are never averaged: a loss is computed on each grid, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, overload
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
 Maps: TypeAlias = "dict[Site, Tensor]"
 Loss: TypeAlias = "Callable[[Maps, Layout], Tensor]"
 Reduce = Literal["mean", "sum", "max"]
+StepRule = Literal["variance", "plain", "unit"]
 PerStep: TypeAlias = "float | tuple[float, ...]"
 
 TINY = 1e-8
+LEAST = 1e-12  # of a share, before its logarithm
+SPREAD = 0.62  # of a map beside its object's box: maps are bright in the middle (measured on the bundled model)
 SECOND_COARSEST = cross & level(1)
 
 
@@ -41,7 +45,11 @@ class Settings:
     threshold: PerStep = 0.2
     iterations: int | tuple[int, ...] = 5
     steps: int = 10
-    step_rule: Literal["variance", "plain"] = "variance"
+    step_rule: StepRule = "variance"
+
+
+OWN = Settings(scale=0.03, threshold=0.1, iterations=5, steps=12, step_rule="unit")
+"""Of the objectives that are no paper's."""
 
 
 @dataclass(frozen=True)
@@ -274,14 +282,45 @@ def rnb_loss(maps: Maps, layout: Layout) -> Tensor:
     return _over_grids(losses)
 
 
+@objective(sites=cross & (place("mid") | block("up", 1)), keep=BOX_MASS, settings=OWN)
+def inside_loss(maps: Maps, layout: Layout) -> Tensor:
+    """-log of the share of its tokens' attention that an object has inside its mask; mean over sites, heads, tokens.
+
+    No paper's. Where next to nothing is inside (a model that is sure of another place), the slope of `layout_loss` is
+    in proportion to that little, and guidance does not act; this one's is not.
+    """
+    missed = torch.stack([-mass.clamp_min(LEAST).log().mean(dim=1) for mass in maps.values()]).mean(dim=0)  # [B,O,L]
+    return (missed * layout.token_weights).sum(dim=2)
+
+
+@objective(sites=cross & block("up", 1), keep=HEAD_MEAN, settings=OWN)
+def extent_loss(maps: Maps, layout: Layout) -> Tensor:
+    """How far an object's map is from its mask in centre and in size, each along both axes.
+
+    The centre and the size of a map are those of Epstein et al. 2023 ("Diffusion self-guidance"), eq. 5 and 6; the size
+    here is the standard deviation, which needs no threshold. Offsets count in the mask's width and height; sizes by the
+    square of the log of their ratio, with the map SPREAD times as wide as the mask.
+    """
+    losses = []
+    for grid, kept in _grids(maps).items():
+        found = _centre_and_spread(torch.einsum("byxl,bol->boyx", kept, layout.token_weights))
+        wanted = _centre_and_spread(layout.masks[grid])
+        offset = (found[0] - wanted[0]) / (math.sqrt(12) * wanted[1])  # an even bar of length 1 spreads 1 / sqrt(12)
+        size = (found[1] / (SPREAD * wanted[1])).log()
+        losses.append(3 * offset.square().sum(dim=2) + size.square().sum(dim=2))
+    return _over_grids(losses)
+
+
 OBJECTIVES: Mapping[str, Objective] = {
+    "inside": inside_loss,
+    "extent": extent_loss,
     "layout": layout_loss,
     "attend_and_excite": attend_and_excite_loss,
     "boxdiff": boxdiff_loss,
     "refocusing": refocusing_loss,
     "rnb": rnb_loss,
 }
-"""The published ones by name."""
+"""By the names under which generate and the command line know them."""
 
 
 # ---- what they are made of
@@ -368,6 +407,22 @@ def _bounding(found: Tensor) -> Tensor:
 
     rows, columns = between(found.any(dim=3)), between(found.any(dim=2))
     return (rows[..., :, None] * columns[..., None, :]).float()
+
+
+def _centre_and_spread(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """[B,O,h,w] >= 0 -> centre and standard deviation along x and y, each [B,O,2] in shares of the picture's edge."""
+    share = maps / maps.sum(dim=(2, 3), keepdim=True).clamp_min(TINY)
+    centres, spreads = [], []
+    for axis in (2, 3):  # summed over y, what is left is along x
+        line = share.sum(dim=axis)
+        cells = line.shape[2]
+        at = (torch.arange(cells, device=maps.device) + 0.5) / cells
+        centre = (line * at).sum(dim=2)
+        # what is in a cell is spread evenly in it, so that no map and no mask is a point
+        within = 1 / (12 * cells**2)
+        centres.append(centre)
+        spreads.append(((line * (at - centre[..., None]).square()).sum(dim=2) + within).sqrt())
+    return torch.stack(centres, dim=2), torch.stack(spreads, dim=2)
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
