@@ -11,7 +11,6 @@ import os
 import re
 import sys
 import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,9 +18,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
-from .flags import parser
+from .flags import GUIDANCE, parser
 
 if TYPE_CHECKING:
+    from .guidance.layout import Boxes
     from .model import Model
     from .result import Metadata, Plain
     from .weights.inspect import Content, Description
@@ -47,6 +47,8 @@ _ARGUMENTS: dict[str, type | tuple[type, ...]] = {
     "spacing": str,
     "eta": _NUMBER,
     "seed": int,
+    "boxes": dict,
+    "guidance": (dict, str),
 }
 _OF_THE_MODEL = ("vae", "tokenizer", "prediction_type", "variant", "revision", "dtype")
 # Beside these flags, what the file says of the others would contradict.
@@ -55,6 +57,7 @@ _REPLACED = {
     "timesteps": ("steps", "sigmas"),
     "sigmas": ("steps", "timesteps"),
     "sampler": ("karras", "spacing", "eta"),
+    "layout": ("boxes",),
 }
 T = TypeVar("T")
 
@@ -87,8 +90,11 @@ def _generate(args: argparse.Namespace) -> None:
     _check(args)
     from tqdm import tqdm
 
-    from .generate import sample_steps
+    from .generate import ATTENTION, sample_steps
+    from .pictures import write_pictures
+    from .recorded import MEAN
 
+    layouts = _layouts(args)
     model = _load(args)
     if found is not None:
         _compare(args.png, found, model)
@@ -110,10 +116,23 @@ def _generate(args: argparse.Namespace) -> None:
         eta=_given(args.eta, 0.0),
         seed=args.seed,
         images_per_prompt=args.images_per_prompt,
+        boxes=layouts,
+        guidance=args.guidance,
+        record=ATTENTION if args.attention else None,
     )
-    steps = tqdm(run, total=_count(args, model), disable=None, unit="step")  # None: off where stderr is no terminal
-    (last,) = deque(steps, maxlen=1)
-    for path in last.result().save(args.out, metadata=not args.no_metadata):
+    kept = None
+    for step in tqdm(
+        run, total=_count(args, model), disable=None, unit="step"
+    ):  # None: off where stderr is no terminal
+        kept = MEAN(kept, step.maps, step.index) if step.maps else None
+    result = step.result("pil", kept)
+    written = result.save(args.out, metadata=not args.no_metadata)
+    for path in written:
+        print(path, flush=True)
+    for report in result.reports or ():
+        _note(str(report))
+    own = [layout or {} for layout in layouts or [None] * len(args.prompt) for _ in range(args.images_per_prompt)]
+    for path in write_pictures(result, written, own):
         print(path)
 
 
@@ -135,11 +154,49 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("got several of --steps, --timesteps and --sigmas; expected one of them")
     if args.guidance_scale is not None:
         check_scale(args.guidance_scale)
+    if isinstance(args.guidance, str) and args.guidance not in GUIDANCE:
+        raise ValueError(f"guidance is {args.guidance!r}; expected one of {', '.join(GUIDANCE)}")
     for name in ("guidance_rescale", "eta"):
         check_fraction(name, _given(getattr(args, name), 0.0))
     if args.sampler is not None:
         choose_sampler(args.sampler, _given(args.karras, False), args.spacing, _given(args.eta, 0.0))
     check_seeds(args.seed, len(args.prompt) * args.images_per_prompt)
+
+
+def _layouts(args: argparse.Namespace) -> list[Boxes | None] | None:
+    """One for each prompt, of --box or --layout or taken over; checked as far as that needs no model."""
+    layouts = args.boxes
+    if args.layout is not None:
+        if args.boxes is not None:
+            raise ValueError("got both --box and --layout; expected one of them")
+        layouts = _read_layouts(args.layout, len(args.prompt))
+    elif isinstance(args.boxes, list):
+        together: dict[str | int | tuple[int, ...], object] = {}
+        for phrase, box in args.boxes:
+            together[phrase] = [*together.get(phrase, []), box]  # type: ignore[misc]
+        layouts = [together] * len(args.prompt)
+    elif args.boxes is not None:
+        layouts = [args.boxes] * len(args.prompt)
+    if layouts is not None:
+        from .guidance.layout import read_regions
+
+        for layout in layouts:
+            if layout is not None:
+                read_regions(layout, lambda phrase: (1,), length=1 << 30)  # phrases and positions wait for the model
+    return layouts
+
+
+def _read_layouts(path: str, prompts: int) -> list[Boxes | None]:
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the layout {path}: {error}") from error
+    layouts = found if isinstance(found, list) else [found] * prompts
+    if len(layouts) != prompts:
+        raise ValueError(
+            f"{path} holds {len(layouts)} layouts for {prompts} prompts; expected one for all, or one each"
+        )
+    return layouts
 
 
 def _load(args: argparse.Namespace) -> Model:
@@ -184,7 +241,7 @@ def _take_over(args: argparse.Namespace) -> Metadata:
             left.append(name)
         elif name == "model" or value is None or getattr(args, name) not in (None, []):
             continue  # the model is below; a flag that is given stands
-        elif name in replaced or isinstance(value, dict):
+        elif name in replaced or (isinstance(value, dict) and not _is_layout(name, value)):
             left += [name] if value else []
         else:
             checked = _checked(args.png, name, value)
@@ -199,6 +256,13 @@ def _take_over(args: argparse.Namespace) -> Metadata:
     elif not found.reproducible:
         _note(f"{args.png} does not hold all that made it, the image will be another")
     return found
+
+
+def _is_layout(name: str, value: Mapping[str, Plain]) -> bool:
+    """Whether a mapping is one of boxes or of guidance; a mask, or an objective of one's own, is not in the file."""
+    if name == "boxes":
+        return all(isinstance(region, dict) and "boxes" in region for region in value.values())
+    return name == "guidance" and isinstance(value.get("objective"), dict)
 
 
 def _take_model(args: argparse.Namespace, found: Metadata) -> list[str]:

@@ -6,6 +6,9 @@ from typing import NoReturn
 
 from .infotext import SAMPLERS
 
+GUIDANCE = ("inside", "extent", "layout", "attend_and_excite", "boxdiff", "refocusing", "rnb", "none")
+"""The names of the objectives; repeated here, since help shall not wait for torch."""
+
 
 class _Parser(argparse.ArgumentParser):
     """Reports a wrong flag as any other bad argument: in one line."""
@@ -25,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     text = "make images from text"
     generate = commands.add_parser("generate", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
     _add_image_flags(generate)
+    _add_layout_flags(generate)
     _add_sampling_flags(generate)
     _add_model_flags(generate)
     text = "show what made a PNG, or what a weight file or model folder holds and whether it loads"
@@ -69,6 +73,25 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("layout and attention").add_argument
+    add(
+        "--box",
+        dest="boxes",
+        action="append",
+        type=_box,
+        metavar='"PHRASE=X0,Y0,X1,Y1"',
+        help="where a phrase of the prompt shall be, from the left and the top, in shares of the picture; repeatable",
+    )
+    add(
+        "--layout",
+        metavar="JSON",
+        help='a file with {"phrase": [x0, y0, x1, y1], ...}, or a list with one such object or null for each prompt',
+    )
+    add("--guidance", metavar="NAME", help=f"{', '.join(GUIDANCE)} (default: the model's)")
+    add("--attention", action="store_true", help="also write where each phrase is seen, as heat maps over the image")
+
+
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=int, metavar="N", help="default: the model's")
@@ -108,6 +131,13 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what the device is fast at)")
     add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
     add("--compile", action="store_true", help="torch.compile: a slow first step, then faster ones")
+
+
+def _box(text: str) -> tuple[str, list[float]]:
+    phrase, sign, numbers = text.rpartition("=")
+    if not sign or not phrase.strip():
+        raise argparse.ArgumentTypeError(f'got {text!r}; expected such as "ball=0.55,0.4,0.95,0.8"')
+    return phrase.strip(), _numbers(numbers)
 
 
 def _numbers(text: str) -> list[float]:

@@ -46,6 +46,8 @@ from .weights.sources import BUNDLED
 
 Output = Literal["pil", "numpy", "tensor", "latents"]
 OUTPUTS = ("pil", "numpy", "tensor", "latents")
+ATTENTION = Record(cross & level(1), HEAD_MEAN)
+"""What `attention=True` keeps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +164,7 @@ def generate(
         negative_context=negative_context,
         boxes=boxes,
         guidance=guidance,
-        record=Record(cross & level(1), HEAD_MEAN) if attention is True else attention or None,
+        record=ATTENTION if attention is True else attention or None,
         edit=edit,
         inputs=inputs,
     )

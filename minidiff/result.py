@@ -238,12 +238,12 @@ def check_output_path(path: str | Path) -> None:
 
 
 def _name(prompt: Plain, seed: int | None) -> str:
-    slug = _slug(prompt if isinstance(prompt, str) else "")
-    return f"{slug}.png" if seed is None else f"{slug}-seed-{seed}.png"
+    text = slug(prompt if isinstance(prompt, str) else "")
+    return f"{text}.png" if seed is None else f"{text}-seed-{seed}.png"
 
 
-def _slug(text: str, limit: int = 60) -> str:
-    """Lower-case ASCII letters, digits and hyphens, at most `limit`; "image" when nothing is left."""
+def slug(text: str, limit: int = 60) -> str:
+    """A text as part of a file's name: lower-case ASCII letters, digits, hyphens; "image" for none."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     words = re.sub("[^a-z0-9]+", "-", ascii_text).strip("-")
     short = words if len(words) <= limit else words[: limit + 1].rpartition("-")[0] or words[:limit]
@@ -275,6 +275,11 @@ def _strict(value: object) -> object:
     return [_strict(item) for item in value] if isinstance(value, list) else value
 
 
+def write_png(image: Image.Image, path: Path) -> Path:
+    """Write a picture that has no parameters, as Result.save does: under the next free name, elsewhere if need be."""
+    return _write(_encode(image, None), path)
+
+
 def _encode(image: Image.Image, chunks: PngInfo | None) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=chunks)
@@ -284,7 +289,7 @@ def _encode(image: Image.Image, chunks: PngInfo | None) -> bytes:
 def _write(data: bytes, wanted: Path) -> Path:
     """Write to `wanted` or, where that fails, into the first of three folders that takes it, with a warning."""
     # A plain name elsewhere: the wanted one may be what failed (too long, not encodable).
-    name = f"{_slug(wanted.stem, limit=120)}.png"
+    name = f"{slug(wanted.stem, limit=120)}.png"
     places = (Path.cwd, Path.home, lambda: Path(tempfile.gettempdir()))
     paths: list[Callable[[], Path]] = [lambda: wanted, *(lambda place=place: place() / name for place in places)]
     failures: list[str] = []

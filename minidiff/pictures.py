@@ -1,0 +1,49 @@
+"""The pictures that the command line writes beside an image: its boxes, and where each phrase is seen."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from .draw import boxes, heatmap
+from .result import Result, slug, write_png
+
+
+def write_pictures(result: Result, written: Sequence[Path], layouts: Sequence[Mapping[Any, object]]) -> list[Path]:
+    """Write, beside each image's file, NAME-boxes.png where it has boxes and NAME-attention-PHRASE.png for each phrase.
+
+    written: the files of the images; layouts: of each image, empty where it has none. Phrases are those of the boxes,
+    without boxes the prompt's words. The images are safe already: what fails here is a warning.
+    """
+    found: list[Path] = []
+    images = result.images
+    assert isinstance(images, list)  # the command line makes no others
+    for i, (path, layout) in enumerate(zip(written, layouts, strict=True)):
+        for name, picture in _pictures(result, i, images[i], layout):
+            try:
+                found.append(write_png(picture(), path.with_name(f"{path.stem}-{name}.png")))
+            except (OSError, ValueError, RuntimeError) as error:
+                warnings.warn(f"{path} is written, but not its picture {name}: {error}", stacklevel=2)
+    return found
+
+
+def _pictures(
+    result: Result, i: int, image: Image.Image, layout: Mapping[Any, object]
+) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
+    """Names, and what draws each."""
+    if layout:
+        yield "boxes", lambda: boxes(image, layout)
+    attention = result.attention
+    if attention is None:
+        return
+    prompt = result.parameters[i].get("prompt")
+    words = dict.fromkeys(re.findall(r"\w+(?:['-]\w+)*", prompt.lower())) if isinstance(prompt, str) else {}
+    for phrase in [str(name) for name in layout] or words:
+        yield (
+            f"attention-{slug(phrase)}",
+            lambda phrase=phrase: heatmap(image, attention.of(i, phrase), phrase),  # type: ignore[misc]
+        )
