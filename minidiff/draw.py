@@ -1,6 +1,7 @@
 """Pictures about pictures (Pillow only)."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike

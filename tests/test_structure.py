@@ -15,18 +15,41 @@ MAY_IMPORT = {
     "networks": set(),
     "sampling": {"networks"},  # for types alone: see below
     "infotext": set(),
-    "result": {"infotext"},
+    "guidance": {"networks"},  # attention and sites alone: see below
+    "recorded": {"networks"},
+    "result": {"guidance", "infotext", "recorded"},
     "model": {"networks", "sampling"},
     "accelerate": {"networks"},
     "weights": {"accelerate", "model", "networks", "sampling"},
-    "arguments": {"model", "sampling"},
+    "arguments": {"guidance", "model", "sampling"},
     "draw": set(),
-    "shapes": {"draw", "generate", "networks", "sampling", "weights"},  # for training: see below
-    "generate": {"arguments", "model", "networks", "result", "sampling", "weights"},
+    "pictures": {"draw", "result"},
+    "shapes": {"draw", "generate", "guidance", "networks", "sampling", "weights"},  # for training: see below
+    "generate": {
+        "accelerate",
+        "arguments",
+        "guidance",
+        "model",
+        "networks",
+        "recorded",
+        "result",
+        "sampling",
+        "weights",
+    },
     "flags": {"infotext"},
-    "cli": {"arguments", "flags", "generate", "model", "result", "weights"},
+    "cli": {
+        "arguments",
+        "flags",
+        "generate",
+        "guidance",
+        "model",
+        "pictures",
+        "recorded",
+        "result",
+        "weights",
+    },
     "__main__": {"cli"},
-    "__init__": {"generate", "model", "networks", "result", "sampling", "weights"},
+    "__init__": {"generate", "guidance", "model", "networks", "recorded", "result", "sampling", "weights"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -70,6 +93,18 @@ def test_sampling_takes_nothing_but_types_from_networks() -> None:
     for file in FILES:
         if file.parent.name == "sampling":
             assert not any("networks" in module for module in imports(file, types=False)), file
+
+
+def test_guidance_takes_nothing_but_attention_and_sites_from_networks() -> None:
+    files = [file for file in FILES if file.parent.name == "guidance"]
+    taken = {module for file in files for module in imports(file) if room(module) == "networks"}
+    assert taken == {"minidiff.networks.attention", "minidiff.networks.sites"}
+
+
+def test_recorded_and_result_take_only_types_from_below() -> None:
+    for name, below in (("recorded", "networks"), ("result", "guidance"), ("result", "recorded")):
+        assert any(room(module) == below for module in imports(ROOT / f"{name}.py"))
+        assert not any(room(module) == below for module in imports(ROOT / f"{name}.py", types=False)), name
 
 
 def test_the_world_of_shapes_and_its_measurer_need_no_network() -> None:
