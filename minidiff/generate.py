@@ -1,6 +1,5 @@
 """generate(): the one file that wires text, UNet, sampler and autoencoder together."""
 
-import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from .guidance.guide import Guidance, Guide, Report, evaluate
 from .guidance.layout import Boxes, Layout, Region, make_layout
 from .guidance.objectives import Objective
 from .model import Model
-from .networks.attention import HEAD_MEAN, Edit, Inputs, Record, Site
+from .networks.attention import ALL, HEAD_MEAN, Edit, Inputs, Keep, Record, Site
 from .networks.sites import Position, choose, cross, level
 from .networks.unet import Maps
 from .recorded import MEAN, PER_STEP, Attention, Reduce
@@ -237,8 +236,10 @@ def sample_steps(
         layout = _layout(model, texts, regions, encoded.shape[1], there)
         given = {**layout.inputs(), **given}
         if how is not None:
-            guide = _guide(model, how, encoded[-texts.images :], layout, regions, there, edit, inputs)
-    denoise = Denoise(model, encoded, scale, guidance_rescale, record, edit, given, _last_edited(edit, schedule))
+            guide = _guide(
+                model, how.of_run(schedule.steps), encoded[-texts.images :], layout, regions, there, edit, inputs
+            )
+    denoise = Denoise(model, encoded, scale, guidance_rescale, record, edit, given, _edited_calls(edit, schedule))
     arguments: dict[str, object] = {
         "model": model.name,
         "width": width,
@@ -257,7 +258,8 @@ def sample_steps(
     }
     used = [s if latents is None or chosen.stochastic else None for s in seeds]
     timings = {"load": loaded - started, "text": time.perf_counter() - loaded}
-    run = _Run(model, schedule, texts, tuple(used), arguments, timings, regions, guide)
+    keep = None if record is None else record.keep
+    run = _Run(model, schedule, texts, tuple(used), arguments, timings, regions, guide, keep)
     fresh = noise if chosen.stochastic else None
     refine = None if guide is None else guide.refine
     return run.steps(sample(denoise, start.to(model.device), schedule, chosen, refine, fresh))
@@ -291,19 +293,18 @@ def _guide(
     return Guide(bound, model.unet.forward, context, layout, names, edit, inputs, compiled, look)
 
 
-def _last_edited(edit: Edit | None, schedule: Schedule) -> float | None:
-    """The timestep of the last call that `edit` is for; None where it is for all."""
-    if edit is None or edit.steps is None or edit.steps >= schedule.steps:
+def _edited_calls(edit: Edit | None, schedule: Schedule) -> int | None:
+    """How many of the run's calls `edit` is for; None where it is for all."""
+    if edit is None or edit.steps is None:
         return None
-    calls = [call for call, index in enumerate(schedule.index) if index < edit.steps]
-    return float(schedule.timesteps[calls[-1]]) if calls else math.inf
+    return sum(index < edit.steps for index in schedule.index)
 
 
 class Denoise:
     """The network as the sampling loop sees it, with classifier-free guidance inside.
 
     `context` holds the conditional texts [B,L,D], or [uncond, cond] [2B,L,D] where the scale asks for both.
-    `edited`: the timestep of the last step that `edit` changes; None: it changes all.
+    `edited`: the first so many calls are those that `edit` changes; None: all.
     """
 
     def __init__(
@@ -315,10 +316,11 @@ class Denoise:
         record: Record | None = None,
         edit: Edit | None = None,
         inputs: Inputs | None = None,
-        edited: float | None = None,
+        edited: int | None = None,
     ) -> None:
         self.model, self.context, self.scale, self.rescale = model, context, scale, rescale
         self.record, self.edit, self.inputs, self.edited = record, edit, inputs, edited
+        self.calls = 0
         if scale == 1:  # there are no unconditional rows to leave out
             self.record = None if record is None else replace(record, rows=_only_rows("record", record.rows))
             self.edit = None if edit is None else replace(edit, rows=_only_rows("edit", edit.rows))
@@ -331,7 +333,8 @@ class Denoise:
     def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, Maps]:
         """Predict from variance-preserving x; float32 whatever the networks compute in."""
         halves = x if self.scale == 1 else torch.cat([x, x])
-        edit = None if self.edited is not None and float(t) < self.edited else self.edit
+        edit = None if self.edited is not None and self.calls >= self.edited else self.edit
+        self.calls += 1
         output, maps = self.model.unet(halves.to(self.model.dtype), t, self.context, self.record, edit, self.inputs)
         assert output is not None  # no stop
         if self.scale == 1:
@@ -384,6 +387,7 @@ class _Run:
     timings: Mapping[str, float]
     regions: Sequence[Sequence[Region]]
     guide: Guide | None
+    keep: Keep | None
 
     def steps(self, found: Iterator[SamplerStep]) -> Iterator[Step]:
         """The sampler's steps, with a way to images.
@@ -443,7 +447,8 @@ class _Run:
             return self.model.text.all_spans(self.texts.prompts[image // self.texts.repeats], phrase)
 
         on_cpu = {site: kept.detach().float().cpu() for site, kept in maps.items()}
-        return Attention(on_cpu, self.texts.images, find, per_step)
+        heads = True if self.keep is ALL else False if self.keep is HEAD_MEAN else None
+        return Attention(on_cpu, self.texts.images, find, heads, per_step)
 
     def _reports(self) -> tuple[Report, ...] | None:
         return None if self.guide is None else tuple(self.guide.report(i) for i in range(self.texts.images))

@@ -41,11 +41,13 @@ class Attention:
 
     maps: {site: what was kept}, on the CPU, as the kind of keep and of reduction have it.
     find: (image, phrase) -> the positions of its tokens in that image's prompt.
+    heads: True for maps of `ALL`, False for those of `HEAD_MEAN`; None for others, which no phrase can be read from.
     """
 
     maps: Maps
     images: int
     find: Callable[[int, str], tuple[int, ...]] = field(repr=False)
+    heads: bool | None = None
     per_step: bool = False
 
     def __getitem__(self, phrase: str) -> Tensor:
@@ -69,16 +71,16 @@ class Attention:
 
     def _by_grid(self, image: int) -> dict[Grid, list[Tensor]]:
         """Head means [(S,)h,w,L] of an image."""
-        batch = int(self.per_step)
+        steps = int(self.per_step)
         grids: dict[Grid, list[Tensor]] = {}
         for site, kept in self.maps.items():
-            heads = {4 + batch: False, 5 + batch: True}.get(kept.ndim)
-            if heads is None or kept.shape[batch] != self.images:
+            if self.heads is None or kept.ndim != 4 + steps + self.heads or kept.shape[steps] != self.images:
                 raise ValueError(
-                    f"the maps of {site} are {list(kept.shape)}; expected those of minidiff.ALL or minidiff.HEAD_MEAN, "
-                    "which say how much each pixel looks at each token"
+                    f"the maps of {site} are {list(kept.shape)}; expected those of minidiff.ALL or minidiff.HEAD_MEAN "
+                    "for one half of the batch, which say how much each pixel looks at each token. What was kept is in "
+                    "attention.maps"
                 )
-            own = kept.select(batch, image)
-            own = own.mean(dim=batch) if heads else own
+            own = kept.select(steps, image)
+            own = own.mean(dim=steps) if self.heads else own
             grids.setdefault((own.shape[-3], own.shape[-2]), []).append(own)
         return grids

@@ -61,8 +61,11 @@ class _Regional:
 
     def __call__(self, site: Site, grid: Grid, inputs: Inputs) -> Tensor:
         """[B,1,h,w,L]."""
-        owned = (inputs["token_weights"] > 0).to(inputs["token_weights"].dtype)
-        inside = (inputs[mask_name(grid)][..., None] * owned[:, :, None, None]).amax(dim=1)  # of any that owns it
+        weights = _layout_input(inputs, "token_weights")
+        owned = (weights > 0).to(weights.dtype)
+        inside = (_layout_input(inputs, mask_name(grid))[..., None] * owned[:, :, None, None]).amax(
+            dim=1
+        )  # of any that owns it
         return (self.strength * (inside - 1) * owned.amax(dim=1)[:, None, None])[:, None]
 
 
@@ -76,13 +79,23 @@ def reweight(sites: Sites = cross, steps: int | None = None) -> Edit:
 
 
 def _reweighted(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
-    return probs * inputs["word_weights"].to(probs)[:, None, None, None]
+    return probs * _input(inputs, "word_weights", 'inputs={"word_weights": ...}').to(probs)[:, None, None, None]
 
 
 def _masks(probs: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Of the objects: masks [B,O,h,w], and which tokens are theirs [B,O,L]."""
-    masks = inputs[mask_name((probs.shape[2], probs.shape[3]))].to(probs)
-    return masks, (inputs["token_weights"] > 0).to(probs)
+    masks = _layout_input(inputs, mask_name((probs.shape[2], probs.shape[3]))).to(probs)
+    return masks, (_layout_input(inputs, "token_weights") > 0).to(probs)
+
+
+def _layout_input(inputs: Inputs, name: str) -> Tensor:
+    return _input(inputs, name, 'boxes={"phrase": (x0, y0, x1, y1)}')
+
+
+def _input(inputs: Inputs, name: str, expected: str) -> Tensor:
+    if name not in inputs:
+        raise ValueError(f"the edit reads {name!r}, which is not among the inputs; expected {expected}")
+    return inputs[name]
 
 
 def _check(name: str, value: float, largest: float) -> None:

@@ -34,8 +34,9 @@ class Guidance:
 
     objective: one of minidiff's, a sum of them, or your own.
     scale: of the step. threshold: of the objective, above which an image is moved; judged at every step afresh.
-    iterations: moves per step, at most. Each of the three is a number, or a tuple with one value per guided step.
-    steps: the first so many steps of the run are guided.
+    iterations: moves per call of the sampler, at most: per step, but in PNDM's first, which has two calls. Each of the
+        three is a number, or a tuple with one value per guided step.
+    steps: the first so many steps of the run are guided; or, in (0,1), that share of them.
     sites: where attention is read, instead of the objective's own: a choice (`cross & level(1)`) or a set.
     step_rule: "variance" moves by scale * (1 - abar) * grad, "plain" by scale * grad; "unit" as "variance" with each
         image's gradient brought to a root mean square of one, so that a step is as long wherever the attention is.
@@ -45,7 +46,7 @@ class Guidance:
     scale: PerStep | None = None
     threshold: PerStep | None = None
     iterations: int | tuple[int, ...] | None = None
-    steps: int | None = None
+    steps: int | float | None = None
     sites: Where | frozenset[Site] | None = None
     step_rule: StepRule | None = None
 
@@ -58,29 +59,39 @@ class Guidance:
         for name in ("scale", "threshold", "iterations", "steps", "step_rule"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self.objective.settings, name))
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0:
-            raise ValueError(f"steps is {self.steps!r}; expected how many of the first steps are guided, 0 or more")
+        share = isinstance(self.steps, float) and 0 < self.steps < 1
+        if not share and (not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0):
+            raise ValueError(
+                f"steps is {self.steps!r}; expected how many of the first steps are guided, 0 or more, or a share of "
+                "them between 0 and 1"
+            )
         if self.step_rule not in ("variance", "plain", "unit"):
             raise ValueError(f'step_rule is {self.step_rule!r}; expected "variance", "plain" or "unit"')
         for name in ("scale", "threshold", "iterations"):
-            self._check(name, getattr(self, name), self.steps)
+            self._check(name, getattr(self, name), self.steps if isinstance(self.steps, int) else None)
 
     @staticmethod
-    def _check(name: str, value: object, steps: int) -> None:
+    def _check(name: str, value: object, steps: int | None) -> None:
         kind = int if name == "iterations" else (int, float)
         values = value if isinstance(value, tuple) else (value,)
         for one in values:
             if not isinstance(one, kind) or isinstance(one, bool) or not 0 <= one < math.inf:
                 what = "a whole number" if name == "iterations" else "a number"
                 raise ValueError(f"{name} is {value!r}; expected {what} of at least 0, or a tuple with one per step")
-        if isinstance(value, tuple) and len(value) < steps:
+        if isinstance(value, tuple) and (steps is None or len(value) < steps):
             raise ValueError(
-                f"{name} holds {len(value)} values for {steps} guided steps; expected one for each, or one for all"
+                f"{name} holds {len(value)} values for {'a share of the' if steps is None else steps} guided steps; "
+                "expected one for each, with steps as a number, or one for all"
             )
+
+    def of_run(self, steps: int) -> Guidance:
+        """The same for a run of so many steps: a share becomes a number."""
+        assert self.steps is not None
+        return self if isinstance(self.steps, int) else replace(self, steps=round(self.steps * steps))
 
     def at(self, index: int) -> tuple[float, float, int]:
         """Scale, threshold and iterations of a step; 0 iterations after the last guided one."""
-        assert self.steps is not None
+        assert isinstance(self.steps, int)  # of_run
         if index >= self.steps:
             return 0.0, 0.0, 0
         scale, threshold, iterations = (
@@ -93,7 +104,7 @@ class Guidance:
     @property
     def acts(self) -> bool:
         """Whether any step may move anything."""
-        assert self.steps is not None
+        assert isinstance(self.steps, int)  # of_run
         return any(self.at(index)[2] > 0 and self.at(index)[0] > 0 for index in range(self.steps))
 
     @classmethod
@@ -180,12 +191,12 @@ class Report:
     def __str__(self) -> str:
         if self.why_not is not None:
             return f"guidance did not act: {self.why_not}"
-        objects = ", ".join(
-            f"{name}: {float(before):.0%} -> {float(after):.0%} of its attention inside"
-            for name, before, after in zip(self.names, self.first_mass, self.mass[-1], strict=True)
-        )
         moves, steps = sum(self.iterations), sum(count > 0 for count in self.iterations)
-        return f"guidance moved {moves} times in {steps} steps; {objects}"
+        said = [f"guidance moved {moves} times in {steps} steps"]
+        for name, before, after in zip(self.names, self.first_mass.tolist(), self.mass[-1].tolist(), strict=True):
+            if not math.isnan(before):  # where only self-attention was read
+                said.append(f"{name}: {before:.0%} -> {after:.0%} of its attention inside")
+        return "; ".join(said)
 
 
 def evaluate(
@@ -243,6 +254,8 @@ class Guide:
         """x [B,4,h,w], variance preserving -> moved x; x itself where nothing is to be moved."""
         scale, threshold, iterations = self.guidance.at(index)
         size = scale if self.guidance.step_rule == "plain" else scale * (1 - abar)
+        if scale == 0:
+            return x
         left = (self.layout.weights > 0).any(dim=1).nonzero().flatten()
         moved = x
         for _ in range(iterations):
@@ -251,7 +264,8 @@ class Guide:
             rows = torch.arange(len(x), device=x.device) if self.whole_batch else left
             gradient, found = self._look(moved[rows], t, rows, index)
             going = (found[0] > threshold) & torch.isin(rows, left)
-            self._remember(index, len(x), rows, found, going)
+            live = torch.isin(rows, left)
+            self._remember(index, len(x), rows[live], [value[live] for value in found], going[live])
             left = rows[going]
             if self.guidance.step_rule == "unit":
                 gradient = gradient / gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
@@ -269,9 +283,7 @@ class Guide:
             self.forward, self.guidance.objective, self.record, edit, x, t, self.context[rows], layout, inputs
         )
 
-    def _remember(
-        self, index: int, batch: int, rows: Tensor, found: tuple[Tensor, Tensor, Tensor], going: Tensor
-    ) -> None:
+    def _remember(self, index: int, batch: int, rows: Tensor, found: Sequence[Tensor], going: Tensor) -> None:
         loss, object_loss, mass = (
             value.new_full((batch, *value.shape[1:]), math.nan).index_copy(0, rows, value).float().cpu()
             for value in found

@@ -189,7 +189,7 @@ def _mask(key: object, value: Mask) -> Tensor:
     """[H,W] in [0,1]."""
     if isinstance(value, Image.Image):
         value = np.asarray(value.convert("L"), dtype=np.float32) / 255
-    mask = torch.as_tensor(value)
+    mask = torch.as_tensor(value if isinstance(value, Tensor) or value.dtype.kind in "biuf" else np.zeros(0))
     whole = not mask.is_floating_point() and not mask.is_complex()
     if mask.ndim != 2 or mask.is_complex() or mask.numel() == 0:
         raise ValueError(

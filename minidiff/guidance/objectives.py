@@ -44,11 +44,11 @@ class Settings:
     scale: PerStep = 30.0
     threshold: PerStep = 0.2
     iterations: int | tuple[int, ...] = 5
-    steps: int = 10
+    steps: int | float = 10
     step_rule: StepRule = "variance"
 
 
-OWN = Settings(scale=0.03, threshold=0.1, iterations=5, steps=12, step_rule="unit")
+OWN = Settings(scale=0.03, threshold=0.1, iterations=5, steps=0.6, step_rule="unit")
 """Of the objectives that are no paper's."""
 
 
@@ -118,6 +118,8 @@ class Objective:
         return Objective(self.terms + other.terms, self.settings)
 
     def __mul__(self, weight: float) -> Objective:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"an objective's weight is {weight!r}; expected a number")
         terms = tuple(replace(term, weight=term.weight * weight) for term in self.terms)
         return replace(self, terms=terms)
 
@@ -329,14 +331,17 @@ OBJECTIVES: Mapping[str, Objective] = {
 def mass_inside(maps: Maps, layout: Layout, keep: Keep) -> Tensor:
     """The share of its tokens' attention that each object has inside its mask, [B,O] in [0,1]; mean over sites, heads.
 
-    keep: what kept the maps: `ALL`, `HEAD_MEAN` or `BOX_MASS`.
+    Of the cross-attention among the maps; NaN where there is none. keep: what kept
+    the maps: `ALL`, `HEAD_MEAN` or `BOX_MASS`.
     """
     found = []
     for site, kept in maps.items():
+        if site.kind == "self":
+            continue
         if keep is not BOX_MASS:
             kept = BOX_MASS(site, kept[:, None] if keep is HEAD_MEAN else kept, layout.inputs())
         found.append((kept.mean(dim=1) * layout.token_weights).sum(dim=2))
-    return torch.stack(found).mean(dim=0)
+    return torch.stack(found).mean(dim=0) if found else torch.full_like(layout.weights, math.nan)
 
 
 def _grids(maps: Maps) -> dict[Grid, Tensor]:
@@ -416,7 +421,7 @@ def _centre_and_spread(maps: Tensor) -> tuple[Tensor, Tensor]:
     for axis in (2, 3):  # summed over y, what is left is along x
         line = share.sum(dim=axis)
         cells = line.shape[2]
-        at = (torch.arange(cells, device=maps.device) + 0.5) / cells
+        at = (torch.arange(cells, dtype=maps.dtype, device=maps.device) + 0.5) / cells
         centre = (line * at).sum(dim=2)
         # what is in a cell is spread evenly in it, so that no map and no mask is a point
         within = 1 / (12 * cells**2)

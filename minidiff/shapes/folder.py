@@ -82,7 +82,7 @@ SCHEDULER: Config = {
             "scale": 0.03,
             "threshold": 0.1,
             "iterations": 5,
-            "steps": 12,
+            "steps": 0.6,
             "step_rule": "unit",
         },
     },

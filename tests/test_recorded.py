@@ -1,0 +1,190 @@
+"""Attention maps over a run: reduced step by step, and read by phrase."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import minidiff
+from minidiff.model import Model
+from minidiff.networks.attention import Record, Site
+from minidiff.recorded import LAST, MEAN, PER_STEP, Attention, Maps, Reduce
+
+PROMPTS = ["a cat and a red ball", "the red ball by a red ball"]
+RECORD = Record(minidiff.cross & (minidiff.level(0) | minidiff.level(1)), minidiff.ALL)
+SITES = [Site("mid", 0, 0, "cross"), Site("up", 1, 0, "cross"), Site("up", 1, 1, "cross")]
+
+
+def shared(model: Model, **options: object) -> dict:
+    return {"model": model, "steps": 4, "sampler": "ddim", "seed": 1, **options}
+
+
+def by_hand(model: Model, record: Record, **options: object) -> list[Maps]:
+    """Each step's maps, copied."""
+    steps = minidiff.sample_steps(PROMPTS, record=record, **shared(model, **options))
+    return [{site: kept.clone() for site, kept in step.maps.items()} for step in steps]
+
+
+@pytest.mark.parametrize("keep", [minidiff.ALL, minidiff.HEAD_MEAN])
+@pytest.mark.parametrize("sampler", ["ddim", "pndm"])  # pndm calls the network twice in its first step
+def test_reductions_equal_a_loop_by_hand(tiny_model: Model, keep: object, sampler: str) -> None:
+    record = replace(RECORD, keep=keep)
+    every = by_hand(tiny_model, record, sampler=sampler)
+    assert len(every) == 4
+    # or a reduction that takes any one step would pass
+    assert all((every[0][site] - every[3][site]).abs().max() > 1e-4 for site in every[0])
+    options = shared(tiny_model, sampler=sampler, output="latents", attention=record)
+    mean, last, per_step = (
+        minidiff.generate(PROMPTS, **options, reduce=reduce).attention for reduce in (MEAN, LAST, PER_STEP)
+    )
+    for site in every[0]:
+        stack = torch.stack([maps[site] for maps in every])
+        torch.testing.assert_close(mean.maps[site], stack.mean(dim=0))
+        torch.testing.assert_close(last.maps[site], stack[-1])
+        torch.testing.assert_close(per_step.maps[site], stack)
+    assert (mean.per_step, last.per_step, per_step.per_step) == (False, False, True)
+    assert set(mean.maps) == set(every[0]) == set(minidiff.sites(tiny_model, RECORD.sites))  # type: ignore[arg-type]
+
+
+def test_the_default_is_the_mean_of_the_second_coarsest_grid(tiny_model: Model) -> None:
+    found = minidiff.generate(PROMPTS, attention=True, output="latents", **shared(tiny_model)).attention
+    assert set(found.maps) == set(minidiff.sites(tiny_model, minidiff.cross & minidiff.level(1)))
+    every = by_hand(tiny_model, replace(RECORD, keep=minidiff.HEAD_MEAN))
+    for site, kept in found.maps.items():
+        assert kept.shape == (2, 4, 4, 77)
+        torch.testing.assert_close(kept, torch.stack([maps[site] for maps in every]).mean(dim=0))
+    assert minidiff.generate(PROMPTS, output="latents", **shared(tiny_model)).attention is None
+
+
+@pytest.mark.parametrize(("reduce", "steps"), [(MEAN, 1), (LAST, 1), (PER_STEP, 6)])
+def test_only_per_step_grows_with_the_run(reduce: Reduce, steps: int) -> None:
+    kept: Maps | None = None
+    for n in range(6):
+        maps = {site: torch.full((2, 3, 4, 4, 5), float(n)) for site in SITES}
+        before = {site: found.clone() for site, found in maps.items()}
+        kept = reduce(kept, maps, n)
+        assert all(torch.equal(maps[site], before[site]) for site in SITES)  # the caller's Step keeps its own
+    assert kept is not None
+    assert set(kept) == set(SITES)
+    for found in kept.values():
+        assert found.numel() == steps * 2 * 3 * 4 * 4 * 5
+        assert found.untyped_storage().nbytes() == found.numel() * 4  # no view of something larger is kept
+        assert found.device.type == "cpu"
+    expected = {MEAN: 2.5, LAST: 5.0, PER_STEP: 2.5}[reduce]
+    torch.testing.assert_close(kept[SITES[0]].mean(), torch.tensor(expected))
+
+
+# ---- by phrase
+
+
+def phrase_map(maps: Maps, image: int, tokens: tuple[int, ...], grid: tuple[int, int], heads: bool) -> Tensor:
+    """Slowly: the mean over the sites on a grid, over heads and over tokens."""
+    found = []
+    for kept in maps.values():
+        own = kept[image].mean(dim=0) if heads else kept[image]
+        if tuple(own.shape[:2]) == grid:
+            found.append(sum(own[..., token] for token in tokens) / len(tokens))
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("keep", [minidiff.ALL, minidiff.HEAD_MEAN])
+def test_a_phrase_is_read_from_every_image(tiny_model: Model, keep: object) -> None:
+    record = replace(RECORD, keep=keep)
+    options = shared(tiny_model, width=48, images_per_prompt=2, output="latents", attention=record)
+    found = minidiff.generate(PROMPTS, **options).attention
+    assert found.images == 4
+    read = found["red ball"]
+    assert read.shape == (4, 4, 6)  # of grids 2x3 and 4x6 the finer
+    for image in range(4):
+        prompt = PROMPTS[image // 2]
+        tokens = tiny_model.text.all_spans(prompt, "red ball")
+        assert len(tokens) == (2 if image < 2 else 4)  # the second prompt has it twice
+        torch.testing.assert_close(read[image], found.of(image, "red ball"))
+        for grid in ((4, 6), (2, 3)):
+            expected = phrase_map(found.maps, image, tokens, grid, keep is minidiff.ALL)
+            torch.testing.assert_close(found.of(image, "red ball", grid), expected)
+    assert read.min() > 0
+    assert (read[0] - read[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("keep", [minidiff.ALL, minidiff.HEAD_MEAN])
+def test_a_phrase_is_read_at_every_step(tiny_model: Model, keep: object) -> None:
+    record = replace(RECORD, keep=keep)
+    found = minidiff.generate(PROMPTS, output="latents", attention=record, reduce=PER_STEP, **shared(tiny_model))
+    read = found.attention["ball"]
+    assert read.shape == (2, 4, 4, 4)
+    every = by_hand(tiny_model, record)
+    for image in range(2):
+        tokens = tiny_model.text.all_spans(PROMPTS[image], "ball")
+        for step in range(4):
+            expected = phrase_map(every[step], image, tokens, (4, 4), keep is minidiff.ALL)
+            torch.testing.assert_close(read[image, step], expected)
+
+
+def test_steps_results_hold_what_they_are_given(tiny_model: Model) -> None:
+    *_, last = steps = list(minidiff.sample_steps(PROMPTS, record=RECORD, **shared(tiny_model)))
+    own = last.result("latents").attention
+    assert all(torch.equal(own.maps[site], kept) for site, kept in last.maps.items())
+    kept = None
+    for step in steps:
+        kept = PER_STEP(kept, step.maps, step.index)
+    assert last.result("latents", kept, per_step=True).attention["ball"].shape == (2, 4, 4, 4)
+
+
+# ---- errors
+
+
+def hand_made(maps: Maps, per_step: bool = False, maps_are_per_head: bool = False) -> Attention:
+    return Attention(maps, 2, lambda image, phrase: (1, 2), heads=maps_are_per_head, per_step=per_step)
+
+
+def test_what_cannot_be_read_is_named(tiny_model: Model) -> None:
+    found = minidiff.generate(PROMPTS, output="latents", attention=RECORD, **shared(tiny_model)).attention
+    with pytest.raises(ValueError, match="phrase 'cat' is not in the prompt 'the red ball by"):
+        found["cat"]  # the second image's prompt has none
+    assert found.of(0, "cat").shape == (4, 4)
+    with pytest.raises(ValueError, match=r"no attention was recorded on a grid \(8, 8\); expected one of .*\(2, 2\)"):
+        found.of(0, "cat", (8, 8))
+    context = tiny_model.text.encode(PROMPTS[:1])
+    by_context = minidiff.generate(context=context, output="latents", attention=True, **shared(tiny_model)).attention
+    with pytest.raises(ValueError, match="there is no prompt to find 'cat' in; read the tokens of attention.maps"):
+        by_context["cat"]
+    torch.testing.assert_close(next(iter(by_context.maps.values())).sum(-1), torch.ones(1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("shape", "per_step"),
+    [
+        ((2, 3, 7), False),
+        ((2, 4, 2, 3, 4, 7), False),
+        ((1, 4, 4, 7), False),
+        ((4, 1, 4, 4, 7), True),
+        ((2, 4, 7), True),
+    ],
+)
+def test_maps_of_another_kind_are_named(shape: tuple[int, ...], per_step: bool) -> None:
+    with pytest.raises(
+        ValueError, match=r"the maps of mid.0.0.cross are .*; expected those of minidiff.ALL or minidiff"
+    ):
+        hand_made({SITES[0]: torch.zeros(shape)}, per_step)["ball"]
+
+
+@pytest.mark.parametrize("keep", [minidiff.BOX_MASS, minidiff.COLUMNS])
+def test_maps_that_name_no_tokens_are_not_read_by_phrase(tiny_model: Model, keep: object) -> None:
+    """BOX_MASS [B,H,O,L] and COLUMNS [B,H,h,w,O] have as many axes as HEAD_MEAN and ALL, but say something else."""
+    record = Record(minidiff.cross & minidiff.level(1), keep)
+    boxes = {"cat": (0, 0, 0.5, 0.5), "red ball": (0.5, 0.5, 1, 1), "and": (0, 0.5, 0.5, 1)}
+    result = minidiff.generate(
+        PROMPTS[0], boxes=boxes, guidance="none", attention=record, output="latents", **shared(tiny_model)
+    )
+    assert result.attention.maps
+    with pytest.raises(ValueError, match="expected those of minidiff.ALL or minidiff.HEAD_MEAN"):
+        result.attention["red ball"]
+
+
+def test_both_halves_of_the_batch_are_not_read_by_phrase(tiny_model: Model) -> None:
+    record = replace(RECORD, rows="all")
+    found = minidiff.generate(PROMPTS, output="latents", attention=record, **shared(tiny_model)).attention
+    with pytest.raises(ValueError, match="expected those of minidiff.ALL"):
+        found["ball"]
