@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ldm import write_single_file
@@ -23,6 +25,9 @@ from PIL.PngImagePlugin import PngInfo
 
 import minidiff
 from minidiff.cli import main
+from minidiff.flags import GUIDANCE
+from minidiff.generate import ATTENTION
+from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.result import Result, read_metadata
 from minidiff.sampling import SAMPLERS
 
@@ -149,7 +154,7 @@ def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: dict[str, dict[
         "--model=m --negative-prompt=n --width=16 --height=24 --timesteps=900,500.5 --guidance-scale=2 "
         "--guidance-rescale=0.5 --clip-skip=1 --sampler=lms --karras --spacing=trailing --seed=3,4 "
         "--images=2 --variant=fp16 --revision=r --vae=v --tokenizer=t --prediction-type=v_prediction --dtype=bf16 "
-        "--device=cuda --compile"
+        "--device=cuda --compile --box=cat=0,0,1,1 --guidance=boxdiff --attention"
     )
     cli("generate", "a cat", *flags.split())
     assert asked["load"] == {
@@ -181,6 +186,9 @@ def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: dict[str, dict[
         "eta": 0.0,
         "seed": [3, 4],
         "images_per_prompt": 2,
+        "boxes": [{"cat": [[0.0, 0.0, 1.0, 1.0]]}],
+        "guidance": "boxdiff",
+        "record": ATTENTION,
     }
     cli("generate", "a", "b", "--model=m", "--sigmas=9,1,0", "--negative-prompt=c", "--negative-prompt=d", "--seed=5")
     assert asked["sample"]["sigmas"] == [9.0, 1.0, 0.0]
@@ -548,3 +556,111 @@ def test_a_reader_that_has_enough_gets_no_traceback(tiny_folder: Path) -> None:
     closed = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert (closed.returncode, closed.stderr) == (1, b"")
+
+
+# ---- boxes and attention
+
+BOX = "cat=0.1,0.1,0.6,0.7"
+
+
+def test_boxes_and_attention_are_drawn_beside_the_image(cli: Cli, tiny: tuple[object, ...], tmp_path: Path) -> None:
+    flags = ("--box", BOX, "--box", "dog=0.6,0,1,1", "--attention", "--seed", 3, *tiny)
+    code, out, err = cli("generate", "a cat and a dog", *flags)
+    names = ["", "-boxes", "-attention-cat", "-attention-dog"]
+    assert (code, out) == (0, [str(tmp_path / f"a-cat-and-a-dog-seed-3{name}.png") for name in names])
+    (note,) = err
+    assert re.fullmatch(r"note: guidance (moved \d+ times in \d+ steps|did not act).*cat.*dog.*", note)
+    assert all(Image.open(path).size in ((32, 32), (384, 384)) for path in out)
+
+
+def test_an_image_is_kept_when_its_pictures_fail(
+    cli: Cli, tiny: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(image: Image.Image, layout: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("minidiff.pictures.boxes", fail)
+    code, out, err = cli("generate", "a cat", "--box", BOX, *tiny)
+    assert (code, len(out)) == (0, 1)
+    assert Path(out[0]).is_file()
+    assert any("disk full" in line for line in err)
+
+
+def test_boxes_reach_generate_as_it_takes_them(cli: Cli, asked: dict[str, dict[str, object]], tmp_path: Path) -> None:
+    cli("generate", "a cat", "a cat", "--box", BOX, "--box", "cat=0.5,0.5,1,1", "--box", "tokens:1,2=0,0,1,1")
+    one = {"cat": [[0.1, 0.1, 0.6, 0.7], [0.5, 0.5, 1, 1]], "tokens:1,2": [[0, 0, 1, 1]]}
+    assert asked["sample"]["boxes"] == [one, one]
+    assert asked["sample"]["record"] is None and asked["sample"]["guidance"] is None
+    file = tmp_path / "layout.json"
+    file.write_text(json.dumps([{"cat": [0, 0, 0.5, 0.5]}, None]))
+    cli("generate", "a cat", "a dog", "--layout", file, "--guidance", "rnb", "--attention")
+    assert asked["sample"]["boxes"] == [{"cat": [0, 0, 0.5, 0.5]}, None]
+    assert asked["sample"]["guidance"] == "rnb"
+    assert asked["sample"]["record"] == ATTENTION
+    file.write_text(json.dumps({"cat": {"boxes": [[0, 0, 0.5, 0.5]], "weight": 2}}))
+    cli("generate", "a cat", "a cat", "--layout", file)
+    assert asked["sample"]["boxes"] == [{"cat": {"boxes": [[0, 0, 0.5, 0.5]], "weight": 2}}] * 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--box", "cat"], r'got \'cat\'; expected such as "ball=0.55,0.4,0.95,0.8"'),
+        (["--box", "=0,0,1,1"], "got '=0,0,1,1'"),
+        (["--box", "cat=0,0,1,x"], "expected numbers"),
+        (["--box", "cat=0,0,1"], r"boxes\['cat'\] holds \[0.0, 0.0, 1.0\]; expected"),
+        (["--box", "cat=0.5,0,0.2,1"], "corners out of order"),
+        (["--box", "cat=0,0,20,1"], "outside of the picture"),
+        (["--box", BOX, "--layout", "there.json"], "got both --box and --layout"),
+        (["--layout", "nowhere.json"], "cannot read the layout nowhere.json"),
+        (["--layout", "broken.json"], r"cannot read the layout broken.json: Expecting .* line 1 column 2"),
+        (["--layout", "two.json"], "two.json holds 2 layouts for 1 prompts"),
+        (["--layout", "number.json"], "boxes is 3; expected a mapping"),
+        (["--guidance", "magic"], "guidance is 'magic'; expected one of inside, extent, layout"),
+    ],
+)
+def test_a_wrong_layout_is_found_before_a_model_is_loaded(
+    cli: Cli, no_load: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("there", "{}"), ("broken", "{"), ("two", "[null, null]"), ("number", "3")):
+        (tmp_path / f"{name}.json").write_text(text)
+    code, out, err = cli("generate", "a cat", *flags)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert re.search(message, err[0])
+
+
+def test_a_phrase_that_is_not_in_the_prompt_is_found_before_sampling(cli: Cli, tiny: tuple[object, ...]) -> None:
+    code, out, err = cli("generate", "a cat", "--box", "dog=0,0,1,1", *tiny)
+    assert (code, out) == (2, [])
+    assert "phrase 'dog' is not in the prompt 'a cat'" in err[-1]
+
+
+def test_the_flag_names_every_objective() -> None:
+    assert (*OBJECTIVES, "none") == GUIDANCE
+
+
+def test_boxes_and_guidance_are_taken_over_from_a_png(
+    cli: Cli, tiny: tuple[object, ...], asked: dict[str, dict[str, object]], tmp_path: Path
+) -> None:
+    boxes = {"cat": {"boxes": [[0.1, 0.1, 0.6, 0.7]], "weight": 1.0}}
+    guidance = {"objective": {"layout": 1.0}, "scale": 30.0, "steps": 10}
+    png = ours(tmp_path / "x.png", boxes=boxes, guidance=guidance, model="a/b")
+    cli("generate", "--from", png)
+    assert asked["sample"]["boxes"] == [boxes]
+    assert asked["sample"]["guidance"] == guidance
+    cli("generate", "--from", png, "--box", "cat=0,0,1,1", "--guidance", "none")
+    assert asked["sample"]["boxes"] == [{"cat": [[0, 0, 1, 1]]}]
+    assert asked["sample"]["guidance"] == "none"
+    masked = {"cat": {"mask": {"tensor": {"shape": [4, 4], "dtype": "bool", "sha256": "0"}}, "weight": 1.0}}
+    _, _, err = cli("generate", "--from", ours(tmp_path / "y.png", boxes=masked, model="a/b"))
+    assert "boxes" in next(line for line in err if "not taken over" in line)
+    assert asked["sample"]["boxes"] is None
+
+
+def test_a_guided_image_is_made_again_from_its_png(cli: Cli, tiny: tuple[object, ...], tmp_path: Path) -> None:
+    flags = ("--box", BOX, "--seed", 3, *tiny)
+    _, out, _ = cli("generate", "a cat", *flags)
+    _, again, _ = cli("generate", "--from", out[0], *tiny)
+    assert np.array_equal(np.asarray(Image.open(out[0])), np.asarray(Image.open(again[0])))
+    assert read_metadata(out[0]).reproducible

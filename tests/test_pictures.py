@@ -1,0 +1,69 @@
+"""The pictures beside an image: which are written, where, and what happens when that fails."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import minidiff
+import minidiff.pictures
+from minidiff.pictures import write_pictures
+
+PROMPT = "a cat playing with a ball"
+LAYOUT = {"ball": (0.5, 0.5, 1.0, 1.0)}
+
+
+def made(model: minidiff.Model, attention: bool = True) -> minidiff.Result:
+    return minidiff.generate(
+        [PROMPT, "two dogs"],
+        model=model,
+        boxes=[LAYOUT, None],
+        steps=1,
+        sampler="ddim",
+        spacing="trailing",
+        seed=1,
+        attention=attention,
+    )
+
+
+def test_each_image_has_its_boxes_and_the_maps_of_its_phrases_or_words(
+    tiny_model: minidiff.Model, tmp_path: Path
+) -> None:
+    result = made(tiny_model)
+    written = write_pictures(result, result.save(tmp_path / "x.png"), [LAYOUT, {}])
+    names = ["x-boxes", "x-attention-ball", "x-1-attention-two", "x-1-attention-dogs"]
+    assert [path.name for path in written] == [f"{name}.png" for name in names]
+    pictures = [np.asarray(Image.open(path)) for path in written]
+    assert all(picture.shape == (384, 384, 3) for picture in pictures)
+    assert not np.array_equal(pictures[2], pictures[3])
+
+
+def test_without_attention_there_are_boxes_alone(tiny_model: minidiff.Model, tmp_path: Path) -> None:
+    result = made(tiny_model, attention=False)
+    (written,) = write_pictures(result, result.save(tmp_path / "x.png"), [LAYOUT, {}])
+    assert written.name == "x-boxes.png"
+
+
+def test_nothing_is_overwritten(tiny_model: minidiff.Model, tmp_path: Path) -> None:
+    (tmp_path / "x-boxes.png").write_text("mine")
+    result = made(tiny_model, attention=False)
+    (written,) = write_pictures(result, result.save(tmp_path / "x.png"), [LAYOUT, {}])
+    assert written.name == "x-boxes-1.png"
+    assert (tmp_path / "x-boxes.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), ValueError("no font"), RuntimeError("no home")])
+def test_a_picture_that_fails_is_a_warning_and_the_others_are_written(
+    error: Exception, tiny_model: minidiff.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(image: Image.Image, layout: object) -> None:
+        raise error
+
+    result = made(tiny_model)
+    files = result.save(tmp_path / "x.png")
+    monkeypatch.setattr(minidiff.pictures, "boxes", fail)
+    with pytest.warns(UserWarning, match=rf"x.png is written, but not its picture boxes: {error}"):
+        written = write_pictures(result, files, [LAYOUT, {}])
+    assert written[0].name == "x-attention-ball.png"
+    assert all(path.is_file() for path in files)
