@@ -12,22 +12,26 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
+import bench.boxes
 import bench.images
 import bench.layout
 from bench import parity
 from bench.__main__ import main
-from bench.layout import Drawn, Share, density
+from bench.boxes import OUTSIDE, Asked, Outcome, Placed, asked, drift, facts, in_box
+from bench.layout import Drawn, density
 from bench.load import IMPORT_BOUND, Load, case_rows, import_seconds, load_once
 from bench.models import SD15, TINY, random_weights, unet_dict, unet_shapes, vae_shapes, write_folder
+from bench.plot import front, scatter
 from bench.prompts import Prompt, prompts
 from bench.reference import relative_error
+from bench.share import Share
 from bench.table import Row, finish
 from minidiff.networks.text import TextEncoder
 from minidiff.networks.unet import UNet
 from minidiff.networks.vae import VAE
 from minidiff.sampling import Euler, Schedule
 from minidiff.shapes.measure import Found, Measured, check
-from minidiff.shapes.world import HELD_OUT
+from minidiff.shapes.world import GAP, HELD_OUT, MAX_ASPECT, MAX_EDGE, MIN_EDGE
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
 SMALL = unet_dict([32, 64], [True, False], layers=1)
@@ -246,17 +250,17 @@ def test_import_is_cheap() -> None:
 
 
 def test_the_prompts_are_fixed_and_fair() -> None:
-    asked = prompts()
-    assert asked == prompts()
-    assert len(asked) == 200
-    assert {len(one.things) for one in asked} == {1, 2, 3}
-    assert len({one.text for one in asked}) > 150
-    held = [one for one in asked if any(thing in HELD_OUT for thing in one.things)]
+    every = prompts()
+    assert every == prompts()
+    assert len(every) == 200
+    assert {len(one.things) for one in every} == {1, 2, 3}
+    assert len({one.text for one in every}) > 150
+    held = [one for one in every if any(thing in HELD_OUT for thing in one.things)]
     assert 90 <= len(held) <= 110
-    assert 90 <= sum(one.background is not None for one in asked) <= 110
-    for one in asked:
+    assert 90 <= sum(one.background is not None for one in every) <= 110
+    for one in every:
         assert len({shape for shape, _ in one.things}) == len({colour for _, colour in one.things}) == len(one.things)
-    assert prompts(1) != asked
+    assert prompts(1) != every
 
 
 def test_the_words_of_a_prompt() -> None:
@@ -295,8 +299,8 @@ def test_layout_prints_measures_and_returns(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = [one for one in prompts() if len(one.things) < 3][::20]
-    asked = [*few, *[one for one in prompts() if len(one.things) == 3][:1]]
-    monkeypatch.setattr(bench.layout, "prompts", lambda: asked)
+    chosen = [*few, *[one for one in prompts() if len(one.things) == 3][:1]]
+    monkeypatch.setattr(bench.layout, "prompts", lambda: chosen)
     monkeypatch.setattr(bench.layout, "check", lambda count, seed: check(5, seed))
     code = main(["layout", "--json", str(tmp_path / "rows.json"), "--sheet", str(tmp_path / "sheet.png")])
     printed, written = capsys.readouterr().out, json.loads((tmp_path / "rows.json").read_text())
@@ -306,6 +310,95 @@ def test_layout_prints_measures_and_returns(
     for row in written["rows"]:
         assert row["name"] in printed
     assert sum(row["count"] for row in written["rows"] if "right colour" in row["name"]) == sum(
-        len(one.things) for one in asked
+        len(one.things) for one in chosen
     )
     assert (tmp_path / "sheet.png").is_file()
+
+
+# --- layout --boxes
+
+
+def test_the_boxes_are_fixed_and_of_every_kind() -> None:
+    every = asked()
+    assert every == asked() and asked(1) != every
+    inside = [one for one in every if one.kind == "inside"]
+    assert len(inside) == 200 and len(every) == 230
+    boxes = [box for one in inside for box in one.boxes]
+    edges = [(x1 - x0, y1 - y0) for x0, y0, x1, y1 in boxes]
+    assert min(map(min, edges)) >= MIN_EDGE - 1e-9 and max(map(max, edges)) <= MAX_EDGE
+    assert max(max(edge) / min(edge) for edge in edges) <= MAX_ASPECT + 1e-9
+    single = [one.boxes[0] for one in inside if len(one.boxes) == 1]
+    for low, high in ((0.22, 0.32), (0.32, 0.45), (0.45, 0.62)):
+        assert sum(low <= max(x1 - x0, y1 - y0) < high for x0, y0, x1, y1 in single) >= 20
+    assert sum(x1 - x0 > 1.3 * (y1 - y0) for x0, y0, x1, y1 in single) >= 10
+    assert sum(y1 - y0 > 1.3 * (x1 - x0) for x0, y0, x1, y1 in single) >= 10
+    assert sum(min(x0, 1 - x1) == min(y0, 1 - y1) == pytest.approx(GAP) for x0, y0, x1, y1 in single) >= 10
+    assert sum(abs(x0 + x1 - 1) < 0.2 and abs(y0 + y1 - 1) < 0.2 for x0, y0, x1, y1 in single) >= 10
+    for one in inside:
+        assert all(box[0] >= GAP - 1e-9 and box[3] <= 1 - GAP + 1e-9 for box in one.boxes)
+        assert not any(_overlap(a, b) for i, a in enumerate(one.boxes) for b in one.boxes[:i])
+    for kind in OUTSIDE:
+        unlike = [one.boxes[0] for one in every if one.kind == kind]
+        assert len(unlike) == 10
+        for x0, y0, x1, y1 in unlike:
+            long, short = max(x1 - x0, y1 - y0), min(x1 - x0, y1 - y0)
+            assert short < MIN_EDGE or long > MAX_EDGE or long / short > MAX_ASPECT
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def placed(box: tuple[float, float, float, float], *others: Found) -> Placed:
+    """A red ring asked for in the left half."""
+    ring = Found("ring", "red", box)
+    one = Asked(Prompt((("ring", "red"),), None), ((0.0, 0.0, 0.5, 1.0),), "inside")
+    return Placed(one, Measured((ring, *others), "white"), (ring,), (bench.boxes.iou(box, one.boxes[0]),))
+
+
+def test_an_object_counts_where_it_is_in_its_box() -> None:
+    there, beside, half = placed((0, 0, 0.5, 1)), placed((0.5, 0, 1, 1)), placed((0, 0, 0.24, 1))
+    assert in_box([there, beside, half]).hits == 1
+    assert (there.centred, beside.centred, half.centred) == ((True,), (False,), (True,))
+    assert facts([there, placed((0, 0, 0.5, 1), Found("star", "blue", (0.6, 0, 0.9, 1)))]).hits == 1
+    lost = Placed(there.asked, Measured((), "white"), (None,), (0.0,))
+    assert in_box([lost]).hits == facts([lost]).hits == 0 and lost.centred == (False,)
+
+
+def test_drift_is_the_root_of_the_mean_square() -> None:
+    plain, moved = (
+        Outcome((), images, 0.0, 0.0) for images in (torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.5))
+    )
+    assert drift(moved, plain) == pytest.approx(0.5)
+    assert drift(plain, plain) == 0
+
+
+def test_the_front_of_a_plot() -> None:
+    points = {"a": (1.0, 0.2), "b": (2.0, 0.1), "c": (3.0, 0.9), "d": (3.0, 0.8), "e": (4.0, 0.9)}
+    assert front(points) == ["a", "c"]
+    image = np.asarray(scatter(points, "seconds", "share"))
+    red, blue = (image == (220, 30, 35)).all(axis=2), (image == (35, 75, 225)).all(axis=2)
+    assert red.sum() > 200 and blue.sum() > 150
+
+
+def test_layout_with_boxes_prints_every_method_and_writes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [[one for one in asked() if len(one.boxes) == count][i] for count in (1, 2, 3) for i in (0, 1)]
+    unlike = [one for one in asked() if one.kind != "inside"][::10]
+    monkeypatch.setattr(bench.boxes, "asked", lambda: [*few, *unlike])
+    names = ("none", "minidiff's default", "regional prompting")
+    monkeypatch.setattr(bench.boxes, "METHODS", {name: bench.boxes.METHODS[name] for name in names})
+    monkeypatch.setattr(bench.boxes, "SAMPLERS", {"dpmpp_2m": 20, "ddim": 5})
+    files = {name: tmp_path / name for name in ("rows.json", "sheet.png", "pareto.png")}
+    flags = ["--json", files["rows.json"], "--sheet", files["sheet.png"], "--pareto", files["pareto.png"]]
+    code = main(["layout", "--boxes", *map(str, flags)])
+    printed, written = capsys.readouterr().out, json.loads(files["rows.json"].read_text())
+    assert all(file.is_file() for file in files.values())
+    assert set(written["methods"]) == set(names)
+    assert all(f"\n{name}" in printed for name in (*names, "ddim, 5 steps", "apart"))
+    assert all(row["name"] in printed for row in written["bounds"])
+    assert code == 1 or (all(row["ok"] for row in written["bounds"]) and "OUT" not in printed)
+    inside = {name: written["methods"][name]["images"] for name in names}
+    mean = {name: np.mean([value for image in inside[name] for value in image["ious"]]) for name in names}
+    assert mean["minidiff's default"] > mean["none"] + 0.2

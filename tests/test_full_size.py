@@ -1,4 +1,4 @@
-"""At full SD 1.5 size, with random weights: parity with diffusers, memory of loading.
+"""At full SD 1.5 size, with random weights: parity with diffusers, memory of loading and of guidance.
 
 Runs where 12 GB of memory are free and is shown as skipped elsewhere; about three minutes on two quiet cores. One test
 at a time, whatever pytest-xdist does: each holds a lock (and the group keeps them in one worker with --dist loadgroup).
@@ -6,7 +6,10 @@ at a time, whatever pytest-xdist does: each holds a lock (and the group keeps th
 
 import fcntl
 import gc
+import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +48,14 @@ def test_parity(part: str, count: int) -> None:
     rows = list(FULL[part]())
     assert len(rows) == count
     assert [row for row in rows if not row.ok] == []
+
+
+def test_memory_of_a_guided_step() -> None:
+    """Above the resident model; the published code takes 5.2 GB (parameters require gradients, maps of every layer)."""
+    command = [sys.executable, "-m", "bench.guided_once"]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert found["moved"] > 0
+    assert found["extra"] <= 1.1e9, found
 
 
 @pytest.fixture

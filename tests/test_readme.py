@@ -44,10 +44,10 @@ def test_the_python_examples_run(tiny_model: minidiff.Model, tmp_path: Path, mon
     quick = replace(tiny_model, defaults=Defaults("ddim", steps=2))
     monkeypatch.setattr(minidiff, "load", lambda source: quick)
     names: dict[str, object] = {"torch": torch}
-    examples = [block for block in BLOCKS if re.search(r"^(import|for|def|parameters|sites)\b", block)]
-    assert len(examples) == 5
+    examples = [block for block in BLOCKS if re.search(r"^(import|from|for|def|parameters|@minidiff)\b", block)]
+    assert len(examples) == 9
     for example in examples:
         exec(example, names)
-    assert (tmp_path / "cat.png").is_file()
-    assert (tmp_path / "ball.png").is_file()
+    made = ("cat", "placed", "boxes", "red-circle", "order", "ball", "edited", "more-ball")
+    assert [name for name in made if not (tmp_path / f"{name}.png").is_file()] == []
     assert "again" in names
