@@ -236,9 +236,8 @@ def sample_steps(
         layout = _layout(model, texts, regions, encoded.shape[1], there)
         given = {**layout.inputs(), **given}
         if how is not None:
-            guide = _guide(
-                model, how.of_run(schedule.steps), encoded[-texts.images :], layout, regions, there, edit, inputs
-            )
+            bound = replace(how.of_run(schedule.steps), objective=how.objective.bound(there, how.sites))
+            guide = _guide(model, bound, encoded[-texts.images :], layout, regions, edit, inputs)
     denoise = Denoise(model, encoded, scale, guidance_rescale, record, edit, given, _edited_calls(edit, schedule))
     arguments: dict[str, object] = {
         "model": model.name,
@@ -282,15 +281,14 @@ def _guide(
     context: Tensor,
     layout: Layout,
     regions: Sequence[Sequence[Region]],
-    there: Mapping[Site, Position],
     edit: Edit | None,
     inputs: Inputs | None,
 ) -> Guide:
-    bound = replace(how, objective=how.objective.bound(there, how.sites))
+    """Its passes compiled, where the model is."""
     names = [[region.name for region in some] for some in regions]
     compiled = is_compiled(model.unet)
     look = compile_whole(evaluate) if compiled else evaluate
-    return Guide(bound, model.unet.forward, context, layout, names, edit, inputs, compiled, look)
+    return Guide(how, model.unet.forward, context, layout, names, edit, inputs, compiled, look)
 
 
 def _edited_calls(edit: Edit | None, schedule: Schedule) -> int | None:

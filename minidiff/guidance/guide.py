@@ -263,8 +263,8 @@ class Guide:
                 break
             rows = torch.arange(len(x), device=x.device) if self.whole_batch else left
             gradient, found = self._look(moved[rows], t, rows, index)
-            going = (found[0] > threshold) & torch.isin(rows, left)
             live = torch.isin(rows, left)
+            going = live & (found[0] > threshold)
             self._remember(index, len(x), rows[live], [value[live] for value in found], going[live])
             left = rows[going]
             if self.guidance.step_rule == "unit":
