@@ -351,7 +351,8 @@ def _write(
 def examples(outcomes: Mapping[str, Outcome]) -> Image.Image:
     """Six prompts in rows, the methods in columns, each picture with its boxes."""
     inside = [i for i, one in enumerate(outcomes["none"].placed) if one.asked.kind == "inside"]
-    chosen = inside[len(inside) // 7 :: len(inside) // 7][:6]
+    step = max(1, len(inside) // 7)
+    chosen = inside[step::step][:6]
     pictures, captions = [], []
     for i in chosen:
         for name, outcome in outcomes.items():

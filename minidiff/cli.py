@@ -49,6 +49,7 @@ _ARGUMENTS: dict[str, type | tuple[type, ...]] = {
     "seed": int,
     "boxes": dict,
     "guidance": (dict, str),
+    "attention": bool,
 }
 _OF_THE_MODEL = ("vae", "tokenizer", "prediction_type", "variant", "revision", "dtype")
 # Beside these flags, what the file says of the others would contradict.
@@ -121,9 +122,8 @@ def _generate(args: argparse.Namespace) -> None:
         record=ATTENTION if args.attention else None,
     )
     kept = None
-    for step in tqdm(
-        run, total=_count(args, model), disable=None, unit="step"
-    ):  # None: off where stderr is no terminal
+    # disable=None: off where stderr is no terminal
+    for step in tqdm(run, total=_count(args, model), disable=None, unit="step"):
         kept = MEAN(kept, step.maps, step.index) if step.maps else None
     result = step.result("pil", kept)
     written = result.save(args.out, metadata=not args.no_metadata)
@@ -140,7 +140,7 @@ def _check(args: argparse.Namespace) -> None:
     """What can be found wrong without a model, so that none is fetched and read for nothing."""
     if not args.prompt:
         raise ValueError('there is no prompt; expected such as minidiff generate "a red circle"')
-    from .arguments import check_fraction, check_positive, check_scale, check_seeds, choose_sampler
+    from .arguments import check_fraction, check_guidance, check_positive, check_scale, check_seeds, choose_sampler
     from .result import check_output_path
     from .weights.sources import BUNDLED
 
@@ -156,6 +156,8 @@ def _check(args: argparse.Namespace) -> None:
         check_scale(args.guidance_scale)
     if isinstance(args.guidance, str) and args.guidance not in GUIDANCE:
         raise ValueError(f"guidance is {args.guidance!r}; expected one of {', '.join(GUIDANCE)}")
+    if args.guidance is not None:
+        check_guidance(args.guidance)
     for name in ("guidance_rescale", "eta"):
         check_fraction(name, _given(getattr(args, name), 0.0))
     if args.sampler is not None:
@@ -165,37 +167,30 @@ def _check(args: argparse.Namespace) -> None:
 
 def _layouts(args: argparse.Namespace) -> list[Boxes | None] | None:
     """One for each prompt, of --box or --layout or taken over; checked as far as that needs no model."""
-    layouts = args.boxes
+    layouts, source, count = args.boxes, "", len(args.prompt)
     if args.layout is not None:
         if args.boxes is not None:
             raise ValueError("got both --box and --layout; expected one of them")
-        layouts = _read_layouts(args.layout, len(args.prompt))
+        path, found = args.layout
+        layouts, source = found if isinstance(found, list) else [found] * count, f"{path}: "
+        if len(layouts) != count:
+            raise ValueError(f"{path} holds {len(layouts)} layouts for {count} prompts; expected one for all, or each")
     elif isinstance(args.boxes, list):
         together: dict[str | int | tuple[int, ...], object] = {}
         for phrase, box in args.boxes:
             together[phrase] = [*together.get(phrase, []), box]  # type: ignore[misc]
-        layouts = [together] * len(args.prompt)
+        layouts = [together] * count
     elif args.boxes is not None:
-        layouts = [args.boxes] * len(args.prompt)
+        layouts, source = [args.boxes] * count, f"{args.png}: "
     if layouts is not None:
         from .guidance.layout import read_regions
 
-        for layout in layouts:
-            if layout is not None:
-                read_regions(layout, lambda phrase: (1,), length=1 << 30)  # phrases and positions wait for the model
-    return layouts
-
-
-def _read_layouts(path: str, prompts: int) -> list[Boxes | None]:
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the layout {path}: {error}") from error
-    layouts = found if isinstance(found, list) else [found] * prompts
-    if len(layouts) != prompts:
-        raise ValueError(
-            f"{path} holds {len(layouts)} layouts for {prompts} prompts; expected one for all, or one each"
-        )
+        try:
+            for layout in layouts:
+                if layout is not None:
+                    read_regions(layout, lambda phrase: (1,), length=1 << 30)  # phrases, positions wait for the model
+        except ValueError as error:
+            raise ValueError(f"{source}{error}") from error
     return layouts
 
 
@@ -291,7 +286,8 @@ def _checked(png: str, name: str, value: Plain) -> Plain:
     kind = _ARGUMENTS[name]
     right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
     if not right or (isinstance(value, list) and not all(isinstance(v, _NUMBER) for v in value)):
-        raise ValueError(f"{png}: its {name} is {value!r}; give your own with --{name.replace('_', '-')}")
+        flag = "box" if name == "boxes" else name.replace("_", "-")
+        raise ValueError(f"{png}: its {name} is {value!r}; give your own with --{flag}")
     return value
 
 

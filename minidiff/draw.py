@@ -1,15 +1,19 @@
-"""Pictures about pictures (Pillow only)."""
+"""Pictures about pictures (Pillow and numpy)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Corners: TypeAlias = tuple[int, int, int, int]  # the leftmost, topmost, rightmost and bottommost pixel
 
 _MARGIN, _LINE = 6, 14  # pixels
 _SMALLEST = 384  # the shorter edge that a picture is brought to before anything is written on it
-_COLOURS = ("#e6194b", "#2a6ff0", "#1e9e45", "#f58231", "#911eb4", "#008b9b", "#c2185b", "#7a5c00")
+_LARGEST = 4096  # but a long, narrow picture is not made longer than that
+_COLOURS = ("#e6194b", "#2a6ff0", "#1a8a3c", "#d9600a", "#7b2cbf", "#00838f", "#d61fc4", "#6d5200")
 # Dark to bright in even steps of lightness, as matplotlib's inferno: control colours, from 0 to 1.
 _HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 
@@ -17,76 +21,118 @@ _HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)
 def boxes(image: Image.Image, layout: Mapping[Any, object], labels: bool = True) -> Image.Image:
     """A copy of an image with the boxes of a layout, as generate() takes it, each object in a colour of its own.
 
-    A phrase's mask is drawn by its outline. Small images are enlarged, so that the labels can be read.
-    ValueError for what is neither box nor mask.
+    A phrase's mask is drawn by its outline. Small images are enlarged, so that the labels can be read; without labels
+    the size stays. ValueError for what is neither box nor mask.
     """
+    if not isinstance(layout, Mapping):
+        raise ValueError(f'the layout is {layout!r}; expected a mapping such as {{"ball": (0.55, 0.4, 0.95, 0.8)}}')
     whole = _enlarged(image) if labels else image.convert("RGB")
-    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(size=max(12, min(whole.size) // 28))
     width = max(1, min(whole.size) // 128)
-    for i, (name, value) in enumerate(layout.items()):
+    places: list[tuple[Corners, str, str]] = []
+    for i, (key, value) in enumerate(layout.items()):
         colour = _COLOURS[i % len(_COLOURS)]
+        name = key if isinstance(key, str) else f"tokens:{str(key).strip('(,)').replace(' ', '')}"
         value = value.get("boxes", value.get("mask")) if isinstance(value, Mapping) else value
-        for x0, y0, x1, y1 in _boxes(name, value, whole, colour):
-            corners = (x0 * whole.width, y0 * whole.height, x1 * whole.width - 1, y1 * whole.height - 1)
-            pen.rectangle(corners, outline=colour, width=width)
-            if labels:
-                _label(pen, whole.size, corners, str(name), colour, font)
+        if isinstance(value, Image.Image | np.ndarray | Tensor):
+            places.append((_outline(whole, _inside(name, value, whole.size), colour, width), name, colour))
+            continue
+        for box in _boxes(name, value):
+            corners = _pixels(box, whole.size)
+            _rectangle(ImageDraw.Draw(whole), corners, colour, width)
+            places.append((corners, name, colour))
+    taken: list[Corners] = []
+    for corners, name, colour in places if labels else ():  # after all lines, so that none runs through a label
+        taken.append(_label(whole, corners[0], corners[1], name, colour, taken))
     return whole
 
 
-def _boxes(name: object, value: object, whole: Image.Image, colour: str) -> list[tuple[float, float, float, float]]:
-    """The boxes of one object; of a mask, which is drawn, the box around it."""
-    if isinstance(value, list | tuple) and value:
-        several = value if isinstance(value[0], list | tuple) else [value]
-        if all(len(box) == 4 for box in several):
-            return [(float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in several]
-    array = np.asarray(value.convert("L") if isinstance(value, Image.Image) else value)
-    if array.ndim != 2 or array.dtype == object or not array.any():
-        raise ValueError(f"the layout has {value!r} for {name!r}; expected (x0, y0, x1, y1), a list of them or a mask")
-    inside = Image.fromarray((array > array.max() / 2).astype(np.uint8) * 255)
-    filled = np.asarray(inside.resize(whole.size, Image.Resampling.NEAREST)) > 0
-    padded = np.pad(filled, 2)
-    middle = padded[4:, 2:-2] & padded[:-4, 2:-2] & padded[2:-2, 4:] & padded[2:-2, :-4]
-    whole.paste(colour, mask=Image.fromarray((filled & ~middle).astype(np.uint8) * 255))
-    rows, columns = np.flatnonzero(filled.any(axis=1)), np.flatnonzero(filled.any(axis=0))
-    return [
-        (
-            columns[0] / whole.width,
-            rows[0] / whole.height,
-            (columns[-1] + 1) / whole.width,
-            (rows[-1] + 1) / whole.height,
+def _boxes(name: str, value: object) -> list[tuple[float, float, float, float]]:
+    several = value if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple) else [value]
+    found = []
+    for box in several:
+        if isinstance(box, list | tuple) and len(box) == 4 and all(isinstance(edge, int | float) for edge in box):
+            x0, y0, x1, y1 = box
+            if 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1:  # so NaN is refused as well
+                found.append((x0, y0, x1, y1))
+                continue
+        raise ValueError(
+            f"the layout has {value!r} for {name!r}; expected (x0, y0, x1, y1), a list of them or a mask, with "
+            "x0 < x1 and y0 < y1 in [0,1]. Divide pixels by the picture's width and height"
         )
-    ]
+    return found
 
 
-def _label(
-    pen: ImageDraw.ImageDraw,
-    size: tuple[int, int],
-    corners: tuple[float, float, float, float],
-    text: str,
-    colour: str,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-) -> None:
-    """White on the object's colour, at the box's upper left corner, and inside of the picture."""
-    left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
+def _pixels(box: Sequence[float], size: tuple[int, int]) -> Corners:
+    """The outermost pixels of a box: at least one, and inside of the picture."""
+    x0, y0 = (min(round(edge * pixels), pixels - 1) for edge, pixels in zip(box[:2], size, strict=True))
+    x1, y1 = (round(edge * pixels) - 1 for edge, pixels in zip(box[2:], size, strict=True))
+    return x0, y0, max(x0, x1), max(y0, y1)
+
+
+def _rectangle(pen: ImageDraw.ImageDraw, corners: Corners, colour: str, width: int) -> None:
+    x0, y0, x1, y1 = corners
+    if width > 1:  # a blue box is to be seen on a blue square
+        pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="white", width=width + 2)
+    pen.rectangle(corners, outline=colour, width=width)
+
+
+def _inside(name: str, value: Tensor | NDArray[Any] | Image.Image, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """A mask at the picture's size: where it is above half of its largest value."""
+    mask = np.asarray(value.convert("L")) if isinstance(value, Image.Image) else _array(value)
+    if mask.ndim != 2 or mask.dtype.kind not in "biuf" or not np.isfinite(mask).all() or not (mask > 0).any():
+        raise ValueError(
+            f"the mask of {name!r} has shape {list(mask.shape)} and dtype {mask.dtype}; expected (x0, y0, x1, y1), "
+            "a list of them or a mask: [H,W] of finite numbers, some of them above 0"
+        )
+    filled = Image.fromarray((mask > mask.max() / 2).astype(np.uint8))
+    return np.asarray(filled.resize(size, Image.Resampling.NEAREST)) > 0
+
+
+def _outline(whole: Image.Image, filled: NDArray[np.bool_], colour: str, width: int) -> Corners:
+    """Draw the edge of a mask, and return the pixels of the box around it."""
+    for ink, depth in (("white", width + 1), (colour, width)) if width > 1 else ((colour, width),):
+        middle = filled
+        for _ in range(depth):
+            padded = np.pad(middle, 1)
+            middle = middle & padded[2:, 1:-1] & padded[:-2, 1:-1] & padded[1:-1, 2:] & padded[1:-1, :-2]
+        whole.paste(ink, mask=Image.fromarray((filled & ~middle).astype(np.uint8) * 255))
+    rows, columns = np.flatnonzero(filled.any(axis=1)), np.flatnonzero(filled.any(axis=0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
+
+
+def _label(whole: Image.Image, x: int, y: int, text: str, colour: str, taken: Sequence[Corners] = ()) -> Corners:
+    """White on the object's colour, from a corner, but inside of the picture and below what is taken there."""
+    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(size=max(12, min(whole.size) // 28))
+    text = " ".join(text.split())
+    if font.getlength(text) > whole.width - 8:
+        while text and font.getlength(f"{text}...") > whole.width - 8:
+            text = text[:-1]
+        text = f"{text}..."
+    left, top, right, bottom = (round(edge) for edge in pen.textbbox((0, 0), text, font=font))
     width, height = right - left + 6, bottom - top + 6
-    x = max(0, min(corners[0], size[0] - width))
-    y = max(0, min(corners[1], size[1] - height))
-    pen.rectangle([x, y, x + width - 1, y + height - 1], fill=colour)
+    x, y = max(0, min(x, whole.width - width)), max(0, min(y, whole.height - height))
+    for x0, y0, x1, y1 in sorted(taken, key=lambda corners: corners[1]):
+        meets = x <= x1 and x0 < x + width and y <= y1 and y0 < y + height
+        if meets and y1 + height < whole.height:
+            y = y1 + 1
+    pen.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
     pen.text((x + 3 - left, y + 3 - top), text, fill="white", font=font)
+    return x, y, x + width - 1, y + height - 1
 
 
-def heatmap(image: Image.Image, heat: ArrayLike, caption: str = "") -> Image.Image:
+def heatmap(image: Image.Image, heat: Tensor | ArrayLike, caption: str = "") -> Image.Image:
     """A map [h,w] laid over an image: grey where it is 0, bright where it is largest, whatever that value is.
 
-    heat: not negative, of any range (a tensor on the CPU will do), such as `result.attention["ball"][0]`. Small images
-    are enlarged. ValueError for another shape, or values that are negative or not finite.
+    heat: not negative, of any range, such as `result.attention["ball"][0]`. Small images are enlarged, as for boxes().
+    ValueError for another shape, or values that are negative or not finite.
     """
-    values = np.asarray(heat, dtype=np.float32)
+    found = _array(heat)
+    values = found.astype(np.float32) if found.dtype.kind in "biuf" else np.full(found.shape, np.nan, np.float32)
     if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all() or values.min() < 0:
         raise ValueError(
-            f"heat has shape {list(values.shape)} and values from {values.min(initial=np.inf):g} to "
-            f"{values.max(initial=-np.inf):g}; expected [h,w] of finite numbers of at least 0"
+            f"heat has shape {list(found.shape)}, dtype {found.dtype} and values from {values.min(initial=np.inf):g} "
+            f"to {values.max(initial=-np.inf):g}; expected [h,w] of finite numbers of at least 0, one map such as "
+            'result.attention["ball"][0]'
         )
     whole = _enlarged(image)
     share = values / max(float(values.max()), 1e-30)
@@ -97,14 +143,19 @@ def heatmap(image: Image.Image, heat: ArrayLike, caption: str = "") -> Image.Ima
     cover = 0.25 + 0.6 * smooth[..., None]
     mixed = Image.fromarray(((1 - cover) * grey + cover * colours).round().astype(np.uint8))
     if caption:
-        font = ImageFont.load_default(size=max(12, min(mixed.size) // 28))
-        _label(ImageDraw.Draw(mixed), mixed.size, (0, 0, 0, 0), caption, "black", font)
+        _label(mixed, 0, 0, caption, "black")
     return mixed
+
+
+def _array(value: Tensor | ArrayLike) -> NDArray[Any]:
+    if isinstance(value, Tensor):
+        return value.detach().float().cpu().numpy()  # float: numpy has no bfloat16
+    return np.asarray(value)
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
     """A copy in RGB whose shorter edge is at least `_SMALLEST`, by a whole factor so that pixels stay square."""
-    factor = -(-_SMALLEST // min(image.size))
+    factor = max(1, min(-(-_SMALLEST // min(image.size)), _LARGEST // max(image.size)))
     size = (image.width * factor, image.height * factor)
     return image.convert("RGB").resize(size, Image.Resampling.BICUBIC) if factor > 1 else image.convert("RGB")
 

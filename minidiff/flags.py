@@ -1,7 +1,9 @@
 """The flags of the command line. Names are long, and those of generate()'s and load()'s arguments."""
 
 import argparse
+import json
 from importlib.metadata import version
+from pathlib import Path
 from typing import NoReturn
 
 from .infotext import SAMPLERS
@@ -86,10 +88,17 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--layout",
         metavar="JSON",
+        type=_layout,
         help='a file with {"phrase": [x0, y0, x1, y1], ...}, or a list with one such object or null for each prompt',
     )
     add("--guidance", metavar="NAME", help=f"{', '.join(GUIDANCE)} (default: the model's)")
-    add("--attention", action="store_true", help="also write where each phrase is seen, as heat maps over the image")
+    add(
+        "--attention",
+        action="store_true",
+        default=None,
+        help="also write where each phrase is seen, as heat maps over the image; in half precision the image itself "
+        "may be another one than without",
+    )
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -138,6 +147,23 @@ def _box(text: str) -> tuple[str, list[float]]:
     if not sign or not phrase.strip():
         raise argparse.ArgumentTypeError(f'got {text!r}; expected such as "ball=0.55,0.4,0.95,0.8"')
     return phrase.strip(), _numbers(numbers)
+
+
+def _layout(path: str) -> tuple[str, object]:
+    """The name of a JSON file, and what it holds."""
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"it has {twice!r} twice; expected it once, with a list of boxes")
+        return found
+
+    try:
+        return path, json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read the layout {path}: {error}") from error
 
 
 def _numbers(text: str) -> list[float]:

@@ -254,6 +254,7 @@ def sample_steps(
         "guidance": None if guide is None and guidance is None else "none" if how is None else how.plain(),
         "edit": edit,
         "inputs": inputs,
+        "attention": _recorded(model, record, there),
     }
     used = [s if latents is None or chosen.stochastic else None for s in seeds]
     timings = {"load": loaded - started, "text": time.perf_counter() - loaded}
@@ -262,6 +263,16 @@ def sample_steps(
     fresh = noise if chosen.stochastic else None
     refine = None if guide is None else guide.refine
     return run.steps(sample(denoise, start.to(model.device), schedule, chosen, refine, fresh))
+
+
+def _recorded(model: Model, record: Record | None, there: Mapping[Site, Position]) -> bool | Record | None:
+    """What a record adds to the arguments that make an image again: in half precision the recorded sites, which leave
+    the fused kernel, round otherwise.
+    """
+    if record is None or model.dtype == torch.float32:
+        return None
+    own = [site for site, at in there.items() if site.kind == "cross" and at.level == 1]
+    return True if record == replace(ATTENTION, sites=frozenset(own)) else record
 
 
 def _layout(

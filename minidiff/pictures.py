@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from .draw import boxes, heatmap
 from .result import Result, slug, write_png
@@ -18,7 +20,7 @@ def write_pictures(result: Result, written: Sequence[Path], layouts: Sequence[Ma
     """Write, beside each image's file, NAME-boxes.png where it has boxes and NAME-attention-PHRASE.png for each phrase.
 
     written: the files of the images; layouts: of each image, empty where it has none. Phrases are those of the boxes,
-    without boxes the prompt's words. The images are safe already: what fails here is a warning.
+    without boxes the prompt's words. The images are safe already: whatever fails here is a warning.
     """
     found: list[Path] = []
     images = result.images
@@ -27,7 +29,7 @@ def write_pictures(result: Result, written: Sequence[Path], layouts: Sequence[Ma
         for name, picture in _pictures(result, i, images[i], layout):
             try:
                 found.append(write_png(picture(), path.with_name(f"{path.stem}-{name}.png")))
-            except (OSError, ValueError, RuntimeError) as error:
+            except Exception as error:
                 warnings.warn(f"{path} is written, but not its picture {name}: {error}", stacklevel=2)
     return found
 
@@ -38,13 +40,22 @@ def _pictures(
     """Names, and what draws each."""
     if layout:
         yield "boxes", lambda: boxes(image, layout)
-    attention = result.attention
-    if attention is None:
+    if result.attention is None:
         return
     prompt = result.parameters[i].get("prompt")
     words = dict.fromkeys(re.findall(r"\w+(?:['-]\w+)*", prompt.lower())) if isinstance(prompt, str) else {}
     for phrase in [str(name) for name in layout] or words:
         yield (
             f"attention-{slug(phrase)}",
-            lambda phrase=phrase: heatmap(image, attention.of(i, phrase), phrase),  # type: ignore[misc]
+            lambda phrase=phrase: heatmap(image, _map(result, i, phrase), phrase),  # type: ignore[misc]
         )
+
+
+def _map(result: Result, i: int, phrase: str) -> Tensor:
+    """Where image i is seen to look at a phrase; or at token positions, which no prompt holds."""
+    attention = result.attention
+    assert attention is not None  # _pictures
+    if re.fullmatch(r"tokens:\d+(,\d+)*", phrase):
+        tokens = tuple(int(number) for number in phrase.removeprefix("tokens:").split(","))
+        attention = replace(attention, find=lambda image, phrase: tokens)
+    return attention.of(i, phrase)

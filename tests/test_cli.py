@@ -615,7 +615,11 @@ def test_boxes_reach_generate_as_it_takes_them(cli: Cli, asked: dict[str, dict[s
         (["--layout", "nowhere.json"], "cannot read the layout nowhere.json"),
         (["--layout", "broken.json"], r"cannot read the layout broken.json: Expecting .* line 1 column 2"),
         (["--layout", "two.json"], "two.json holds 2 layouts for 1 prompts"),
-        (["--layout", "number.json"], "boxes is 3; expected a mapping"),
+        (["--layout", "number.json"], "number.json: boxes is 3; expected a mapping"),
+        (["--layout", "wide.json"], r"wide.json: boxes\['cat'\] holds .* outside of the picture"),
+        (["--layout", "twice.json"], "cannot read the layout twice.json: it has 'cat' twice"),
+        (["--layout", "deep.json"], "cannot read the layout deep.json: maximum recursion depth"),
+        (["--layout", "."], "cannot read the layout .: .*directory"),
         (["--guidance", "magic"], "guidance is 'magic'; expected one of inside, extent, layout"),
     ],
 )
@@ -623,7 +627,16 @@ def test_a_wrong_layout_is_found_before_a_model_is_loaded(
     cli: Cli, no_load: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, text in (("there", "{}"), ("broken", "{"), ("two", "[null, null]"), ("number", "3")):
+    texts = {
+        "there": "{}",
+        "broken": "{",
+        "two": "[null, null]",
+        "number": "3",
+        "wide": '{"cat": [0, 0, 20, 1]}',
+        "twice": '{"cat": [0, 0, 1, 1], "cat": [0, 0, 1, 1]}',
+        "deep": "[" * 100_000,
+    }
+    for name, text in texts.items():
         (tmp_path / f"{name}.json").write_text(text)
     code, out, err = cli("generate", "a cat", *flags)
     assert (code, out, len(err)) == (2, [], 1)
@@ -658,9 +671,80 @@ def test_boxes_and_guidance_are_taken_over_from_a_png(
     assert asked["sample"]["boxes"] is None
 
 
+def test_a_layout_may_begin_with_a_byte_order_mark(
+    cli: Cli, asked: dict[str, dict[str, object]], tmp_path: Path
+) -> None:
+    file = tmp_path / "layout.json"
+    file.write_text('{"cat": [0, 0, 0.5, 0.5]}', encoding="utf-8-sig")
+    cli("generate", "a cat", "--layout", file)
+    assert asked["sample"]["boxes"] == [{"cat": [0, 0, 0.5, 0.5]}]
+
+
+def test_a_layout_stands_instead_of_the_boxes_of_a_png(
+    cli: Cli, asked: dict[str, dict[str, object]], tmp_path: Path
+) -> None:
+    png = ours(tmp_path / "x.png", boxes={"cat": {"boxes": [[0.1, 0.1, 0.6, 0.7]], "weight": 1.0}}, model="a/b")
+    file = tmp_path / "layout.json"
+    file.write_text("{}")
+    _, _, err = cli("generate", "a dog", "--from", png, "--layout", file)
+    assert asked["sample"]["boxes"] == [{}]
+    assert f"note: not taken over from {png}: boxes" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"boxes": [1]}, r"its boxes is \[1\]; give your own with --box$"),
+        ({"boxes": {"cat": {"boxes": [[0, 0, 2, 1]]}}}, r"x.png: boxes\['cat'\] holds .* outside of the picture"),
+        ({"guidance": 3}, "its guidance is 3; give your own with --guidance"),
+        ({"guidance": "magic"}, "guidance is 'magic'; expected one of"),
+        ({"guidance": {"objective": {"magic": 1.0}}}, "objective is 'magic'; expected one of"),
+        ({"guidance": {"objective": {"layout": "x"}}}, "weight is 'x'"),
+        ({"guidance": {"objective": {"layout": 1.0}, "scale": "x"}}, "scale is 'x'; expected a number"),
+    ],
+)
+def test_a_png_whose_layout_makes_no_sense_is_refused_before_a_model_is_loaded(
+    cli: Cli, no_load: None, tmp_path: Path, arguments: dict[str, object], message: str
+) -> None:
+    code, out, err = cli("generate", "--from", ours(tmp_path / "x.png", model="a/b", **arguments))
+    assert (code, out, len(err)) == (2, [], 1)
+    assert re.search(message, err[0])
+
+
+def test_info_shows_the_layout_of_a_png(cli: Cli, tmp_path: Path) -> None:
+    boxes = {"cat": {"weight": 1.0, "boxes": [[0.1, 0.1, 0.6, 0.7]]}}
+    _, out, _ = cli("info", ours(tmp_path / "x.png", boxes=boxes, guidance={"objective": {"layout": 1.0}}))
+    assert 'boxes: {"cat": {"weight": 1.0, "boxes": [[0.1, 0.1, 0.6, 0.7]]}}' in out
+    assert 'guidance: {"objective": {"layout": 1.0}}' in out
+
+
+def test_words_of_the_prompt_have_a_map_each_and_every_image_its_report(
+    cli: Cli, tiny: tuple[object, ...], tmp_path: Path
+) -> None:
+    code, out, err = cli("generate", "A cat, a dog!", "--attention", "--seed", 3, *tiny)
+    names = ["", "-attention-a", "-attention-cat", "-attention-dog"]
+    assert (code, err) == (0, [])
+    assert out == [str(tmp_path / f"a-cat-a-dog-seed-3{name}.png") for name in names]
+    code, out, err = cli("generate", "a cat", "--box", BOX, "--images", 2, *tiny)
+    assert (code, len(out), len(err)) == (0, 4, 2)
+    assert all(line.startswith("note: guidance ") for line in err)
+
+
 def test_a_guided_image_is_made_again_from_its_png(cli: Cli, tiny: tuple[object, ...], tmp_path: Path) -> None:
     flags = ("--box", BOX, "--seed", 3, *tiny)
     _, out, _ = cli("generate", "a cat", *flags)
     _, again, _ = cli("generate", "--from", out[0], *tiny)
     assert np.array_equal(np.asarray(Image.open(out[0])), np.asarray(Image.open(again[0])))
     assert read_metadata(out[0]).reproducible
+
+
+def test_recorded_attention_is_an_argument_in_half_precision(cli: Cli, tiny: tuple[object, ...]) -> None:
+    """There the recorded layers round otherwise than the fused kernel, so the image is another one."""
+    flags = ("--box", BOX, "--seed", 3, "--attention", *tiny)
+    _, half, _ = cli("generate", "a cat", *flags, "--dtype", "bfloat16")
+    _, full, _ = cli("generate", "a cat", *flags)
+    assert read_metadata(half[0]).arguments["attention"] is True
+    assert "attention" not in read_metadata(full[0]).arguments
+    _, again, _ = cli("generate", "--from", half[0], *tiny, "--dtype", "bfloat16")
+    assert np.array_equal(np.asarray(Image.open(half[0])), np.asarray(Image.open(again[0])))
+    assert len(again) == len(half)

@@ -91,10 +91,85 @@ def test_a_mask_is_drawn_by_its_outline() -> None:
         assert found[100, 150] and found[299, 150] and not found[200, 200] and not found[50, 50]
 
 
-@pytest.mark.parametrize("value", [(0, 0, 1), "left", np.zeros((3, 3)), None, []])
+def test_a_mask_of_any_kind_is_drawn_alike() -> None:
+    mask = torch.zeros(4, 4)
+    mask[1:3, 1:3] = 1
+    image = Image.new("RGB", (401, 399), "white")
+    first, *others = (
+        np.asarray(boxes(image, {"cat": value}))
+        for value in (mask, mask.bfloat16(), mask.bool(), mask.clone().requires_grad_(), mask.numpy() * 255)
+    )
+    assert all(np.array_equal(first, other) for other in others)
+
+
+def test_a_line_is_seen_on_its_own_colour_and_one_pixel_wide_it_stands_alone() -> None:
+    image = Image.new("RGB", (400, 400), tuple(RED))
+    drawn = np.asarray(boxes(image, {"cat": (0.25, 0.5, 0.75, 0.9)}, labels=False))
+    assert (drawn[300, 99] == 255).all() and (drawn[300, 100] == RED).all() and (drawn[300, 300] == 255).all()
+    small = np.asarray(boxes(Image.new("RGB", (128, 128)), {"cat": (0.25, 0.5, 0.75, 0.9)}, labels=False))
+    assert set(map(tuple, small.reshape(-1, 3).tolist())) == {(0, 0, 0), tuple(RED.tolist())}
+
+
+def test_every_box_has_a_pixel_and_edges_are_inside() -> None:
+    image = Image.new("RGB", (101, 67), "white")
+    for box in ((0.5, 0.5, 0.5001, 0.5001), (0.999, 0.999, 1, 1), (0, 0, 1e-6, 1e-6)):
+        assert (np.asarray(boxes(image, {"cat": box}, labels=False)) == RED).all(axis=2).any()
+    drawn = (np.asarray(boxes(image, {"cat": (0, 0, 1, 1)}, labels=False)) == RED).all(axis=2)
+    assert drawn[0].all() and drawn[-1].all() and drawn[:, 0].all() and drawn[:, -1].all()
+
+
+def test_labels_at_one_corner_do_not_cover_each_other() -> None:
+    image = Image.new("RGB", (400, 400), "white")
+    box = (0.1, 0.1, 0.9, 0.9)
+    alone, both = boxes(image, {"cat": box}), boxes(image, {"cat": box, "dog": box})
+    label = (slice(40, 55), slice(40, 60))
+    assert np.array_equal(np.asarray(alone)[label], np.asarray(both)[label])
+    blue = (np.asarray(both) == (42, 111, 240)).all(axis=2)
+    assert blue[55:80, 40:65].sum() > 150
+
+
+def test_a_label_wider_than_the_picture_is_cut() -> None:
+    image = Image.new("RGB", (400, 400), "white")
+    drawn = np.asarray(boxes(image, {"word " * 60: (0.4, 0.4, 0.5, 0.5)}))
+    rows = (drawn == RED).all(axis=2).sum(axis=1)
+    assert 350 < rows.max() < 400  # with its margin, so its end is there
+    assert drawn.shape == (400, 400, 3)
+
+
+def test_token_positions_have_a_name() -> None:
+    image, box = Image.new("RGB", (400, 400), "white"), (0.1, 0.1, 0.9, 0.9)
+    for key, name in (((2, 3), "tokens:2,3"), (4, "tokens:4"), ((4,), "tokens:4")):
+        assert np.array_equal(np.asarray(boxes(image, {key: box})), np.asarray(boxes(image, {name: box})))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        (0, 0, 1),
+        "left",
+        None,
+        [],
+        [(0, 0, 1, 1), 3],
+        ("a", 0, 1, 1),
+        (0.5, 0, 0.2, 1),
+        (0, 0, 20, 1),
+        (0, 0, 1, float("nan")),
+        {"weight": 2.0},
+        np.zeros((3, 3)),
+        np.full((3, 3), np.nan),
+        -np.ones((3, 3)),
+        np.ones((3, 3, 3)),
+        np.array([["a"]]),
+    ],
+)
 def test_what_is_neither_box_nor_mask_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match="expected .x0, y0, x1, y1., a list of them or a mask"):
+    with pytest.raises(ValueError, match=r"'cat'.* expected .x0, y0, x1, y1., a list of them or a mask"):
         boxes(Image.new("RGB", (400, 400)), {"cat": value})
+
+
+def test_what_is_no_layout_is_refused() -> None:
+    with pytest.raises(ValueError, match="the layout is .* expected a mapping"):
+        boxes(Image.new("RGB", (400, 400)), [(0, 0, 1, 1)])  # type: ignore[arg-type]
 
 
 # ---- heat maps
@@ -125,7 +200,33 @@ def test_a_caption_is_written_and_a_map_of_zeros_is_drawn() -> None:
     assert (np.asarray(plain) != np.asarray(named)).any(axis=2)[:30, :80].any()
 
 
-@pytest.mark.parametrize("heat", [np.ones((2, 2, 2)), np.ones((0, 3)), -np.ones((2, 2)), np.full((2, 2), np.nan)])
+def test_a_map_of_any_dtype_and_range_is_drawn_alike() -> None:
+    image, heat = Image.new("RGB", (385, 401), "white"), torch.tensor([[0, 1], [2, 4]])
+    first, *others = (
+        np.asarray(heatmap(image, value))
+        for value in (heat, heat.bfloat16() / 1024, heat.double().requires_grad_() * 1e6, heat.numpy(), heat.tolist())
+    )
+    assert first.shape == (401, 385, 3)
+    assert all(np.array_equal(first, other) for other in others)
+
+
+def test_a_long_narrow_picture_is_not_enlarged_without_end() -> None:
+    assert heatmap(Image.new("RGB", (8, 2048)), np.ones((2, 2))).size == (16, 4096)
+    assert heatmap(Image.new("RGB", (5000, 100)), np.ones((2, 2))).size == (5000, 100)
+
+
+@pytest.mark.parametrize(
+    "heat",
+    [
+        np.ones((2, 2, 2)),
+        np.ones((0, 3)),
+        -np.ones((2, 2)),
+        np.full((2, 2), np.nan),
+        np.full((2, 2), np.inf),
+        np.ones((2, 2), dtype=complex),
+        "heat",
+    ],
+)
 def test_a_map_of_another_kind_is_refused(heat: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"heat has shape .* expected \[h,w\]"):
         heatmap(Image.new("RGB", (400, 400)), heat)

@@ -53,7 +53,32 @@ def test_nothing_is_overwritten(tiny_model: minidiff.Model, tmp_path: Path) -> N
     assert (tmp_path / "x-boxes.png").read_text() == "mine"
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), ValueError("no font"), RuntimeError("no home")])
+def test_token_positions_have_a_map_too(tiny_model: minidiff.Model, tmp_path: Path) -> None:
+    layout = {"cat": (0.0, 0.0, 0.5, 0.5), "tokens:2": (0.5, 0.5, 1.0, 1.0)}
+    result = minidiff.generate(
+        "a cat", model=tiny_model, boxes=layout, steps=1, sampler="ddim", spacing="trailing", seed=1, attention=True
+    )
+    _, word, position = write_pictures(result, result.save(tmp_path / "x.png"), [layout])
+    assert (word.name, position.name) == ("x-attention-cat.png", "x-attention-tokens-2.png")
+    below = (slice(40, None), slice(None))  # the caption
+    assert tiny_model.text.spans("a cat", "cat") == (2,)
+    assert np.array_equal(np.asarray(Image.open(word))[below], np.asarray(Image.open(position))[below])
+
+
+def test_pictures_go_elsewhere_with_their_image(
+    tiny_model: minidiff.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    result = made(tiny_model, attention=False)
+    with pytest.warns(UserWarning, match=r"could not write file/x-boxes.png .* the image is in .*x-boxes.png"):
+        (written,) = write_pictures(result, [Path("file/x.png"), Path("file/y.png")], [LAYOUT, {}])
+    assert written == tmp_path / "x-boxes.png"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("disk full"), ValueError("no font"), RuntimeError("no home"), TypeError("odd"), MemoryError("x")]
+)
 def test_a_picture_that_fails_is_a_warning_and_the_others_are_written(
     error: Exception, tiny_model: minidiff.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
