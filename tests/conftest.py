@@ -5,7 +5,11 @@ import os
 # huggingface_hub reads it when it is imported, torch counts its threads when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Two pools of threads on two cores get in each other's way: one thread each where pytest-xdist runs several processes.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Not by default but always, since those inherit what was set here for the process that starts them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import json
 import shutil
