@@ -64,7 +64,7 @@ class Result:
     timings: dict[str, float]
     info: dict[str, Plain] = field(default_factory=dict, repr=False)
     attention: Attention | None = field(default=None, repr=False)
-    reports: tuple[Report, ...] | None = None
+    reports: tuple[Report, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         counts = (len(self.images), len(self.latents), len(self.seeds), len(self.parameters))
