@@ -29,7 +29,7 @@ from .arguments import (
     plain_boxes,
     sampler_arguments,
 )
-from .guidance.guide import Guidance, Guide, Report, evaluate
+from .guidance.guide import Guidance, Guide, Report, evaluate, evaluate_whole
 from .guidance.layout import Boxes, Layout, Region, make_layout
 from .guidance.objectives import Objective
 from .model import Model
@@ -298,7 +298,7 @@ def _guide(
     """Its passes compiled, where the model is."""
     names = [[region.name for region in some] for some in regions]
     compiled = is_compiled(model.unet)
-    look = compile_whole(evaluate) if compiled else evaluate
+    look = compile_whole(evaluate_whole) if compiled else evaluate
     return Guide(how, model.unet.forward, context, layout, names, edit, inputs, compiled, look)
 
 

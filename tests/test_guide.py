@@ -385,7 +385,9 @@ def test_guidance_works_in_the_callers_modes(tiny_model: Model, mode: type) -> N
     expected = minidiff.generate("a cat", **shared)
     with mode():
         found = minidiff.generate("a cat", **shared)
-    assert torch.equal(found.latents, expected.latents)
+    # In inference mode the gradient comes from torch.func, which adds in another order.
+    torch.testing.assert_close(found.latents, expected.latents, rtol=1e-4, atol=1e-4)
+    assert mode is torch.inference_mode or torch.equal(found.latents, expected.latents)
 
 
 def test_latents_that_come_out_hold_no_graph(tiny_model: Model) -> None:
