@@ -260,15 +260,11 @@ def rnb_loss(maps: Maps, layout: Layout) -> Tensor:
     loss 0 once the two boxes agree (IoU of 0.85), and a boundary term only beside others and while the brightest cell
     is outside.
     """
-    heads = {grid: torch.einsum("byxl,bol->boyx", kept, layout.token_weights) for grid, kept in _grids(maps).items()}
-    sharp = {
-        grid: torch.einsum("byxl,bol->boyx", (120 * kept[..., 1:]).softmax(dim=-1), layout.token_weights[..., 1:])
-        for grid, kept in _grids(maps).items()
-    }
     several = ((layout.weights > 0).sum(dim=1, keepdim=True) > 1).to(layout.weights.dtype)
     losses = []
-    for grid, raw in heads.items():
-        mask = layout.masks[grid]
+    for grid, kept in _grids(maps).items():
+        mask, raw = layout.masks[grid], torch.einsum("byxl,bol->boyx", kept, layout.token_weights)
+        sharp = torch.einsum("byxl,bol->boyx", (120 * kept[..., 1:]).softmax(dim=-1), layout.token_weights[..., 1:])
         low, high = raw.amin(dim=(2, 3), keepdim=True), raw.amax(dim=(2, 3), keepdim=True)
         found = (raw - low) / (high - low + TINY)
         threshold = 0.4 * _mean_under(found, mask) + 0.6 * _mean_under(found, 1 - mask)
@@ -279,7 +275,8 @@ def rnb_loss(maps: Maps, layout: Layout) -> Tensor:
         soft = (20 * (found - threshold)).sigmoid()
         region = 2 - (1 - iou) * _share(mask * both, straight) - 0.5 * (1 - iou) * _share(mask * soft, soft)
         outside = (mask * raw).amax(dim=(2, 3)) < ((1 - mask) * raw).amax(dim=(2, 3))
-        boundary = 1 - (1 - iou) * _share(mask * (edges := _edges(sharp[grid])), edges)
+        edges = _edges(sharp)
+        boundary = 1 - (1 - iou) * _share(mask * edges, edges)
         losses.append((iou < 0.85) * (region + several * outside * boundary))
     return _over_grids(losses)
 
