@@ -22,7 +22,8 @@ class Share:
         """Of 95 % confidence (Wilson 1927)."""
         z, n, p = 1.96, max(self.count, 1), self.value
         middle, reach = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (middle - reach) / (1 + z * z / n), (middle + reach) / (1 + z * z / n)
+        low, high = ((middle + side * reach) / (1 + z * z / n) for side in (-1, 1))
+        return max(low, 0.0), min(high, 1.0)  # rounding reaches beyond both ends
 
     @property
     def ok(self) -> bool:
