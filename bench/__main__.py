@@ -7,7 +7,13 @@ import sys
 BENCHES = {
     "parity": "every part against diffusers on the same weights: the largest relative error",
     "layout": "what the bundled model draws: objects, colours and shapes right, measured without a network",
-    "load": "seconds and peak memory of loading a full-size model, against diffusers; the cost of the import",
+    "kernels": "convolutions and attention, shape by shape: what is taken beside what could be",
+    "throughput": "one step with classifier-free guidance, against diffusers and OpenVINO",
+    "guided": "one guided pass, and a whole guided image, against the published way on diffusers",
+    "memory": "of steps, guided passes, batches, large images and their decoding, against diffusers",
+    "scaling": "cost against batch, resolution and number of boxes",
+    "load": "seconds and peak memory of loading a full-size model, against diffusers; imports and start-up",
+    "all": "these six, one after the other",
     "model": "no benchmark: writes a model folder with random weights, for trials without a download",
 }
 """Name -> what it shows. Each is a module here with `add_arguments(parser)` and `run(args) -> exit code`."""

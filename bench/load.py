@@ -25,6 +25,7 @@ from .table import Row, finish, print_head, print_row
 TIME_BOUND = 0.5
 MEMORY_BOUND = 1.3
 IMPORT_BOUND = 0.2
+STARTUP_BOUND = 1.5
 LIBRARIES = ("minidiff", "diffusers")
 # what the folder holds -> what is asked for
 CASES: dict[torch.dtype, tuple[str, ...]] = {
@@ -38,6 +39,28 @@ import torch
 middle = perf_counter()
 import minidiff
 print(middle - start, perf_counter() - middle)
+"""
+NAMES = """
+from time import perf_counter
+start = perf_counter()
+import torch
+from transformers import CLIPTextModel, CLIPTokenizer
+print(perf_counter() - start)
+"""
+STARTUP = """
+from time import perf_counter
+start = perf_counter()
+import sys, tempfile
+from minidiff.cli import main
+from minidiff.result import Result
+sampling, save = [], Result.save
+def watched(result, *args, **kwargs):
+    sampling.append(result.timings["sampling"])
+    return save(result, *args, **kwargs)
+Result.save = watched
+with tempfile.TemporaryDirectory() as folder:
+    assert main(["generate", "a red circle", "--seed", "0", "--out", folder]) == 0
+    print(perf_counter() - start - sampling[0])
 """
 ROOT = Path(__file__).parents[1]
 
@@ -71,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         "loading a full-size model from the page cache, against diffusers",
         {"loads": f"{args.repeats} each, by turns, in fresh processes", "threads": str(torch.get_num_threads())},
     )
-    rows = [import_row(max(5, args.repeats))]
+    rows = [import_row(max(5, args.repeats)), startup_row(max(5, args.repeats))]
     with tempfile.TemporaryDirectory(prefix="minidiff-bench-", dir=args.dir) as name:
         tiny = write_folder(Path(name) / "tiny", TINY)
         for stored, asked in CASES.items():
@@ -133,8 +156,18 @@ def import_row(repeats: int) -> Row:
 
 def import_seconds() -> tuple[float, float]:
     """(import torch, import minidiff after it) in a fresh process."""
-    torch_seconds, extra = _python("-c", IMPORT).split()
+    torch_seconds, extra = python("-c", IMPORT).split()
     return float(torch_seconds), float(extra)
+
+
+def startup_row(repeats: int) -> Row:
+    """`minidiff generate` with the bundled model, less its sampling, against the imports that it cannot do without."""
+    times = [(float(python("-c", STARTUP)), float(python("-c", NAMES))) for _ in range(repeats)]
+    ours, names = (statistics.median(column) for column in zip(*times, strict=True))
+    note = f"{ours:.2f} s and {names:.2f} s"
+    return Row(
+        "start-up of minidiff generate", f"{repeats} processes", ours / names, STARTUP_BOUND, "of the imports", note
+    )
 
 
 def by_turns(folder: Path, dtype: str, tiny: Path, repeats: int) -> dict[str, list[Load]]:
@@ -152,13 +185,13 @@ def load_once(library: str, folder: Path, dtype: str, tiny: Path) -> Load:
         with path.open("rb") as file:
             while file.read(2**24):
                 pass
-    load = Load(**json.loads(_python("-m", "bench.load_once", library, str(folder), dtype, str(tiny))))
+    load = Load(**json.loads(python("-m", "bench.load_once", library, str(folder), dtype, str(tiny))))
     if load.dtype != dtype:
         raise ValueError(f"{library} was asked for {dtype} and loaded {load.dtype}; expected what was asked for")
     return load
 
 
-def _python(*arguments: str) -> str:
+def python(*arguments: str) -> str:
     """What a fresh interpreter prints last, from the repository's root. ValueError with its last words if it fails."""
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:

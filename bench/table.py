@@ -3,11 +3,12 @@
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .machine import machine, versions
+from .timing import Timing
 
 RELATIVE = "max|diff| / max|ref|"
 LEVELS = "1/255"
@@ -43,8 +44,10 @@ def print_head() -> None:
     print(f"{'part':<38} {'shape':<24} {'value':>9} {'bound':>8}  {'':<3}  unit")
 
 
-def finish(rows: Iterable[Row], path: str | None) -> int:
-    """Print the verdict, write the rows to `path` as JSON, return the exit code: 1 where a row is out of its bound."""
+def finish(rows: Iterable[Row], path: str | None, timings: Mapping[str, Mapping[str, Timing]] | None = None) -> int:
+    """Print the verdict, write rows and timings to `path` as JSON, return the exit code: 1 where a row is out of its
+    bound.
+    """
     rows = list(rows)
     wrong = [row for row in rows if not row.ok]
     print(f"\n{len(rows) - len(wrong)} of {len(rows)} rows within their bounds" + (", OUT:" if wrong else ""))
@@ -56,6 +59,9 @@ def finish(rows: Iterable[Row], path: str | None) -> int:
         values = [
             {**asdict(row), "value": row.value if math.isfinite(row.value) else None, "ok": row.ok} for row in rows
         ]
-        Path(path).write_text(json.dumps({**found, "rows": values}, indent=1) + "\n", encoding="utf-8")
+        seconds = {table: {name: asdict(one) for name, one in some.items()} for table, some in (timings or {}).items()}
+        Path(path).write_text(
+            json.dumps({**found, "rows": values, "timings": seconds}, indent=1) + "\n", encoding="utf-8"
+        )
         print(f"wrote {path}")
     return 1 if wrong or not rows else 0

@@ -1,32 +1,257 @@
-"""The one room that knows torch.compile."""
+"""The one room that knows compilers, memory formats and packed weights. The networks are plain torch and stay so.
+
+Weights never change here. So on the CPU each convolution and each linear layer runs on weights that oneDNN has
+reordered once, forward and back: the gradient by a linear layer's input is a linear layer with the weights transposed,
+and that by a convolution's input is a convolution with the weights flipped in both axes and their channels exchanged.
+"""
 
 from collections.abc import Callable
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .networks.unet import UNet
 
 T = TypeVar("T")
+Network = TypeVar("Network", bound=nn.Module)
+_DTYPES = (torch.float32, torch.bfloat16)
+_LARGE = 2**16
+"""Numbers in a layer that is packed: of smaller ones the detour through Python costs what the packing saves."""
+_ONES = [1, 1]
+
+
+def prepare(network: Network) -> Network:
+    """The same network, quicker without a compiler: on the CPU with packed layers, elsewhere in channels_last.
+
+    It gives the same numbers up to rounding, has the same state dict, and may be moved, converted and copied as before.
+    """
+    device = next(network.parameters()).device
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child.weight.numel() >= _LARGE:
+                setattr(parent, name, PackedLinear(child))
+            elif type(child) is nn.Conv2d and child.weight.numel() >= _LARGE and PackedConv2d.takes(child):
+                setattr(parent, name, PackedConv2d(child))
+    return network
+
+
+class Packed(nn.Module):
+    """A linear map, plus a bias, whose frozen weights oneDNN holds in its own order from the first call on.
+
+    `weight` is then an opaque tensor of the same shape, and `dense()` its numbers. Packing waits for the first call, so
+    that loading stays a memory map. Where the weights are not frozen or not for oneDNN it is torch's own layer.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.turned: Tensor | None = None  # the weights of the gradient, packed as well, from the first gradient on
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What torch's layer returns; convolutions in channels_last."""
+        if self.weight.is_mkldnn and not torch.is_grad_enabled():  # the short way: small networks feel each microsecond
+            return self.run(x, self.bias)
+        if not self._may_pack():
+            self._unpack()
+            return self.plain(x)
+        return _Apply.apply(x, self, None, self.bias)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """torch's own layer."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The packed layer, without a graph; called with plain tensors, whatever transforms the caller uses."""
+        raise NotImplementedError
+
+    def run_back(self, grad: Tensor, size: torch.Size) -> Tensor:
+        """The gradient by an input of that size, from the one by the output, without a graph."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """The weights as numbers."""
+        weight = self.weight.detach()
+        return weight.to_dense() if weight.is_mkldnn else weight
+
+    def _may_pack(self) -> bool:
+        weight, bias = self.weight, self.bias
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if trained or not isinstance(weight, nn.Parameter):  # functional_call puts other tensors in its place
+            return False
+        return weight.device.type == "cpu" and weight.dtype in _DTYPES and not torch.compiler.is_compiling()
+
+    def _keep(self, packed: Tensor) -> None:
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def _unpack(self) -> None:
+        if self.weight.is_mkldnn:
+            self.weight = nn.Parameter(self.dense(), requires_grad=self.weight.requires_grad)
+        self.turned = None
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Packed":
+        """Of Module.to and its kin."""
+        self._unpack()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight.is_mkldnn:
+            destination[f"{prefix}weight"] = self.dense()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._unpack()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which torch cannot make of opaque tensors."""
+        parameters = {**self._parameters, "weight": nn.Parameter(self.dense(), self.weight.requires_grad)}
+        return {**self.__dict__, "_parameters": parameters, "turned": None}
+
+
+class PackedLinear(Packed):
+    """nn.Linear, packed."""
+
+    def plain(self, x: Tensor) -> Tensor:
+        """[...,C] -> [...,C']."""
+        return F.linear(x, self.weight, self.bias)
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.weight.is_mkldnn:
+            self._keep(_pack_linear(self.weight.detach(), x))
+        return _linear(x, self.weight, bias)
+
+    def run_back(self, grad: Tensor, size: torch.Size) -> Tensor:
+        if self.turned is None:
+            self.turned = _pack_linear(self.dense().T.contiguous(), grad)
+        return _linear(grad, self.turned, None)
+
+
+class PackedConv2d(Packed):
+    """nn.Conv2d, packed."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv)
+        self.stride, self.padding = ([int(n) for n in value] for value in (conv.stride, conv.padding))
+
+    @staticmethod
+    def takes(conv: nn.Conv2d) -> bool:
+        """Whether it is of the kind that this replaces."""
+        plain = conv.groups == 1 and conv.padding_mode == "zeros" and conv.dilation == (1, 1)
+        return plain and not isinstance(conv.padding, str)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """[B,C,h,w] -> [B,C',h',w']."""
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.weight.is_mkldnn:
+            self._keep(_pack_conv(self.weight.detach(), self.padding, self.stride, x))
+        return _conv(x, self.weight, bias, self.padding, self.stride)
+
+    def run_back(self, grad: Tensor, size: torch.Size) -> Tensor:
+        kernel = self.weight.shape[2:]
+        spread = grad
+        if self.stride != _ONES:  # what a stride left out is zero
+            edges = (n + 2 * p - k + 1 for n, p, k in zip(size[2:], self.padding, kernel, strict=True))
+            spread = grad.new_zeros(*grad.shape[:2], *edges).contiguous(memory_format=torch.channels_last)
+            spread[:, :, :: self.stride[0], :: self.stride[1]] = grad
+        padding = [k - 1 - p for k, p in zip(kernel, self.padding, strict=True)]
+        if self.turned is None:
+            self.turned = _pack_conv(self.dense().flip(2, 3).transpose(0, 1), padding, _ONES, spread)
+        return _conv(spread, self.turned, None, padding, _ONES)
+
+
+class _Apply(torch.autograd.Function):
+    """A packed layer and its gradients of any order.
+
+    size: None for the layer; for its gradient the size of the input by which it is taken. Each is the other's gradient,
+    but for the bias, since both are linear.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, layer: Packed, size: torch.Size | None, bias: Tensor | None) -> Tensor:
+        return layer.run(x, bias) if size is None else layer.run_back(x, size)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Packed, torch.Size | None, Tensor | None], output: Tensor
+    ) -> None:
+        x, ctx.layer, size, _ = inputs
+        ctx.size = x.shape if size is None else None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return _Apply.apply(grad, ctx.layer, ctx.size, None), None, None, None
+
+
+# The operators that torch's compiler emits for frozen weights. They are private: a test compares each with torch's own.
+
+
+def _pack_linear(weight: Tensor, x: Tensor) -> Tensor:
+    """Weights in the order that oneDNN wants for inputs such as x; another one serves too, but more slowly."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, x.numel() // x.shape[-1])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _pack_conv(weight: Tensor, padding: list[int], stride: list[int], x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, _ONES, 1, list(x.shape))
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], stride: list[int]) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, _ONES, 1, "none", [], "")
 
 
 def compile_unet(unet: UNet) -> UNet:
-    """The same UNet, its forward compiled on first use: one graph for each kind of record and edit, batch and size.
-
-    fullgraph, since a graph break would hide a cost; dynamic shapes off, since attention and convolutions are chosen by
-    shape.
-    """
-    unet.compile(fullgraph=True, dynamic=False)
-    return unet
+    """The same UNet, its forward compiled on first use: one graph for each kind of record and edit, batch and size."""
+    return compile_network(unet)
 
 
-def is_compiled(unet: UNet) -> bool:
-    """Whether `compile_unet` had it."""
-    return unet._compiled_call_impl is not None  # torch has no public question for it
+def compile_network(network: Network) -> Network:
+    """Any network, compiled on first use with the flags that all of minidiff uses."""
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    device = next(network.parameters()).device
+    network.compile(**_flags(device))
+    network._compiled_call_impl = _owning(network._compiled_call_impl, device)
+    return network
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether `compile_network` had it."""
+    return network._compiled_call_impl is not None  # torch has no public question for it
 
 
 @cache
-def compile_whole(function: Callable[..., T]) -> Callable[..., T]:
+def compile_whole(function: Callable[..., T], device: torch.device) -> Callable[..., T]:
     """A function of tensors, and of frozen values that choose its graph, as one graph for each choice and shape."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return _owning(torch.compile(function, **_flags(device)), device)
+
+
+def _flags(device: torch.device) -> dict[str, Any]:
+    """fullgraph, since a graph break would hide a cost; dynamic shapes off, since attention and convolutions are chosen
+    by shape. On the CPU the weights are constants, which the compiler packs; on CUDA the graph is captured, so that
+    launching it costs nothing.
+    """
+    flags: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+    return flags | ({"mode": "reduce-overhead"} if device.type == "cuda" else {"options": {"freezing": True}})
+
+
+def _owning(call: Callable[..., T], device: torch.device) -> Callable[..., T]:
+    """What a captured graph returns, copied: its next run writes over it."""
+    if device.type != "cuda":
+        return call
+
+    def owned(*args: Any, **kwargs: Any) -> T:
+        torch.compiler.cudagraph_mark_step_begin()
+        return tree_map_only(Tensor, Tensor.clone, call(*args, **kwargs))
+
+    return owned

@@ -8,8 +8,24 @@ import torch
 from compare import relative_error
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from minidiff.networks.attention import ALL, COLUMNS, HEAD_MEAN, Edit, Inputs, Record, Site, attention, attention_probs
+from minidiff.networks.attention import (
+    ALL,
+    AT_ONCE,
+    BOX_MASS,
+    COLUMNS,
+    HEAD_MEAN,
+    Edit,
+    Inputs,
+    Keep,
+    Record,
+    Site,
+    attention,
+    attention_probs,
+    mask_name,
+    recorded_attention,
+)
 from minidiff.networks.config import UNetConfig
 from minidiff.networks.unet import UNet
 
@@ -102,6 +118,42 @@ def test_keeps(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
             for o in range(3):
                 expected = sum(float(weights[b, o, token]) * probs[b, ..., token] for token in range(7))
                 torch.testing.assert_close(columns[site][b, ..., o], expected)
+
+
+@pytest.mark.parametrize("keep", [ALL, HEAD_MEAN, COLUMNS, BOX_MASS])
+@pytest.mark.parametrize("at_once", [1, 250])
+def test_a_large_site_goes_by_rows_of_its_grid(
+    keep: Keep, at_once: int, unet: UNet, batch: tuple[Tensor, float, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = by_name(unet, "down.0.0.cross", "mid.0.0.cross")
+    masks = {mask_name(grid): torch.rand(2, 3, *grid) for grid in GRIDS.values()}
+    inputs = {"token_weights": torch.rand(2, 3, 7), "bias": torch.randn(1, 1, 1, 1, 7), **masks}
+    edit = Edit(sites, bias=add_bias)
+    eps, maps = unet(*batch, Record(sites, keep), edit, inputs)
+    monkeypatch.setattr("minidiff.networks.attention.AT_ONCE", at_once)
+    found, by_rows = unet(*batch, Record(sites, keep), edit, inputs)
+    torch.testing.assert_close(found, eps)
+    for site in sites:
+        torch.testing.assert_close(by_rows[site], maps[site])
+
+
+@pytest.mark.parametrize("keep", [HEAD_MEAN, BOX_MASS])
+def test_the_probabilities_of_a_large_site_are_never_all_there(keep: Keep) -> None:
+    grid, largest = (48, 64), [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest[0] = max(largest[0], out.numel() if isinstance(out, Tensor) else 0)
+            return out
+
+    q, k, v = (torch.randn(1, 4, 48 * 64, 8) for _ in range(3))
+    inputs = {mask_name(grid): torch.ones(1, 1, *grid)}
+    site = Site("down", 0, 0, "self")
+    with Watch():
+        out, _ = recorded_attention(site, q, k, v, grid, keep, inputs)
+    torch.testing.assert_close(out, attention(q, k, v))
+    assert largest[0] <= AT_ONCE < 4 * (48 * 64) ** 2
 
 
 @pytest.mark.parametrize("last", ["down.0.0.self", "down.0.0.cross", "mid.0.0.cross", "up.1.0.self", "up.1.1.cross"])

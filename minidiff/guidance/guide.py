@@ -297,7 +297,7 @@ class Guide:
             if len(left) == 0:
                 break
             rows = torch.arange(len(x), device=x.device) if self.whole_batch else left
-            gradient, found = self._look(moved[rows], t, rows, index)
+            gradient, found = self.look(moved[rows], t, rows, index)
             live = torch.isin(rows, left)
             going = live & (found[0] > threshold)
             self._remember(index, len(x), rows[live], [value[live] for value in found], going[live])
@@ -309,7 +309,7 @@ class Guide:
             moved = moved.index_copy(0, left, moved[left] - step[going])
         return moved
 
-    def _look(self, x: Tensor, t: Tensor, rows: Tensor, index: int) -> Evaluated:
+    def look(self, x: Tensor, t: Tensor, rows: Tensor, index: int) -> Evaluated:
         edit = self.edit if self.edit is None or self.edit.steps is None or index < self.edit.steps else None
         batch = len(self.context)
         inputs = {name: _rows(value, rows, batch) for name, value in self.inputs.items()}

@@ -75,8 +75,13 @@ def BOX_MASS(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
 
     The masks [B,O,h,w] are `inputs[mask_name((h, w))]`.
     """
-    masks = inputs[mask_name((probs.shape[2], probs.shape[3]))].to(probs)
-    return einsum("bhyxl,boyx->bhol", probs, masks) / probs.sum(dim=(2, 3))[:, :, None]
+    inside, everywhere = _box_sums(probs, inputs[mask_name((probs.shape[2], probs.shape[3]))])
+    return inside / everywhere
+
+
+def _box_sums(probs: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums [B,H,O,L] over the pixels of each mask [B,O,h,w], and over all pixels [B,H,1,L]."""
+    return einsum("bhyxl,boyx->bhol", probs, masks.to(probs)), probs.sum(dim=(2, 3))[:, :, None]
 
 
 def mask_name(grid: Grid) -> str:
@@ -197,10 +202,10 @@ def hooked_attention(
     for half, rows in _halves(len(q), record, edit):
         recorded = record is not None and record.rows in (half, "all")
         edited = edit if edit is not None and edit.rows in (half, "all") else None
-        out, probs = _attend(site, q[rows], k[rows], v[rows], grid, edited, recorded, inputs)
+        keep = record.keep if record is not None and recorded else None
+        out, found = _attend(site, q[rows], k[rows], v[rows], grid, edited, keep, inputs)
         outs.append(out)
-        if record is not None and probs is not None and recorded:
-            kept.append(record.keep(site, probs.unflatten(2, grid), inputs))
+        kept += [] if found is None else [found]
     return cat(outs), cat(kept) if kept else None
 
 
@@ -216,17 +221,60 @@ def _halves(batch: int, record: Record | None, edit: Edit | None) -> list[tuple[
 
 
 def _attend(
-    site: Site, q: Tensor, k: Tensor, v: Tensor, grid: Grid, edit: Edit | None, recorded: bool, inputs: Inputs
+    site: Site, q: Tensor, k: Tensor, v: Tensor, grid: Grid, edit: Edit | None, keep: Keep | None, inputs: Inputs
 ) -> tuple[Tensor, Tensor | None]:
-    """(output [B,H,N,D], probabilities [B,H,N,L] where they had to be computed)."""
+    """(output [B,H,N,D], what `keep` keeps)."""
     bias = None
     if edit is not None and edit.bias is not None:
         bias = edit.bias(site, grid, inputs).to(q.dtype)
         bias = bias.expand(*bias.shape[:-3], *grid, -1).flatten(-3, -2)  # [..,h,w,L] -> [..,N,L]
     change = None if edit is None else edit.probs
-    if change is None and not recorded:
-        return attention(q, k, v, bias), None
-    probs = attention_probs(q, k, bias)
     if change is not None:
-        probs = change(site, probs.unflatten(2, grid), inputs).flatten(2, 3)
-    return probs.to(v.dtype) @ v, probs
+        probs = change(site, attention_probs(q, k, bias).unflatten(2, grid), inputs)
+        return probs.flatten(2, 3).to(v.dtype) @ v, None if keep is None else keep(site, probs, inputs)
+    if keep is None:
+        return attention(q, k, v, bias), None
+    return recorded_attention(site, q, k, v, grid, keep, inputs, bias)
+
+
+AT_ONCE = 2**24
+"""So many probabilities of a recorded site lie in memory together (64 MB)."""
+_ROWS: Mapping[Keep, int] = {ALL: 2, HEAD_MEAN: 1, COLUMNS: 2}
+"""Kinds of keep that look at each pixel alone -> where the grid's rows stand in what they return."""
+
+
+def recorded_attention(
+    site: Site,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Grid,
+    keep: Keep,
+    inputs: Inputs,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(output [B,H,N,D], what `keep` keeps of the probabilities); bias broadcastable to [B,H,N,L], N not broadcast.
+
+    A large site goes by some rows of the grid at a time where `keep` is one of the kinds declared above, so its
+    probabilities are never all in memory (64x64 self-attention of SD 1.5: 512 MB an image).
+    """
+    height, width = grid
+    rows = max(1, AT_ONCE // (q.shape[0] * q.shape[1] * width * k.shape[2]))
+    if keep is not BOX_MASS and keep not in _ROWS:
+        rows = height
+    outs, kept, sums = [], [], []
+    for top in range(0, height, rows):
+        some = slice(top * width, (top + rows) * width)
+        probs = attention_probs(q[:, :, some], k, None if bias is None else bias[..., some, :])
+        outs.append(probs.to(v.dtype) @ v)
+        probs = probs.unflatten(2, (-1, width))
+        if rows >= height:
+            return outs[0], keep(site, probs, inputs)
+        if keep is BOX_MASS:
+            sums.append(_box_sums(probs, inputs[mask_name(grid)][:, :, top : top + rows]))
+        else:
+            kept.append(keep(site, probs, inputs))
+    if keep is BOX_MASS:
+        inside, everywhere = (sum(part[1:], part[0]) for part in zip(*sums, strict=True))
+        return cat(outs, dim=2), inside / everywhere
+    return cat(outs, dim=2), cat(kept, dim=_ROWS[keep])

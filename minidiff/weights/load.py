@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..accelerate import compile_unet
+from ..accelerate import compile_unet, prepare
 from ..model import Defaults, Model
 from ..networks.config import check_state
 from ..networks.text import load_text_encoder, text_encoder_shapes
@@ -100,8 +100,8 @@ def load(
     return Model(
         name=found.name,
         origin=found.path,
-        unet=compile_unet(unet) if compile else unet,
-        vae=autoencoder,
+        unet=compile_unet(unet) if compile else prepare(unet),
+        vae=prepare(autoencoder),
         text=text,
         noise=noise,
         defaults=Defaults.from_config(found.scheduler),

@@ -1,0 +1,45 @@
+"""Every benchmark of speed and memory, one after the other, each in a process of its own."""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from .load import ROOT
+from .machine import machine, versions
+
+PARTS: dict[str, tuple[str, ...]] = {
+    "kernels": (),
+    "throughput": (),
+    "guided": ("--image",),
+    "memory": (),
+    "scaling": (),
+    "load": (),
+}
+"""Benchmark -> its arguments."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `python -m bench all`."""
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="NAME", help=f"some of {', '.join(PARTS)}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Each one's output as it comes; 1 where one had a number out of its bound."""
+    started, codes, found = time.perf_counter(), {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in PARTS if args.only is None else args.only:
+            path = Path(folder) / f"{name}.json"
+            command = [sys.executable, "-m", "bench", name, *PARTS[name], "--json", str(path)]
+            before = time.perf_counter()
+            codes[name] = subprocess.run(command, cwd=ROOT, check=False).returncode
+            print(f"\n{name}: {time.perf_counter() - before:.0f} s, exit code {codes[name]}\n", flush=True)
+            found[name] = json.loads(path.read_text()) if path.is_file() else None
+    print(f"all: {(time.perf_counter() - started) / 60:.1f} minutes")
+    if args.json is not None:
+        text = json.dumps({"machine": machine(), "versions": versions(), "benches": found}, indent=1)
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    return max(codes.values())

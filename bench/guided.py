@@ -1,0 +1,171 @@
+"""Layout guidance: one guided pass, and a whole guided image, against the published way on current diffusers.
+
+A guided pass is the UNet's forward with one image and the gradient of the loss by its latents. Both ways compute the
+same loss over the same weights, and the table says how far they are apart.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidiff.generate import guided
+from minidiff.sampling import SD15_SCHEDULER_CONFIG, Euler, NoiseSchedule, sample
+
+from .machine import print_header
+from .memory import measure
+from .models import Size
+from .networks import (
+    DTYPES,
+    PLACES,
+    SIZES,
+    Inputs,
+    Weights,
+    compiled_unet,
+    device,
+    guided_pass,
+    layout_guide,
+    our_unet,
+    their_unet,
+    tokens,
+    unet_weights,
+)
+from .published import Published
+from .reference import reference_scheduler, relative_error
+from .table import Row, finish, print_head, print_row
+from .timing import Timing, by_turns, gemm_rate, print_timing, seconds
+
+PUBLISHED, OURS, COMPILED = "the published way, diffusers", "minidiff", "minidiff, compiled"
+TIME = {"bfloat16": 0.35, "float16": 0.35, "float32": 0.4}
+MEMORY, IMAGE = 0.22, 0.5
+ALIKE = {"bfloat16": 0.1, "float16": 0.1, "float32": 1e-3}
+"""How far the two gradients may be apart: rounding of the dtype."""
+STEPS, GUIDED, ITERATIONS = 20, 10, 5
+SCALE = 7.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `python -m bench guided`."""
+    parser.add_argument("--size", choices=SIZES, default="full", help="of the networks (default: SD 1.5's)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"], help="a table for each")
+    parser.add_argument("--latents", type=int, default=64, metavar="N", help="N x N latents (default 64)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="passes of each variant (default 5)")
+    parser.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
+    parser.add_argument(
+        "--image",
+        action="store_true",
+        help=f"also whole images: {STEPS} steps, {GUIDED} guided, {ITERATIONS} passes each",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """A table for each dtype; 1 where a ratio is out of its bound."""
+    facts = {"batch": "1", "latents": f"{args.latents}x{args.latents}", "boxes": "2", "size": args.size}
+    facts |= {"repeats": str(args.repeats), "threads": str(torch.get_num_threads())}
+    print_header("layout guidance against the published way, random weights", facts)
+    rows: list[Row] = []
+    timings: dict[str, dict[str, Timing]] = {}
+    for name in args.dtype:
+        size, dtype = SIZES[args.size], DTYPES[name]
+        print(f"{name}: {gemm_rate(dtype, device()):.2f} TFLOP/s in a matrix product before", flush=True)
+        weights = unet_weights(size, dtype)
+        found, apart = passes(size, weights, args.latents, args.repeats, not args.eager)
+        for timing in found.values():
+            print_timing(timing, found[PUBLISHED].median)
+        rows += pass_rows(found, apart, name)
+        if args.image:
+            rows.append(image_row(size, weights, name, args.latents))
+        del weights
+        rows.append(memory_row(args.size, name, args.latents))
+        print(f"{name}: {gemm_rate(dtype, device()):.2f} TFLOP/s in a matrix product after", flush=True)
+        timings[name] = found
+    print()
+    print_head()
+    for row in rows:
+        print_row(row)
+    return finish(rows, args.json, timings)
+
+
+def passes(
+    size: Size, weights: Weights, edge: int, repeats: int, compiled: bool
+) -> tuple[dict[str, Timing], tuple[float, float]]:
+    """The variants' seconds, and how far ours is from the published way in (loss, gradient)."""
+    inputs = Inputs.random(size, weights["conv_in.weight"].dtype, 1, edge, edge)
+    published = Published.of(their_unet(size, weights))
+    unet = our_unet(size, weights)
+    calls: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+        PUBLISHED: lambda: published.gradient(inputs.x, inputs.t, inputs.context, PLACES[:2], tokens(2)),
+        OURS: guided_pass(layout_guide(unet, inputs), inputs),
+    }
+    (gradient, loss), (expected_gradient, expected_loss) = calls[OURS](), calls[PUBLISHED]()
+    apart = relative_error(loss, expected_loss.expand(1)), relative_error(gradient, expected_gradient)
+    if compiled:
+        whole = compiled_unet(size, weights)
+        calls[COMPILED] = guided_pass(layout_guide(whole, inputs, whole=True), inputs)
+    return by_turns(calls, repeats), apart
+
+
+def pass_rows(found: dict[str, Timing], apart: tuple[float, float], dtype: str) -> Iterator[Row]:
+    """Ratios to the published way, and that both compute the same."""
+    for name in (OURS, COMPILED):
+        if name in found:
+            ratio = found[name].median / found[PUBLISHED].median
+            yield Row(f"a guided pass: {name}", dtype, ratio, TIME[dtype], "of the published way's seconds")
+    for what, error in zip(("loss", "gradient"), apart, strict=True):
+        yield Row(f"{what} against the published way's", dtype, error, ALIKE[dtype])
+
+
+def memory_row(size: str, dtype: str, edge: int) -> Row:
+    """What a pass takes above what lies in memory before it, in fresh processes."""
+    ours, theirs = (measure("guided", library, dtype, size, edge).extra for library in ("minidiff", "diffusers"))
+    note = f"{ours / 1e9:.2f} GB and {theirs / 1e9:.2f} GB"
+    return Row("extra memory of a guided pass", dtype, ours / theirs, MEMORY, "of the published way's", note)
+
+
+def image_row(size: Size, weights: Weights, dtype: str, edge: int) -> Row:
+    """Whole images, one of each, with as many guided passes."""
+    inputs = Inputs.random(size, DTYPES[dtype], 2, edge, edge)
+    ours = seconds(lambda: our_image(size, weights, inputs))
+    theirs = seconds(lambda: their_image(size, weights, inputs))
+    note = f"{ours:.1f} s and {theirs:.1f} s"
+    print(f"{dtype}: a guided image, minidiff {ours:.1f} s, the published way {theirs:.1f} s", flush=True)
+    return Row(
+        "a guided image", f"{dtype}, {STEPS} steps", ours / theirs, IMAGE, "of the published way's seconds", note
+    )
+
+
+def our_image(size: Size, weights: Weights, inputs: Inputs) -> Tensor:
+    """Latents after a run with every one of its guided passes made, and what is packed at first use."""
+    unet = our_unet(size, weights)
+    one = Inputs(inputs.x[:1], inputs.t, inputs.context[1:])
+    guide = layout_guide(unet, one, iterations=ITERATIONS, steps=GUIDED)
+    noise = NoiseSchedule.from_config(SD15_SCHEDULER_CONFIG)
+
+    @torch.no_grad()
+    def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, dict[Any, Tensor]]:
+        eps, maps = unet(torch.cat([x, x]).to(inputs.x.dtype), t, inputs.context)
+        assert eps is not None
+        return guided(*eps.float().chunk(2), SCALE), maps
+
+    *_, last = sample(denoise, one.x.float(), Euler().schedule(noise, STEPS), Euler(), guide.refine)
+    return last.latents
+
+
+def their_image(size: Size, weights: Weights, inputs: Inputs) -> Tensor:
+    """The same with diffusers' scheduler and the published pass."""
+    published = Published.of(their_unet(size, weights))
+    scheduler = reference_scheduler("euler", SD15_SCHEDULER_CONFIG, STEPS)
+    x = inputs.x[:1].float() * scheduler.init_noise_sigma
+    for index, (t, sigma) in enumerate(zip(scheduler.timesteps, scheduler.sigmas, strict=False)):
+        for _ in range(ITERATIONS if index < GUIDED else 0):
+            scaled = (x / (sigma**2 + 1) ** 0.5).to(inputs.x.dtype)
+            gradient, _ = published.gradient(scaled, t, inputs.context[1:], PLACES[:2], tokens(2))
+            x = x - 30 * sigma**2 * gradient.float() / (sigma**2 + 1) ** 0.5
+        with torch.no_grad():
+            scaled = (torch.cat([x, x]) / (sigma**2 + 1) ** 0.5).to(inputs.x.dtype)
+            eps = published.unet(scaled, t, encoder_hidden_states=inputs.context, return_dict=False)[0].float()
+            published.store.clear()
+            x = scheduler.step(guided(*eps.chunk(2), SCALE), t, x, return_dict=False)[0]
+    return x

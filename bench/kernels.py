@@ -1,0 +1,149 @@
+"""The kernels of one guided step, shape by shape: what minidiff takes (marked *) beside what it could take.
+
+Milliseconds are those of the quickest call. Shapes are SD 1.5's at 64x64 latents, for one image.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.accelerate import prepare
+from minidiff.networks.attention import COLUMNS, Site, attention, attention_probs, recorded_attention
+
+from .machine import print_header
+from .networks import DTYPES, device
+from .table import Row, finish, print_head, print_row
+from .timing import best, gemm_rate
+
+CONVOLUTIONS = (
+    (320, 320, 64),
+    (960, 320, 64),
+    (640, 640, 32),
+    (1920, 640, 32),
+    (1280, 1280, 16),
+    (2560, 1280, 16),
+    (1280, 1280, 8),
+    (2560, 1280, 8),
+)
+"""Channels in, channels out, edge of the grid; 3x3."""
+ATTENTIONS = ((4096, 4096, 40), (1024, 1024, 80), (256, 256, 160), (4096, 77, 40), (256, 77, 160), (64, 77, 160))
+"""Pixels, tokens, channels of each of eight heads."""
+WORST = 1.25
+"""What the kernel that is taken may cost of the best one: differences below are the machine's."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Milliseconds of each way, the first of which is taken."""
+
+    name: str
+    dtype: str
+    milliseconds: dict[str, float]
+
+    @property
+    def row(self) -> Row:
+        taken, *others = self.milliseconds.values()
+        return Row(self.name, self.dtype, taken / min([taken, *others]), WORST, "of the quickest way's time")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `python -m bench kernels`."""
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    parser.add_argument("--shrink", type=int, default=1, metavar="N", help="channels and pixels divided by N")
+
+
+def run(args: argparse.Namespace) -> int:
+    """A line for each kernel and shape; 1 where one is taken that another beats."""
+    print_header("kernels", {"batch": "1", "threads": str(torch.get_num_threads()), "shrink": str(args.shrink)})
+    found: list[Kernels] = []
+    for dtype in args.dtype:
+        print(f"{dtype}: {gemm_rate(DTYPES[dtype], device()):.2f} TFLOP/s in a matrix product", flush=True)
+        for kernels in _all(DTYPES[dtype], dtype, args.shrink):
+            ways = [f"{way} {ms:.2f}" for way, ms in kernels.milliseconds.items()]
+            print(f"{kernels.name:<44} * {', '.join(ways)} ms", flush=True)
+            found.append(kernels)
+    rows = [kernels.row for kernels in found]
+    print()
+    print_head()
+    for row in rows:
+        print_row(row)
+    return finish(rows, args.json)
+
+
+def _all(dtype: torch.dtype, name: str, shrink: int) -> Iterator[Kernels]:
+    for inside, outside, edge in CONVOLUTIONS:
+        yield from convolution(dtype, name, inside // shrink, outside // shrink, edge)
+    for pixels, tokens, channels in ATTENTIONS:
+        few = tokens if tokens == 77 else tokens // shrink
+        yield plain_attention(dtype, name, pixels // shrink, few, channels)
+        yield recorded(dtype, name, pixels // shrink, few, channels)
+
+
+def convolution(dtype: torch.dtype, name: str, inside: int, outside: int, edge: int) -> Iterator[Kernels]:
+    """Forward, and back to the input."""
+    x = torch.randn(1, inside, edge, edge, device=device()).to(dtype).contiguous(memory_format=torch.channels_last)
+    plain = nn.Conv2d(inside, outside, 3, padding=1).to(device(), dtype).requires_grad_(False)
+    last, packed = (
+        copy.deepcopy(plain).to(memory_format=torch.channels_last),
+        prepare(nn.Sequential(copy.deepcopy(plain))),
+    )
+    ways = {"packed": packed, "channels_last": last, "as loaded": plain}
+    shape = f"convolution {inside}->{outside} at {edge}x{edge}"
+    with torch.no_grad():
+        yield Kernels(f"{shape}, forward", name, {way: _ms(lambda conv=conv: conv(x)) for way, conv in ways.items()})
+    x.requires_grad_()
+    back = {}
+    for way, conv in ways.items():
+        y = conv(x)
+        grad = torch.randn_like(y)
+        back[way] = _ms(lambda y=y, grad=grad: torch.autograd.grad(y, x, grad, retain_graph=True))
+    yield Kernels(f"{shape}, back", name, back)
+
+
+def plain_attention(dtype: torch.dtype, name: str, pixels: int, tokens: int, channels: int) -> Kernels:
+    """Where nothing is recorded."""
+    q, k, v = _qkv(dtype, pixels, tokens, channels)
+
+    def explicit() -> Tensor:
+        return attention_probs(q, k).to(dtype) @ v
+
+    ways = {"fused": lambda: attention(q, k, v), "explicit": explicit}
+    return Kernels(f"attention {pixels} to {tokens} x {channels}", name, {way: _ms(call) for way, call in ways.items()})
+
+
+def recorded(dtype: torch.dtype, name: str, pixels: int, tokens: int, channels: int) -> Kernels:
+    """Where the columns of two objects are kept."""
+    q, k, v = _qkv(dtype, pixels, tokens, channels)
+    site, keep, grid = Site("mid", 0, 0, "cross"), COLUMNS, (8, pixels // 8)
+    inputs = {"token_weights": torch.eye(tokens, device=device())[None, :2]}
+
+    def explicit() -> object:
+        probs = attention_probs(q, k)
+        return probs.to(dtype) @ v, keep(site, probs.unflatten(2, grid), inputs)
+
+    def fused_beside() -> object:
+        return attention(q, k, v), keep(site, attention_probs(q, k).unflatten(2, grid), inputs)
+
+    ways: dict[str, Callable[[], object]] = {
+        "taken": lambda: recorded_attention(site, q, k, v, grid, keep, inputs),
+        "explicit": explicit,
+        "fused beside explicit": fused_beside,
+    }
+    with torch.no_grad():
+        found = {way: _ms(call) for way, call in ways.items()}
+    return Kernels(f"columns of {pixels} to {tokens} x {channels}", name, found)
+
+
+def _qkv(dtype: torch.dtype, pixels: int, tokens: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[1,8,N,D], as they come out of the layers: heads beside each other in memory."""
+    rows = (pixels, tokens, tokens)
+    q, k, v = (torch.randn(1, n, 8, channels, device=device()).to(dtype).transpose(1, 2) for n in rows)
+    return q, k, v
+
+
+def _ms(call: Callable[[], object]) -> float:
+    return 1000 * best(call, 0.2)

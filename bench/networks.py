@@ -1,0 +1,144 @@
+"""The networks that benchmarks of speed and memory run: ours as `load` gives them, diffusers', and what goes in."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidiff.accelerate import compile_unet, compile_whole, prepare
+from minidiff.guidance.guide import Guidance, Guide, evaluate, evaluate_whole
+from minidiff.guidance.layout import Region, make_layout
+from minidiff.guidance.objectives import layout_loss
+from minidiff.networks.config import UNetConfig, VAEConfig
+from minidiff.networks.unet import UNet
+from minidiff.networks.vae import VAE
+
+from .models import SD15, TINY, Size, random_weights, unet_shapes, vae_shapes
+
+SIZES = {"full": SD15, "tiny": TINY}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PLACES = (
+    (0.125, 0.125, 0.5, 0.625),
+    (0.5, 0.5, 0.875, 0.875),
+    (0, 0, 0.25, 0.25),
+    (0.75, 0, 1, 0.5),
+    (0, 0.75, 0.5, 1),
+    (0.25, 0.25, 0.75, 0.75),
+    (0.5, 0, 0.75, 0.25),
+    (0, 0.5, 0.25, 0.75),
+)  # whole cells of every grid that is read at 64x64 latents, so that the published code sees the same masks
+TIMESTEP = 801.0
+Weights = Mapping[str, Tensor]
+
+
+def device() -> torch.device:
+    """CUDA where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def unet_weights(size: Size, dtype: torch.dtype) -> Weights:
+    """Random, for both implementations alike."""
+    return {name: value.to(device()) for name, value in random_weights(unet_shapes(size.unet), dtype=dtype).items()}
+
+
+def our_unet(size: Size, weights: Weights) -> UNet:
+    """As `load` gives it."""
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_dict(size.unet))
+    return prepare(_filled(unet, weights))
+
+
+def compiled_unet(size: Size, weights: Weights) -> UNet:
+    """As `load(compile=True)` gives it."""
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_dict(size.unet))
+    return compile_unet(_filled(unet, weights))
+
+
+def their_unet(size: Size, weights: Weights) -> Any:
+    """UNet2DConditionModel, as from_pretrained gives it."""
+    from .reference import diffusers
+
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(dict(size.unet))
+    return _filled(unet, weights)
+
+
+def our_vae(size: Size, dtype: torch.dtype) -> VAE:
+    """As `load` gives it."""
+    with torch.device("meta"):
+        vae = VAE(VAEConfig.from_dict(size.vae))
+    return prepare(_filled(vae, _vae_weights(size, dtype)))
+
+
+def their_vae(size: Size, dtype: torch.dtype) -> Any:
+    """AutoencoderKL, as from_pretrained gives it."""
+    from .reference import diffusers
+
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderKL.from_config(dict(size.vae))
+    return _filled(vae, _vae_weights(size, dtype))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Of a step: x [B,4,h,w], t and context [B,77,D], in the networks' dtype."""
+
+    x: Tensor
+    t: Tensor
+    context: Tensor
+
+    @classmethod
+    def random(cls, size: Size, dtype: torch.dtype, rows: int, height: int, width: int) -> "Inputs":
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(rows, 4, height, width, generator=generator)
+        context = torch.randn(rows, 77, int(str(size.unet["cross_attention_dim"])), generator=generator)
+        at = device()
+        return cls(x.to(at, dtype), torch.tensor(TIMESTEP, device=at), context.to(at, dtype))
+
+
+def layout_guide(
+    unet: UNet, inputs: Inputs, objects: int = 2, iterations: int = 1, steps: int = 1, whole: bool = False
+) -> Guide:
+    """The paper's layout guidance of every image in `inputs`, with 1 to 8 objects of one token each.
+
+    No image ever stops. whole: for a compiled UNet.
+    """
+    height, width = inputs.x.shape[-2:]
+    there = unet.positions(height, width)
+    how = Guidance(layout_loss.bound(there), iterations=iterations, threshold=0.0, steps=steps)
+    regions = tuple(Region(str(i), (2 + i,), (place,)) for i, place in enumerate(PLACES[:objects]))
+    rows = len(inputs.x)
+    layout = make_layout(
+        [regions] * rows, [objects + 3] * rows, 77, {at.grid for at in there.values()}, inputs.x.device
+    )
+    names = [[region.name for region in regions]] * rows
+    look = compile_whole(evaluate_whole, device()) if whole else evaluate
+    return Guide(how, unet.forward, inputs.context, layout, names, whole_batch=whole, evaluate=look)
+
+
+def tokens(objects: int) -> Sequence[Sequence[int]]:
+    """The positions of the objects' words in `layout_guide`."""
+    return [(2 + i,) for i in range(objects)]
+
+
+def guided_pass(guide: Guide, inputs: Inputs) -> Callable[[], tuple[Tensor, Tensor]]:
+    """One look: (gradient of the latents, loss [B])."""
+    rows = torch.arange(len(inputs.x), device=inputs.x.device)
+
+    def look() -> tuple[Tensor, Tensor]:
+        gradient, found = guide.look(inputs.x.float(), inputs.t, rows, 0)
+        return gradient, found[0]
+
+    return look
+
+
+def _vae_weights(size: Size, dtype: torch.dtype) -> Weights:
+    return {name: value.to(device()) for name, value in random_weights(vae_shapes(size.vae), dtype=dtype).items()}
+
+
+def _filled(network: Any, weights: Weights) -> Any:
+    network.load_state_dict(weights, strict=True, assign=True)
+    return network.eval().requires_grad_(False)

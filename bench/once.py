@@ -1,0 +1,130 @@
+"""One thing done in a fresh process: python -m bench.once CASE LIBRARY prints its memory and seconds as JSON.
+
+It is done twice. loaded, ready: bytes resident before the first time and after it (with what was packed or cached by
+then). peak: the most that was resident while it was done the second time. seconds: of the second time. On CUDA the
+bytes are those that torch has allocated.
+"""
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minidiff.networks.attention import HEAD_MEAN, Record
+from minidiff.networks.sites import choose, cross, level
+from minidiff.networks.unet import Maps
+from minidiff.recorded import MEAN
+from minidiff.sampling import SD15_SCHEDULER_CONFIG, Euler, NoiseSchedule, sample
+
+from .load_once import resident
+from .models import Size
+from .networks import (
+    DTYPES,
+    PLACES,
+    SIZES,
+    Inputs,
+    device,
+    guided_pass,
+    layout_guide,
+    our_unet,
+    our_vae,
+    their_unet,
+    their_vae,
+    tokens,
+    unet_weights,
+)
+from .published import Published
+from .throughput import ours, theirs
+from .timing import seconds
+
+Call = Callable[[], object]
+
+
+def step(library: str, size: Size, dtype: torch.dtype, edge: int, count: int) -> Call:
+    """A step of `count` images with classifier-free guidance."""
+    weights, inputs = unet_weights(size, dtype), Inputs.random(size, dtype, 2 * count, edge, edge)
+    if library == "diffusers":
+        return theirs(their_unet(size, weights), inputs)
+    return ours(our_unet(size, weights), inputs)
+
+
+def guided(library: str, size: Size, dtype: torch.dtype, edge: int, count: int) -> Call:
+    """A guided pass of `count` images; the published way takes one."""
+    weights, inputs = unet_weights(size, dtype), Inputs.random(size, dtype, count, edge, edge)
+    if library == "diffusers":
+        published = Published.of(their_unet(size, weights))
+        return lambda: published.gradient(inputs.x, inputs.t, inputs.context, PLACES[:2], tokens(2))
+    return guided_pass(layout_guide(our_unet(size, weights), inputs), inputs)
+
+
+def decode(library: str, size: Size, dtype: torch.dtype, edge: int, count: int) -> Call:
+    """Latents to an image."""
+    latents = Inputs.random(size, dtype, count, edge, edge).x
+    if library == "diffusers":
+        vae = their_vae(size, dtype)
+        return torch.no_grad()(lambda: vae.decode(latents, return_dict=False)[0])
+    own = our_vae(size, dtype)
+    return torch.no_grad()(lambda: own.decode(latents))
+
+
+def sampling(library: str, size: Size, dtype: torch.dtype, edge: int, count: int) -> Call:
+    """A run of `count` steps, all guided, that records and averages the layers at level 1."""
+    unet, inputs = our_unet(size, unet_weights(size, dtype)), Inputs.random(size, dtype, 2, edge, edge)
+    one = Inputs(inputs.x[:1], inputs.t, inputs.context[1:])
+    record = Record(choose(cross & level(1), unet.positions(edge, edge)), HEAD_MEAN)
+    noise = NoiseSchedule.from_config(SD15_SCHEDULER_CONFIG)
+
+    @torch.no_grad()
+    def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Maps]:
+        eps, maps = unet(torch.cat([x, x]).to(dtype), t, inputs.context, record)
+        assert eps is not None
+        return eps.float()[1:], maps
+
+    def call() -> object:
+        kept: Maps | None = None
+        guide = layout_guide(unet, one, steps=count)
+        for done in sample(denoise, one.x.float(), Euler().schedule(noise, count), Euler(), guide.refine):
+            kept = MEAN(kept, done.maps, done.index)
+        return kept
+
+    return call
+
+
+CASES = {"step": step, "guided": guided, "decode": decode, "sampling": sampling}
+
+
+def main() -> None:
+    """Make it ready, do it twice, print."""
+    parser = argparse.ArgumentParser(prog="python -m bench.once", description=__doc__)
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("library", choices=("minidiff", "diffusers"))
+    parser.add_argument("dtype", choices=DTYPES)
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("edge", type=int)
+    parser.add_argument("count", type=int)
+    args = parser.parse_args()
+    call = CASES[args.case](args.library, SIZES[args.size], DTYPES[args.dtype], args.edge, args.count)
+    gc.collect()
+    loaded = _now()
+    call()
+    gc.collect()
+    ready = _now()
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident set starts anew
+    took = seconds(call)
+    peak = torch.cuda.max_memory_allocated() if device().type == "cuda" else resident("VmHWM")
+    print(json.dumps({"loaded": loaded, "ready": ready, "peak": peak, "seconds": took}))
+
+
+def _now() -> int:
+    return torch.cuda.memory_allocated() if device().type == "cuda" else resident("VmRSS")
+
+
+if __name__ == "__main__":
+    main()

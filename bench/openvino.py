@@ -1,0 +1,44 @@
+"""OpenVINO on the same UNet, where it is installed (the `bench` extra): a step in bfloat16, or in float32."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from .networks import Inputs
+
+
+def installed() -> bool:
+    """Whether `import openvino` would find it."""
+    return find_spec("openvino") is not None
+
+
+def step(unet: Any, inputs: Inputs) -> Callable[[], object]:
+    """A step of UNet2DConditionModel, converted and compiled at the first call."""
+    import openvino
+
+    compiled: list[Any] = []
+    half = inputs.x.dtype == torch.bfloat16
+    arrays = [value.float().numpy() for value in (inputs.x, inputs.t, inputs.context)]
+
+    def call() -> object:
+        if not compiled:
+            model = openvino.convert_model(_Step(unet), example_input=(inputs.x, inputs.t, inputs.context))
+            kind = openvino.Type.bf16 if half else openvino.Type.f32
+            hints = {"INFERENCE_PRECISION_HINT": kind, "PERFORMANCE_HINT": "LATENCY"}
+            compiled.append(openvino.compile_model(model, "CPU", hints))
+        return compiled[0](arrays)
+
+    return call
+
+
+class _Step(torch.nn.Module):
+    """Positional arguments and one tensor out, as the converter traces it."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        return self.unet(x, t, encoder_hidden_states=context, return_dict=False)[0]

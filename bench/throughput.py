@@ -1,0 +1,129 @@
+"""One step of sampling with classifier-free guidance: minidiff against diffusers and OpenVINO, the same weights.
+
+A step is the UNet on two rows, [uncond, cond]. Variants run by turns in one process; a ratio is of medians.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from minidiff.accelerate import compile_network
+from minidiff.networks.attention import HEAD_MEAN, Record
+from minidiff.networks.sites import block, choose, cross, place
+from minidiff.networks.unet import Maps, UNet
+from minidiff.recorded import MEAN
+
+from . import openvino
+from .machine import print_header
+from .models import Size
+from .networks import DTYPES, SIZES, Inputs, compiled_unet, device, our_unet, their_unet, unet_weights
+from .table import Row, finish, print_head, print_row
+from .timing import Timing, by_turns, gemm_rate, print_timing
+
+LOADED, LAST, OURS = "diffusers, as loaded", "diffusers, channels_last", "minidiff"
+THEIRS_COMPILED, OURS_COMPILED, RECORDED = "diffusers, compiled", "minidiff, compiled", "minidiff, compiled, recording"
+OPENVINO = "OpenVINO"
+BOUNDS = (
+    (OURS, LAST, 0.95),
+    (OURS, LOADED, 0.85),
+    (OURS_COMPILED, THEIRS_COMPILED, 1.0),
+    (OURS_COMPILED, LAST, 0.8),
+    (OURS_COMPILED, OPENVINO, 1.0),
+    (RECORDED, OURS_COMPILED, 1.03),
+)
+"""Variant, what it is compared with, and the largest ratio of their medians."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `python -m bench throughput`."""
+    parser.add_argument("--size", choices=SIZES, default="full", help="of the networks (default: SD 1.5's)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="one table for each")
+    parser.add_argument("--latents", type=int, default=64, metavar="N", help="N x N latents (default 64)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="steps of each variant (default 5)")
+    parser.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
+
+
+def run(args: argparse.Namespace) -> int:
+    """A table of variants for each dtype; 1 where a ratio is out of its bound."""
+    facts = {"batch": "2 rows", "latents": f"{args.latents}x{args.latents}", "context": "77", "size": args.size}
+    facts |= {"repeats": str(args.repeats), "threads": str(torch.get_num_threads())}
+    print_header("one step with classifier-free guidance, random weights", facts)
+    rows, timings = [], {}
+    for name in args.dtype:
+        dtype = DTYPES[name]
+        before = gemm_rate(dtype, device())
+        found = measured(SIZES[args.size], dtype, args.latents, args.repeats, not args.eager)
+        print(f"{name}: {before:.2f} TFLOP/s in a matrix product before, {gemm_rate(dtype, device()):.2f} after")
+        for timing in found.values():
+            print_timing(timing, found[LAST].median)
+        rows += list(bounds(found, name))
+        timings[name] = found
+    print()
+    print_head()
+    for row in rows:
+        print_row(row)
+    return finish(rows, args.json, timings)
+
+
+def measured(size: Size, dtype: torch.dtype, edge: int, repeats: int, compiled: bool) -> dict[str, Timing]:
+    """All variants by turns, over the same weights."""
+    weights, inputs = unet_weights(size, dtype), Inputs.random(size, dtype, 2, edge, edge)
+    last = their_unet(size, weights).to(memory_format=torch.channels_last)
+    variants = {
+        LOADED: theirs(their_unet(size, weights), inputs),
+        LAST: theirs(last, inputs),
+        OURS: ours(our_unet(size, weights), inputs),
+    }
+    if compiled:
+        print("compiling takes minutes, all at the first call", flush=True)
+        unet = compiled_unet(size, weights)
+        four = choose(cross & (place("mid") | block("up", 1)), unet.positions(edge, edge))
+        variants[THEIRS_COMPILED] = theirs(compile_network(last), inputs)
+        variants[OURS_COMPILED] = ours(unet, inputs)
+        variants[RECORDED] = streamed(unet, inputs, Record(four, HEAD_MEAN))
+        if openvino.installed():
+            variants[OPENVINO] = openvino.step(their_unet(size, weights), inputs)
+    return by_turns(variants, repeats)
+
+
+def theirs(unet: Any, inputs: Inputs) -> Callable[[], object]:
+    """A step of UNet2DConditionModel."""
+
+    @torch.no_grad()
+    def step() -> object:
+        return unet(inputs.x, inputs.t, encoder_hidden_states=inputs.context, return_dict=False)[0]
+
+    return step
+
+
+def ours(unet: UNet, inputs: Inputs) -> Callable[[], object]:
+    """A step of UNet."""
+
+    @torch.no_grad()
+    def step() -> object:
+        return unet(inputs.x, inputs.t, inputs.context)[0]
+
+    return step
+
+
+def streamed(unet: UNet, inputs: Inputs, record: Record) -> Callable[[], object]:
+    """A step that records, and adds its maps to those of the steps before."""
+    kept: list[Maps | None] = [None]
+
+    @torch.no_grad()
+    def step() -> object:
+        eps, maps = unet(inputs.x, inputs.t, inputs.context, record)
+        kept[0] = MEAN(kept[0], maps, 0 if kept[0] is None else 1)
+        return eps
+
+    return step
+
+
+def bounds(found: Mapping[str, Timing], dtype: str) -> Iterator[Row]:
+    """The ratios that have a bound, of the variants that ran."""
+    for name, other, bound in BOUNDS:
+        if name in found and other in found:
+            ratio = found[name].median / found[other].median
+            yield Row(f"{name} / {other}", dtype, ratio, bound, "of its seconds")
