@@ -118,7 +118,7 @@ def plain_attention(dtype: torch.dtype, name: str, pixels: int, tokens: int, cha
 def recorded(dtype: torch.dtype, name: str, pixels: int, tokens: int, channels: int) -> Kernels:
     """Where the columns of two objects are kept."""
     q, k, v = _qkv(dtype, pixels, tokens, channels)
-    site, keep, grid = Site("mid", 0, 0, "cross"), COLUMNS, (8, pixels // 8)
+    site, keep, grid = Site("mid", 0, 0, "cross"), COLUMNS, (min(8, pixels), pixels // min(8, pixels))
     inputs = {"token_weights": torch.eye(tokens, device=device())[None, :2]}
 
     def explicit() -> object:

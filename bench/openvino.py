@@ -20,11 +20,13 @@ def step(unet: Any, inputs: Inputs) -> Callable[[], object]:
 
     compiled: list[Any] = []
     half = inputs.x.dtype == torch.bfloat16
-    arrays = [value.float().numpy() for value in (inputs.x, inputs.t, inputs.context)]
+    values = (inputs.x, inputs.t, inputs.context)
+    # numpy has no bfloat16: its bits go in as whole numbers
+    arrays = [(value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy() for value in values]
 
     def call() -> object:
         if not compiled:
-            model = openvino.convert_model(_Step(unet), example_input=(inputs.x, inputs.t, inputs.context))
+            model = openvino.convert_model(_Step(unet), example_input=values)
             kind = openvino.Type.bf16 if half else openvino.Type.f32
             hints = {"INFERENCE_PRECISION_HINT": kind, "PERFORMANCE_HINT": "LATENCY"}
             compiled.append(openvino.compile_model(model, "CPU", hints))

@@ -4,6 +4,7 @@ A step is the UNet on two rows, [uncond, cond]. Variants run by turns in one pro
 """
 
 import argparse
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -54,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     for name in args.dtype:
         dtype = DTYPES[name]
         before = gemm_rate(dtype, device())
-        found = measured(SIZES[args.size], dtype, args.latents, args.repeats, not args.eager)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's compiler and of OpenVINO's converter, about diffusers' code
+            found = measured(SIZES[args.size], dtype, args.latents, args.repeats, not args.eager)
         print(f"{name}: {before:.2f} TFLOP/s in a matrix product before, {gemm_rate(dtype, device()):.2f} after")
         for timing in found.values():
             print_timing(timing, found[LAST].median)
@@ -70,17 +73,16 @@ def run(args: argparse.Namespace) -> int:
 def measured(size: Size, dtype: torch.dtype, edge: int, repeats: int, compiled: bool) -> dict[str, Timing]:
     """All variants by turns, over the same weights."""
     weights, inputs = unet_weights(size, dtype), Inputs.random(size, dtype, 2, edge, edge)
-    last = their_unet(size, weights).to(memory_format=torch.channels_last)
     variants = {
         LOADED: theirs(their_unet(size, weights), inputs),
-        LAST: theirs(last, inputs),
+        LAST: theirs(their_unet(size, weights).to(memory_format=torch.channels_last), inputs),
         OURS: ours(our_unet(size, weights), inputs),
     }
     if compiled:
         print("compiling takes minutes, all at the first call", flush=True)
         unet = compiled_unet(size, weights)
         four = choose(cross & (place("mid") | block("up", 1)), unet.positions(edge, edge))
-        variants[THEIRS_COMPILED] = theirs(compile_network(last), inputs)
+        variants[THEIRS_COMPILED] = theirs(compile_network(their_unet(size, weights)), inputs)
         variants[OURS_COMPILED] = ours(unet, inputs)
         variants[RECORDED] = streamed(unet, inputs, Record(four, HEAD_MEAN))
         if openvino.installed():

@@ -91,12 +91,16 @@ def _generate(args: argparse.Namespace) -> None:
     _check(args)
     from tqdm import tqdm
 
+    from .accelerate import keep_memory
     from .generate import ATTENTION, sample_steps
     from .pictures import write_pictures
     from .recorded import MEAN
 
     layouts = _layouts(args)
+    keep_memory()
     model = _load(args)
+    if args.compile:
+        _note("--compile: the first step of each kind waits for the compiler, for a minute or more on a large model")
     if found is not None:
         _compare(args.png, found, model)
     run = sample_steps(

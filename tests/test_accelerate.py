@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.accelerate import PackedConv2d, prepare
+from minidiff.accelerate import PackedConv2d, PackedLinear, _owning, compile_network, compile_whole, prepare
 
 KINDS = {
     "3x3": (3, 1, 1),
@@ -146,11 +149,86 @@ def test_functional_call_uses_the_weights_that_it_is_given() -> None:
     close(packed(x), conv(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(300,), (2, 150), (1, 7), (3, 2, 4)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_linear_layer_and_its_gradient_equal_torchs(
+    shape: tuple[int, ...], dtype: torch.dtype, bias: bool
+) -> None:
+    linear = nn.Linear(96, 40, bias=bias).to(dtype).requires_grad_(False)
+    packed = PackedLinear(copy.deepcopy(linear))
+    packed(torch.randn(5, 96).to(dtype))  # packed for another number of rows
+    x = torch.randn(*shape, 96).to(dtype)
+    for given in (x, x.transpose(0, -2).contiguous().transpose(0, -2)):
+        ours, theirs = given.clone().requires_grad_(), given.clone().requires_grad_()
+        found, expected = packed(ours), linear(theirs)
+        close(found, expected, dtype)
+        grad = torch.randn_like(expected)
+        close(*(torch.autograd.grad(y, x, grad)[0] for y, x in ((found, ours), (expected, theirs))), dtype)
+    assert packed.weight.is_mkldnn
+    assert torch.equal(packed.state_dict()["weight"], linear.weight)
+
+
+def test_large_layers_are_packed_and_small_ones_left_alone() -> None:
+    network = prepare(nn.ModuleList([nn.Linear(256, 256), nn.Linear(8, 8), nn.Conv2d(96, 96, 3), nn.Conv2d(4, 8, 3)]))
+    assert [type(layer) for layer in network] == [PackedLinear, nn.Linear, PackedConv2d, nn.Conv2d]
+
+
 def test_convolutions_of_other_kinds_are_left_alone() -> None:
     network = nn.Sequential(
-        nn.Conv2d(8, 8, 3, groups=2),
-        nn.Conv2d(8, 8, 3, dilation=2),
-        nn.Conv2d(8, 8, 3, padding="same"),
-        nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(256, 128, 3, groups=2),
+        nn.Conv2d(128, 128, 3, dilation=2),
+        nn.Conv2d(128, 128, 3, padding="same"),
+        nn.Conv2d(128, 128, 3, padding=1, padding_mode="circular"),
     )
     assert [type(child) for child in prepare(network)] == [nn.Conv2d] * 4
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_kept_memory_is_not_paid_for_twice() -> None:
+    code = """
+import resource, sys, torch
+from minidiff.accelerate import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory()
+def faults():
+    torch.ones(2**24)  # 64 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults()
+before = faults()
+for _ in range(5):
+    after = faults()
+print(after - before)
+"""
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", code, how], check=True, capture_output=True, text=True).stdout)
+        for how in ("keep", "not")
+    )
+    assert kept < 1000 and kept < given_back
+
+
+# ---- compilers
+
+
+def test_what_compiling_asks_for() -> None:
+    """One graph without breaks or new shapes; constants that the compiler packs, or a captured graph on CUDA."""
+    asked: list[dict[str, object]] = []
+    network = nn.Linear(2, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **flags: asked.append(flags) or function)
+        patch.setattr(nn.Module, "compile", lambda self, **flags: asked.append(flags))
+        compile_network(network)
+        compile_whole.__wrapped__(len, torch.device("cpu"))
+        compile_whole.__wrapped__(len, torch.device("cuda"))
+    assert all(flags["fullgraph"] is True and flags["dynamic"] is False for flags in asked)
+    assert [flags.get("options") for flags in asked] == [{"freezing": True}, {"freezing": True}, None]
+    assert [flags.get("mode") for flags in asked] == [None, None, "reduce-overhead"]
+
+
+def test_what_a_captured_graph_returns_is_copied() -> None:
+    buffer = torch.zeros(3)
+    call = _owning(lambda: (buffer, {"maps": buffer}, 7), torch.device("cuda"))
+    eps, maps, number = call()
+    buffer += 1
+    assert (eps.sum(), maps["maps"].sum(), number) == (0, 0, 7)
+    assert _owning(len, torch.device("cpu")) is len

@@ -38,6 +38,7 @@ MAY_IMPORT = {
     },
     "flags": {"infotext"},
     "cli": {
+        "accelerate",
         "arguments",
         "flags",
         "generate",
