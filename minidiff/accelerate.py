@@ -54,6 +54,7 @@ class Packed(nn.Module):
     def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
+        self.train(layer.training)
         self.turned: Tensor | None = None  # the weights of the gradient, packed as well, from the first gradient on
 
     def forward(self, x: Tensor) -> Tensor:

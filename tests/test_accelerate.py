@@ -97,7 +97,17 @@ def test_nothing_is_packed_before_the_first_call_and_no_gradient_before_the_firs
     assert packed.turned is not None
 
 
-def test_the_state_dict_is_torchs(tmp_path: object) -> None:
+def test_what_inference_mode_packed_serves_gradients_later() -> None:
+    conv, packed = pair("3x3")
+    x = torch.randn(1, 64, 6, 6)
+    with torch.inference_mode():
+        close(packed(x), conv(x))
+        torch.func.grad(lambda x: packed(x).sum())(x.clone())
+    close(*(torch.autograd.grad(network(x.requires_grad_()).sin().sum(), x)[0] for network in (packed, conv)))
+    close(copy.deepcopy(packed)(x), conv(x))
+
+
+def test_the_state_dict_is_torchs() -> None:
     conv, packed = pair("3x3")
     packed(torch.randn(1, 64, 4, 4))
     state = packed.state_dict()
