@@ -13,11 +13,11 @@ from .machine import machine, versions
 
 PARTS: dict[str, tuple[str, ...]] = {
     "kernels": (),
-    "throughput": (),
-    "guided": ("--image",),
+    "throughput": ("--repeats", "3"),
+    "guided": ("--repeats", "3", "--image", "32"),
     "memory": (),
-    "scaling": (),
-    "load": (),
+    "scaling": ("--repeats", "3"),
+    "load": ("--repeats", "1"),
 }
 """Benchmark -> its arguments."""
 

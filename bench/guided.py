@@ -55,8 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
     parser.add_argument(
         "--image",
-        action="store_true",
-        help=f"also whole images: {STEPS} steps, {GUIDED} guided, {ITERATIONS} passes each",
+        type=int,
+        metavar="N",
+        help=f"also whole images of N x N latents: {STEPS} steps, {GUIDED} of them guided, {ITERATIONS} passes each",
     )
 
 
@@ -75,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
         for timing in found.values():
             print_timing(timing, found[PUBLISHED].median)
         rows += pass_rows(found, apart, name)
-        if args.image:
-            rows.append(image_row(size, weights, name, args.latents))
+        if args.image is not None:
+            rows.append(image_row(size, weights, name, args.image))
         del weights
         rows.append(memory_row(args.size, name, args.latents))
         print(f"{name}: {gemm_rate(dtype, device()):.2f} TFLOP/s in a matrix product after", flush=True)

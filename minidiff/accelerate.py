@@ -9,7 +9,7 @@ import ctypes
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +35,30 @@ def prepare(network: Network) -> Network:
     device = next(network.parameters()).device
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def packed(layer: nn.Module) -> nn.Module | None:
+        if type(layer) is nn.Linear and layer.weight.numel() >= _LARGE:
+            return PackedLinear(layer)
+        return PackedConv2d(layer) if _is_plain(layer) and layer.weight.numel() >= _LARGE else None
+
+    return _replace(network, packed)
+
+
+def _replace(network: Network, by: Callable[[nn.Module], nn.Module | None]) -> Network:
+    """The network with some of its layers replaced; None leaves one as it is."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child.weight.numel() >= _LARGE:
-                setattr(parent, name, PackedLinear(child))
-            elif type(child) is nn.Conv2d and child.weight.numel() >= _LARGE and PackedConv2d.takes(child):
-                setattr(parent, name, PackedConv2d(child))
+            other = by(child)
+            if other is not None:
+                setattr(parent, name, other)
     return network
+
+
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a convolution of the kind that is replaced: no groups, no dilation, zeros around."""
+    if type(layer) is not nn.Conv2d or isinstance(layer.padding, str):
+        return False
+    return layer.groups == 1 and layer.padding_mode == "zeros" and layer.dilation == (1, 1)
 
 
 class Packed(nn.Module):
@@ -143,12 +160,6 @@ class PackedConv2d(Packed):
         super().__init__(conv)
         self.stride, self.padding = ([int(n) for n in value] for value in (conv.stride, conv.padding))
 
-    @staticmethod
-    def takes(conv: nn.Conv2d) -> bool:
-        """Whether it is of the kind that this replaces."""
-        plain = conv.groups == 1 and conv.padding_mode == "zeros" and conv.dilation == (1, 1)
-        return plain and not isinstance(conv.padding, str)
-
     def plain(self, x: Tensor) -> Tensor:
         """[B,C,h,w] -> [B,C',h',w']."""
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
@@ -159,15 +170,9 @@ class PackedConv2d(Packed):
         return _conv(x, self.weight, bias, self.padding, self.stride)
 
     def run_back(self, grad: Tensor, size: torch.Size) -> Tensor:
-        kernel = self.weight.shape[2:]
-        spread = grad
-        if self.stride != _ONES:  # what a stride left out is zero
-            edges = (n + 2 * p - k + 1 for n, p, k in zip(size[2:], self.padding, kernel, strict=True))
-            spread = grad.new_zeros(*grad.shape[:2], *edges).contiguous(memory_format=torch.channels_last)
-            spread[:, :, :: self.stride[0], :: self.stride[1]] = grad
-        padding = [k - 1 - p for k, p in zip(kernel, self.padding, strict=True)]
+        spread, padding = _spread(grad, size, self.weight.shape[2:], self.stride, self.padding)
         if self.turned is None:
-            self.turned = _pack_conv(self.dense().flip(2, 3).transpose(0, 1), padding, _ONES, spread)
+            self.turned = _pack_conv(_turned(self.dense()), padding, _ONES, spread)
         return _conv(spread, self.turned, None, padding, _ONES)
 
 
@@ -192,6 +197,23 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _Apply.apply(grad, ctx.layer, ctx.size, None), None, None, None
+
+
+def _turned(weight: Tensor) -> Tensor:
+    """The weights [C,C',k,k] of the gradient of a convolution whose own are [C',C,k,k]."""
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+def _spread(
+    grad: Tensor, size: torch.Size, kernel: torch.Size, stride: list[int], padding: list[int]
+) -> tuple[Tensor, list[int]]:
+    """What a convolution of stride 1 takes to return the gradient by an input of that size, and its padding."""
+    spread = grad
+    if stride != _ONES:  # what a stride left out is zero
+        edges = (n + 2 * p - k + 1 for n, p, k in zip(size[2:], padding, kernel, strict=True))
+        spread = grad.new_zeros(*grad.shape[:2], *edges).contiguous(memory_format=torch.channels_last)
+        spread[:, :, :: stride[0], :: stride[1]] = grad
+    return spread, [k - 1 - p for k, p in zip(kernel, padding, strict=True)]
 
 
 # The operators that torch's compiler emits for frozen weights. They are private: a test compares each with torch's own.
@@ -229,8 +251,49 @@ def keep_memory() -> None:
         adjust(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+class CompiledConv2d(nn.Module):
+    """nn.Conv2d for a compiler: its gradient by the input is a convolution too, whose weights are constants to pack.
+
+    torch's own gradient is not packed, and compiled in bfloat16 it was half off (torch 2.13, CPU without matrix units).
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.stride, self.padding = ([int(n) for n in value] for value in (conv.stride, conv.padding))
+        self.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,h,w] -> [B,C',h',w']."""
+        return _Convolve.apply(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class _Convolve(torch.autograd.Function):
+    """F.conv2d with a gradient by its input alone."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]) -> Tensor:
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, list[int], list[int]], output: Tensor
+    ) -> None:
+        x, weight, _, ctx.stride, ctx.padding = inputs
+        ctx.save_for_backward(weight)
+        ctx.size = x.shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        spread, padding = _spread(grad, ctx.size, weight.shape[2:], ctx.stride, ctx.padding)
+        return F.conv2d(spread, _turned(weight), None, 1, padding), None, None, None, None
+
+
 def compile_unet(unet: UNet) -> UNet:
     """The same UNet, its forward compiled on first use: one graph for each kind of record and edit, batch and size."""
+    if unet.conv_in.weight.device.type == "cpu":
+        _replace(unet, lambda layer: CompiledConv2d(layer) if _is_plain(layer) else None)
     return compile_network(unet)
 
 
@@ -240,7 +303,7 @@ def compile_network(network: Network) -> Network:
     device = next(network.parameters()).device
     network.compile(**_flags(device))
     compiled = network._compiled_call_impl
-    network._compiled_call_impl = None if compiled is None else _owning(compiled, device)
+    network._compiled_call_impl = None if compiled is None else _called(compiled, device)
     return network
 
 
@@ -251,26 +314,41 @@ def is_compiled(network: nn.Module) -> bool:
 
 @cache
 def compile_whole(function: Callable[..., T], device: torch.device) -> Callable[..., T]:
-    """A function of tensors, and of frozen values that choose its graph, as one graph for each choice and shape."""
-    return _owning(torch.compile(function, **_flags(device)), device)
+    """A function of tensors, and of frozen values that choose its graph, as one graph for each choice and shape.
+
+    It is called without gradients, and may take some of its own inside.
+    """
+    return _called(torch.compile(function, **_flags(device)), device)
 
 
 def _flags(device: torch.device) -> dict[str, Any]:
     """fullgraph, since a graph break would hide a cost; dynamic shapes off, since attention and convolutions are chosen
-    by shape. On the CPU the weights are constants, which the compiler packs; on CUDA the graph is captured, so that
-    launching it costs nothing.
+    by shape; on CUDA the graph is captured, so that launching it costs nothing.
     """
     flags: dict[str, Any] = {"fullgraph": True, "dynamic": False}
-    return flags | ({"mode": "reduce-overhead"} if device.type == "cuda" else {"options": {"freezing": True}})
+    return flags | ({"mode": "reduce-overhead"} if device.type == "cuda" else {})
 
 
-def _owning(call: Callable[..., T], device: torch.device) -> Callable[..., T]:
-    """What a captured graph returns, copied: its next run writes over it."""
-    if device.type != "cuda":
-        return call
+def _called(call: Callable[..., T], device: torch.device) -> Callable[..., T]:
+    """A compiled function as it has to be called.
 
-    def owned(*args: Any, **kwargs: Any) -> T:
-        torch.compiler.cudagraph_mark_step_begin()
-        return tree_map_only(Tensor, Tensor.clone, call(*args, **kwargs))
+    On the CPU with constant weights, which the compiler then packs: it asks for that when it traces, so an option of
+    torch.compile comes too late, and within torch.func.grad it has to be told twice. On CUDA with copies of what a
+    captured graph returns: its next run writes over it.
+    """
+    if device.type == "cuda":
 
-    return owned
+        def owned(*args: Any, **kwargs: Any) -> T:
+            torch.compiler.cudagraph_mark_step_begin()
+            return tree_map_only(Tensor, Tensor.clone, call(*args, **kwargs))
+
+        return owned
+
+    def frozen(*args: Any, **kwargs: Any) -> T:
+        from torch._dynamo import config as tracing  # here, since importing the compiler takes a second
+        from torch._inductor import config as generating
+
+        with torch.no_grad(), generating.patch(freezing=True), tracing.patch(prepare_freezing=True):
+            return call(*args, **kwargs)
+
+    return frozen

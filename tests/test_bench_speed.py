@@ -19,8 +19,8 @@ from bench.__main__ import main
 from bench.guided import our_image, passes, their_image
 from bench.load import startup_row
 from bench.memory import Once, dtype_rows, measure
-from bench.models import TINY
-from bench.networks import PLACES, Inputs, layout_guide, our_unet, unet_weights
+from bench.models import TINY, Size, unet_dict
+from bench.networks import PLACES, Inputs, compiled_unet, guided_pass, layout_guide, our_unet, unet_weights
 from bench.plot import lines
 from bench.reference import relative_error
 from bench.throughput import LAST, LOADED, OURS
@@ -199,3 +199,15 @@ def test_start_up_is_measured_without_sampling() -> None:
     """Against the imports that no program with CLIP can do without. 1.5 is the aim; neighbours may be busy."""
     row = startup_row(1)
     assert 0.5 < row.value < 2.5, row
+
+
+def test_a_compiled_gradient_in_bfloat16_is_right() -> None:
+    """torch's own convolution_backward, compiled, was half off here: hence the room's own gradient of convolutions."""
+    small = Size(unet_dict([32, 64], [True, False], layers=1), TINY.vae, TINY.text)
+    weights = unet_weights(small, torch.bfloat16)
+    inputs = Inputs.random(small, torch.bfloat16, 1, EDGE, EDGE)
+    found, _ = guided_pass(layout_guide(compiled_unet(small, weights), inputs, whole=True), inputs)()
+    exact = Inputs(inputs.x.float(), inputs.t, inputs.context.float())
+    unet = our_unet(small, {name: value.float() for name, value in weights.items()})
+    expected, _ = guided_pass(layout_guide(unet, exact), exact)()
+    assert (found - expected).norm() / expected.norm() <= 0.1

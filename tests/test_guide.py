@@ -801,8 +801,8 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
     torch._dynamo.reset()
     compile_whole.cache_clear()
 
-    def compile(function: object, fullgraph: bool, dynamic: bool, options: object) -> object:
-        return original(function, fullgraph=fullgraph, dynamic=dynamic, backend=counting)  # which takes no options
+    def compile(function: object, fullgraph: bool, dynamic: bool) -> object:
+        return original(function, fullgraph=fullgraph, dynamic=dynamic, backend=counting)
 
     monkeypatch.setattr(torch, "compile", compile)
     yield counting
