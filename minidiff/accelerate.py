@@ -14,7 +14,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .networks.unet import UNet
 
@@ -265,6 +265,8 @@ class CompiledConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,h,w] -> [B,C',h',w']."""
+        if self.weight.requires_grad:
+            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         return _Convolve.apply(x, self.weight, self.bias, self.stride, self.padding)
 
 
@@ -291,7 +293,10 @@ class _Convolve(torch.autograd.Function):
 
 
 def compile_unet(unet: UNet) -> UNet:
-    """The same UNet, its forward compiled on first use: one graph for each kind of record and edit, batch and size."""
+    """The same UNet, its forward compiled on first use: one graph for each kind of record and edit, batch and size.
+
+    On the CPU the weights become constants of each graph: a change after its first use is not seen.
+    """
     if unet.conv_in.weight.device.type == "cpu":
         _replace(unet, lambda layer: CompiledConv2d(layer) if _is_plain(layer) else None)
     return compile_network(unet)
@@ -314,10 +319,7 @@ def is_compiled(network: nn.Module) -> bool:
 
 @cache
 def compile_whole(function: Callable[..., T], device: torch.device) -> Callable[..., T]:
-    """A function of tensors, and of frozen values that choose its graph, as one graph for each choice and shape.
-
-    It is called without gradients, and may take some of its own inside.
-    """
+    """A function of tensors, and of frozen values that choose its graph, as one graph for each choice and shape."""
     return _called(torch.compile(function, **_flags(device)), device)
 
 
@@ -348,6 +350,9 @@ def _called(call: Callable[..., T], device: torch.device) -> Callable[..., T]:
         from torch._dynamo import config as tracing  # here, since importing the compiler takes a second
         from torch._inductor import config as generating
 
+        leaves = tree_leaves((args, kwargs)) if torch.is_grad_enabled() else []
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+            return call(*args, **kwargs)  # the caller's own gradient: torch makes constants for inference only
         with torch.no_grad(), generating.patch(freezing=True), tracing.patch(prepare_freezing=True):
             return call(*args, **kwargs)
 

@@ -249,19 +249,24 @@ def test_a_convolution_for_compilers_and_its_gradient_equal_torchs(kind: str) ->
     conv, _ = pair(kind)
     own, x = CompiledConv2d(conv), torch.randn(2, 64, 9, 14)
     close(own(x), conv(x))
+    own.requires_grad_(True)
+    own(x).sum().backward()
+    assert own.weight.grad is not None
+    own.requires_grad_(False)
     close(*(torch.func.grad(lambda x, f=f: f(x).sin().sum())(x) for f in (own, conv)))
     close(*(torch.autograd.grad(f(x.requires_grad_()).sin().sum(), x)[0] for f in (own, conv)))
 
 
-def test_a_compiled_function_sees_constants_and_no_gradients() -> None:
+def test_a_compiled_function_sees_constants_unless_gradients_are_asked_of_it() -> None:
     seen = []
 
-    def look() -> None:
+    def look(x: Tensor | None = None) -> None:
         seen.append((generating.freezing, tracing.prepare_freezing, torch.is_grad_enabled()))
 
     _called(look, torch.device("cpu"))()
+    _called(look, torch.device("cpu"))(torch.ones(1, requires_grad=True))
     look()
-    assert seen == [(True, True, False), (False, False, True)]
+    assert seen == [(True, True, False), (False, False, True), (False, False, True)]
 
 
 def test_what_a_captured_graph_returns_is_copied() -> None:
