@@ -5,7 +5,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "openvino")
 UNITS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
 """CPU flags, as Linux names them, that decide which kernels torch takes."""
 
