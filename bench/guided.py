@@ -34,7 +34,7 @@ from .networks import (
 )
 from .published import Published
 from .reference import reference_scheduler, relative_error
-from .table import Row, finish, print_head, print_row
+from .table import Row, finish, print_rows
 from .timing import Timing, by_turns, gemm_rate, print_timing, seconds
 
 PUBLISHED, OURS, COMPILED = "the published way, diffusers", "minidiff", "minidiff, compiled"
@@ -82,10 +82,7 @@ def run(args: argparse.Namespace) -> int:
         rows.append(memory_row(args.size, name, args.latents))
         print(f"{name}: {gemm_rate(dtype, device()):.2f} TFLOP/s in a matrix product after", flush=True)
         timings[name] = found
-    print()
-    print_head()
-    for row in rows:
-        print_row(row)
+    print_rows(rows)
     return finish(rows, args.json, timings)
 
 

@@ -16,7 +16,7 @@ from minidiff.networks.attention import COLUMNS, Site, attention, attention_prob
 
 from .machine import print_header
 from .networks import DTYPES, device
-from .table import Row, finish, print_head, print_row
+from .table import Row, finish, print_rows
 from .timing import best, gemm_rate
 
 CONVOLUTIONS = (
@@ -67,10 +67,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{kernels.name:<44} * {', '.join(ways)} ms", flush=True)
             found.append(kernels)
     rows = [kernels.row for kernels in found]
-    print()
-    print_head()
-    for row in rows:
-        print_row(row)
+    print_rows(rows)
     return finish(rows, args.json)
 
 

@@ -20,7 +20,7 @@ import torch
 
 from .machine import print_header
 from .models import SD15, TINY, write_folder
-from .table import Row, finish, print_head, print_row
+from .table import Row, finish, print_rows
 
 TIME_BOUND = 0.5
 MEMORY_BOUND = 1.3
@@ -103,10 +103,7 @@ def run(args: argparse.Namespace) -> int:
                 case = f"{str(stored).removeprefix('torch.')} -> {dtype}"
                 rows += case_rows(case, by_turns(folder, dtype, tiny, args.repeats))
             shutil.rmtree(folder)
-    print()
-    print_head()
-    for row in rows:
-        print_row(row)
+    print_rows(rows)
     return finish(rows, args.json)
 
 

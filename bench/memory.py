@@ -67,7 +67,7 @@ def dtype_rows(size: str, dtype: str, edge: int) -> Iterator[Row]:
     for scale in (1, 2):
         at = scale * edge
         ours, theirs = once("decode", "minidiff", at), once("decode", "diffusers", at)
-        yield _row(f"decoding {8 * at}x{8 * at}, extra", dtype, ours.extra, theirs.extra, 0.9)
+        yield _row(f"decoding {8 * at}x{8 * at}, extra", dtype, ours.extra, theirs.extra, 0.75)
     ours, theirs = once("step", "minidiff", 2 * edge), once("step", "diffusers", 2 * edge)
     yield _row(f"a step of {16 * edge}x{16 * edge}, extra", dtype, ours.extra, theirs.extra, 1.0)
     few, many = (once("sampling", "minidiff", edge // 2, steps) for steps in STEPS)

@@ -12,7 +12,7 @@ from minidiff.networks.unet import UNet
 from .machine import print_header
 from .networks import DTYPES, SIZES, Inputs, device, guided_pass, layout_guide, our_unet, unet_weights
 from .plot import lines
-from .table import Row, finish, print_head, print_row
+from .table import Row, finish, print_rows
 from .throughput import ours
 from .timing import Timing, by_turns, gemm_rate, print_timing
 
@@ -49,10 +49,7 @@ def run(args: argparse.Namespace) -> int:
         for timing in timings.values():
             print_timing(timing)
     rows = list(_rows(found, args.dtype))
-    print()
-    print_head()
-    for row in rows:
-        print_row(row)
+    print_rows(rows)
     if args.plots is not None:
         _draw(found, args.plots)
     return finish(rows, args.json, found)

@@ -44,6 +44,14 @@ def print_head() -> None:
     print(f"{'part':<38} {'shape':<24} {'value':>9} {'bound':>8}  {'':<3}  unit")
 
 
+def print_rows(rows: Iterable[Row]) -> None:
+    """A whole table, below an empty line."""
+    print()
+    print_head()
+    for row in rows:
+        print_row(row)
+
+
 def finish(rows: Iterable[Row], path: str | None, timings: Mapping[str, Mapping[str, Timing]] | None = None) -> int:
     """Print the verdict, write rows and timings to `path` as JSON, return the exit code: 1 where a row is out of its
     bound.

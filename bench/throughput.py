@@ -20,7 +20,7 @@ from . import openvino
 from .machine import print_header
 from .models import Size
 from .networks import DTYPES, SIZES, Inputs, compiled_unet, device, our_unet, their_unet, unet_weights
-from .table import Row, finish, print_head, print_row
+from .table import Row, finish, print_rows
 from .timing import Timing, by_turns, gemm_rate, print_timing
 
 LOADED, LAST, OURS = "diffusers, as loaded", "diffusers, channels_last", "minidiff"
@@ -63,10 +63,7 @@ def run(args: argparse.Namespace) -> int:
             print_timing(timing, found[LAST].median)
         rows += list(bounds(found, name))
         timings[name] = found
-    print()
-    print_head()
-    for row in rows:
-        print_row(row)
+    print_rows(rows)
     return finish(rows, args.json, timings)
 
 
