@@ -5,12 +5,15 @@ own;
 the UNet's are `scaling_factor` times as large.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attention
 from .config import VAEConfig
+from .strips import grow_conv, norm_silu_conv
 
 _EPS = 1e-6  # of every norm, whatever the config says
 
@@ -78,10 +81,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,3,H,W] -> [B,8,h,w]."""
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        x = self.mid_block(_run(self.down_blocks, self.conv_in(x)))
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class Decoder(nn.Module):
@@ -103,10 +104,8 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,4,h,w] -> [B,3,H,W]."""
-        x = self.mid_block(self.conv_in(x))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = _run(self.up_blocks, self.mid_block(self.conv_in(x)))
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class Level(nn.Module):
@@ -126,14 +125,19 @@ class Level(nn.Module):
         self.downsamplers = None if downsample is None else nn.ModuleList([downsample])
         self.upsamplers = None if upsample is None else nn.ModuleList([upsample])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,C,h,w] -> [B,C',h',w']."""
-        for resnet in self.resnets:
-            x = resnet(x)
-        for resample in (self.downsamplers, self.upsamplers):
-            if resample is not None:
-                x = resample[0](x)
-        return x
+    def layers(self) -> Iterator[nn.Module]:
+        """In the order in which they run."""
+        for layers in (self.resnets, self.downsamplers, self.upsamplers):
+            yield from layers or ()
+
+
+def _run(levels: nn.ModuleList, x: Tensor) -> Tensor:
+    """Layer by layer: whoever called a level's own `forward` would hold the grid that goes in until it ends."""
+    for level in levels:
+        assert isinstance(level, Level)
+        for layer in level.layers():
+            x = layer(x)
+    return x
 
 
 class ResBlock(nn.Module):
@@ -149,9 +153,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,h,w] -> [B,C',h,w]."""
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        y = norm_silu_conv(self.norm1, self.conv1, x)
+        y = norm_silu_conv(self.norm2, self.conv2, y)
+        y += x if self.conv_shortcut is None else self.conv_shortcut(x)  # in place: these are the largest grids of all
+        return y
 
 
 class MidBlock(nn.Module):
@@ -207,4 +212,4 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,h,w] -> [B,C,2h,2w]."""
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return grow_conv(self.conv, x)

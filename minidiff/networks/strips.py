@@ -1,0 +1,83 @@
+"""Large grids, strip by strip: a group norm, an activation and a 3x3 convolution without further copies of the grid.
+
+Exact up to rounding, unlike tiles with blended seams: the norm's mean and variance are of the whole grid, and each
+strip's convolution sees the rows beside it.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+AT_ONCE = 2**22
+"""So many numbers of a grid are worked on together (16 MB in float32)."""
+WHOLE = 2**24
+"""So many are not worth dividing."""
+
+
+def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(silu(norm(x))) for a 3x3 convolution with padding 1: [B,C,h,w] -> [B,C',h,w]."""
+    if not _divided(x):
+        return conv(F.silu(norm(x)))
+    if len(x) > 1:
+        return torch.cat([norm_silu_conv(norm, conv, one) for one in x.split(1)])
+    weight, bias = (value.to(torch.promote_types(x.dtype, torch.float32)) for value in (norm.weight, norm.bias))
+    mean, variance = _statistics(norm, x, weight, bias)
+
+    def strip(part: Tensor) -> Tensor:
+        # with the statistics of one image at hand, its group norm is a batch norm at inference
+        return F.silu(F.batch_norm(part, mean, variance, weight, bias, eps=norm.eps), inplace=True)
+
+    return _by_strips(x, strip, conv, 1)
+
+
+def grow_conv(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 3x3 convolution with padding 1 of the grid doubled by nearest neighbours: [B,C,h,w] -> [B,C',2h,2w]."""
+
+    def grown(part: Tensor) -> Tensor:
+        return F.interpolate(part, scale_factor=2, mode="nearest")
+
+    return _by_strips(x, grown, conv, 2) if _divided(x, 4) else conv(grown(x))
+
+
+def _divided(x: Tensor, growth: int = 1) -> bool:
+    """A gradient keeps all that strips would save."""
+    return growth * x.numel() > WHOLE and not torch.is_grad_enabled()
+
+
+def _strips(x: Tensor, growth: int) -> Iterator[tuple[int, int]]:
+    """Of rows of the grid, first and behind the last."""
+    height = x.shape[2]
+    rows = max(1, AT_ONCE * height // (growth * x.numel()))
+    return ((top, min(top + rows, height)) for top in range(0, height, rows))
+
+
+def _by_strips(x: Tensor, make: Callable[[Tensor], Tensor], conv: nn.Module, scale: int) -> Tensor:
+    """conv(make(x)), where make treats every cell alone and returns `scale` times as many rows and columns."""
+    height, out = x.shape[2], None
+    for top, end in _strips(x, scale**2):
+        first = max(top - 1, 0)  # a convolution looks one row further, and its zeros belong around the grid alone
+        y = conv(make(x[:, :, first : min(end + 1, height)]))
+        if out is None:
+            size = (len(x), y.shape[1], scale * height, y.shape[3])
+            out = torch.empty(size, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+        out[:, :, scale * top : scale * end] = y[:, :, scale * (top - first) : scale * (end - first)]
+    assert out is not None
+    return out
+
+
+def _statistics(norm: nn.GroupNorm, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel's group [C], of one image; in the dtype of `weight` and `bias`."""
+    found: list[Tensor] = []
+    for top, end in _strips(x, 1):
+        part = x[:, :, top:end].contiguous(memory_format=torch.channels_last)
+        channels, cells, groups = part.shape[1], part[0, 0].numel(), norm.num_groups
+        _, mean, rstd = torch.native_group_norm(part, weight, bias, 1, channels, cells, groups, norm.eps)
+        share = mean.new_full(mean.shape, (end - top) / x.shape[2])
+        found.append(torch.cat([share, mean, rstd**-2 - norm.eps]))
+    shares, means, variances = torch.stack(found, dim=1)  # [strips,groups] each
+    mean = (shares * means).sum(0)
+    variance = (shares * (variances + (means - mean) ** 2)).sum(0)
+    each = x.shape[1] // norm.num_groups
+    return mean.repeat_interleave(each), variance.repeat_interleave(each)

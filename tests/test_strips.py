@@ -1,0 +1,70 @@
+"""networks/strips.py: what is done strip by strip is what is done whole."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.networks import strips
+from minidiff.networks.strips import grow_conv, norm_silu_conv
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows of the grid below at a time."""
+    monkeypatch.setattr(strips, "AT_ONCE", 3 * 8 * 7)
+    monkeypatch.setattr(strips, "WHOLE", 0)
+
+
+def layers(dtype: torch.dtype) -> tuple[nn.GroupNorm, nn.Conv2d]:
+    norm, conv = nn.GroupNorm(4, 8, eps=1e-6), nn.Conv2d(8, 6, 3, padding=1)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm.to(dtype), conv.to(dtype)
+
+
+def grid(height: int, batch: int = 1) -> Tensor:
+    """Rows that differ in mean and spread, so that no strip's statistics are the grid's."""
+    rows = torch.linspace(-3, 5, height, dtype=torch.float64)[:, None]
+    return rows + rows.abs() * torch.randn(batch, 8, height, 7, dtype=torch.float64) + 100
+
+
+@pytest.mark.parametrize("height", [1, 3, 4, 11])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_equals_the_whole(height: int, batch: int, layout: torch.memory_format) -> None:
+    norm, conv = layers(torch.float64)
+    x = grid(height, batch).contiguous(memory_format=layout)
+    given = x.clone()
+    torch.testing.assert_close(norm_silu_conv(norm, conv, x), conv(F.silu(norm(x))), rtol=1e-9, atol=1e-9)
+    square = nn.Conv2d(8, 8, 3, padding=1).double()
+    grown = F.interpolate(x, scale_factor=2, mode="nearest")
+    torch.testing.assert_close(grow_conv(square, x), square(grown), rtol=1e-12, atol=1e-12)
+    assert torch.equal(x, given)
+
+
+@torch.no_grad()
+def test_half_precision_is_as_near_to_double_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, conv = layers(torch.float64)
+    x = grid(11)
+    expected = norm_silu_conv(norm, conv, x)
+    norm, conv, x = norm.bfloat16(), conv.bfloat16(), x.bfloat16()
+    divided = (norm_silu_conv(norm, conv, x) - expected).abs().max()
+    monkeypatch.setattr(strips, "WHOLE", 10**9)
+    whole = (norm_silu_conv(norm, conv, x) - expected).abs().max()
+    assert 0 < divided <= 1.2 * whole
+
+
+def test_what_is_small_or_has_a_gradient_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, conv = layers(torch.float64)
+    x = grid(11).requires_grad_()
+    seen = []
+    conv.register_forward_hook(lambda layer, given, out: seen.append(given[0].shape[2]))
+    norm_silu_conv(norm, conv, x).sum().backward()
+    with torch.no_grad():
+        norm_silu_conv(norm, conv, x)
+        monkeypatch.setattr(strips, "WHOLE", x.numel())
+        norm_silu_conv(norm, conv, x)
+    assert seen == [11, 4, 5, 5, 3, 11]
+    assert x.grad is not None
