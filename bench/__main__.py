@@ -11,7 +11,7 @@ BENCHES = {
     "throughput": "one step with classifier-free guidance, against diffusers and OpenVINO",
     "guided": "one guided pass, and a whole guided image, against the published way on diffusers",
     "memory": "of steps, guided passes, batches, large images and their decoding, against diffusers",
-    "scaling": "cost against batch, resolution and number of boxes",
+    "scaling": "cost against batch, resolution, number of steps and of boxes",
     "load": "seconds and peak memory of loading a full-size model, against diffusers; imports and start-up",
     "all": "these six, one after the other",
     "model": "no benchmark: writes a model folder with random weights, for trials without a download",

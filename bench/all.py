@@ -15,7 +15,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "kernels": (),
     "throughput": ("--repeats", "3"),
     "guided": ("--repeats", "3", "--image", "32"),
-    "memory": (),
+    "memory": ("--dtype", "bfloat16"),
     "scaling": ("--repeats", "3"),
     "load": ("--repeats", "1"),
 }

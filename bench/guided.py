@@ -23,9 +23,11 @@ from .networks import (
     SIZES,
     Inputs,
     Weights,
+    add_network_arguments,
     compiled_unet,
     device,
     guided_pass,
+    judged_dtype,
     layout_guide,
     our_unet,
     their_unet,
@@ -40,6 +42,8 @@ from .timing import Timing, by_turns, gemm_rate, print_timing, seconds
 PUBLISHED, OURS, COMPILED = "the published way, diffusers", "minidiff", "minidiff, compiled"
 TIME = {"bfloat16": 0.35, "float16": 0.35, "float32": 0.4}
 MEMORY, IMAGE = 0.22, 0.5
+FULL = 64
+"""Latents along an edge from which on a whole image is judged: below, what both ways share weighs more."""
 ALIKE = {"bfloat16": 0.1, "float16": 0.1, "float32": 1e-3}
 """How far the two gradients may be apart: rounding of the dtype."""
 STEPS, GUIDED, ITERATIONS = 20, 10, 5
@@ -48,16 +52,15 @@ SCALE = 7.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `python -m bench guided`."""
-    parser.add_argument("--size", choices=SIZES, default="full", help="of the networks (default: SD 1.5's)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"], help="a table for each")
-    parser.add_argument("--latents", type=int, default=64, metavar="N", help="N x N latents (default 64)")
+    add_network_arguments(parser, list(dict.fromkeys((judged_dtype(), "float32"))))
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="passes of each variant (default 5)")
     parser.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
     parser.add_argument(
         "--image",
         type=int,
         metavar="N",
-        help=f"also whole images of N x N latents: {STEPS} steps, {GUIDED} of them guided, {ITERATIONS} passes each",
+        help=f"also whole images of N x N latents: {STEPS} steps, {GUIDED} of them guided, {ITERATIONS} passes each; "
+        f"{FULL} x {FULL} have a bound",
     )
 
 
@@ -77,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
             print_timing(timing, found[PUBLISHED].median)
         rows += pass_rows(found, apart, name)
         if args.image is not None:
-            rows.append(image_row(size, weights, name, args.image))
+            row = image_row(size, weights, name, args.image)
+            rows += [row] if args.image >= FULL else []
         del weights
         rows.append(memory_row(args.size, name, args.latents))
         print(f"{name}: {gemm_rate(dtype, device()):.2f} TFLOP/s in a matrix product after", flush=True)
@@ -128,9 +132,19 @@ def image_row(size: Size, weights: Weights, dtype: str, edge: int) -> Row:
     ours = seconds(lambda: our_image(size, weights, inputs))
     theirs = seconds(lambda: their_image(size, weights, inputs))
     note = f"{ours:.1f} s and {theirs:.1f} s"
-    print(f"{dtype}: a guided image, minidiff {ours:.1f} s, the published way {theirs:.1f} s", flush=True)
+    of = f"{8 * edge}x{8 * edge} pixels"
+    print(
+        f"{dtype}: a guided image of {of}, minidiff {ours:.1f} s, the published way {theirs:.1f} s, "
+        f"{ours / theirs:.2f} x",
+        flush=True,
+    )
     return Row(
-        "a guided image", f"{dtype}, {STEPS} steps", ours / theirs, IMAGE, "of the published way's seconds", note
+        f"a guided image of {of}",
+        f"{dtype}, {STEPS} steps",
+        ours / theirs,
+        IMAGE,
+        "of the published way's seconds",
+        note,
     )
 
 

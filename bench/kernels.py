@@ -15,7 +15,7 @@ from minidiff.accelerate import prepare
 from minidiff.networks.attention import COLUMNS, Site, attention, attention_probs, recorded_attention
 
 from .machine import print_header
-from .networks import DTYPES, device
+from .networks import DTYPES, add_dtype_argument, device, judged_dtype
 from .table import Row, finish, print_rows
 from .timing import best, gemm_rate
 
@@ -52,7 +52,7 @@ class Kernels:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `python -m bench kernels`."""
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    add_dtype_argument(parser, [judged_dtype()])
     parser.add_argument("--shrink", type=int, default=1, metavar="N", help="channels and pixels divided by N")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .load import python
 from .machine import print_header
-from .networks import DTYPES, SIZES
+from .networks import add_network_arguments
 from .table import Row, finish, print_head, print_row
 
 STEPS = (3, 9)
@@ -33,9 +33,7 @@ class Once:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `python -m bench memory`."""
-    parser.add_argument("--size", choices=SIZES, default="full", help="of the networks (default: SD 1.5's)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
-    parser.add_argument("--latents", type=int, default=64, metavar="N", help="N x N latents (default 64)")
+    add_network_arguments(parser, ("bfloat16", "float32"))
 
 
 def run(args: argparse.Namespace) -> int:

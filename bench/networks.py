@@ -1,5 +1,6 @@
 """The networks that benchmarks of speed and memory run: ours as `load` gives them, diffusers', and what goes in."""
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,13 @@ from minidiff.accelerate import compile_unet, compile_whole, prepare
 from minidiff.guidance.guide import Guidance, Guide, evaluate, evaluate_whole
 from minidiff.guidance.layout import Region, make_layout
 from minidiff.guidance.objectives import layout_loss
+from minidiff.networks.attention import HEAD_MEAN, Record
 from minidiff.networks.config import UNetConfig, VAEConfig
-from minidiff.networks.unet import UNet
+from minidiff.networks.sites import choose, cross, level
+from minidiff.networks.unet import Maps, UNet
 from minidiff.networks.vae import VAE
+from minidiff.recorded import MEAN
+from minidiff.sampling import SD15_SCHEDULER_CONFIG, Euler, NoiseSchedule, sample
 
 from .models import SD15, TINY, Size, random_weights, unet_shapes, vae_shapes
 
@@ -36,6 +41,24 @@ Weights = Mapping[str, Tensor]
 def device() -> torch.device:
     """CUDA where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def judged_dtype() -> str:
+    """The dtype that the bounds are for: bfloat16 on a GPU or a CPU with matrix units, float32 elsewhere."""
+    return "bfloat16" if device().type == "cuda" or torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def add_network_arguments(parser: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
+    """What is measured: --size, --dtype (default: `dtypes`) and --latents."""
+    parser.add_argument("--size", choices=SIZES, default="full", help="of the networks (default: SD 1.5's)")
+    add_dtype_argument(parser, dtypes)
+    parser.add_argument("--latents", type=int, default=64, metavar="N", help="N x N latents (default 64)")
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
+    """--dtype, one or several."""
+    text = f"a table for each (default here: {' '.join(dtypes)})"
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(dtypes), help=text)
 
 
 def unet_weights(size: Size, dtype: torch.dtype) -> Weights:
@@ -133,6 +156,32 @@ def guided_pass(guide: Guide, inputs: Inputs) -> Callable[[], tuple[Tensor, Tens
         return gradient, found[0]
 
     return look
+
+
+def guided_run(unet: UNet, inputs: Inputs, steps: int) -> Callable[[], Maps | None]:
+    """A run of so many steps of one image, all guided once, that averages what it records of the layers at level 1.
+
+    inputs: two rows, [uncond, cond].
+    """
+    one = Inputs(inputs.x[:1], inputs.t, inputs.context[1:])
+    there = unet.positions(inputs.x.shape[2], inputs.x.shape[3])
+    record = Record(choose(cross & level(1), there), HEAD_MEAN)
+    noise = NoiseSchedule.from_config(SD15_SCHEDULER_CONFIG)
+
+    @torch.no_grad()
+    def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Maps]:
+        eps, maps = unet(torch.cat([x, x]).to(inputs.x.dtype), t, inputs.context, record)
+        assert eps is not None
+        return eps.float()[1:], maps
+
+    def call() -> Maps | None:
+        kept: Maps | None = None
+        guide = layout_guide(unet, one, steps=steps)
+        for done in sample(denoise, one.x.float(), Euler().schedule(noise, steps), Euler(), guide.refine):
+            kept = MEAN(kept, done.maps, done.index)
+        return kept
+
+    return call
 
 
 def _vae_weights(size: Size, dtype: torch.dtype) -> Weights:

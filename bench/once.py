@@ -13,13 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
-from minidiff.networks.attention import HEAD_MEAN, Record
-from minidiff.networks.sites import choose, cross, level
-from minidiff.networks.unet import Maps
-from minidiff.recorded import MEAN
-from minidiff.sampling import SD15_SCHEDULER_CONFIG, Euler, NoiseSchedule, sample
 
 from .load_once import resident
 from .models import Size
@@ -30,6 +23,7 @@ from .networks import (
     Inputs,
     device,
     guided_pass,
+    guided_run,
     layout_guide,
     our_unet,
     our_vae,
@@ -73,26 +67,9 @@ def decode(library: str, size: Size, dtype: torch.dtype, edge: int, count: int) 
 
 
 def sampling(library: str, size: Size, dtype: torch.dtype, edge: int, count: int) -> Call:
-    """A run of `count` steps, all guided, that records and averages the layers at level 1."""
-    unet, inputs = our_unet(size, unet_weights(size, dtype)), Inputs.random(size, dtype, 2, edge, edge)
-    one = Inputs(inputs.x[:1], inputs.t, inputs.context[1:])
-    record = Record(choose(cross & level(1), unet.positions(edge, edge)), HEAD_MEAN)
-    noise = NoiseSchedule.from_config(SD15_SCHEDULER_CONFIG)
-
-    @torch.no_grad()
-    def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Maps]:
-        eps, maps = unet(torch.cat([x, x]).to(dtype), t, inputs.context, record)
-        assert eps is not None
-        return eps.float()[1:], maps
-
-    def call() -> object:
-        kept: Maps | None = None
-        guide = layout_guide(unet, one, steps=count)
-        for done in sample(denoise, one.x.float(), Euler().schedule(noise, count), Euler(), guide.refine):
-            kept = MEAN(kept, done.maps, done.index)
-        return kept
-
-    return call
+    """A run of `count` steps."""
+    unet = our_unet(size, unet_weights(size, dtype))
+    return guided_run(unet, Inputs.random(size, dtype, 2, edge, edge), count)
 
 
 CASES = {"step": step, "guided": guided, "decode": decode, "sampling": sampling}

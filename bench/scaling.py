@@ -1,4 +1,4 @@
-"""How cost grows: with the batch, the resolution, the number of boxes. Seconds by turns, in one process."""
+"""How cost grows with the batch, the resolution, the number of steps and of boxes: seconds by turns, in one process."""
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,28 +10,41 @@ import torch
 from minidiff.networks.unet import UNet
 
 from .machine import print_header
-from .networks import DTYPES, SIZES, Inputs, device, guided_pass, layout_guide, our_unet, unet_weights
+from .networks import (
+    DTYPES,
+    SIZES,
+    Inputs,
+    device,
+    guided_pass,
+    guided_run,
+    judged_dtype,
+    layout_guide,
+    our_unet,
+    unet_weights,
+)
 from .plot import lines
 from .table import Row, finish, print_rows
 from .throughput import ours
 from .timing import Timing, by_turns, gemm_rate, print_timing
 
-BATCHES, BOXES, EDGES = (1, 2, 4, 8), (1, 2, 4, 8), (0.5, 0.75, 1.0, 1.25)
+BATCHES, BOXES, STEPS, EDGES = (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4), (0.5, 0.75, 1.0, 1.25)
 LEVEL = 1.05
-"""How much an image of a batch may cost of one alone, and the dearest number of boxes of the cheapest."""
+"""What an image of a batch may cost of one alone, a step of many of a single one, the dearest number of boxes of the
+cheapest.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `python -m bench scaling`."""
     parser.add_argument("--size", choices=SIZES, default="full", help="of the networks (default: SD 1.5's)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default=judged_dtype())
     parser.add_argument("--latents", type=int, default=64, metavar="N", help="of a whole image; batches take N/2")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="calls of each variant (default 5)")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write batch.png, resolution.png and boxes.png")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write a PNG for each")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Three tables; 1 where a ratio is out of its bound."""
+    """Four tables; 1 where a ratio is out of its bound."""
     size, dtype, half = SIZES[args.size], DTYPES[args.dtype], args.latents // 2
     facts = {"dtype": args.dtype, "size": args.size, "latents": f"{args.latents}x{args.latents}"}
     facts |= {"repeats": str(args.repeats), "threads": str(torch.get_num_threads())}
@@ -42,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     found = {
         "batch": batches(unet, everything, args.repeats),
         "boxes": boxes(unet, _first(everything, 1), args.repeats),
+        "steps": steps(unet, _first(everything, 2), args.repeats),
         "resolution": resolutions(unet, [int(args.latents * edge) for edge in EDGES], args),
     }
     print(f"{gemm_rate(dtype, device()):.2f} TFLOP/s after\n")
@@ -71,6 +85,12 @@ def boxes(unet: UNet, inputs: Inputs, repeats: int) -> dict[str, Timing]:
     return {name: replace(found, name=f"boxes: {name}") for name, found in by_turns(calls, repeats).items()}
 
 
+def steps(unet: UNet, inputs: Inputs, repeats: int) -> dict[str, Timing]:
+    """A run of so many guided and recorded steps."""
+    calls = {str(count): guided_run(unet, inputs, count) for count in STEPS}
+    return {count: replace(found, name=f"steps: {count}") for count, found in by_turns(calls, repeats).items()}
+
+
 def resolutions(unet: UNet, edges: Sequence[int], args: argparse.Namespace) -> dict[str, Timing]:
     """A step of one image of each size."""
     size, dtype = SIZES[args.size], DTYPES[args.dtype]
@@ -91,6 +111,8 @@ def _first(inputs: Inputs, rows: int) -> Inputs:
 def _rows(found: Mapping[str, Mapping[str, Timing]], dtype: str) -> Iterator[Row]:
     alone, *others = (timing.median for timing in found["batch"].values())
     yield Row("an image of a batch", f"{dtype}, to {max(BATCHES)}", max(others) / alone, LEVEL, "of one alone")
+    one, *others = (timing.median / int(count) for count, timing in found["steps"].items())
+    yield Row("a step of a run", f"{dtype}, to {max(STEPS)}", max(others) / one, LEVEL, "of a run of one")
     medians = [timing.median for timing in found["boxes"].values()]
     ratio = max(medians) / min(medians)
     yield Row("the dearest number of boxes", f"{dtype}, to {max(BOXES)}", ratio, LEVEL, "of the cheapest")
@@ -101,6 +123,7 @@ def _draw(found: Mapping[str, Mapping[str, Timing]], folder: Path) -> None:
     names = {
         "batch": ("images in a batch", "seconds of a step, per image"),
         "boxes": ("boxes", "seconds of a guided pass"),
+        "steps": ("guided and recorded steps", "seconds of a run"),
         "resolution": ("pixels along an edge", "seconds of a step"),
     }
     for name, (x_name, y_name) in names.items():

@@ -19,7 +19,18 @@ from minidiff.recorded import MEAN
 from . import openvino
 from .machine import print_header
 from .models import Size
-from .networks import DTYPES, SIZES, Inputs, compiled_unet, device, our_unet, their_unet, unet_weights
+from .networks import (
+    DTYPES,
+    SIZES,
+    Inputs,
+    add_network_arguments,
+    compiled_unet,
+    device,
+    judged_dtype,
+    our_unet,
+    their_unet,
+    unet_weights,
+)
 from .table import Row, finish, print_rows
 from .timing import Timing, by_turns, gemm_rate, print_timing
 
@@ -39,9 +50,7 @@ BOUNDS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `python -m bench throughput`."""
-    parser.add_argument("--size", choices=SIZES, default="full", help="of the networks (default: SD 1.5's)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="one table for each")
-    parser.add_argument("--latents", type=int, default=64, metavar="N", help="N x N latents (default 64)")
+    add_network_arguments(parser, [judged_dtype()])
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="steps of each variant (default 5)")
     parser.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
 

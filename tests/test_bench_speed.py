@@ -164,7 +164,8 @@ def test_memory_compares_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scaling(tmp_path: Path) -> None:
     flags = ["--size", "tiny", "--latents", "16", "--repeats", "1", "--plots", str(tmp_path / "plots")]
     main(["scaling", *flags, "--json", str(tmp_path / "rows.json")])
-    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["batch.png", "boxes.png", "resolution.png"]
+    drawn = sorted(path.stem for path in (tmp_path / "plots").iterdir())
+    assert drawn == ["batch", "boxes", "resolution", "steps"]
     timings = json.loads((tmp_path / "rows.json").read_text())["timings"]
     assert list(timings["batch"]) == ["1", "2", "4", "8"] and list(timings["resolution"]) == ["64", "96", "128", "160"]
 
