@@ -25,6 +25,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `python -m bench all`."""
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="NAME", help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--plots", metavar="FOLDER", help="where scaling draws its PNGs")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         for name in PARTS if args.only is None else args.only:
             path = Path(folder) / f"{name}.json"
             command = [sys.executable, "-m", "bench", name, *PARTS[name], "--json", str(path)]
+            command += ["--plots", args.plots] if name == "scaling" and args.plots is not None else []
             before = time.perf_counter()
             codes[name] = subprocess.run(command, cwd=ROOT, check=False).returncode
             print(f"\n{name}: {time.perf_counter() - before:.0f} s, exit code {codes[name]}\n", flush=True)
