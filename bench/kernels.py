@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
             ways = [f"{way} {ms:.2f}" for way, ms in kernels.milliseconds.items()]
             print(f"{kernels.name:<44} * {', '.join(ways)} ms", flush=True)
             found.append(kernels)
+        print(f"{dtype}: {gemm_rate(DTYPES[dtype], device()):.2f} TFLOP/s after", flush=True)
     rows = [kernels.row for kernels in found]
     print_rows(rows)
     return finish(rows, args.json)

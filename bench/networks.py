@@ -35,6 +35,8 @@ PLACES = (
     (0, 0.5, 0.25, 0.75),
 )  # whole cells of every grid that is read at 64x64 latents, so that the published code sees the same masks
 TIMESTEP = 801.0
+ALIKE = {"bfloat16": 0.1, "float16": 0.1, "float32": 1e-3}
+"""How far two ways may be apart that compute the same: rounding of the dtype."""
 Weights = Mapping[str, Tensor]
 
 
@@ -138,7 +140,7 @@ def layout_guide(
         [regions] * rows, [objects + 3] * rows, 77, {at.grid for at in there.values()}, inputs.x.device
     )
     names = [[region.name for region in regions]] * rows
-    look = compile_whole(evaluate_whole, device()) if whole else evaluate
+    look = compile_whole(evaluate_whole, unet) if whole else evaluate
     return Guide(how, unet.forward, inputs.context, layout, names, whole_batch=whole, evaluate=look)
 
 

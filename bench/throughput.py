@@ -1,14 +1,17 @@
 """One step of sampling with classifier-free guidance: minidiff against diffusers and OpenVINO, the same weights.
 
-A step is the UNet on two rows, [uncond, cond]. Variants run by turns in one process; a ratio is of medians.
+A step is the UNet on two rows, [uncond, cond]. Variants run by turns in one process, and a ratio is of their medians.
 """
 
 import argparse
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minidiff.accelerate import compile_network
 from minidiff.networks.attention import HEAD_MEAN, Record
@@ -20,9 +23,11 @@ from . import openvino
 from .machine import print_header
 from .models import Size
 from .networks import (
+    ALIKE,
     DTYPES,
     SIZES,
     Inputs,
+    Weights,
     add_network_arguments,
     compiled_unet,
     device,
@@ -31,12 +36,14 @@ from .networks import (
     their_unet,
     unet_weights,
 )
+from .reference import relative_error
 from .table import Row, finish, print_rows
 from .timing import Timing, by_turns, gemm_rate, print_timing
 
 LOADED, LAST, OURS = "diffusers, as loaded", "diffusers, channels_last", "minidiff"
 THEIRS_COMPILED, OURS_COMPILED, RECORDED = "diffusers, compiled", "minidiff, compiled", "minidiff, compiled, recording"
 OPENVINO = "OpenVINO"
+Step = Callable[[], Tensor]
 BOUNDS = (
     (OURS, LAST, 0.95),
     (OURS, LOADED, 0.85),
@@ -60,69 +67,113 @@ def run(args: argparse.Namespace) -> int:
     facts = {"batch": "2 rows", "latents": f"{args.latents}x{args.latents}", "context": "77", "size": args.size}
     facts |= {"repeats": str(args.repeats), "threads": str(torch.get_num_threads())}
     print_header("one step with classifier-free guidance, random weights", facts)
-    rows, timings = [], {}
+    rows: list[Row] = []
+    timings: dict[str, dict[str, Timing]] = {}
     for name in args.dtype:
         dtype = DTYPES[name]
         before = gemm_rate(dtype, device())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's compiler and of OpenVINO's converter, about diffusers' code
-            found = measured(SIZES[args.size], dtype, args.latents, args.repeats, not args.eager)
+            found, apart = measured(SIZES[args.size], dtype, args.latents, args.repeats, not args.eager)
         print(f"{name}: {before:.2f} TFLOP/s in a matrix product before, {gemm_rate(dtype, device()):.2f} after")
-        for timing in found.values():
-            print_timing(timing, found[LAST].median)
-        rows += list(bounds(found, name))
-        timings[name] = found
+        for stage, variants in found.items():
+            for timing in variants.values():
+                print_timing(timing, variants[LAST].median)
+            rows += list(bounds(variants, name))
+            timings[f"{name}, {stage}"] = variants
+        rows += [Row(f"{variant}: eps", name, error, ALIKE[name]) for variant, error in apart.items()]
     print_rows(rows)
     return finish(rows, args.json, timings)
 
 
-def measured(size: Size, dtype: torch.dtype, edge: int, repeats: int, compiled: bool) -> dict[str, Timing]:
-    """All variants by turns, over the same weights."""
-    weights, inputs = unet_weights(size, dtype), Inputs.random(size, dtype, 2, edge, edge)
-    variants = {
+def measured(
+    size: Size, dtype: torch.dtype, edge: int, repeats: int, compiled: bool
+) -> tuple[dict[str, dict[str, Timing]], dict[str, float]]:
+    """Variants by turns, over the same weights: first the eager ones, then what is compiled. How far each variant's
+    prediction is from that of diffusers as loaded.
+
+    Together they do not fit into 24 GB in float32: whatever is packed or compiled holds the weights once more.
+    """
+    inputs = Inputs.random(size, dtype, 2, edge, edge)
+    eps: dict[str, Tensor] = {}
+    found = {"eager": by_turns(_kept(eager(size, unet_weights(size, dtype), inputs), eps), repeats)}
+    if compiled:
+        print("compiling takes minutes, all at the first call", flush=True)
+        gc.collect()
+        variants = when_compiled(size, unet_weights(size, dtype), inputs)
+        found["compiled"] = by_turns(_kept(variants, eps), repeats)
+        torch.compiler.reset()
+    gc.collect()
+    return found, {name: relative_error(value, eps[LOADED]) for name, value in eps.items() if name != LOADED}
+
+
+def _kept(variants: Mapping[str, Step], eps: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
+    """The same calls, whose last result is in `eps`."""
+
+    def kept(name: str, step: Step) -> None:
+        eps[name] = step()
+
+    return {name: partial(kept, name, step) for name, step in variants.items()}
+
+
+def eager(size: Size, weights: Weights, inputs: Inputs) -> dict[str, Step]:
+    """Variants that need no compiler."""
+    return {
         LOADED: theirs(their_unet(size, weights), inputs),
         LAST: theirs(their_unet(size, weights).to(memory_format=torch.channels_last), inputs),
         OURS: ours(our_unet(size, weights), inputs),
     }
-    if compiled:
-        print("compiling takes minutes, all at the first call", flush=True)
-        unet = compiled_unet(size, weights)
-        four = choose(cross & (place("mid") | block("up", 1)), unet.positions(edge, edge))
-        variants[THEIRS_COMPILED] = theirs(compile_network(their_unet(size, weights)), inputs)
-        variants[OURS_COMPILED] = ours(unet, inputs)
-        variants[RECORDED] = streamed(unet, inputs, Record(four, HEAD_MEAN))
-        if openvino.installed():
-            variants[OPENVINO] = openvino.step(their_unet(size, weights), inputs)
-    return by_turns(variants, repeats)
 
 
-def theirs(unet: Any, inputs: Inputs) -> Callable[[], object]:
+def when_compiled(size: Size, weights: Weights, inputs: Inputs) -> dict[str, Step]:
+    """Compiled variants, and what they are compared with."""
+    last = {name: value.contiguous(memory_format=_layout(value)) for name, value in weights.items()}
+    unet = compiled_unet(size, last)
+    four = choose(cross & (place("mid") | block("up", 1)), unet.positions(*inputs.x.shape[2:]))
+    others = {OPENVINO: openvino.step(their_unet(size, last), inputs)} if openvino.comparable() else {}
+    return {
+        **others,
+        LAST: theirs(their_unet(size, last), inputs),
+        THEIRS_COMPILED: theirs(compile_network(their_unet(size, last)), inputs),
+        OURS_COMPILED: ours(unet, inputs),
+        RECORDED: streamed(unet, inputs, Record(four, HEAD_MEAN)),
+    }
+
+
+def _layout(value: torch.Tensor) -> torch.memory_format:
+    return torch.channels_last if value.ndim == 4 else torch.contiguous_format
+
+
+def theirs(unet: Any, inputs: Inputs) -> Step:
     """A step of UNet2DConditionModel."""
 
     @torch.no_grad()
-    def step() -> object:
+    def step() -> Tensor:
         return unet(inputs.x, inputs.t, encoder_hidden_states=inputs.context, return_dict=False)[0]
 
     return step
 
 
-def ours(unet: UNet, inputs: Inputs) -> Callable[[], object]:
+def ours(unet: UNet, inputs: Inputs) -> Step:
     """A step of UNet."""
 
     @torch.no_grad()
-    def step() -> object:
-        return unet(inputs.x, inputs.t, inputs.context)[0]
+    def step() -> Tensor:
+        eps, _ = unet(inputs.x, inputs.t, inputs.context)
+        assert eps is not None
+        return eps
 
     return step
 
 
-def streamed(unet: UNet, inputs: Inputs, record: Record) -> Callable[[], object]:
+def streamed(unet: UNet, inputs: Inputs, record: Record) -> Step:
     """A step that records, and adds its maps to those of the steps before."""
     kept: list[Maps | None] = [None]
 
     @torch.no_grad()
-    def step() -> object:
+    def step() -> Tensor:
         eps, maps = unet(inputs.x, inputs.t, inputs.context, record)
+        assert eps is not None
         kept[0] = MEAN(kept[0], maps, 0 if kept[0] is None else 1)
         return eps
 

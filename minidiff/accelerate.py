@@ -8,7 +8,9 @@ and that by a convolution's input is a convolution with the weights flipped in b
 import ctypes
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
+from types import FunctionType
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -20,10 +22,11 @@ from .networks.unet import UNet
 
 T = TypeVar("T")
 Network = TypeVar("Network", bound=nn.Module)
-_DTYPES = (torch.float32, torch.bfloat16)
 _LARGE = 2**16
 """Numbers in a layer that is packed: of smaller ones the detour through Python costs what the packing saves."""
 _ONES = [1, 1]
+_GRAPHS = 2**12
+"""Graphs of one function, all networks together."""
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -65,7 +68,8 @@ class Packed(nn.Module):
     """A linear map, plus a bias, whose frozen weights oneDNN holds in its own order from the first call on.
 
     `weight` is then an opaque tensor of the same shape, and `dense()` its numbers. Packing waits for the first call, so
-    that loading stays a memory map. Where the weights are not frozen or not for oneDNN it is torch's own layer.
+    that loading stays a memory map. It is torch's own layer where the weights are not frozen, not for oneDNN, or others
+    than those it was made with. To train a network that has run, load it again: its parameters are opaque tensors.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
@@ -73,10 +77,15 @@ class Packed(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
         self.train(layer.training)
         self.turned: Tensor | None = None  # the weights of the gradient, packed as well, from the first gradient on
+        self._known()
 
     def forward(self, x: Tensor) -> Tensor:
         """What torch's layer returns; convolutions in channels_last."""
-        if self.weight.is_mkldnn and not torch.is_grad_enabled():  # the short way: small networks feel each microsecond
+        weight = self.weight
+        if weight is not self.made_with[0] or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+            self._unpack()
+            return self.plain(x)
+        if weight.is_mkldnn and not torch.is_grad_enabled():  # the short way: small networks feel each microsecond
             return self.run(x, self.bias)
         if not self._may_pack():
             self._unpack()
@@ -102,23 +111,30 @@ class Packed(nn.Module):
 
     def _may_pack(self) -> bool:
         weight, bias = self.weight, self.bias
-        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if trained or not isinstance(weight, nn.Parameter):  # functional_call puts other tensors in its place
+        if weight.requires_grad or (bias is not None and bias.requires_grad) or torch.compiler.is_compiling():
             return False
-        return weight.device.type == "cpu" and weight.dtype in _DTYPES and not torch.compiler.is_compiling()
+        return weight.device.type == "cpu" and _packs(weight.dtype)
+
+    def _known(self) -> None:
+        """functional_call, and whoever merges a LoRA, puts another tensor in the weight's place."""
+        self.made_with = (self.weight,)
 
     def _keep(self, packed: Tensor) -> None:
         self.weight = nn.Parameter(packed, requires_grad=False)
+        self._known()
 
     def _unpack(self) -> None:
         if self.weight.is_mkldnn:
             self.weight = nn.Parameter(self.dense(), requires_grad=self.weight.requires_grad)
+            self._known()
         self.turned = None
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Packed":
         """Of Module.to and its kin."""
         self._unpack()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self._known()
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -128,11 +144,19 @@ class Packed(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._unpack()
         super()._load_from_state_dict(*args)
+        self._known()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which torch cannot make of opaque tensors."""
-        parameters = {**self._parameters, "weight": nn.Parameter(self.dense(), self.weight.requires_grad)}
-        return {**self.__dict__, "_parameters": parameters, "turned": None}
+        weight = nn.Parameter(self.dense(), self.weight.requires_grad)
+        parameters = {**self._parameters, "weight": weight}
+        return {**self.__dict__, "_parameters": parameters, "made_with": (weight,), "turned": None}
+
+
+@cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has kernels for it on this CPU; asked, it raises where torch's own layers go another way."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class PackedLinear(Packed):
@@ -191,12 +215,30 @@ class _Apply(torch.autograd.Function):
     def setup_context(
         ctx: Any, inputs: tuple[Tensor, Packed, torch.Size | None, Tensor | None], output: Tensor
     ) -> None:
-        x, ctx.layer, size, _ = inputs
-        ctx.size = x.shape if size is None else None
+        x, ctx.layer, ctx.own, _ = inputs
+        ctx.size = x.shape if ctx.own is None else None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _Apply.apply(grad, ctx.layer, ctx.size, None), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _Apply.apply(tangent, ctx.layer, ctx.own, None)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        layer: Packed,
+        size: torch.Size | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, int]:
+        dim = in_dims[0]
+        assert dim is not None  # the weights, which alone may be batched otherwise, are the layer's own
+        out = _Apply.apply(x.movedim(dim, 0).flatten(0, 1), layer, size, bias)
+        return out.unflatten(0, (info.batch_size, -1)), 0
 
 
 def _turned(weight: Tensor) -> Tensor:
@@ -265,7 +307,7 @@ class CompiledConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,h,w] -> [B,C',h',w']."""
-        if self.weight.requires_grad:
+        if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         return _Convolve.apply(x, self.weight, self.bias, self.stride, self.padding)
 
@@ -317,10 +359,19 @@ def is_compiled(network: nn.Module) -> bool:
     return network._compiled_call_impl is not None  # torch has no public question for it
 
 
-@cache
-def compile_whole(function: Callable[..., T], device: torch.device) -> Callable[..., T]:
-    """A function of tensors, and of frozen values that choose its graph, as one graph for each choice and shape."""
-    return _called(torch.compile(function, **_flags(device)), device)
+def compile_whole(function: Callable[..., T], network: nn.Module) -> Callable[..., T]:
+    """A function of tensors, and of frozen values that choose its graph, as one graph for each choice and shape.
+
+    It is kept with the network that it runs, and made once: the compiler knows graphs by their code alone, and does not
+    ask whose weights are the constants of one.
+    """
+    kept: dict[Callable[..., T], Callable[..., T]] = network.__dict__.setdefault("_compiled_whole", {})
+    if function not in kept:
+        assert isinstance(function, FunctionType)
+        own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        device = next(network.parameters()).device
+        kept[function] = _called(torch.compile(own, **_flags(device)), device)
+    return kept[function]
 
 
 def _flags(device: torch.device) -> dict[str, Any]:
@@ -342,18 +393,26 @@ def _called(call: Callable[..., T], device: torch.device) -> Callable[..., T]:
 
         def owned(*args: Any, **kwargs: Any) -> T:
             torch.compiler.cudagraph_mark_step_begin()
-            return tree_map_only(Tensor, Tensor.clone, call(*args, **kwargs))
+            with _many_graphs():
+                return tree_map_only(Tensor, Tensor.clone, call(*args, **kwargs))
 
         return owned
 
     def frozen(*args: Any, **kwargs: Any) -> T:
-        from torch._dynamo import config as tracing  # here, since importing the compiler takes a second
-        from torch._inductor import config as generating
-
         leaves = tree_leaves((args, kwargs)) if torch.is_grad_enabled() else []
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-            return call(*args, **kwargs)  # the caller's own gradient: torch makes constants for inference only
-        with torch.no_grad(), generating.patch(freezing=True), tracing.patch(prepare_freezing=True):
+            with _many_graphs():  # the caller's own gradient: torch makes constants for inference only
+                return call(*args, **kwargs)
+        from torch._inductor import config as generating  # here, since importing the compiler takes a second
+
+        with torch.no_grad(), generating.patch(freezing=True), _many_graphs(prepare_freezing=True):
             return call(*args, **kwargs)
 
     return frozen
+
+
+def _many_graphs(**options: Any) -> AbstractContextManager[object]:
+    """Each size, batch, record and strength of an edit has its own graph; the compiler would give up at the ninth."""
+    from torch._dynamo import config as tracing
+
+    return tracing.patch(recompile_limit=_GRAPHS, accumulated_recompile_limit=_GRAPHS, **options)

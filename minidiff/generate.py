@@ -298,7 +298,7 @@ def _guide(
     """Its passes compiled, where the model is."""
     names = [[region.name for region in some] for some in regions]
     compiled = is_compiled(model.unet)
-    look = compile_whole(evaluate_whole, model.device) if compiled else evaluate
+    look = compile_whole(evaluate_whole, model.unet) if compiled else evaluate
     return Guide(how, model.unet.forward, context, layout, names, edit, inputs, compiled, look)
 
 

@@ -19,6 +19,7 @@ from minidiff.accelerate import (
     PackedConv2d,
     PackedLinear,
     _called,
+    _flags,
     compile_network,
     compile_whole,
     prepare,
@@ -169,6 +170,70 @@ def test_functional_call_uses_the_weights_that_it_is_given() -> None:
     close(packed(x), conv(x))
 
 
+def test_other_weights_in_its_place_are_used_forward_and_back() -> None:
+    """Those of another network for one call, and new ones for good, as who merges a LoRA sets them."""
+    conv, packed = pair("3x3")
+    other, _ = pair("3x3")
+    x = torch.randn(1, 64, 6, 6)
+
+    def slope(network: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.func.grad(lambda x: network(x).sin().sum())(x)
+
+    slope(packed)
+    given = dict(other.named_parameters())
+    close(slope(lambda x: torch.func.functional_call(packed, given, (x,))), slope(other))
+    assert given["weight"] is other.weight and not other.weight.is_mkldnn
+    close(slope(packed), slope(conv))
+    packed.weight = nn.Parameter(other.weight * 2, requires_grad=False)
+    conv.weight = packed.weight
+    close(packed(x), conv(x))
+    close(slope(packed), slope(conv))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_at_several_sizes(kind: str) -> None:
+    conv, packed = pair(kind)
+    for edges in ((16, 16), (7, 30), (9, 5)):
+        x = torch.randn(2, 64, *edges)
+        close(*(torch.func.grad(lambda x, f=f: f(x).sin().sum())(x) for f in (packed, conv)))
+
+
+@pytest.mark.parametrize("layer", ["convolution", "linear"])
+def test_forward_derivatives_and_batches_of_functions(layer: str) -> None:
+    if layer == "linear":
+        plain: nn.Module = nn.Linear(64, 80).requires_grad_(False)
+        packed: nn.Module = PackedLinear(copy.deepcopy(plain))
+        x = torch.randn(3, 2, 64)
+    else:
+        plain, packed = pair("stride 2")
+        x = torch.randn(3, 2, 64, 6, 7)
+    tangent = torch.randn_like(x[0])
+    for found, expected in zip(
+        *(torch.func.jvp(lambda x, f=f: f(x).sin(), (x[0],), (tangent,)) for f in (packed, plain)), strict=True
+    ):
+        close(found, expected)
+    close(*(torch.func.vmap(f)(x) for f in (packed, plain)))
+    close(*(torch.func.vmap(torch.func.grad(lambda x, f=f: f(x).sin().sum()))(x) for f in (packed, plain)))
+    close(*(torch.func.vmap(f, in_dims=1)(x) for f in (packed, plain)))
+
+
+def test_autocast_is_torchs() -> None:
+    conv, packed = pair("3x3")
+    x = torch.randn(1, 64, 6, 6)
+    packed(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(x), conv(x))
+        assert torch.equal(packed(x.bfloat16()), conv(x.bfloat16()))
+
+
+def test_bfloat16_without_kernels_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minidiff.accelerate._packs", lambda dtype: dtype == torch.float32)
+    conv, packed = pair("3x3", torch.bfloat16)
+    x = torch.randn(1, 64, 6, 6).bfloat16()
+    assert torch.equal(packed(x), conv(x))
+    assert not packed.weight.is_mkldnn
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(300,), (2, 150), (1, 7), (3, 2, 4)])
 @pytest.mark.parametrize("bias", [True, False])
@@ -238,10 +303,52 @@ def test_what_compiling_asks_for() -> None:
         patch.setattr(torch, "compile", lambda function, **flags: asked.append(flags) or function)
         patch.setattr(nn.Module, "compile", lambda self, **flags: asked.append(flags))
         compile_network(network)
-        compile_whole.__wrapped__(len, torch.device("cpu"))
-        compile_whole.__wrapped__(len, torch.device("cuda"))
+        assert compile_whole(gradient, network) is compile_whole(gradient, network)
+    assert len(asked) == 2
+    asked.append(_flags(torch.device("cuda")))
     assert all(flags["fullgraph"] is True and flags["dynamic"] is False for flags in asked)
     assert [flags.get("mode") for flags in asked] == [None, None, "reduce-overhead"]
+
+
+def gradient(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Of something that is not linear, so that it depends on the weights and on x."""
+    return torch.func.grad(lambda x: forward(x).sin().sum())(x)
+
+
+class Small(nn.Module):
+    """The compiler does not take torch's own modules for a whole network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def test_each_network_is_compiled_with_its_own_weights() -> None:
+    """Constants of a graph are no part of what the compiler knows it by."""
+    x = torch.randn(3, 8)
+    for _ in range(2):
+        network = Small().requires_grad_(False)
+        close(compile_whole(gradient, network)(network.forward, x), gradient(network.forward, x))
+        close(compile_network(copy.deepcopy(network))(x), network(x))
+
+
+def test_a_sweep_of_many_sizes_is_compiled() -> None:
+    torch._dynamo.reset()
+    call = _called(torch.compile(torch.sin, backend="eager", fullgraph=True, dynamic=False), torch.device("cpu"))
+    for n in range(1, 12):  # torch's own limit is 8
+        assert call(torch.ones(n)).shape == (n,)
+        call(torch.ones(n + 20, requires_grad=True))
+
+
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_trained_convolutions_have_gradients_for_compilers_too(what: str) -> None:
+    own = CompiledConv2d(nn.Conv2d(4, 4, 3).requires_grad_(False))
+    getattr(own, what).requires_grad_(True)
+    own(torch.randn(1, 4, 5, 5)).sum().backward()
+    assert getattr(own, what).grad is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -33,16 +33,11 @@ from minidiff.sampling import Euler, Schedule
 from minidiff.shapes.measure import Found, Measured, check
 from minidiff.shapes.world import GAP, HELD_OUT, MAX_ASPECT, MAX_EDGE, MIN_EDGE
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers with numpy 2
+]
 SMALL = unet_dict([32, 64], [True, False], layers=1)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

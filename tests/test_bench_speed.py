@@ -1,7 +1,6 @@
 """python -m bench kernels, throughput, guided, memory, scaling, all: what they measure, print and write."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +25,8 @@ from bench.reference import relative_error
 from bench.throughput import LAST, LOADED, OURS
 from bench.timing import Timing, best, by_turns
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EDGE = 32  # latents at which the boxes are whole cells of every grid that is read, as the published code wants them
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- seconds
@@ -65,7 +57,7 @@ def test_the_published_way_computes_what_minidiff_does() -> None:
     weights = unet_weights(TINY, torch.float32)
     found, (loss, gradient) = passes(TINY, weights, EDGE, 1, compiled=False)
     assert loss <= 1e-5 and gradient <= 1e-4
-    assert set(found) == {bench.guided.PUBLISHED, bench.guided.OURS}
+    assert set(found) == {"eager"} and set(found["eager"]) == {bench.guided.PUBLISHED, bench.guided.OURS}
 
 
 def test_another_box_is_another_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,10 +97,11 @@ def test_throughput(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code = main(["throughput", "--dtype", "bfloat16", "float32", *flags])
     printed, found = capsys.readouterr().out, rows(tmp_path / "rows.json")
     assert code == (0 if all(row["ok"] for row in found) else 1)
-    assert [row["shape"] for row in found] == ["bfloat16"] * 2 + ["float32"] * 2
+    assert [row["shape"] for row in found] == ["bfloat16"] * 4 + ["float32"] * 4
+    assert all(row["ok"] for row in found if row["part"].endswith(": eps"))
     for text in (LOADED, LAST, OURS, "TFLOP/s in a matrix product", "first call"):
         assert text in printed
-    seconds = json.loads((tmp_path / "rows.json").read_text())["timings"]["float32"][OURS]["seconds"]
+    seconds = json.loads((tmp_path / "rows.json").read_text())["timings"]["float32, eager"][OURS]["seconds"]
     assert len(seconds) == 2 and min(seconds) > 0
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import minidiff
-from minidiff.accelerate import compile_whole
 from minidiff.guidance.guide import Guidance, Guide
 from minidiff.guidance.layout import Layout, Region, make_layout
 from minidiff.guidance.objectives import OBJECTIVES, Maps
@@ -799,14 +798,12 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
     """Counts the graphs of torch.compile, and leaves out the code generation that makes it slow."""
     counting, original = CompileCounterWithBackend("aot_eager"), torch.compile
     torch._dynamo.reset()
-    compile_whole.cache_clear()
 
     def compile(function: object, fullgraph: bool, dynamic: bool) -> object:
         return original(function, fullgraph=fullgraph, dynamic=dynamic, backend=counting)
 
     monkeypatch.setattr(torch, "compile", compile)
     yield counting
-    compile_whole.cache_clear()
     torch._dynamo.reset()
 
 

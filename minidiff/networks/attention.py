@@ -256,7 +256,7 @@ def recorded_attention(
     """(output [B,H,N,D], what `keep` keeps of the probabilities); bias broadcastable to [B,H,N,L], N not broadcast.
 
     A large site goes by some rows of the grid at a time where `keep` is one of the kinds declared above, so its
-    probabilities are never all in memory (64x64 self-attention of SD 1.5: 512 MB an image).
+    probabilities are never all in memory (64x64 self-attention of SD 1.5: 512 MB an image), unless for a gradient.
     """
     height, width = grid
     rows = max(1, AT_ONCE // (q.shape[0] * q.shape[1] * width * k.shape[2]))
