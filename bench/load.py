@@ -159,8 +159,8 @@ def import_seconds() -> tuple[float, float]:
 
 def startup_row(repeats: int) -> Row:
     """`minidiff generate` with the bundled model, less its sampling, against the imports that it cannot do without."""
-    times = [(float(python("-c", STARTUP)), float(python("-c", NAMES))) for _ in range(repeats)]
-    ours, names = (statistics.median(column) for column in zip(*times, strict=True))
+    times = [(float(python("-c", NAMES)), float(python("-c", STARTUP))) for _ in range(repeats)]
+    names, ours = (statistics.median(column) for column in zip(*times, strict=True))
     note = f"{ours:.2f} s and {names:.2f} s"
     return Row(
         "start-up of minidiff generate", f"{repeats} processes", ours / names, STARTUP_BOUND, "of the imports", note

@@ -45,15 +45,14 @@ def test_equals_the_whole(height: int, batch: int, layout: torch.memory_format) 
 
 
 @torch.no_grad()
-def test_half_precision_is_as_near_to_double_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    norm, conv = layers(torch.float64)
-    x = grid(11)
-    expected = norm_silu_conv(norm, conv, x)
-    norm, conv, x = norm.bfloat16(), conv.bfloat16(), x.bfloat16()
-    divided = (norm_silu_conv(norm, conv, x) - expected).abs().max()
-    monkeypatch.setattr(strips, "WHOLE", 10**9)
-    whole = (norm_silu_conv(norm, conv, x) - expected).abs().max()
-    assert 0 < divided <= 1.2 * whole
+def test_half_precision_rounds_once_a_layer() -> None:
+    """The statistics are float32: around 100 those of bfloat16 give three to twenty times the error."""
+    norm, conv = layers(torch.bfloat16)
+    x = grid(11).bfloat16()
+    found = norm_silu_conv(norm, conv, x)
+    assert found.dtype == torch.bfloat16
+    expected = conv.double()(F.silu(norm.double()(x.double())))
+    assert (found - expected).abs().max() <= 0.006 * expected.abs().max()
 
 
 def test_what_is_small_or_has_a_gradient_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
