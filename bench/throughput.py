@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     facts = {"batch": "2 rows", "latents": f"{args.latents}x{args.latents}", "context": "77", "size": args.size}
     facts |= {"repeats": str(args.repeats), "threads": str(torch.get_num_threads())}
     print_header("one step with classifier-free guidance, random weights", facts)
+    if not args.eager:
+        print("compiling takes minutes, all at the first calls", flush=True)
     rows: list[Row] = []
     timings: dict[str, dict[str, Timing]] = {}
     for name in args.dtype:
@@ -74,11 +76,13 @@ def run(args: argparse.Namespace) -> int:
         before = gemm_rate(dtype, device())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's compiler and of OpenVINO's converter, about diffusers' code
-            found, apart = measured(SIZES[args.size], dtype, args.latents, args.repeats, not args.eager)
+            found, apart = measured(SIZES[args.size], dtype, args.latents, args.repeats, args.eager)
         print(f"{name}: {before:.2f} TFLOP/s in a matrix product before, {gemm_rate(dtype, device()):.2f} after")
         for stage, variants in found.items():
+            base = variants.get(LAST, variants.get(OURS_COMPILED))
+            print(f"{stage}:")
             for timing in variants.values():
-                print_timing(timing, variants[LAST].median)
+                print_timing(timing, None if base is None else base.median)
             rows += list(bounds(variants, name))
             timings[f"{name}, {stage}"] = variants
         rows += [Row(f"{variant}: eps", name, error, ALIKE[name]) for variant, error in apart.items()]
@@ -87,23 +91,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measured(
-    size: Size, dtype: torch.dtype, edge: int, repeats: int, compiled: bool
+    size: Size, dtype: torch.dtype, edge: int, repeats: int, eager_only: bool
 ) -> tuple[dict[str, dict[str, Timing]], dict[str, float]]:
-    """Variants by turns, over the same weights: first the eager ones, then what is compiled. How far each variant's
-    prediction is from that of diffusers as loaded.
+    """Variants by turns, over the same weights, stage by stage. How far each variant's prediction is from that of
+    diffusers as loaded.
 
     Together they do not fit into 24 GB in float32: whatever is packed or compiled holds the weights once more.
     """
     inputs = Inputs.random(size, dtype, 2, edge, edge)
     eps: dict[str, Tensor] = {}
-    found = {"eager": by_turns(_kept(eager(size, unet_weights(size, dtype), inputs), eps), repeats)}
-    if compiled:
-        print("compiling takes minutes, all at the first call", flush=True)
-        gc.collect()
-        variants = when_compiled(size, unet_weights(size, dtype), inputs)
-        found["compiled"] = by_turns(_kept(variants, eps), repeats)
+    found = {}
+    for name, variants in [("eager", eager)] if eager_only else STAGES.items():
+        found[name] = by_turns(_kept(variants(size, unet_weights(size, dtype), inputs), eps), repeats)
         torch.compiler.reset()
-    gc.collect()
+        gc.collect()
     return found, {name: relative_error(value, eps[LOADED]) for name, value in eps.items() if name != LOADED}
 
 
@@ -125,19 +126,33 @@ def eager(size: Size, weights: Weights, inputs: Inputs) -> dict[str, Step]:
     }
 
 
-def when_compiled(size: Size, weights: Weights, inputs: Inputs) -> dict[str, Step]:
-    """Compiled variants, and what they are compared with."""
-    last = {name: value.contiguous(memory_format=_layout(value)) for name, value in weights.items()}
-    unet = compiled_unet(size, last)
-    four = choose(cross & (place("mid") | block("up", 1)), unet.positions(*inputs.x.shape[2:]))
-    others = {OPENVINO: openvino.step(their_unet(size, last), inputs)} if openvino.comparable() else {}
+def compiled(size: Size, weights: Weights, inputs: Inputs) -> dict[str, Step]:
+    """Both networks by the same compiler, and the quickest without one."""
+    last = _channels_last(weights)
     return {
-        **others,
         LAST: theirs(their_unet(size, last), inputs),
         THEIRS_COMPILED: theirs(compile_network(their_unet(size, last)), inputs),
+        OURS_COMPILED: ours(compiled_unet(size, last), inputs),
+    }
+
+
+def recorded(size: Size, weights: Weights, inputs: Inputs) -> dict[str, Step]:
+    """Ours compiled, with and without a record, and another compiler."""
+    last = _channels_last(weights)
+    unet = compiled_unet(size, last)
+    four = choose(cross & (place("mid") | block("up", 1)), unet.positions(*inputs.x.shape[2:]))
+    return {
+        **({OPENVINO: openvino.step(their_unet(size, last), inputs)} if openvino.comparable() else {}),
         OURS_COMPILED: ours(unet, inputs),
         RECORDED: streamed(unet, inputs, Record(four, HEAD_MEAN)),
     }
+
+
+STAGES = {"eager": eager, "compiled": compiled, "recorded": recorded}
+
+
+def _channels_last(weights: Weights) -> Weights:
+    return {name: value.contiguous(memory_format=_layout(value)) for name, value in weights.items()}
 
 
 def _layout(value: torch.Tensor) -> torch.memory_format:

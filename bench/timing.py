@@ -29,14 +29,14 @@ class Timing:
         return min(self.seconds), max(self.seconds)
 
 
-def by_turns(variants: Mapping[str, Callable[[], object]], repeats: int, warm: int = 1) -> dict[str, Timing]:
+def by_turns(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
     """Each variant's first call, then `repeats` rounds in which every variant has its turn.
 
-    warm: calls of each right before its first counted one, for the caches that a neighbour's weights have emptied.
+    On CUDA two more between them: a graph is captured at the second.
     """
     first = {name: seconds(call) for name, call in variants.items()}
     for call in variants.values():
-        for _ in range(warm):
+        for _ in range(2 if torch.cuda.is_available() else 0):
             call()
     found: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
