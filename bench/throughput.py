@@ -1,15 +1,18 @@
 """One step of sampling with classifier-free guidance: minidiff against diffusers and OpenVINO, the same weights.
 
-A step is the UNet on two rows, [uncond, cond]. Variants run by turns in one process, and a ratio is of their medians.
+A step is the UNet on two rows, [uncond, cond]. The variants of a stage run by turns in one process, and a ratio is of
+their medians.
 """
 
 import argparse
-import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,12 +75,9 @@ def run(args: argparse.Namespace) -> int:
     rows: list[Row] = []
     timings: dict[str, dict[str, Timing]] = {}
     for name in args.dtype:
-        dtype = DTYPES[name]
-        before = gemm_rate(dtype, device())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's compiler and of OpenVINO's converter, about diffusers' code
-            found, apart = measured(SIZES[args.size], dtype, args.latents, args.repeats, args.eager)
-        print(f"{name}: {before:.2f} TFLOP/s in a matrix product before, {gemm_rate(dtype, device()):.2f} after")
+        before = gemm_rate(DTYPES[name], device())
+        found, apart = measured(args.size, name, args.latents, args.repeats, ["eager"] if args.eager else STAGES)
+        print(f"{name}: {before:.2f} TFLOP/s in a matrix product before, {gemm_rate(DTYPES[name], device()):.2f} after")
         for stage, variants in found.items():
             base = variants.get(LAST, variants.get(OURS_COMPILED))
             print(f"{stage}:")
@@ -91,21 +91,31 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measured(
-    size: Size, dtype: torch.dtype, edge: int, repeats: int, eager_only: bool
+    size: str, dtype: str, edge: int, repeats: int, stages: Iterable[str]
 ) -> tuple[dict[str, dict[str, Timing]], dict[str, float]]:
-    """Variants by turns, over the same weights, stage by stage. How far each variant's prediction is from that of
-    diffusers as loaded.
+    """Variants by turns, stage by stage, and how far each one's prediction is from that of diffusers as loaded.
 
-    Together they do not fit into 24 GB in float32: whatever is packed or compiled holds the weights once more.
+    A stage is a process: whatever is packed or compiled holds the weights once more for as long as its process lives,
+    and together all variants do not fit into 24 GB in float32.
     """
-    inputs = Inputs.random(size, dtype, 2, edge, edge)
+    found: dict[str, dict[str, Timing]] = {}
+    eps: dict[str, np.ndarray] = {}
+    for name in stages:
+        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+            found[name], some = pool.submit(stage, name, size, dtype, edge, repeats).result()
+        eps |= some
+    first = torch.from_numpy(eps.pop(LOADED))
+    return found, {name: relative_error(torch.from_numpy(value), first) for name, value in eps.items()}
+
+
+def stage(name: str, size: str, dtype: str, edge: int, repeats: int) -> tuple[dict[str, Timing], dict[str, np.ndarray]]:
+    """The seconds of its variants, over the same weights, and their predictions."""
+    warnings.simplefilter("ignore")  # of torch's compiler and of OpenVINO's converter, about diffusers' code
+    inputs = Inputs.random(SIZES[size], DTYPES[dtype], 2, edge, edge)
+    variants = STAGES[name](SIZES[size], unet_weights(SIZES[size], DTYPES[dtype]), inputs)
     eps: dict[str, Tensor] = {}
-    found = {}
-    for name, variants in [("eager", eager)] if eager_only else STAGES.items():
-        found[name] = by_turns(_kept(variants(size, unet_weights(size, dtype), inputs), eps), repeats)
-        torch.compiler.reset()
-        gc.collect()
-    return found, {name: relative_error(value, eps[LOADED]) for name, value in eps.items() if name != LOADED}
+    found = by_turns(_kept(variants, eps), repeats)
+    return found, {name: value.float().cpu().numpy() for name, value in eps.items()}
 
 
 def _kept(variants: Mapping[str, Step], eps: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
