@@ -114,7 +114,6 @@ def passes(
         whole = compiled_unet(size, weights)
         own = guided_pass(layout_guide(whole, inputs, whole=True), inputs)
         found["compiled"] = by_turns({PUBLISHED: published, COMPILED: own}, repeats)
-        torch.compiler.reset()
     return found, apart
 
 

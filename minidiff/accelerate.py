@@ -81,16 +81,17 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What torch's layer returns; convolutions in channels_last."""
-        weight = self.weight
-        if weight is not self.made_with[0] or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        weight, bias = self.weight, self.bias
+        own = weight is self.made_with[0] and bias is self.made_with[1]
+        if not own or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
             self._unpack()
             return self.plain(x)
         if weight.is_mkldnn and not torch.is_grad_enabled():  # the short way: small networks feel each microsecond
-            return self.run(x, self.bias)
+            return self.run(x, bias)
         if not self._may_pack():
             self._unpack()
             return self.plain(x)
-        return _Apply.apply(x, self, None, self.bias)
+        return _Apply.apply(x, self, None, bias)
 
     def plain(self, x: Tensor) -> Tensor:
         """torch's own layer."""
@@ -116,8 +117,8 @@ class Packed(nn.Module):
         return weight.device.type == "cpu" and _packs(weight.dtype)
 
     def _known(self) -> None:
-        """functional_call, and whoever merges a LoRA, puts another tensor in the weight's place."""
-        self.made_with = (self.weight,)
+        """functional_call, and whoever merges a LoRA, puts other tensors in their place."""
+        self.made_with = (self.weight, self.bias)
 
     def _keep(self, packed: Tensor) -> None:
         self.weight = nn.Parameter(packed, requires_grad=False)
@@ -150,7 +151,7 @@ class Packed(nn.Module):
         """For copies, which torch cannot make of opaque tensors."""
         weight = nn.Parameter(self.dense(), self.weight.requires_grad)
         parameters = {**self._parameters, "weight": weight}
-        return {**self.__dict__, "_parameters": parameters, "made_with": (weight,), "turned": None}
+        return {**self.__dict__, "_parameters": parameters, "made_with": (weight, self.bias), "turned": None}
 
 
 @cache
@@ -236,7 +237,7 @@ class _Apply(torch.autograd.Function):
         bias: Tensor | None,
     ) -> tuple[Tensor, int]:
         dim = in_dims[0]
-        assert dim is not None  # the weights, which alone may be batched otherwise, are the layer's own
+        assert dim is not None  # weights and bias, which alone may be batched otherwise, are the layer's own
         out = _Apply.apply(x.movedim(dim, 0).flatten(0, 1), layer, size, bias)
         return out.unflatten(0, (info.batch_size, -1)), 0
 

@@ -184,6 +184,15 @@ def test_other_weights_in_its_place_are_used_forward_and_back() -> None:
     close(slope(lambda x: torch.func.functional_call(packed, given, (x,))), slope(other))
     assert given["weight"] is other.weight and not other.weight.is_mkldnn
     close(slope(packed), slope(conv))
+    biases = torch.randn(3, 120)
+    for network in (packed, conv):
+        network(x)
+    close(
+        *(
+            torch.func.vmap(lambda b, f=f: torch.func.functional_call(f, {"bias": b}, (x,)))(biases)
+            for f in (packed, conv)
+        )
+    )
     packed.weight = nn.Parameter(other.weight * 2, requires_grad=False)
     conv.weight = packed.weight
     close(packed(x), conv(x))
