@@ -104,7 +104,8 @@ def test_nothing_grows_with_the_steps(tiny_folder: Path) -> None:
     run(2)  # what is packed at its first use
     few, many = run(2), run(8)
     assert few > 1e5
-    assert many <= 1.02 * few
+    latents = 4 * 4 * 8 * 8
+    assert many - few < 6 * latents / 2  # the six more leave their numbers in the report, and nothing of an image's size
 
 
 def test_images_of_a_batch_are_decoded_one_by_one(tiny_folder: Path) -> None:
