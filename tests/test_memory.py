@@ -105,7 +105,7 @@ def test_nothing_grows_with_the_steps(tiny_folder: Path) -> None:
     few, many = run(2), run(8)
     assert few > 1e5
     latents = 4 * 4 * 8 * 8
-    assert many - few < 6 * latents / 2  # the six more leave their numbers in the report, and nothing of an image's size
+    assert many - few < 6 * latents / 2  # the six more leave numbers in the report, nothing of an image's size
 
 
 def test_images_of_a_batch_are_decoded_one_by_one(tiny_folder: Path) -> None:
