@@ -3,6 +3,7 @@
 Weights never change here. So on the CPU each convolution and each linear layer runs on weights that oneDNN has
 reordered once, forward and back: the gradient by a linear layer's input is a linear layer with the weights transposed,
 and that by a convolution's input is a convolution with the weights flipped in both axes and their channels exchanged.
+Of 3x3 convolutions in float32, large grids take fewer multiplications instead (winograd.py), in both directions too.
 """
 
 import ctypes
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from . import winograd
 from .networks.unet import UNet
 
 T = TypeVar("T")
@@ -25,6 +27,7 @@ Network = TypeVar("Network", bound=nn.Module)
 _LARGE = 2**16
 """Numbers in a layer that is packed: of smaller ones the detour through Python costs what the packing saves."""
 _ONES = [1, 1]
+_ONEDNN = torch.backends.mkldnn.is_available()  # here, since the compiler cannot ask
 _GRAPHS = 2**12
 """Graphs of one function, all networks together."""
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
@@ -36,7 +39,7 @@ def prepare(network: Network) -> Network:
     It gives the same numbers up to rounding, has the same state dict, and may be moved, converted and copied as before.
     """
     device = next(network.parameters()).device
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not _ONEDNN:
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def packed(layer: nn.Module) -> nn.Module | None:
@@ -76,7 +79,7 @@ class Packed(nn.Module):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.train(layer.training)
-        self.turned: Tensor | None = None  # the weights of the gradient, packed as well, from the first gradient on
+        self.derived: dict[str, Tensor] = {}  # other forms of the weights, each from its first use on
         self._known()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,11 +127,16 @@ class Packed(nn.Module):
         self.weight = nn.Parameter(packed, requires_grad=False)
         self._known()
 
+    def _derive(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        if name not in self.derived:
+            self.derived[name] = make()
+        return self.derived[name]
+
     def _unpack(self) -> None:
         if self.weight.is_mkldnn:
             self.weight = nn.Parameter(self.dense(), requires_grad=self.weight.requires_grad)
             self._known()
-        self.turned = None
+        self.derived = {}
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Packed":
         """Of Module.to and its kin."""
@@ -151,7 +159,7 @@ class Packed(nn.Module):
         """For copies, which torch cannot make of opaque tensors."""
         weight = nn.Parameter(self.dense(), self.weight.requires_grad)
         parameters = {**self._parameters, "weight": weight}
-        return {**self.__dict__, "_parameters": parameters, "made_with": (weight, self.bias), "turned": None}
+        return {**self.__dict__, "_parameters": parameters, "made_with": (weight, self.bias), "derived": {}}
 
 
 @cache
@@ -173,9 +181,8 @@ class PackedLinear(Packed):
         return _linear(x, self.weight, bias)
 
     def run_back(self, grad: Tensor, size: torch.Size) -> Tensor:
-        if self.turned is None:
-            self.turned = _pack_linear(self.dense().T.contiguous(), grad)
-        return _linear(grad, self.turned, None)
+        turned = self._derive("turned", lambda: _pack_linear(self.dense().T.contiguous(), grad))
+        return _linear(grad, turned, None)
 
 
 class PackedConv2d(Packed):
@@ -190,15 +197,25 @@ class PackedConv2d(Packed):
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if _is_tiled(x, self.weight, self.stride, self.padding):
+            return winograd.convolve(x, self._tiled("tiled", x, self.dense), bias, _linear)
         if not self.weight.is_mkldnn:
             self._keep(_pack_conv(self.weight.detach(), self.padding, self.stride, x))
         return _conv(x, self.weight, bias, self.padding, self.stride)
 
     def run_back(self, grad: Tensor, size: torch.Size) -> Tensor:
+        if _is_tiled(grad, self.weight, self.stride, self.padding):
+            tiled = self._tiled("turned, tiled", grad, lambda: _turned(self.dense()))
+            return winograd.convolve(grad, tiled, None, _linear)
         spread, padding = _spread(grad, size, self.weight.shape[2:], self.stride, self.padding)
-        if self.turned is None:
-            self.turned = _pack_conv(_turned(self.dense()), padding, _ONES, spread)
-        return _conv(spread, self.turned, None, padding, _ONES)
+        turned = self._derive("turned", lambda: _pack_conv(_turned(self.dense()), padding, _ONES, spread))
+        return _conv(spread, turned, None, padding, _ONES)
+
+    def _tiled(self, name: str, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """Weights as winograd.py takes them."""
+        if winograd.keeps(x.shape):
+            return self._derive(name, lambda: winograd.transform(make()))
+        return winograd.transform(make())
 
 
 class _Apply(torch.autograd.Function):
@@ -240,6 +257,11 @@ class _Apply(torch.autograd.Function):
         assert dim is not None  # weights and bias, which alone may be batched otherwise, are the layer's own
         out = _Apply.apply(x.movedim(dim, 0).flatten(0, 1), layer, size, bias)
         return out.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _is_tiled(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> bool:
+    """Whether winograd.py does this convolution, or its gradient, whose grid and weights are as large."""
+    return x.dtype == torch.float32 and stride == padding == _ONES and winograd.pays(x.shape, weight.shape)
 
 
 def _turned(weight: Tensor) -> Tensor:
@@ -310,15 +332,16 @@ class CompiledConv2d(nn.Module):
         """[B,C,h,w] -> [B,C',h',w']."""
         if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-        return _Convolve.apply(x, self.weight, self.bias, self.stride, self.padding)
+        # a view, since the compiler takes the argument of torch.func.grad itself for a constant, and traces no gradient
+        return _Convolve.apply(x.view_as(x), self.weight, self.bias, self.stride, self.padding)
 
 
 class _Convolve(torch.autograd.Function):
-    """F.conv2d with a gradient by its input alone."""
+    """A convolution with a gradient by its input alone."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]) -> Tensor:
-        return F.conv2d(x, weight, bias, stride, padding)
+        return _convolve(x, weight, bias, stride, padding)
 
     @staticmethod
     def setup_context(
@@ -332,7 +355,32 @@ class _Convolve(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (weight,) = ctx.saved_tensors
         spread, padding = _spread(grad, ctx.size, weight.shape[2:], ctx.stride, ctx.padding)
-        return F.conv2d(spread, _turned(weight), None, 1, padding), None, None, None, None
+        return _convolve(spread, _turned(weight), None, _ONES, padding), None, None, None, None
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]) -> Tensor:
+    """F.conv2d; where winograd.py does it, as one operator of which the compiler sees no more than the shapes."""
+    if _ONEDNN and not torch.is_autocast_enabled("cpu") and _is_tiled(x, weight, stride, padding):
+        made = winograd.transform(weight) if winograd.keeps(x.shape) else weight
+        return torch.ops.minidiff.tiled_convolution(x, made, bias)
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
+torch.library.define("minidiff::tiled_convolution", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl("minidiff::tiled_convolution", "CPU")
+def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """With the weights [C',C,3,3], or transformed already, [16,C,C']."""
+    return winograd.convolve(x, winograd.transform(weight) if weight.dim() == 4 else weight, bias, _linear)
+
+
+def _tiled_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    channels = weight.shape[0 if weight.dim() == 4 else 2]
+    return x.new_empty(len(x), channels, *x.shape[2:]).contiguous(memory_format=torch.channels_last)
+
+
+torch.library.register_fake("minidiff::tiled_convolution", _tiled_shape)
 
 
 def compile_unet(unet: UNet) -> UNet:

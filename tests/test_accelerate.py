@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo import config as tracing
 from torch._inductor import config as generating
 
+from minidiff import winograd
 from minidiff.accelerate import (
     CompiledConv2d,
     PackedConv2d,
@@ -102,10 +103,10 @@ def test_nothing_is_packed_before_the_first_call_and_no_gradient_before_the_firs
     _, packed = pair("3x3")
     assert not packed.weight.is_mkldnn
     y = packed(torch.randn(1, 64, 4, 4).requires_grad_())
-    assert packed.turned is None
+    assert not packed.derived
     torch.autograd.grad(y.sum(), y)  # not by the input
     y.sum().backward()
-    assert packed.turned is not None
+    assert list(packed.derived) == ["turned"]
 
 
 def test_what_inference_mode_packed_serves_gradients_later() -> None:
@@ -278,6 +279,57 @@ def test_convolutions_of_other_kinds_are_left_alone() -> None:
     assert [type(child) for child in prepare(network)] == [nn.Conv2d] * 4
 
 
+# ---- large 3x3 convolutions, with fewer multiplications
+
+TILED = (32, 34), (64, 65)
+"""Grids large enough; for the second the transformed weights are not kept."""
+
+
+def large(dtype: torch.dtype = torch.float32) -> tuple[nn.Conv2d, PackedConv2d]:
+    """torch's convolution and a packed one, with channels enough."""
+    conv = nn.Conv2d(256, 264, 3, padding=1).to(dtype).requires_grad_(False)
+    return conv, PackedConv2d(copy.deepcopy(conv))
+
+
+@pytest.mark.parametrize("edges", TILED)
+def test_a_large_convolution_and_its_gradients_equal_torchs(edges: tuple[int, int]) -> None:
+    conv, packed = large()
+    x = torch.randn(2, 256, *edges)
+    found = packed(x)
+    close(found, conv(x))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert not packed.weight.is_mkldnn
+    assert list(packed.derived) == (["tiled"] if edges == (32, 34) else [])
+    close(*(torch.func.grad(lambda x, f=f: f(x).sin().sum())(x) for f in (packed, conv)))
+    close(*(torch.autograd.grad(f(x.requires_grad_()).sin().sum(), x)[0] for f in (packed, conv)))
+    assert list(packed.derived) == (["tiled", "turned, tiled"] if edges == (32, 34) else [])
+
+    def steepness(network: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.func.grad(lambda x: torch.func.grad(lambda x: network(x).sin().sum())(x).square().sum())(x)
+
+    close(steepness(packed), steepness(conv))
+
+
+def test_large_and_small_grids_share_a_layer() -> None:
+    conv, packed = large()
+    for edges in ((32, 32), (8, 8), (32, 32), (64, 64)):
+        x = torch.randn(1, 256, *edges)
+        close(packed(x), conv(x))
+    assert packed.weight.is_mkldnn
+    assert torch.equal(packed.state_dict()["weight"], conv.weight)
+    packed.load_state_dict({name: 2 * value for name, value in conv.state_dict().items()})
+    x = torch.randn(1, 256, 32, 32)
+    close(packed(x), 2 * conv(x))
+    close(copy.deepcopy(packed)(x), 2 * conv(x))
+
+
+def test_in_other_dtypes_a_large_convolution_is_packed() -> None:
+    conv, packed = large(torch.bfloat16)
+    x = torch.randn(1, 256, 32, 32).bfloat16()
+    close(packed(x), conv(x), torch.bfloat16)
+    assert packed.weight.is_mkldnn
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_kept_memory_is_not_paid_for_twice() -> None:
     code = """
@@ -371,6 +423,40 @@ def test_a_convolution_for_compilers_and_its_gradient_equal_torchs(kind: str) ->
     own.requires_grad_(False)
     close(*(torch.func.grad(lambda x, f=f: f(x).sin().sum())(x) for f in (own, conv)))
     close(*(torch.autograd.grad(f(x.requires_grad_()).sin().sum(), x)[0] for f in (own, conv)))
+
+
+class Large(nn.Module):
+    """Of both kinds of grids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(256, 256, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(self.conv(x).sin(), scale_factor=2.0))
+
+
+def test_large_convolutions_are_compiled_as_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Large().requires_grad_(False)
+    network = copy.deepcopy(plain)
+    network.conv = CompiledConv2d(network.conv)
+    x = torch.randn(1, 256, 32, 32)
+    found, slope = compile_whole(forward, network)(network, x), compile_whole(gradient, network)(network.forward, x)
+    close(found, plain(x))
+    close(slope, gradient(plain, x))
+    calls = []
+    convolve = winograd.convolve
+    monkeypatch.setattr(winograd, "convolve", lambda *args: calls.append(len(args)) or convolve(*args))
+    assert torch.equal(compile_whole(forward, network)(network, x), found)
+    assert len(calls) == 2
+    compile_whole(gradient, network)(network.forward, x)
+    assert len(calls) == 6
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network.conv(x).dtype == torch.bfloat16
+
+
+def forward(network: nn.Module, x: Tensor) -> Tensor:
+    return network(x)
 
 
 def test_a_compiled_function_sees_constants_unless_gradients_are_asked_of_it() -> None:
