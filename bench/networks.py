@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidiff.accelerate import compile_unet, compile_whole, prepare
+from minidiff.accelerate import compile_network, compile_unet, compile_whole, prepare
 from minidiff.guidance.guide import Guidance, Guide, evaluate, evaluate_whole
 from minidiff.guidance.layout import Region, make_layout
 from minidiff.guidance.objectives import layout_loss
@@ -89,6 +89,24 @@ def their_unet(size: Size, weights: Weights) -> Any:
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(dict(size.unet))
     return _filled(unet, weights)
+
+
+def their_compiled_unet(size: Size, weights: Weights) -> Callable[..., Any]:
+    """The same, compiled with the flags of minidiff, and on the CPU with the compiler's own packing (freezing).
+
+    The compiler asks for that when it traces, so an option of torch.compile comes too late.
+    """
+    unet = compile_network(their_unet(size, weights))
+    if device().type != "cpu":
+        return unet
+    from torch._dynamo import config as tracing
+    from torch._inductor import config as generating
+
+    def frozen(*args: object, **kwargs: object) -> Any:
+        with torch.no_grad(), generating.patch(freezing=True), tracing.patch(prepare_freezing=True):
+            return unet(*args, **kwargs)
+
+    return frozen
 
 
 def our_vae(size: Size, dtype: torch.dtype) -> VAE:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.accelerate import compile_network
 from minidiff.networks.attention import HEAD_MEAN, Record
 from minidiff.networks.sites import block, choose, cross, place
 from minidiff.networks.unet import Maps, UNet
@@ -36,6 +35,7 @@ from .networks import (
     device,
     judged_dtype,
     our_unet,
+    their_compiled_unet,
     their_unet,
     unet_weights,
 )
@@ -141,7 +141,7 @@ def compiled(size: Size, weights: Weights, inputs: Inputs) -> dict[str, Step]:
     last = _channels_last(weights)
     return {
         LAST: theirs(their_unet(size, last), inputs),
-        THEIRS_COMPILED: theirs(compile_network(their_unet(size, last)), inputs),
+        THEIRS_COMPILED: theirs(their_compiled_unet(size, last), inputs),
         OURS_COMPILED: ours(compiled_unet(size, last), inputs),
     }
 

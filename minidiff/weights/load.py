@@ -67,7 +67,8 @@ def load(
     variant: of a folder's or the hub's files, such as "fp16" for model.fp16.safetensors.
     revision: of the hub's repository: a branch, a tag or a commit.
     compile: run the UNet and the guided objective through torch.compile. The first step of each kind (plain, recorded,
-        guided; each batch and size) then waits for the compiler, for one to two minutes at SD 1.5's size.
+        guided; each batch and size) then waits for the compiler, for one to two minutes at SD 1.5's size; its cache
+        makes that seconds for the next process.
 
     Raises ValueError that says what is wrong with the source: missing, unexpected and misshapen keys by name, another
     kind of model, a damaged file, an unknown hub id, a model that is neither here nor reachable.

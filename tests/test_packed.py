@@ -1,0 +1,381 @@
+"""Packed layers against torch's own: numbers, gradients of any order, state, copies; as operators in a graph."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.packed import PackedConv2d, PackedLinear
+
+KINDS = {
+    "3x3": (3, 1, 1),
+    "1x1": (1, 1, 0),
+    "stride 2": (3, 2, 1),
+    "stride 2, padded outside": (3, 2, 0),
+    "wider padding": (3, 1, 2),
+    "5x5": (5, 1, 2),
+}
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+def pair(kind: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[nn.Conv2d, PackedConv2d]:
+    """torch's convolution and a packed one with the same weights."""
+    kernel, stride, padding = KINDS[kind]
+    conv = nn.Conv2d(64, 120, kernel, stride=stride, padding=padding, bias=bias).to(dtype).requires_grad_(False)
+    return conv, PackedConv2d(copy.deepcopy(conv))
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    rounding = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding * float(expected.detach().abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("edges", [(16, 16), (9, 14), (8, 11)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_convolution_and_its_gradient_equal_torchs(
+    kind: str, dtype: torch.dtype, edges: tuple[int, int], bias: bool
+) -> None:
+    conv, packed = pair(kind, dtype, bias)
+    x = torch.randn(2, 64, *edges).to(dtype)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found, expected = packed(ours), conv(theirs)
+    assert packed.weight.is_mkldnn
+    assert packed.weight.shape == conv.weight.shape
+    close(found, expected, dtype)
+    grad = torch.randn_like(expected)
+    (found_grad,), (expected_grad,) = (
+        torch.autograd.grad(found, ours, grad),
+        torch.autograd.grad(expected, theirs, grad),
+    )
+    close(found_grad, expected_grad, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_serves_inputs_of_other_sizes_and_layouts(kind: str) -> None:
+    conv, packed = pair(kind)
+    for shape in ((2, 64, 16, 16), (1, 64, 7, 30), (5, 64, 40, 12)):
+        x = torch.randn(shape)
+        for given in (x, x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT):
+            found = packed(given)
+            close(found, conv(x))
+            assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_functions_and_of_gradients(kind: str) -> None:
+    conv, packed = pair(kind)
+    x = torch.randn(1, 64, 9, 12)
+
+    def loss(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: network(x).sin().square().sum()
+
+    close(torch.func.grad(loss(packed))(x), torch.func.grad(loss(conv))(x))
+
+    def steepness(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.func.grad(loss(network))(x).square().sum()
+
+    close(torch.func.grad(steepness(packed))(x), torch.func.grad(steepness(conv))(x))
+
+
+def test_nothing_is_packed_before_the_first_call_and_no_gradient_before_the_first_gradient() -> None:
+    _, packed = pair("3x3")
+    assert not packed.weight.is_mkldnn
+    y = packed(torch.randn(1, 64, 4, 4).requires_grad_())
+    assert not packed.derived
+    torch.autograd.grad(y.sum(), y)  # not by the input
+    y.sum().backward()
+    assert list(packed.derived) == ["turned"]
+
+
+def test_what_inference_mode_packed_serves_gradients_later() -> None:
+    conv, packed = pair("3x3")
+    x = torch.randn(1, 64, 6, 6)
+    with torch.inference_mode():
+        close(packed(x), conv(x))
+        torch.func.grad(lambda x: packed(x).sum())(x.clone())
+    close(*(torch.autograd.grad(network(x.requires_grad_()).sin().sum(), x)[0] for network in (packed, conv)))
+    close(copy.deepcopy(packed)(x), conv(x))
+
+
+def test_the_state_dict_is_torchs() -> None:
+    conv, packed = pair("3x3")
+    packed(torch.randn(1, 64, 4, 4))
+    state = packed.state_dict()
+    assert list(state) == list(conv.state_dict())
+    assert all(torch.equal(state[name], value) for name, value in conv.state_dict().items())
+    other, _ = pair("3x3")
+    packed.load_state_dict(other.state_dict())
+    x = torch.randn(1, 64, 6, 6, requires_grad=True)
+    close(packed(x), other(x))
+    close(torch.autograd.grad(packed(x).sin().sum(), x)[0], torch.autograd.grad(other(x).sin().sum(), x)[0])
+    packed.load_state_dict(conv.state_dict(), assign=True)
+    packed.requires_grad_(False)
+    close(packed(x), conv(x))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+def test_copies_are_independent(again: Callable[[nn.Module], nn.Module]) -> None:
+    conv, packed = pair("3x3")
+    x = torch.randn(1, 64, 6, 6)
+    packed(x)
+    copied = again(packed)
+    close(copied(x), conv(x))
+    assert packed.weight.is_mkldnn
+
+
+def test_other_dtypes_and_trained_weights_take_torchs_way() -> None:
+    conv, packed = pair("3x3")
+    x = torch.randn(1, 64, 6, 6)
+    packed(x)
+    packed.double()
+    assert packed.weight.dtype == torch.float64
+    torch.testing.assert_close(packed(x.double()), copy.deepcopy(conv).double()(x.double()))
+    assert not packed.weight.is_mkldnn
+    packed.float()
+    packed(x)
+    packed.requires_grad_(True)
+    packed(x).sum().backward()
+    conv.requires_grad_(True)(x).sum().backward()
+    close(packed.weight.grad, conv.weight.grad)
+    close(packed.bias.grad, conv.bias.grad)
+
+
+def test_functional_call_uses_the_weights_that_it_is_given() -> None:
+    conv, packed = pair("3x3")
+    x = torch.randn(1, 64, 6, 6)
+    packed(x)
+    weights = {"weight": torch.randn_like(conv.weight), "bias": torch.randn_like(conv.bias)}
+    close(torch.func.functional_call(packed, weights, (x,)), F.conv2d(x, **weights, padding=1))
+    close(packed(x), conv(x))
+
+
+def test_other_weights_in_its_place_are_used_forward_and_back() -> None:
+    """Those of another network for one call, and new ones for good, as who merges a LoRA sets them."""
+    conv, packed = pair("3x3")
+    other, _ = pair("3x3")
+    x = torch.randn(1, 64, 6, 6)
+
+    def slope(network: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.func.grad(lambda x: network(x).sin().sum())(x)
+
+    slope(packed)
+    given = dict(other.named_parameters())
+    close(slope(lambda x: torch.func.functional_call(packed, given, (x,))), slope(other))
+    assert given["weight"] is other.weight and not other.weight.is_mkldnn
+    close(slope(packed), slope(conv))
+    biases = torch.randn(3, 120)
+    for network in (packed, conv):
+        network(x)
+    close(
+        *(
+            torch.func.vmap(lambda b, f=f: torch.func.functional_call(f, {"bias": b}, (x,)))(biases)
+            for f in (packed, conv)
+        )
+    )
+    packed.weight = nn.Parameter(other.weight * 2, requires_grad=False)
+    conv.weight = packed.weight
+    close(packed(x), conv(x))
+    close(slope(packed), slope(conv))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_at_several_sizes(kind: str) -> None:
+    conv, packed = pair(kind)
+    for edges in ((16, 16), (7, 30), (9, 5)):
+        x = torch.randn(2, 64, *edges)
+        close(*(torch.func.grad(lambda x, f=f: f(x).sin().sum())(x) for f in (packed, conv)))
+
+
+@pytest.mark.parametrize("layer", ["convolution", "linear"])
+def test_forward_derivatives_and_batches_of_functions(layer: str) -> None:
+    if layer == "linear":
+        plain: nn.Module = nn.Linear(64, 80).requires_grad_(False)
+        packed: nn.Module = PackedLinear(copy.deepcopy(plain))
+        x = torch.randn(3, 2, 64)
+    else:
+        plain, packed = pair("stride 2")
+        x = torch.randn(3, 2, 64, 6, 7)
+    tangent = torch.randn_like(x[0])
+    for found, expected in zip(
+        *(torch.func.jvp(lambda x, f=f: f(x).sin(), (x[0],), (tangent,)) for f in (packed, plain)), strict=True
+    ):
+        close(found, expected)
+    close(*(torch.func.vmap(f)(x) for f in (packed, plain)))
+    close(*(torch.func.vmap(torch.func.grad(lambda x, f=f: f(x).sin().sum()))(x) for f in (packed, plain)))
+    close(*(torch.func.vmap(f, in_dims=1)(x) for f in (packed, plain)))
+
+
+def test_autocast_is_torchs() -> None:
+    conv, packed = pair("3x3")
+    x = torch.randn(1, 64, 6, 6)
+    packed(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(x), conv(x))
+        assert torch.equal(packed(x.bfloat16()), conv(x.bfloat16()))
+
+
+def test_bfloat16_without_kernels_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minidiff.packed._packs", lambda dtype: dtype == torch.float32)
+    conv, packed = pair("3x3", torch.bfloat16)
+    x = torch.randn(1, 64, 6, 6).bfloat16()
+    assert torch.equal(packed(x), conv(x))
+    assert not packed.weight.is_mkldnn
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(300,), (2, 150), (1, 7), (3, 2, 4)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_linear_layer_and_its_gradient_equal_torchs(
+    shape: tuple[int, ...], dtype: torch.dtype, bias: bool
+) -> None:
+    linear = nn.Linear(96, 40, bias=bias).to(dtype).requires_grad_(False)
+    packed = PackedLinear(copy.deepcopy(linear))
+    packed(torch.randn(5, 96).to(dtype))  # packed for another number of rows
+    x = torch.randn(*shape, 96).to(dtype)
+    for given in (x, x.transpose(0, -2).contiguous().transpose(0, -2)):
+        ours, theirs = given.clone().requires_grad_(), given.clone().requires_grad_()
+        found, expected = packed(ours), linear(theirs)
+        close(found, expected, dtype)
+        grad = torch.randn_like(expected)
+        close(*(torch.autograd.grad(y, x, grad)[0] for y, x in ((found, ours), (expected, theirs))), dtype)
+    assert packed.weight.is_mkldnn
+    assert torch.equal(packed.state_dict()["weight"], linear.weight)
+
+
+# ---- large 3x3 convolutions, with fewer multiplications
+
+TILED = (32, 34), (64, 65)
+"""Grids large enough; for the second the transformed weights are not kept."""
+
+
+def large(dtype: torch.dtype = torch.float32) -> tuple[nn.Conv2d, PackedConv2d]:
+    """torch's convolution and a packed one, with channels enough."""
+    conv = nn.Conv2d(256, 264, 3, padding=1).to(dtype).requires_grad_(False)
+    return conv, PackedConv2d(copy.deepcopy(conv))
+
+
+@pytest.mark.parametrize("edges", TILED)
+def test_a_large_convolution_and_its_gradients_equal_torchs(edges: tuple[int, int]) -> None:
+    conv, packed = large()
+    x = torch.randn(2, 256, *edges)
+    found = packed(x)
+    close(found, conv(x))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert not packed.weight.is_mkldnn
+    assert list(packed.derived) == (["tiled"] if edges == (32, 34) else [])
+    close(*(torch.func.grad(lambda x, f=f: f(x).sin().sum())(x) for f in (packed, conv)))
+    close(*(torch.autograd.grad(f(x.requires_grad_()).sin().sum(), x)[0] for f in (packed, conv)))
+    assert list(packed.derived) == (["tiled", "turned, tiled"] if edges == (32, 34) else [])
+
+    def steepness(network: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.func.grad(lambda x: torch.func.grad(lambda x: network(x).sin().sum())(x).square().sum())(x)
+
+    close(steepness(packed), steepness(conv))
+
+
+def test_large_and_small_grids_share_a_layer() -> None:
+    conv, packed = large()
+    for edges in ((32, 32), (8, 8), (32, 32), (64, 64)):
+        x = torch.randn(1, 256, *edges)
+        close(packed(x), conv(x))
+    assert packed.weight.is_mkldnn
+    assert torch.equal(packed.state_dict()["weight"], conv.weight)
+    packed.load_state_dict({name: 2 * value for name, value in conv.state_dict().items()})
+    x = torch.randn(1, 256, 32, 32)
+    close(packed(x), 2 * conv(x))
+    close(copy.deepcopy(packed)(x), 2 * conv(x))
+
+
+def test_in_other_dtypes_a_large_convolution_is_packed() -> None:
+    conv, packed = large(torch.bfloat16)
+    x = torch.randn(1, 256, 32, 32).bfloat16()
+    close(packed(x), conv(x), torch.bfloat16)
+    assert packed.weight.is_mkldnn
+
+
+# ---- as operators, for a compiler
+
+
+def graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One graph, without the code generation that makes it slow."""
+    return torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
+
+
+def gradient(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.func.grad(lambda x: network(x).sin().sum())(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])  # the last has no packed weights
+@pytest.mark.parametrize("kind", [*KINDS, "large", "linear"])
+def test_a_graph_calls_the_layer_and_its_gradient(kind: str, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    if kind == "linear":
+        plain: nn.Module = nn.Linear(24, 40).to(dtype).requires_grad_(False)
+        packed: PackedLinear | PackedConv2d = PackedLinear(copy.deepcopy(plain))
+        x = torch.randn(2, 3, 7, 24).to(dtype)
+    else:
+        plain, packed = large(dtype) if kind == "large" else pair(kind, dtype)
+        x = torch.randn(2, 256, 32, 33).to(dtype) if kind == "large" else torch.randn(2, 64, 9, 14).to(dtype)
+    packed.take_number(7)
+    for _ in range(2):
+        close(graph(packed)(x), plain(x), dtype)
+        close(graph(lambda x: gradient(packed, x))(x), gradient(plain, x), dtype)
+        close(graph(lambda x: gradient(lambda x: packed(x.cos()), x))(x), gradient(lambda x: plain(x.cos()), x), dtype)
+        packed.load_state_dict({name: 2 * value for name, value in plain.state_dict().items()})
+        plain.load_state_dict(packed.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["3x3", "stride 2", "linear"])
+def test_the_operator_tells_the_compiler_what_it_returns(kind: str) -> None:
+    if kind == "linear":
+        layer: PackedLinear | PackedConv2d = PackedLinear(nn.Linear(24, 40).requires_grad_(False))
+        x = torch.randn(2, 3, 7, 24)
+    else:
+        layer = pair(kind)[1]
+        x = torch.randn(2, 64, 9, 14)
+    layer.take_number(7)
+    operator, checks = torch.ops.minidiff.packed_layer.default, ("test_schema", "test_faketensor")
+    torch.library.opcheck(operator, (x, 7, None), test_utils=checks)
+    torch.library.opcheck(operator, (layer(x), 7, x.shape), test_utils=checks)
+
+
+def test_a_graph_sees_other_weights_in_a_layer() -> None:
+    conv, packed = pair("3x3")
+    packed.take_number(7)
+    x = torch.randn(1, 64, 6, 6)
+    call, slope = graph(packed), graph(lambda x: gradient(packed, x))
+    close(call(x), conv(x))
+    close(slope(x), gradient(conv, x))
+    packed.weight = nn.Parameter(3 * conv.weight, requires_grad=False)
+    conv.weight = packed.weight
+    close(call(x), conv(x))
+    close(slope(x), gradient(conv, x))
+    assert packed.weight.is_mkldnn
+
+
+def test_in_a_graph_weights_are_frozen_and_of_one_dtype() -> None:
+    _, packed = pair("3x3")
+    packed.take_number(7)
+    x = torch.randn(1, 64, 6, 6)
+    call = graph(packed)
+    call(x)
+    with pytest.raises(RuntimeError, match=r"got torch.bfloat16, and its weights are torch.float32 and frozen"):
+        graph(packed)(x.bfloat16())
+    packed.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"are torch.float32 and trained; it takes the dtype of frozen weights"):
+        call(x)
+
+
+def test_a_copy_has_no_number() -> None:
+    conv, packed = pair("3x3")
+    packed.take_number(7)
+    x = torch.randn(1, 64, 6, 6)
+    copied = copy.deepcopy(packed)
+    assert (packed.number, copied.number) == (7, None)
+    close(graph(copied)(x), conv(x))
