@@ -73,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
     for name in args.dtype:
         size, dtype = SIZES[args.size], DTYPES[name]
         print(f"{name}: {gemm_rate(dtype, device()):.2f} TFLOP/s in a matrix product before", flush=True)
-        # before anything is compiled, which this process then holds to its end
         memory = memory_row(args.size, name, args.latents)
         weights = unet_weights(size, dtype)
         if args.image is not None:

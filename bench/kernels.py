@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.accelerate import prepare
-from minidiff.networks.attention import COLUMNS, Site, attention, attention_probs, recorded_attention
+from minidiff.networks.attention import (
+    BOX_MASS,
+    COLUMNS,
+    HEAD_MEAN,
+    Keep,
+    Site,
+    attention,
+    attention_probs,
+    mask_name,
+    recorded_attention,
+)
 
 from .machine import print_header
 from .networks import DTYPES, add_dtype_argument, device, judged_dtype
@@ -32,6 +42,7 @@ CONVOLUTIONS = (
 """Channels in, channels out, edge of the grid; 3x3."""
 ATTENTIONS = ((4096, 4096, 40), (1024, 1024, 80), (256, 256, 160), (4096, 77, 40), (256, 77, 160), (64, 77, 160))
 """Pixels, tokens, channels of each of eight heads."""
+KEEPS: dict[str, Keep] = {"columns": COLUMNS, "box mass": BOX_MASS, "mean of heads": HEAD_MEAN}
 WORST = 1.25
 """What the kernel that is taken may cost of the best one: differences below are the machine's."""
 
@@ -78,7 +89,8 @@ def _all(dtype: torch.dtype, name: str, shrink: int) -> Iterator[Kernels]:
     for pixels, tokens, channels in ATTENTIONS:
         few = tokens if tokens == 77 else tokens // shrink
         yield plain_attention(dtype, name, pixels // shrink, few, channels)
-        yield recorded(dtype, name, pixels // shrink, few, channels)
+        for kept in KEEPS if tokens == 77 else ("columns",):
+            yield recorded(dtype, name, kept, pixels // shrink, few, channels)
 
 
 def convolution(dtype: torch.dtype, name: str, inside: int, outside: int, edge: int) -> Iterator[Kernels]:
@@ -113,11 +125,14 @@ def plain_attention(dtype: torch.dtype, name: str, pixels: int, tokens: int, cha
     return Kernels(f"attention {pixels} to {tokens} x {channels}", name, {way: _ms(call) for way, call in ways.items()})
 
 
-def recorded(dtype: torch.dtype, name: str, pixels: int, tokens: int, channels: int) -> Kernels:
-    """Where the columns of two objects are kept."""
+def recorded(dtype: torch.dtype, name: str, kept: str, pixels: int, tokens: int, channels: int) -> Kernels:
+    """Where something is kept of two objects, or of all tokens."""
     q, k, v = _qkv(dtype, pixels, tokens, channels)
-    site, keep, grid = Site("mid", 0, 0, "cross"), COLUMNS, (min(8, pixels), pixels // min(8, pixels))
-    inputs = {"token_weights": torch.eye(tokens, device=device())[None, :2]}
+    site, keep, grid = Site("mid", 0, 0, "cross"), KEEPS[kept], (min(8, pixels), pixels // min(8, pixels))
+    inputs = {
+        "token_weights": torch.eye(tokens, device=device())[None, :2],
+        mask_name(grid): torch.rand(1, 2, *grid, device=device()),
+    }
 
     def explicit() -> object:
         probs = attention_probs(q, k)
@@ -133,7 +148,7 @@ def recorded(dtype: torch.dtype, name: str, pixels: int, tokens: int, channels: 
     }
     with torch.no_grad():
         found = {way: _ms(call) for way, call in ways.items()}
-    return Kernels(f"columns of {pixels} to {tokens} x {channels}", name, found)
+    return Kernels(f"{kept} of {pixels} to {tokens} x {channels}", name, found)
 
 
 def _qkv(dtype: torch.dtype, pixels: int, tokens: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:

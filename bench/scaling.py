@@ -1,9 +1,14 @@
-"""How cost grows with the batch, the resolution, the number of steps and of boxes: seconds by turns, in one process."""
+"""How cost grows with the batch, the resolution, the number of boxes and of steps: seconds by turns, in one process.
+
+Steps are compared with diffusers in channels_last, guided passes with the published way; a guided and recorded run has
+no counterpart.
+"""
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +17,7 @@ from minidiff.networks.unet import UNet
 from .machine import print_header
 from .networks import (
     DTYPES,
+    PLACES,
     SIZES,
     Inputs,
     device,
@@ -20,18 +26,24 @@ from .networks import (
     judged_dtype,
     layout_guide,
     our_unet,
+    their_unet,
+    tokens,
     unet_weights,
 )
 from .plot import lines
+from .published import Published
 from .table import Row, finish, print_rows
-from .throughput import ours
+from .throughput import ours, theirs
 from .timing import Timing, by_turns, gemm_rate, print_timing
 
-BATCHES, BOXES, STEPS, EDGES = (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4), (0.5, 0.75, 1.0, 1.25)
+BATCHES, BOXES, STEPS, EDGES = (1, 2, 4, 8), (1, 2, 4, 8), (2, 3, 4), (0.5, 0.75, 1.0, 1.25)
 LEVEL = 1.05
-"""What an image of a batch may cost of one alone, a step of many of a single one, the dearest number of boxes of the
-cheapest.
+"""What an image of a batch may cost of one alone, a step of a long run of one of a short one, the dearest number of
+boxes of the cheapest.
 """
+THEIRS = ", diffusers"
+Calls = Mapping[str, Callable[[], object]]
+Found = dict[str, dict[str, Timing]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,13 +62,15 @@ def run(args: argparse.Namespace) -> int:
     facts |= {"repeats": str(args.repeats), "threads": str(torch.get_num_threads())}
     print_header("scaling, random weights", facts)
     print(f"{gemm_rate(dtype, device()):.2f} TFLOP/s in a matrix product before")
-    unet = our_unet(size, unet_weights(size, dtype))
+    weights = unet_weights(size, dtype)
+    unet, other = our_unet(size, weights), their_unet(size, weights).to(memory_format=torch.channels_last)
     everything = Inputs.random(size, dtype, 2 * max(BATCHES), half, half)
+    edges = [int(args.latents * edge) for edge in EDGES]
     found = {
-        "batch": batches(unet, everything, args.repeats),
-        "boxes": boxes(unet, _first(everything, 1), args.repeats),
-        "steps": steps(unet, _first(everything, 2), args.repeats),
-        "resolution": resolutions(unet, [int(args.latents * edge) for edge in EDGES], args),
+        **batches(unet, other, everything, args.repeats),
+        **boxes(unet, Published.of(their_unet(size, weights)), _first(everything, 1), args.repeats),
+        **steps(unet, _first(everything, 2), args.repeats),
+        **resolutions(unet, other, [Inputs.random(size, dtype, 2, edge, edge) for edge in edges], args.repeats),
     }
     print(f"{gemm_rate(dtype, device()):.2f} TFLOP/s after\n")
     for timings in found.values():
@@ -69,35 +83,56 @@ def run(args: argparse.Namespace) -> int:
     return finish(rows, args.json, found)
 
 
-def batches(unet: UNet, everything: Inputs, repeats: int) -> dict[str, Timing]:
+def batches(unet: UNet, other: Any, everything: Inputs, repeats: int) -> Found:
     """A step of so many images; seconds per image."""
-    calls = {str(count): ours(unet, _first(everything, 2 * count)) for count in BATCHES}
-    found = by_turns(calls, repeats)
+    inputs = {str(count): _first(everything, 2 * count) for count in BATCHES}
+    found = _beside(
+        "batch",
+        "images in a batch: {}, per image",
+        {name: ours(unet, one) for name, one in inputs.items()},
+        {name: theirs(other, one) for name, one in inputs.items()},
+        repeats,
+    )
     return {
-        name: replace(timing, name=f"images in a batch: {name}, per image", seconds=_over(timing, int(name)))
-        for name, timing in found.items()
+        what: {name: replace(timing, seconds=_over(timing, int(name))) for name, timing in timings.items()}
+        for what, timings in found.items()
     }
 
 
-def boxes(unet: UNet, inputs: Inputs, repeats: int) -> dict[str, Timing]:
+def boxes(unet: UNet, published: Published, inputs: Inputs, repeats: int) -> Found:
     """A guided pass of one image with so many boxes."""
+
+    def way(count: int) -> Callable[[], object]:
+        return lambda: published.gradient(inputs.x, inputs.t, inputs.context, PLACES[:count], tokens(count))
+
     calls = {str(count): guided_pass(layout_guide(unet, inputs, count), inputs) for count in BOXES}
-    return {name: replace(found, name=f"boxes: {name}") for name, found in by_turns(calls, repeats).items()}
+    return _beside("boxes", "boxes: {}", calls, {str(count): way(count) for count in BOXES}, repeats)
 
 
-def steps(unet: UNet, inputs: Inputs, repeats: int) -> dict[str, Timing]:
+def steps(unet: UNet, inputs: Inputs, repeats: int) -> Found:
     """A run of so many guided and recorded steps."""
-    calls = {str(count): guided_run(unet, inputs, count) for count in STEPS}
-    return {count: replace(found, name=f"steps: {count}") for count, found in by_turns(calls, repeats).items()}
+    return _beside("steps", "steps: {}", {str(count): guided_run(unet, inputs, count) for count in STEPS}, {}, repeats)
 
 
-def resolutions(unet: UNet, edges: Sequence[int], args: argparse.Namespace) -> dict[str, Timing]:
+def resolutions(unet: UNet, other: Any, each: Sequence[Inputs], repeats: int) -> Found:
     """A step of one image of each size."""
-    size, dtype = SIZES[args.size], DTYPES[args.dtype]
-    calls = {str(8 * edge): ours(unet, Inputs.random(size, dtype, 2, edge, edge)) for edge in edges}
-    return {
-        name: replace(found, name=f"pixels: {name}x{name}") for name, found in by_turns(calls, args.repeats).items()
-    }
+    inputs = {str(8 * one.x.shape[-1]): one for one in each}
+    return _beside(
+        "resolution",
+        "pixels along an edge: {}",
+        {name: ours(unet, one) for name, one in inputs.items()},
+        {name: theirs(other, one) for name, one in inputs.items()},
+        repeats,
+    )
+
+
+def _beside(what: str, named: str, own: Calls, other: Calls, repeats: int) -> Found:
+    """Both by turns; {} in `named` is a variant's."""
+    tables: Found = {}
+    for key, timing in by_turns({**own, **{name + THEIRS: call for name, call in other.items()}}, repeats).items():
+        name, library = key.removesuffix(THEIRS), THEIRS if key.endswith(THEIRS) else ""
+        tables.setdefault(what + library, {})[name] = replace(timing, name=named.format(name) + library)
+    return tables
 
 
 def _over(timing: Timing, count: int) -> tuple[float, ...]:
@@ -111,11 +146,18 @@ def _first(inputs: Inputs, rows: int) -> Inputs:
 def _rows(found: Mapping[str, Mapping[str, Timing]], dtype: str) -> Iterator[Row]:
     alone, *others = (timing.median for timing in found["batch"].values())
     yield Row("an image of a batch", f"{dtype}, to {max(BATCHES)}", max(others) / alone, LEVEL, "of one alone")
-    one, *others = (timing.median / int(count) for count, timing in found["steps"].items())
-    yield Row("a step of a run", f"{dtype}, to {max(STEPS)}", max(others) / one, LEVEL, "of a run of one")
+    short, *others = (timing.median / int(count) for count, timing in found["steps"].items())
+    yield Row("a step of a run", f"{dtype}, to {max(STEPS)}", max(others) / short, LEVEL, f"of a run of {min(STEPS)}")
     medians = [timing.median for timing in found["boxes"].values()]
     ratio = max(medians) / min(medians)
     yield Row("the dearest number of boxes", f"{dtype}, to {max(BOXES)}", ratio, LEVEL, "of the cheapest")
+    largest = list(found["resolution"])[-1]
+    for part, what, name, unit in (
+        (f"an image of a batch of {max(BATCHES)}", "batch", str(max(BATCHES)), "of diffusers' seconds"),
+        (f"a guided pass with {max(BOXES)} boxes", "boxes", str(max(BOXES)), "of the published way's seconds"),
+        (f"a step of {largest}x{largest}", "resolution", largest, "of diffusers' seconds"),
+    ):
+        yield Row(part, dtype, found[what][name].median / found[what + THEIRS][name].median, 1.0, unit)
 
 
 def _draw(found: Mapping[str, Mapping[str, Timing]], folder: Path) -> None:
@@ -126,6 +168,11 @@ def _draw(found: Mapping[str, Mapping[str, Timing]], folder: Path) -> None:
         "steps": ("guided and recorded steps", "seconds of a run"),
         "resolution": ("pixels along an edge", "seconds of a step"),
     }
+    others = dict.fromkeys(names, "diffusers") | {"boxes": "the published way"}
     for name, (x_name, y_name) in names.items():
-        points = [(float(x), timing.median) for x, timing in found[name].items()]
-        lines({"minidiff": points}, x_name, y_name).save(folder / f"{name}.png")
+        curves = {
+            curve: [(float(x), timing.median) for x, timing in found[table].items()]
+            for curve, table in (("minidiff", name), (others[name], name + THEIRS))
+            if table in found
+        }
+        lines(curves, x_name, y_name).save(folder / f"{name}.png")

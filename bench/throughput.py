@@ -95,7 +95,7 @@ def measured(
 ) -> tuple[dict[str, dict[str, Timing]], dict[str, float]]:
     """Variants by turns, stage by stage, and how far each one's prediction is from that of diffusers as loaded.
 
-    A stage is a process: whatever is packed or compiled holds the weights once more for as long as its process lives,
+    A stage is a process: each network that is packed, or compiled by others, holds the weights once more until it ends,
     and together all variants do not fit into 24 GB in float32.
     """
     found: dict[str, dict[str, Timing]] = {}

@@ -131,6 +131,32 @@ print(counters["inductor"]["fxgraph_cache_miss"] + counters["aot_autograd"]["aut
     assert misses[1] == 0
 
 
+def test_graphs_hold_no_weights() -> None:
+    """Each of the compiler's own making held them all once more, for as long as the process lived."""
+    code = """
+import gc, torch
+from torch import nn
+from bench.load_once import resident
+from minidiff.accelerate import compile_unet
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, 8, 1)
+        self.layers = nn.Sequential(*(nn.Linear(4096, 4096) for _ in range(4)))  # 268 MB
+    def forward(self, x):
+        return self.layers(x).sin()
+network, held = compile_unet(Wide().requires_grad_(False)), []
+for rows in (8, 9, 10):
+    network(torch.ones(rows, 4096))
+    gc.collect()
+    held.append(resident("VmRSS"))
+print(held[2] - held[0])
+"""
+    there = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=there)
+    assert int(done.stdout) < 2**27
+
+
 def test_a_sweep_of_many_sizes_is_compiled() -> None:
     torch._dynamo.reset()
     call = _called(torch.compile(torch.sin, backend="eager", fullgraph=True, dynamic=False), torch.device("cpu"))

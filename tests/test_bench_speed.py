@@ -161,13 +161,26 @@ def test_scaling(tmp_path: Path) -> None:
     assert drawn == ["batch", "boxes", "resolution", "steps"]
     timings = json.loads((tmp_path / "rows.json").read_text())["timings"]
     assert list(timings["batch"]) == ["1", "2", "4", "8"] and list(timings["resolution"]) == ["64", "96", "128", "160"]
+    assert list(timings["batch, diffusers"]) == list(timings["batch"])
+    assert {row["part"] for row in rows(tmp_path / "rows.json")} == {
+        "an image of a batch",
+        "a step of a run",
+        "the dearest number of boxes",
+        "an image of a batch of 8",
+        "a guided pass with 8 boxes",
+        "a step of 160x160",
+    }
 
 
 def test_kernels(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.kernels, "best", lambda call, budget: best(call, 0.0))
     main(["kernels", "--shrink", "16", "--dtype", "float32", "--json", str(tmp_path / "rows.json")])
     printed = capsys.readouterr().out
-    assert len(rows(tmp_path / "rows.json")) == 28
+    parts = [row["part"] for row in rows(tmp_path / "rows.json")]
+    assert len(parts) == 34
+    assert [part for part in parts if part.startswith("box mass")] == [
+        f"box mass of {pixels} to 77 x {channels}" for pixels, channels in ((256, 40), (16, 160), (4, 160))
+    ]
     assert "* packed" in printed and "* fused" in printed and "* taken" in printed
 
 
