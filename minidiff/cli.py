@@ -100,7 +100,7 @@ def _generate(args: argparse.Namespace) -> None:
     keep_memory()
     model = _load(args)
     if args.compile:
-        _note("--compile: the first step of each kind waits for the compiler, for a minute or more on a large model")
+        _note("--compile: the first step of each kind waits for the compiler, for a large model a minute or more")
     if found is not None:
         _compare(args.png, found, model)
     run = sample_steps(
