@@ -96,7 +96,7 @@ def their_compiled_unet(size: Size, weights: Weights) -> Callable[..., Any]:
 
     The compiler asks for that when it traces, so an option of torch.compile comes too late.
     """
-    unet = compile_network(their_unet(size, weights))
+    unet = compile_network(their_unet(size, weights).to(memory_format=torch.channels_last))
     if device().type != "cpu":
         return unet
     from torch._dynamo import config as tracing

@@ -41,7 +41,8 @@ LEVEL = 1.05
 """What an image of a batch may cost of one alone, a step of a long run of one of a short one, the dearest number of
 boxes of the cheapest.
 """
-THEIRS = ", diffusers"
+THEIRS = {"batch": "diffusers", "boxes": "the published way", "resolution": "diffusers"}
+"""What each is compared with."""
 Calls = Mapping[str, Callable[[], object]]
 Found = dict[str, dict[str, Timing]]
 
@@ -128,10 +129,13 @@ def resolutions(unet: UNet, other: Any, each: Sequence[Inputs], repeats: int) ->
 
 def _beside(what: str, named: str, own: Calls, other: Calls, repeats: int) -> Found:
     """Both by turns; {} in `named` is a variant's."""
+    both = {("", name): call for name, call in own.items()}
+    both |= {(f", {THEIRS[what]}", name): call for name, call in other.items()}
+    timings = by_turns({name + whose: call for (whose, name), call in both.items()}, repeats)
     tables: Found = {}
-    for key, timing in by_turns({**own, **{name + THEIRS: call for name, call in other.items()}}, repeats).items():
-        name, library = key.removesuffix(THEIRS), THEIRS if key.endswith(THEIRS) else ""
-        tables.setdefault(what + library, {})[name] = replace(timing, name=named.format(name) + library)
+    for whose, name in both:
+        timing = replace(timings[name + whose], name=named.format(name) + whose)
+        tables.setdefault(what + whose, {})[name] = timing
     return tables
 
 
@@ -152,12 +156,13 @@ def _rows(found: Mapping[str, Mapping[str, Timing]], dtype: str) -> Iterator[Row
     ratio = max(medians) / min(medians)
     yield Row("the dearest number of boxes", f"{dtype}, to {max(BOXES)}", ratio, LEVEL, "of the cheapest")
     largest = list(found["resolution"])[-1]
-    for part, what, name, unit in (
-        (f"an image of a batch of {max(BATCHES)}", "batch", str(max(BATCHES)), "of diffusers' seconds"),
-        (f"a guided pass with {max(BOXES)} boxes", "boxes", str(max(BOXES)), "of the published way's seconds"),
-        (f"a step of {largest}x{largest}", "resolution", largest, "of diffusers' seconds"),
+    for part, what, name in (
+        (f"an image of a batch of {max(BATCHES)}", "batch", str(max(BATCHES))),
+        (f"a guided pass with {max(BOXES)} boxes", "boxes", str(max(BOXES))),
+        (f"a step of {largest}x{largest}", "resolution", largest),
     ):
-        yield Row(part, dtype, found[what][name].median / found[what + THEIRS][name].median, 1.0, unit)
+        other = found[f"{what}, {THEIRS[what]}"][name]
+        yield Row(part, dtype, found[what][name].median / other.median, 1.0, f"of the seconds of {THEIRS[what]}")
 
 
 def _draw(found: Mapping[str, Mapping[str, Timing]], folder: Path) -> None:
@@ -168,11 +173,9 @@ def _draw(found: Mapping[str, Mapping[str, Timing]], folder: Path) -> None:
         "steps": ("guided and recorded steps", "seconds of a run"),
         "resolution": ("pixels along an edge", "seconds of a step"),
     }
-    others = dict.fromkeys(names, "diffusers") | {"boxes": "the published way"}
     for name, (x_name, y_name) in names.items():
-        curves = {
-            curve: [(float(x), timing.median) for x, timing in found[table].items()]
-            for curve, table in (("minidiff", name), (others[name], name + THEIRS))
-            if table in found
-        }
+        tables = {"minidiff": found[name]}
+        if name in THEIRS:
+            tables[THEIRS[name]] = found[f"{name}, {THEIRS[name]}"]
+        curves = {curve: [(float(x), timing.median) for x, timing in table.items()] for curve, table in tables.items()}
         lines(curves, x_name, y_name).save(folder / f"{name}.png")

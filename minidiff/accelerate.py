@@ -1,7 +1,8 @@
-"""The one room that knows compilers, memory formats and packed weights. The networks are plain torch and stay so.
+"""What makes networks quick: packed layers (packed.py), memory formats, compilers. The networks themselves are plain
+torch and stay so.
 
-Weights never change here. So on the CPU convolutions and linear layers are packed (packed.py), and a compiled graph
-calls them as operators.
+Weights never change here. So on the CPU convolutions and linear layers are packed, and a compiled graph calls them as
+operators.
 """
 
 import ctypes
@@ -12,7 +13,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .networks.unet import UNet
 from .packed import ONEDNN, Packed, PackedConv2d, PackedLinear
@@ -76,22 +77,22 @@ def compile_unet(unet: UNet) -> UNet:
     On the CPU its layers are packed, and the graphs call them by number. They hold no weights, so they cost no memory,
     and the next process, which numbers its layers alike, finds them in the compiler's cache.
     """
-    if unet.conv_in.weight.device.type == "cpu" and ONEDNN:
-        number = next(_compiled) * 2**16
-        for layer in _pack(unet, 0).modules():
-            if isinstance(layer, Packed):
-                layer.take_number(number)
-                number += 1
+    if unet.conv_in.weight.device.type != "cpu" or not ONEDNN:
+        return compile_network(unet.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    number = next(_compiled) * 2**16
+    for layer in _pack(unet, 0).modules():
+        if isinstance(layer, Packed):
+            layer.take_number(number)
+            number += 1
     return compile_network(unet)
 
 
 def compile_network(network: Network) -> Network:
     """Any network, compiled on first use with the flags that all of minidiff uses."""
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     device = next(network.parameters()).device
     network.compile(**_flags(device))
     compiled = network._compiled_call_impl
-    network._compiled_call_impl = None if compiled is None else _called(compiled, device)
+    network._compiled_call_impl = None if compiled is None else _called(compiled, network, device)
     return network
 
 
@@ -108,7 +109,7 @@ def compile_whole(function: Callable[..., T], network: nn.Module) -> Callable[..
     kept: dict[Callable[..., T], Callable[..., T]] = network.__dict__.setdefault("_compiled_whole", {})
     if function not in kept:
         device = next(network.parameters()).device
-        kept[function] = _called(torch.compile(function, **_flags(device)), device)
+        kept[function] = _called(torch.compile(function, **_flags(device)), network, device)
     return kept[function]
 
 
@@ -120,15 +121,19 @@ def _flags(device: torch.device) -> dict[str, Any]:
     return flags | ({"mode": "reduce-overhead"} if device.type == "cuda" else {})
 
 
-def _called(call: Callable[..., T], device: torch.device) -> Callable[..., T]:
+def _called(call: Callable[..., T], network: nn.Module, device: torch.device) -> Callable[..., T]:
     """A compiled function with room for many graphs: each size, batch, record and strength of an edit has its own, and
-    the compiler would give up at the ninth. On CUDA it returns copies: the next run of a captured graph writes over it.
+    the compiler would give up at the ninth. Callers with and without torch.no_grad share a graph where there is nothing
+    to be differentiated. On CUDA it returns copies: the next run of a captured graph writes over it.
     """
 
     def called(*args: Any, **kwargs: Any) -> T:
         from torch._dynamo import config  # here, since importing the compiler takes a second
 
-        with config.patch(recompile_limit=_GRAPHS, accumulated_recompile_limit=_GRAPHS):
+        given = itertools.chain(tree_leaves((args, kwargs)), network.parameters())
+        recorded = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in given)
+        limits = config.patch(recompile_limit=_GRAPHS, accumulated_recompile_limit=_GRAPHS)
+        with limits, torch.set_grad_enabled(recorded):
             if device.type != "cuda":
                 return call(*args, **kwargs)
             torch.compiler.cudagraph_mark_step_begin()

@@ -5,6 +5,7 @@ weights transposed, and that by a convolution's input is a convolution with the 
 channels exchanged. Of 3x3 convolutions in float32, large grids take fewer multiplications instead (winograd.py).
 """
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -13,6 +14,8 @@ from weakref import WeakValueDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 
 from . import winograd
 
@@ -21,42 +24,47 @@ _ONES = [1, 1]
 
 
 class Packed(nn.Module):
-    """A linear map, plus a bias, whose frozen weights oneDNN holds in its own order from the first call on.
+    """A linear map, plus a bias, with frozen weights, which the CPU gets in the form that it takes fastest.
 
-    `weight` is then an opaque tensor of the same shape, and `dense()` its numbers. Packing waits for the first call, so
-    that loading stays a memory map. It is torch's own layer where the weights are not frozen, not for oneDNN, or others
-    than those it was made with. To train a network that has run, load it again: its parameters are opaque tensors.
+    From the first call on oneDNN holds them in its own order: `weight` is then an opaque tensor of the same shape, and
+    `dense()` its numbers. (Where winograd.py does the work `weight` stays as it was.) Packing waits for the first call,
+    so that loading stays a memory map. It is torch's own layer where the weights are not frozen, not for oneDNN, or
+    others than those it was made with. To train a network that has run, load it again.
 
     A compiler that traces it sees an operator, which finds the layer by its number: its graphs hold no weights. There
-    the weights have to be frozen.
+    the weights have to be frozen and its own, so functional_call inside what is compiled does not change them.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
+        self.shape = list(layer.weight.shape)
         self.train(layer.training)
-        self.derived: dict[str, Tensor] = {}  # other forms of the weights, each from its first use on
+        self.derived: dict[str, tuple[_State, Tensor]] = {}  # other forms of the weights, each from its first use on
         self.number: int | None = None
         self._known()
 
     def forward(self, x: Tensor) -> Tensor:
         """What torch's layer returns; convolutions in channels_last."""
         if self.number is not None and torch.compiler.is_compiling() and x.device.type == "cpu":
-            # a view, since the compiler takes the argument of torch.func.grad itself for a constant without a gradient
-            return _Numbered.apply(x.view_as(x), self.number)
+            size = self.out_size(x.shape)
+            return torch.ops.minidiff.packed_layer(x, self.number, "all", size, self.channels_last)
         weight, bias = self.weight, self.bias
         own = weight is self.made_with[0] and bias is self.made_with[1]
         if not own or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
             self._unpack()
-            return self.plain(x)
-        if weight.is_mkldnn and not torch.is_grad_enabled():  # the short way: small networks feel each microsecond
-            return self.run(x, bias)
+            return self.plain(x, bias)
+        if weight.is_mkldnn and not torch.is_grad_enabled() and not _transformed():
+            return self.run(x, bias)  # the short way: small networks feel each microsecond
         if not self._may_pack():
             self._unpack()
-            return self.plain(x)
+            return self.plain(x, bias)
         return _Apply.apply(x, self, None, bias)
 
-    def plain(self, x: Tensor) -> Tensor:
+    channels_last: bool
+    """How results lie in memory where they come from packed weights."""
+
+    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """torch's own layer."""
         raise NotImplementedError
 
@@ -72,31 +80,31 @@ class Packed(nn.Module):
         """The same by torch."""
         raise NotImplementedError
 
-    def called(self, x: Tensor, size: torch.Size | None) -> Tensor:
-        """From a graph: the layer; with a size its gradient by an input of that size."""
+    def out_size(self, size: torch.Size) -> list[int]:
+        """Of what `plain` returns for an input of that size."""
+        raise NotImplementedError
+
+    def from_graph(self, x: Tensor, part: str, size: torch.Size) -> Tensor:
+        """A part of it, whose result has that size."""
         if self.weight is not self.made_with[0]:
-            self._unpack()
-            self._known()
+            raise RuntimeError(
+                "a compiled layer has weights that were put in the place of its own, whose gradients it cannot take; "
+                "copy them into it with load_state_dict, or load without compile=True"
+            )
         if x.dtype != self.weight.dtype or not self._is_frozen():
             state = "frozen" if self._is_frozen() else "trained"
             raise RuntimeError(
                 f"a compiled layer got {x.dtype}, and its weights are {self.weight.dtype} and {state}; it takes the "
                 "dtype of frozen weights: use no autocast, and train what is loaded without compile=True"
             )
-        if _packs(x.dtype):
-            return self.run(x, self.bias) if size is None else self.run_back(x, size)
-        return self.laid_out(self.plain(x) if size is None else self.plain_back(x, size))
-
-    def out_size(self, size: torch.Size) -> list[int]:
-        """Of what `plain` returns for an input of that size."""
-        raise NotImplementedError
-
-    def laid_out(self, y: Tensor) -> Tensor:
-        """A result as it lies in memory where it comes from packed weights."""
-        return y.contiguous()
+        run, run_back = (self.run, self.run_back) if _packs(x.dtype) else (self.plain, self.plain_back)
+        found = run_back(x, size) if part == "gradient" else run(x, self.bias if part == "all" else None)
+        return _laid_out(found, self.channels_last)
 
     def take_number(self, number: int) -> None:
         """Be an operator in graphs from now on. Numbers that are alike in each process let them share a cache."""
+        if _numbered.get(number, self) is not self:
+            raise ValueError(f"number is {number}, which another layer has; expected one of its own")
         self.number = number
         _numbered[number] = self
 
@@ -117,14 +125,26 @@ class Packed(nn.Module):
         """functional_call, and whoever merges a LoRA, puts other tensors in their place."""
         self.made_with = (self.weight, self.bias)
 
-    def _keep(self, packed: Tensor) -> None:
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self._known()
+    def _packed(self, pack: Callable[[Tensor], Tensor]) -> Tensor:
+        """`weight`, opaque from now on."""
+        if not self.weight.is_mkldnn:
+            with _packing:
+                if not self.weight.is_mkldnn:
+                    packed = nn.Parameter(pack(self.weight.detach()), requires_grad=False)
+                    self.made_with = packed, self.bias  # first: another thread then takes torch's layer once
+                    self.weight = packed
+        return self.weight
 
-    def _derive(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        if name not in self.derived:
-            self.derived[name] = make()
-        return self.derived[name]
+    def _derive(self, name: str, make: Callable[[], Tensor], keep: bool = True) -> Tensor:
+        """Another form of the weights as they are now."""
+        state = _state(self.weight)
+        found = self.derived.get(name)
+        if found is not None and found[0] == state:
+            return found[1]
+        made = make()
+        if keep:
+            self.derived[name] = state, made
+        return made
 
     def _unpack(self) -> None:
         if self.weight.is_mkldnn:
@@ -162,6 +182,25 @@ class Packed(nn.Module):
         }
 
 
+_packing = threading.Lock()
+_State = tuple[int, int]
+
+
+def _state(weight: Tensor) -> _State:
+    """Other numbers in the same tensor have another: its version and its storage, as far as it has them."""
+    version = 0 if weight.is_inference() else weight._version
+    return version, 0 if weight.is_mkldnn else weight.untyped_storage()._cdata
+
+
+def _transformed() -> bool:
+    """Whether a tensor may carry more than its numbers: a batch, a tangent."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _laid_out(y: Tensor, channels_last: bool) -> Tensor:
+    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
 @cache
 def _packs(dtype: torch.dtype) -> bool:
     """Whether oneDNN has kernels for it on this CPU; asked, it raises where torch's own layers go another way."""
@@ -171,17 +210,14 @@ def _packs(dtype: torch.dtype) -> bool:
 class PackedLinear(Packed):
     """nn.Linear, packed."""
 
-    def plain(self, x: Tensor) -> Tensor:
+    channels_last = False
+
+    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """[...,C] -> [...,C']."""
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, bias)
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.weight.is_mkldnn:
-            self._keep(_pack_linear(self.weight.detach(), x))
-        return _linear(x, self.weight, bias)
-
-    def out_size(self, size: torch.Size) -> list[int]:
-        return [*size[:-1], len(self.weight)]
+        return _linear(x, self._packed(lambda weight: _pack_linear(weight, x)), bias)
 
     def run_back(self, grad: Tensor, size: torch.Size) -> Tensor:
         turned = self._derive("turned", lambda: _pack_linear(self.dense().T.contiguous(), grad))
@@ -190,49 +226,63 @@ class PackedLinear(Packed):
     def plain_back(self, grad: Tensor, size: torch.Size) -> Tensor:
         return grad @ self.dense()
 
+    def out_size(self, size: torch.Size) -> list[int]:
+        return [*size[:-1], self.shape[0]]
+
 
 class PackedConv2d(Packed):
     """nn.Conv2d, packed."""
+
+    channels_last = True
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__(conv)
         self.stride, self.padding = ([int(n) for n in value] for value in (conv.stride, conv.padding))
 
-    def plain(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """[B,C,h,w] -> [B,C',h',w']."""
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        return F.conv2d(x, self.weight, bias, self.stride, self.padding)
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if _is_tiled(x, self.weight, self.stride, self.padding):
+        if self._is_tiled(x):
             return winograd.convolve(x, self._tiled("tiled", x, self.dense), bias, _linear)
-        if not self.weight.is_mkldnn:
-            self._keep(_pack_conv(self.weight.detach(), self.padding, self.stride, x))
-        return _conv(x, self.weight, bias, self.padding, self.stride)
-
-    def out_size(self, size: torch.Size) -> list[int]:
-        each = zip(size[2:], self.padding, self.weight.shape[2:], self.stride, strict=True)
-        return [size[0], len(self.weight), *((n + 2 * p - k) // s + 1 for n, p, k, s in each)]
-
-    def laid_out(self, y: Tensor) -> Tensor:
-        return y.contiguous(memory_format=torch.channels_last)
+        weight = self._packed(lambda weight: _pack_conv(weight, self.padding, self.stride, x))
+        return _conv(x, weight, bias, self.padding, self.stride)
 
     def run_back(self, grad: Tensor, size: torch.Size) -> Tensor:
-        if _is_tiled(grad, self.weight, self.stride, self.padding):
+        if self._is_tiled(grad):
             tiled = self._tiled("turned, tiled", grad, lambda: _turned(self.dense()))
             return winograd.convolve(grad, tiled, None, _linear)
-        spread, padding = _spread(grad, size, self.weight.shape[2:], self.stride, self.padding)
+        spread, padding = self._spread(grad, size)
         turned = self._derive("turned", lambda: _pack_conv(_turned(self.dense()), padding, _ONES, spread))
         return _conv(spread, turned, None, padding, _ONES)
 
     def plain_back(self, grad: Tensor, size: torch.Size) -> Tensor:
-        spread, padding = _spread(grad, size, self.weight.shape[2:], self.stride, self.padding)
+        spread, padding = self._spread(grad, size)
         return F.conv2d(spread, _turned(self.dense()), None, 1, padding)
+
+    def out_size(self, size: torch.Size) -> list[int]:
+        each = zip(size[2:], self.padding, self.shape[2:], self.stride, strict=True)
+        return [size[0], self.shape[0], *((n + 2 * p - k) // s + 1 for n, p, k, s in each)]
+
+    def _is_tiled(self, x: Tensor) -> bool:
+        """Whether winograd.py does it, or the gradient, whose grid and weights are as large."""
+        if x.dtype != torch.float32 or not self.stride == self.padding == _ONES:
+            return False
+        return winograd.pays(x.shape, self.weight.shape)
 
     def _tiled(self, name: str, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """Weights as winograd.py takes them."""
-        if winograd.keeps(x.shape):
-            return self._derive(name, lambda: winograd.transform(make()))
-        return winograd.transform(make())
+        return self._derive(name, lambda: winograd.transform(make()), winograd.keeps(x.shape))
+
+    def _spread(self, grad: Tensor, size: torch.Size) -> tuple[Tensor, list[int]]:
+        """What a convolution of stride 1 takes to return the gradient by an input of that size, and its padding."""
+        kernel, spread = self.shape[2:], grad
+        if self.stride != _ONES:  # what a stride left out is zero
+            edges = (n + 2 * p - k + 1 for n, p, k in zip(size[2:], self.padding, kernel, strict=True))
+            spread = grad.new_zeros(*grad.shape[:2], *edges).contiguous(memory_format=torch.channels_last)
+            spread[:, :, :: self.stride[0], :: self.stride[1]] = grad
+        return spread, [k - 1 - p for k, p in zip(kernel, self.padding, strict=True)]
 
 
 class _Apply(torch.autograd.Function):
@@ -279,59 +329,63 @@ class _Apply(torch.autograd.Function):
 _numbered: WeakValueDictionary[int, Packed] = WeakValueDictionary()
 
 
-class _Numbered(torch.autograd.Function):
-    """A packed layer and its gradient, for a compiler."""
+torch.library.define(
+    "minidiff::packed_layer", "(Tensor x, int number, str part, SymInt[] size, bool channels_last) -> Tensor"
+)
+"""A packed layer for a compiler, by its number. part: "all" of it, the "product" without the bias, or its "gradient".
+
+size: of the result, which the compiler has to know without the layer: another process, where a layer of other sizes has
+that number, must not take this graph for its own.
+"""
+
+
+class _Numbered(_SingleLevelFunction):
+    """Its gradient is the operator again. (What torch.library makes of a formula does not go with torch.func.)"""
 
     @staticmethod
-    def forward(x: Tensor, number: int) -> Tensor:
-        return torch.ops.minidiff.packed_layer(x, number, None)
+    def forward(x: Tensor, number: int, part: str, size: list[int], channels_last: bool) -> Tensor:
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():  # of torch.func.grad around this one
+            return torch.ops.minidiff.packed_layer(x, number, part, size, channels_last)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
-        x, ctx.number = inputs
-        ctx.size = x.shape
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, str, list[int], bool], output: Tensor) -> None:
+        x, ctx.number, ctx.part, _, ctx.channels_last = inputs
+        ctx.size = list(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return torch.ops.minidiff.packed_layer(grad, ctx.number, ctx.size), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        part = "product" if ctx.part == "gradient" else "gradient"
+        back = torch.ops.minidiff.packed_layer(grad, ctx.number, part, ctx.size, ctx.channels_last)
+        return back, None, None, None, None
 
 
-torch.library.define("minidiff::packed_layer", "(Tensor x, int number, SymInt[]? size) -> Tensor")
+@torch.library.impl("minidiff::packed_layer", "Autograd")
+def _differentiable_packed_layer(*args: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.minidiff.packed_layer(*args)
+    with enable_single_level_autograd_function():
+        return _Numbered.apply(*args)  # type: ignore[attr-defined]  # what torch.autograd.Function has, too
 
 
 @torch.library.impl("minidiff::packed_layer", "CPU")
-def _packed_layer(x: Tensor, number: int, size: list[int] | None) -> Tensor:
-    return _numbered[number].called(x, None if size is None else torch.Size(size))
+def _packed_layer(x: Tensor, number: int, part: str, size: list[int], channels_last: bool) -> Tensor:
+    layer = _numbered.get(number)
+    if layer is None:
+        raise RuntimeError("a compiled graph has lost its network; keep the network for as long as what it compiled")
+    return layer.from_graph(x, part, torch.Size(size))
 
 
-def _packed_layer_shape(x: Tensor, number: int, size: list[int] | None) -> Tensor:
-    layer = _numbered[number]
-    return layer.laid_out(x.new_empty(layer.out_size(x.shape) if size is None else size))
+def _packed_layer_shape(x: Tensor, number: int, part: str, size: list[int], channels_last: bool) -> Tensor:
+    return _laid_out(x.new_empty(size), channels_last)
 
 
 torch.library.register_fake("minidiff::packed_layer", _packed_layer_shape)
 
 
-def _is_tiled(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> bool:
-    """Whether winograd.py does this convolution, or its gradient, whose grid and weights are as large."""
-    return x.dtype == torch.float32 and stride == padding == _ONES and winograd.pays(x.shape, weight.shape)
-
-
 def _turned(weight: Tensor) -> Tensor:
     """The weights [C,C',k,k] of the gradient of a convolution whose own are [C',C,k,k]."""
     return weight.flip(2, 3).transpose(0, 1)
-
-
-def _spread(
-    grad: Tensor, size: torch.Size, kernel: torch.Size, stride: list[int], padding: list[int]
-) -> tuple[Tensor, list[int]]:
-    """What a convolution of stride 1 takes to return the gradient by an input of that size, and its padding."""
-    spread = grad
-    if stride != _ONES:  # what a stride left out is zero
-        edges = (n + 2 * p - k + 1 for n, p, k in zip(size[2:], padding, kernel, strict=True))
-        spread = grad.new_zeros(*grad.shape[:2], *edges).contiguous(memory_format=torch.channels_last)
-        spread[:, :, :: stride[0], :: stride[1]] = grad
-    return spread, [k - 1 - p for k, p in zip(kernel, padding, strict=True)]
 
 
 # The operators that torch's compiler emits for frozen weights. They are private: a test compares each with torch's own.

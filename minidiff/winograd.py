@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LINEAR = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""A product such as F.linear: [T,C], weights [C',C], bias [C'] -> [T,C']."""
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Such as F.linear: [T,C], weights [C',C], bias [C'] -> [T,C']."""
 _NUMBERS = 3 * 2**17
 """Of one of the 16 matrices at a time: all of them stay in the cache, and each is large enough for a quick product."""
 _CHANNELS = 256
@@ -46,7 +46,7 @@ def transform(weight: Tensor) -> Tensor:
     return torch.einsum("ai,bj,ocij->abco", spread, spread, weight).flatten(0, 1).contiguous()
 
 
-def convolve(x: Tensor, weights: Tensor, bias: Tensor | None, linear: LINEAR) -> Tensor:
+def convolve(x: Tensor, weights: Tensor, bias: Tensor | None, linear: Product) -> Tensor:
     """What a convolution of stride 1 and padding 1 returns: [B,C,h,w] -> [B,C',h,w] in channels_last.
 
     Several rows of tiles at a time, in memory that is used again: it cannot be differentiated.
@@ -71,7 +71,7 @@ def convolve(x: Tensor, weights: Tensor, bias: Tensor | None, linear: LINEAR) ->
         _differences([padded[:, k : k + 2 * count - 1 : 2] for k in range(4)], halfway[:, :, :count])
         _differences([halfway[:, :, :count, k : k + 2 * wide - 1 : 2] for k in range(4)], tile.transpose(0, 1))
         products = [
-            linear(one, matrix, bias if i == 5 else None)  # the fifth goes into each output cell once
+            linear(one, matrix, bias if i == 5 else None)  # [1,1] of the 4x4 goes into each output cell once
             for i, (one, matrix) in enumerate(zip(tile.view(16, -1, channels), matrices, strict=True))
         ]
         columns = [_sums(products[j::4]) for j in range(4)]

@@ -83,10 +83,10 @@ def gradient(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 class Small(nn.Module):
     """The compiler does not take torch's own modules for a whole network."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(4, 6, 3, padding=1)
-        self.linear = nn.Linear(6, 8)
+        self.linear = nn.Linear(6, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.conv_in(x).sin().flatten(2).mT)
@@ -110,25 +110,49 @@ def test_compiled_layers_are_packed_whatever_their_size_and_have_numbers_of_thei
     assert second == [number + 2**16 for number in first]
 
 
-def test_a_second_process_finds_the_graphs(tmp_path: Path) -> None:
+def test_a_second_process_finds_the_graphs_but_not_those_of_layers_of_other_sizes(tmp_path: Path) -> None:
     code = """
-import torch
-from test_accelerate import Small, compile_unet, compile_whole, gradient
+import sys, torch
+from test_accelerate import Small, close, compile_unet, compile_whole, copy, gradient
 from torch._dynamo.utils import counters
-torch.manual_seed(0)
-network = compile_unet(Small().requires_grad_(False))
+plain = Small(int(sys.argv[1])).requires_grad_(False)
+network = compile_unet(copy.deepcopy(plain))
 x = torch.randn(1, 4, 8, 8)
-network(x)
-compile_whole(gradient, network)(network.forward, x)
+close(network(x), plain(x))
+close(compile_whole(gradient, network)(network.forward, x), gradient(plain, x))
 print(counters["inductor"]["fxgraph_cache_miss"] + counters["aot_autograd"]["autograd_cache_miss"])
 """
     there = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
-    misses = [
-        int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=there).stdout)
-        for _ in range(2)
-    ]
+    misses = []
+    for width in ("8", "8", "16"):
+        command = [sys.executable, "-c", code, width]
+        misses.append(int(subprocess.run(command, check=True, capture_output=True, text=True, env=there).stdout))
     assert misses[0] >= 2
     assert misses[1] == 0
+    assert misses[2] == misses[0]
+
+
+def test_callers_with_and_without_gradients_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    network, x = Small().requires_grad_(False), torch.randn(1, 4, 8, 8)
+    compiled: list[object] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        compiled.append(graph)
+        return graph.forward
+
+    call = _called(torch.compile(network.forward, backend=count), network, torch.device("cpu"))
+    first = call(x)
+    with torch.no_grad():
+        assert torch.equal(call(x), first)
+    assert len(compiled) == 1
+    assert not first.requires_grad
+    leaf = x.clone().requires_grad_()
+    assert call(leaf).requires_grad
+    with torch.no_grad():
+        assert not call(leaf).requires_grad
+    network.linear.weight.requires_grad_()
+    assert call(x).requires_grad
 
 
 def test_graphs_hold_no_weights() -> None:
@@ -159,7 +183,8 @@ print(held[2] - held[0])
 
 def test_a_sweep_of_many_sizes_is_compiled() -> None:
     torch._dynamo.reset()
-    call = _called(torch.compile(torch.sin, backend="eager", fullgraph=True, dynamic=False), torch.device("cpu"))
+    sine = torch.compile(torch.sin, backend="eager", fullgraph=True, dynamic=False)
+    call = _called(sine, nn.Identity(), torch.device("cpu"))
     for n in range(1, 12):  # torch's own limit is 8
         assert call(torch.ones(n)).shape == (n,)
         call(torch.ones(n + 20, requires_grad=True))
@@ -167,7 +192,7 @@ def test_a_sweep_of_many_sizes_is_compiled() -> None:
 
 def test_what_a_captured_graph_returns_is_copied() -> None:
     buffer = torch.zeros(3)
-    call = _called(lambda: (buffer, {"maps": buffer}, 7), torch.device("cuda"))
+    call = _called(lambda: (buffer, {"maps": buffer}, 7), nn.Identity(), torch.device("cuda"))
     eps, maps, number = call()
     buffer += 1
     assert (eps.sum(), maps["maps"].sum(), number) == (0, 0, 7)

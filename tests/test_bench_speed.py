@@ -162,6 +162,7 @@ def test_scaling(tmp_path: Path) -> None:
     timings = json.loads((tmp_path / "rows.json").read_text())["timings"]
     assert list(timings["batch"]) == ["1", "2", "4", "8"] and list(timings["resolution"]) == ["64", "96", "128", "160"]
     assert list(timings["batch, diffusers"]) == list(timings["batch"])
+    assert list(timings["boxes, the published way"]) == list(timings["boxes"])
     assert {row["part"] for row in rows(tmp_path / "rows.json")} == {
         "an image of a batch",
         "a step of a run",

@@ -1,15 +1,21 @@
 """Packed layers against torch's own: numbers, gradients of any order, state, copies; as operators in a graph."""
 
+import contextlib
 import copy
+import gc
+import itertools
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from minidiff.packed import PackedConv2d, PackedLinear
+from minidiff.packed import Packed, PackedConv2d, PackedLinear
 
 KINDS = {
     "3x3": (3, 1, 1),
@@ -20,6 +26,20 @@ KINDS = {
     "5x5": (5, 1, 2),
 }
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+LARGE = 256, 264
+"""Channels enough for Winograd's way, on grids from 32x32 on."""
+
+
+def layers(kind: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Packed, Tensor]:
+    """torch's layer, a packed one with the same weights, and an input."""
+    if kind == "linear":
+        linear = nn.Linear(24, 40).to(dtype).requires_grad_(False)
+        return linear, PackedLinear(copy.deepcopy(linear)), torch.randn(2, 3, 7, 24).to(dtype)
+    if kind == "large":
+        return *large(dtype), torch.randn(2, LARGE[0], 32, 33).to(dtype)
+    return *pair(kind, dtype), torch.randn(2, 64, 9, 14).to(dtype)
 
 
 def pair(kind: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[nn.Conv2d, PackedConv2d]:
@@ -146,20 +166,20 @@ def test_other_dtypes_and_trained_weights_take_torchs_way() -> None:
     close(packed.bias.grad, conv.bias.grad)
 
 
-def test_functional_call_uses_the_weights_that_it_is_given() -> None:
-    conv, packed = pair("3x3")
-    x = torch.randn(1, 64, 6, 6)
+@pytest.mark.parametrize("kind", ["3x3", "large"])
+def test_functional_call_uses_the_weights_that_it_is_given(kind: str) -> None:
+    conv, packed, x = layers(kind)
     packed(x)
     weights = {"weight": torch.randn_like(conv.weight), "bias": torch.randn_like(conv.bias)}
     close(torch.func.functional_call(packed, weights, (x,)), F.conv2d(x, **weights, padding=1))
     close(packed(x), conv(x))
 
 
-def test_other_weights_in_its_place_are_used_forward_and_back() -> None:
+@pytest.mark.parametrize("kind", ["3x3", "large"])
+def test_other_weights_in_its_place_are_used_forward_and_back(kind: str) -> None:
     """Those of another network for one call, and new ones for good, as who merges a LoRA sets them."""
-    conv, packed = pair("3x3")
-    other, _ = pair("3x3")
-    x = torch.randn(1, 64, 6, 6)
+    conv, packed, x = layers(kind)
+    other, _, _ = layers(kind)
 
     def slope(network: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.func.grad(lambda x: network(x).sin().sum())(x)
@@ -169,7 +189,7 @@ def test_other_weights_in_its_place_are_used_forward_and_back() -> None:
     close(slope(lambda x: torch.func.functional_call(packed, given, (x,))), slope(other))
     assert given["weight"] is other.weight and not other.weight.is_mkldnn
     close(slope(packed), slope(conv))
-    biases = torch.randn(3, 120)
+    biases = torch.randn(3, len(conv.bias))
     for network in (packed, conv):
         network(x)
     close(
@@ -184,6 +204,19 @@ def test_other_weights_in_its_place_are_used_forward_and_back() -> None:
     close(slope(packed), slope(conv))
 
 
+@pytest.mark.parametrize("edges", [(32, 33), (64, 64)])
+def test_weights_changed_in_place_are_used_forward_and_back(edges: tuple[int, int]) -> None:
+    """Where they are not opaque: others cannot be."""
+    conv, packed = large()
+    x = torch.randn(1, LARGE[0], *edges)
+    for change in (lambda weight: weight.mul_(2), lambda weight: setattr(weight, "data", weight / 4), None):
+        with torch.no_grad():
+            close(packed(x), conv(x))
+        close(gradient(packed, x), gradient(conv, x))
+        for layer in (packed, conv) if change is not None else ():
+            change(layer.weight)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_at_several_sizes(kind: str) -> None:
     conv, packed = pair(kind)
@@ -192,23 +225,43 @@ def test_gradients_at_several_sizes(kind: str) -> None:
         close(*(torch.func.grad(lambda x, f=f: f(x).sin().sum())(x) for f in (packed, conv)))
 
 
-@pytest.mark.parametrize("layer", ["convolution", "linear"])
-def test_forward_derivatives_and_batches_of_functions(layer: str) -> None:
-    if layer == "linear":
-        plain: nn.Module = nn.Linear(64, 80).requires_grad_(False)
-        packed: nn.Module = PackedLinear(copy.deepcopy(plain))
-        x = torch.randn(3, 2, 64)
-    else:
-        plain, packed = pair("stride 2")
-        x = torch.randn(3, 2, 64, 6, 7)
-    tangent = torch.randn_like(x[0])
-    for found, expected in zip(
-        *(torch.func.jvp(lambda x, f=f: f(x).sin(), (x[0],), (tangent,)) for f in (packed, plain)), strict=True
-    ):
-        close(found, expected)
-    close(*(torch.func.vmap(f)(x) for f in (packed, plain)))
-    close(*(torch.func.vmap(torch.func.grad(lambda x, f=f: f(x).sin().sum()))(x) for f in (packed, plain)))
-    close(*(torch.func.vmap(f, in_dims=1)(x) for f in (packed, plain)))
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("kind", ["stride 2", "linear", "large"])
+def test_forward_derivatives_and_batches_of_functions(
+    kind: str, mode: Callable[[], contextlib.AbstractContextManager[None]]
+) -> None:
+    plain, packed, one = layers(kind)
+    x = torch.stack([one, torch.randn_like(one), torch.randn_like(one)])
+    tangent = torch.randn_like(one)
+    packed(one)
+    with mode():
+        for found, expected in zip(
+            *(torch.func.jvp(lambda x, f=f: f(x).sin(), (one,), (tangent,)) for f in (packed, plain)), strict=True
+        ):
+            close(found, expected)
+        close(*(torch.func.vmap(f)(x) for f in (packed, plain)))
+        close(*(torch.func.vmap(torch.func.grad(lambda x, f=f: f(x).sin().sum()))(x) for f in (packed, plain)))
+        close(*(torch.func.vmap(f, in_dims=1)(x) for f in (packed, plain)))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(one, tangent)
+            close(*(forward_ad.unpack_dual(f(dual)).tangent for f in (packed, plain)))
+
+
+def test_threads_share_a_layer_from_its_first_call_on() -> None:
+    for kind in ("3x3", "linear", "large"):
+        plain, packed, x = layers(kind)
+        start = Barrier(4)
+
+        def slope(packed: Packed = packed, x: Tensor = x, start: Barrier = start) -> Tensor:
+            start.wait()
+            return torch.func.grad(lambda x: packed(x).sin().sum())(x)
+
+        with ThreadPoolExecutor(4) as pool:
+            found = [one.result() for one in [pool.submit(slope) for _ in range(4)]]
+        for one in found:
+            close(one, torch.func.grad(lambda x, f=plain: f(x).sin().sum())(x))
+        assert packed.weight is packed.made_with[0]
+        assert packed.weight.is_mkldnn == (kind != "large")
 
 
 def test_autocast_is_torchs() -> None:
@@ -254,15 +307,16 @@ TILED = (32, 34), (64, 65)
 """Grids large enough; for the second the transformed weights are not kept."""
 
 
-def large(dtype: torch.dtype = torch.float32) -> tuple[nn.Conv2d, PackedConv2d]:
+def large(dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[nn.Conv2d, PackedConv2d]:
     """torch's convolution and a packed one, with channels enough."""
-    conv = nn.Conv2d(256, 264, 3, padding=1).to(dtype).requires_grad_(False)
+    conv = nn.Conv2d(*LARGE, 3, padding=1, bias=bias).to(dtype).requires_grad_(False)
     return conv, PackedConv2d(copy.deepcopy(conv))
 
 
 @pytest.mark.parametrize("edges", TILED)
-def test_a_large_convolution_and_its_gradients_equal_torchs(edges: tuple[int, int]) -> None:
-    conv, packed = large()
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_convolution_and_its_gradients_equal_torchs(edges: tuple[int, int], bias: bool) -> None:
+    conv, packed = large(bias=bias)
     x = torch.randn(2, 256, *edges)
     found = packed(x)
     close(found, conv(x))
@@ -292,6 +346,23 @@ def test_large_and_small_grids_share_a_layer() -> None:
     close(copy.deepcopy(packed)(x), 2 * conv(x))
 
 
+def test_what_inference_mode_transformed_serves_gradients_later() -> None:
+    conv, packed = large()
+    x = torch.randn(1, 256, 32, 32)
+    with torch.inference_mode():
+        close(packed(x), conv(x))
+        torch.func.grad(lambda x: packed(x).sum())(x.clone())
+    close(*(torch.autograd.grad(network(x.requires_grad_()).sin().sum(), x)[0] for network in (packed, conv)))
+
+
+def test_kept_weights_serve_larger_grids_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, packed = large()
+    packed(torch.randn(1, 256, 32, 32))
+    monkeypatch.setattr("minidiff.winograd.transform", None)
+    x = torch.randn(1, 256, 64, 64)
+    close(packed(x), conv(x))
+
+
 def test_in_other_dtypes_a_large_convolution_is_packed() -> None:
     conv, packed = large(torch.bfloat16)
     x = torch.randn(1, 256, 32, 32).bfloat16()
@@ -300,6 +371,24 @@ def test_in_other_dtypes_a_large_convolution_is_packed() -> None:
 
 
 # ---- as operators, for a compiler
+
+NUMBERS = itertools.count(-1, -1)  # no compiled network has them
+
+
+@pytest.fixture
+def numbered() -> Iterator[Callable[[Packed], Packed]]:
+    """Gives layers numbers, and drops the graphs, which the compiler knows by their code."""
+    torch._dynamo.reset()
+
+    def numbered(layer: Packed) -> Packed:
+        layer.take_number(next(NUMBERS))
+        return layer
+
+    yield numbered
+    torch._dynamo.reset()
+
+
+Numbered = Callable[[Packed], Packed]
 
 
 def graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -311,18 +400,15 @@ def gradient(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.func.grad(lambda x: network(x).sin().sum())(x)
 
 
+def curvature(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.func.grad(lambda x: gradient(network, x).square().sum())(x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])  # the last has no packed weights
 @pytest.mark.parametrize("kind", [*KINDS, "large", "linear"])
-def test_a_graph_calls_the_layer_and_its_gradient(kind: str, dtype: torch.dtype) -> None:
-    torch._dynamo.reset()
-    if kind == "linear":
-        plain: nn.Module = nn.Linear(24, 40).to(dtype).requires_grad_(False)
-        packed: PackedLinear | PackedConv2d = PackedLinear(copy.deepcopy(plain))
-        x = torch.randn(2, 3, 7, 24).to(dtype)
-    else:
-        plain, packed = large(dtype) if kind == "large" else pair(kind, dtype)
-        x = torch.randn(2, 256, 32, 33).to(dtype) if kind == "large" else torch.randn(2, 64, 9, 14).to(dtype)
-    packed.take_number(7)
+def test_a_graph_calls_the_layer_and_its_gradient(kind: str, dtype: torch.dtype, numbered: Numbered) -> None:
+    plain, packed, x = layers(kind, dtype)
+    numbered(packed)
     for _ in range(2):
         close(graph(packed)(x), plain(x), dtype)
         close(graph(lambda x: gradient(packed, x))(x), gradient(plain, x), dtype)
@@ -331,38 +417,49 @@ def test_a_graph_calls_the_layer_and_its_gradient(kind: str, dtype: torch.dtype)
         plain.load_state_dict(packed.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["3x3", "stride 2", "linear"])
-def test_the_operator_tells_the_compiler_what_it_returns(kind: str) -> None:
-    if kind == "linear":
-        layer: PackedLinear | PackedConv2d = PackedLinear(nn.Linear(24, 40).requires_grad_(False))
-        x = torch.randn(2, 3, 7, 24)
-    else:
-        layer = pair(kind)[1]
-        x = torch.randn(2, 64, 9, 14)
-    layer.take_number(7)
+@pytest.mark.parametrize("kind", ["3x3", "stride 2", "linear", "large"])
+def test_a_graph_has_gradients_of_gradients(kind: str, numbered: Numbered) -> None:
+    plain, packed, x = layers(kind)
+    numbered(packed)
+    close(graph(lambda x: curvature(packed, x))(x), curvature(plain, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the last has no packed weights
+@pytest.mark.parametrize("kind", ["3x3", "stride 2", "linear", "large"])
+def test_the_operator_tells_the_compiler_what_it_returns(kind: str, dtype: torch.dtype, numbered: Numbered) -> None:
+    _, layer, x = layers(kind, dtype)
+    number, y = numbered(layer).number, layer(x)
+    assert layer.out_size(x.shape) == list(y.shape)
     operator, checks = torch.ops.minidiff.packed_layer.default, ("test_schema", "test_faketensor")
-    torch.library.opcheck(operator, (x, 7, None), test_utils=checks)
-    torch.library.opcheck(operator, (layer(x), 7, x.shape), test_utils=checks)
+    last = layer.channels_last
+    for part in ("all", "product"):
+        torch.library.opcheck(operator, (x, number, part, list(y.shape), last), test_utils=checks)
+    torch.library.opcheck(operator, (y, number, "gradient", list(x.shape), last), test_utils=checks)
 
 
-def test_a_graph_sees_other_weights_in_a_layer() -> None:
-    conv, packed = pair("3x3")
-    packed.take_number(7)
-    x = torch.randn(1, 64, 6, 6)
+def test_a_graph_takes_no_weights_in_the_place_of_its_layers(numbered: Numbered) -> None:
+    """Its gradient would be taken when they may be gone again."""
+    conv, packed, x = layers("3x3")
+    numbered(packed)
     call, slope = graph(packed), graph(lambda x: gradient(packed, x))
     close(call(x), conv(x))
-    close(slope(x), gradient(conv, x))
-    packed.weight = nn.Parameter(3 * conv.weight, requires_grad=False)
-    conv.weight = packed.weight
+    close(torch.func.functional_call(packed, dict(packed.named_parameters()), (x,)), conv(x))
+    given = {"weight": 3 * conv.weight}
+    for one in (call, slope):
+        with pytest.raises(RuntimeError, match="weights that were put in the place of its own.*load_state_dict"):
+            packed.weight, own = nn.Parameter(given["weight"], requires_grad=False), packed.weight
+            one(x)
+        packed.weight = own
+    packed.load_state_dict(given, strict=False)
+    conv.load_state_dict(given, strict=False)
     close(call(x), conv(x))
     close(slope(x), gradient(conv, x))
     assert packed.weight.is_mkldnn
 
 
-def test_in_a_graph_weights_are_frozen_and_of_one_dtype() -> None:
-    _, packed = pair("3x3")
-    packed.take_number(7)
-    x = torch.randn(1, 64, 6, 6)
+def test_in_a_graph_weights_are_frozen_and_of_one_dtype(numbered: Numbered) -> None:
+    _, packed, x = layers("3x3")
+    numbered(packed)
     call = graph(packed)
     call(x)
     with pytest.raises(RuntimeError, match=r"got torch.bfloat16, and its weights are torch.float32 and frozen"):
@@ -372,10 +469,22 @@ def test_in_a_graph_weights_are_frozen_and_of_one_dtype() -> None:
         call(x)
 
 
-def test_a_copy_has_no_number() -> None:
-    conv, packed = pair("3x3")
-    packed.take_number(7)
-    x = torch.randn(1, 64, 6, 6)
+def test_a_copy_has_no_number(numbered: Numbered) -> None:
+    conv, packed, x = layers("3x3")
+    number = numbered(packed).number
     copied = copy.deepcopy(packed)
-    assert (packed.number, copied.number) == (7, None)
+    assert (packed.number, copied.number) == (number, None)
     close(graph(copied)(x), conv(x))
+
+
+def test_a_number_has_one_layer_and_lives_as_long(numbered: Numbered) -> None:
+    _, packed, x = layers("linear")
+    number, size = numbered(packed).number, packed.out_size(x.shape)
+    packed.take_number(number)
+    with pytest.raises(ValueError, match=f"number is {number}, which another layer has"):
+        layers("linear")[1].take_number(number)
+    torch.ops.minidiff.packed_layer(x, number, "all", size, False)
+    del packed
+    gc.collect()
+    with pytest.raises(RuntimeError, match="has lost its network"):
+        torch.ops.minidiff.packed_layer(x, number, "all", size, False)

@@ -310,6 +310,7 @@ class Guide:
         return moved
 
     def look(self, x: Tensor, t: Tensor, rows: Tensor, index: int) -> Evaluated:
+        x = x.detach()  # how it came about is no part of the move, compiled or not
         edit = self.edit if self.edit is None or self.edit.steps is None or index < self.edit.steps else None
         batch = len(self.context)
         inputs = {name: _rows(value, rows, batch) for name, value in self.inputs.items()}
