@@ -21,6 +21,8 @@ from . import winograd
 
 ONEDNN = torch.backends.mkldnn.is_available()
 _ONES = [1, 1]
+_State = tuple[int, int]
+_packing = threading.Lock()
 
 
 class Packed(nn.Module):
@@ -35,10 +37,13 @@ class Packed(nn.Module):
     the weights have to be frozen and its own, so functional_call inside what is compiled does not change them.
     """
 
+    channels_last: bool
+    """How results lie in memory where they come from packed weights."""
+
     def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
-        self.shape = list(layer.weight.shape)
+        self.shape = layer.weight.shape  # for graphs, which would have the tensor itself for an input
         self.train(layer.training)
         self.derived: dict[str, tuple[_State, Tensor]] = {}  # other forms of the weights, each from its first use on
         self.number: int | None = None
@@ -52,19 +57,14 @@ class Packed(nn.Module):
         weight, bias = self.weight, self.bias
         own = weight is self.made_with[0] and bias is self.made_with[1]
         if not own or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
-            self._unpack()
-            return self.plain(x, bias)
+            return self.plain(x, self._unpack(), bias)
         if weight.is_mkldnn and not torch.is_grad_enabled() and not _transformed():
             return self.run(x, bias)  # the short way: small networks feel each microsecond
         if not self._may_pack():
-            self._unpack()
-            return self.plain(x, bias)
+            return self.plain(x, self._unpack(), bias)
         return _Apply.apply(x, self, None, bias)
 
-    channels_last: bool
-    """How results lie in memory where they come from packed weights."""
-
-    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """torch's own layer."""
         raise NotImplementedError
 
@@ -97,8 +97,11 @@ class Packed(nn.Module):
                 f"a compiled layer got {x.dtype}, and its weights are {self.weight.dtype} and {state}; it takes the "
                 "dtype of frozen weights: use no autocast, and train what is loaded without compile=True"
             )
-        run, run_back = (self.run, self.run_back) if _packs(x.dtype) else (self.plain, self.plain_back)
-        found = run_back(x, size) if part == "gradient" else run(x, self.bias if part == "all" else None)
+        packs, bias = _packs(x.dtype), self.bias if part == "all" else None
+        if part == "gradient":
+            found = self.run_back(x, size) if packs else self.plain_back(x, size)
+        else:
+            found = self.run(x, bias) if packs else self.plain(x, self.weight, bias)
         return _laid_out(found, self.channels_last)
 
     def take_number(self, number: int) -> None:
@@ -127,13 +130,15 @@ class Packed(nn.Module):
 
     def _packed(self, pack: Callable[[Tensor], Tensor]) -> Tensor:
         """`weight`, opaque from now on."""
-        if not self.weight.is_mkldnn:
-            with _packing:
-                if not self.weight.is_mkldnn:
-                    packed = nn.Parameter(pack(self.weight.detach()), requires_grad=False)
-                    self.made_with = packed, self.bias  # first: another thread then takes torch's layer once
-                    self.weight = packed
-        return self.weight
+        weight = self.weight
+        if weight.is_mkldnn:
+            return weight
+        with _packing:
+            if not self.weight.is_mkldnn:
+                packed = nn.Parameter(pack(self.weight.detach()), requires_grad=False)
+                self.made_with = packed, self.bias  # first: another thread then takes torch's layer once
+                self.weight = packed
+            return self.weight
 
     def _derive(self, name: str, make: Callable[[], Tensor], keep: bool = True) -> Tensor:
         """Another form of the weights as they are now."""
@@ -146,11 +151,17 @@ class Packed(nn.Module):
             self.derived[name] = state, made
         return made
 
-    def _unpack(self) -> None:
-        if self.weight.is_mkldnn:
-            self.weight = nn.Parameter(self.dense(), requires_grad=self.weight.requires_grad)
-            self._known()
+    def _unpack(self) -> Tensor:
+        """`weight`, as numbers from now on."""
         self.derived = {}
+        weight = self.weight
+        if not weight.is_mkldnn:
+            return weight
+        with _packing:
+            if self.weight.is_mkldnn:
+                self.weight = nn.Parameter(self.dense(), requires_grad=self.weight.requires_grad)
+                self._known()
+            return self.weight
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Packed":
         """Of Module.to and its kin."""
@@ -182,10 +193,6 @@ class Packed(nn.Module):
         }
 
 
-_packing = threading.Lock()
-_State = tuple[int, int]
-
-
 def _state(weight: Tensor) -> _State:
     """Other numbers in the same tensor have another: its version and its storage, as far as it has them."""
     version = 0 if weight.is_inference() else weight._version
@@ -212,9 +219,9 @@ class PackedLinear(Packed):
 
     channels_last = False
 
-    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[...,C] -> [...,C']."""
-        return F.linear(x, self.weight, bias)
+        return F.linear(x, weight, bias)
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return _linear(x, self._packed(lambda weight: _pack_linear(weight, x)), bias)
@@ -239,9 +246,9 @@ class PackedConv2d(Packed):
         super().__init__(conv)
         self.stride, self.padding = ([int(n) for n in value] for value in (conv.stride, conv.padding))
 
-    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[B,C,h,w] -> [B,C',h',w']."""
-        return F.conv2d(x, self.weight, bias, self.stride, self.padding)
+        return F.conv2d(x, weight, bias, self.stride, self.padding)
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self._is_tiled(x):
@@ -269,7 +276,7 @@ class PackedConv2d(Packed):
         """Whether winograd.py does it, or the gradient, whose grid and weights are as large."""
         if x.dtype != torch.float32 or not self.stride == self.padding == _ONES:
             return False
-        return winograd.pays(x.shape, self.weight.shape)
+        return winograd.pays(x.shape, self.shape)
 
     def _tiled(self, name: str, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """Weights as winograd.py takes them."""
@@ -344,7 +351,8 @@ class _Numbered(_SingleLevelFunction):
 
     @staticmethod
     def forward(x: Tensor, number: int, part: str, size: list[int], channels_last: bool) -> Tensor:
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():  # of torch.func.grad around this one
+        # gradients on, for a torch.func.grad around the one that calls this
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
             return torch.ops.minidiff.packed_layer(x, number, part, size, channels_last)
 
     @staticmethod

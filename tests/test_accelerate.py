@@ -132,7 +132,7 @@ print(counters["inductor"]["fxgraph_cache_miss"] + counters["aot_autograd"]["aut
     assert misses[2] == misses[0]
 
 
-def test_callers_with_and_without_gradients_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callers_with_and_without_gradients_share_a_graph() -> None:
     torch._dynamo.reset()
     network, x = Small().requires_grad_(False), torch.randn(1, 4, 8, 8)
     compiled: list[object] = []

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import minidiff
-from minidiff.guidance.guide import Guidance, Guide
+from minidiff.guidance.guide import Guidance, Guide, evaluate, evaluate_whole
 from minidiff.guidance.layout import Layout, Region, make_layout
 from minidiff.guidance.objectives import OBJECTIVES, Maps
 from minidiff.model import Model
@@ -326,6 +326,15 @@ def prepared(model: Model, guidance: Guidance, h: int = 8, w: int = 8) -> tuple[
     bound = replace(guidance, objective=guidance.objective.bound(there, guidance.sites))
     context = torch.randn(2, 77, 64)
     return Guide(bound, model.unet.forward, context, layout, [["a", "b"], ["c"]]), torch.randn(2, 4, h, w)
+
+
+@pytest.mark.parametrize("way", [evaluate, evaluate_whole])
+def test_a_look_does_not_ask_how_the_latents_came_about(tiny_model: Model, way: Callable[..., object]) -> None:
+    """Or a compiled objective would be compiled with the gradient of its gradient."""
+    guide, x = prepared(tiny_model, Guidance())
+    guide.evaluate = way
+    gradient, found = guide.look(x.requires_grad_(), torch.tensor(600.0), torch.arange(2), 0)
+    assert not any(value.requires_grad for value in (gradient, *found))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
