@@ -5,9 +5,12 @@ import copy
 import gc
 import itertools
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+import minidiff.packed
 from minidiff.packed import Packed, PackedConv2d, PackedLinear
 
 KINDS = {
@@ -245,21 +249,33 @@ def test_forward_derivatives_and_batches_of_functions(
             close(*(forward_ad.unpack_dual(f(dual)).tangent for f in (packed, plain)))
 
 
-def test_threads_share_a_layer_from_its_first_call_on() -> None:
-    for kind in ("3x3", "linear", "large"):
-        plain, packed, x = layers(kind)
-        start = Barrier(4)
+@pytest.mark.parametrize("kind", ["3x3", "linear", "large"])
+def test_threads_share_a_layer_from_its_first_call_on(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, packed, x = layers(kind)
+    start, packings = Barrier(4), []
 
-        def slope(packed: Packed = packed, x: Tensor = x, start: Barrier = start) -> Tensor:
-            start.wait()
-            return gradient(packed, x)
+    def slowly(pack: Callable[..., Tensor], *args: Any) -> Tensor:
+        packings.append(args)
+        time.sleep(0.05)
+        return pack(*args)
 
+    for name in ("_pack_conv", "_pack_linear"):
+        monkeypatch.setattr(minidiff.packed, name, partial(slowly, getattr(minidiff.packed, name)))
+
+    def call(function: Callable[[], Tensor]) -> Tensor:
+        start.wait()
+        return function()
+
+    def together(function: Callable[[], Tensor], expected: Tensor) -> None:
         with ThreadPoolExecutor(4) as pool:
-            found = [one.result() for one in [pool.submit(slope) for _ in range(4)]]
-        for one in found:
-            close(one, gradient(plain, x))
-        assert packed.weight is packed.made_with[0]
-        assert packed.weight.is_mkldnn == (kind != "large")
+            for one in [pool.submit(call, function) for _ in range(4)]:
+                close(one.result(), expected)
+
+    together(lambda: packed(x), plain(x))
+    assert len(packings) == (kind != "large")
+    together(lambda: gradient(packed, x), gradient(plain, x))
+    assert packed.weight is packed.made_with[0]
+    assert packed.weight.is_mkldnn == (kind != "large")
 
 
 def test_autocast_is_torchs() -> None:
