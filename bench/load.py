@@ -7,16 +7,14 @@ weight, so that a file which was only mapped counts as soon as it is used.
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 
@@ -190,13 +188,9 @@ def load_once(library: str, folder: Path, dtype: str, tiny: Path) -> Load:
     return load
 
 
-def python(*arguments: str, environment: Mapping[str, str] = MappingProxyType({})) -> str:
-    """What a fresh interpreter prints last, from the repository's root, with these variables added to ours.
-
-    ValueError with its last words if it fails.
-    """
-    env = {**os.environ, **environment}
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+def python(*arguments: str) -> str:
+    """What a fresh interpreter prints last, from the repository's root. ValueError with its last words if it fails."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ValueError(f"python {' '.join(arguments)} failed ({done.returncode}): {done.stderr.strip()[-2000:]}")
     return done.stdout.strip().splitlines()[-1]

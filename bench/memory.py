@@ -1,15 +1,14 @@
 """Memory: a step, a guided pass, a batch, a large image, its decoding, and runs of more steps, against diffusers.
 
 Each number is of a fresh process that does the thing twice (once.py): "extra" is the peak of the second time above what
-lay in memory before it, "in all" that peak itself, with the interpreter and every copy of the weights. The C library
-maps each tensor on its own there: in its heap the holes differ between processes of one program, by 0.1 GB for a step.
+lay in memory before it, "in all" that peak itself, with the interpreter and every copy of the weights. Each tensor is
+mapped on its own there, so that no holes in the C library's heap count.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from .load import python
 from .machine import print_header
@@ -17,7 +16,6 @@ from .networks import add_network_arguments
 from .table import Row, finish, print_head, print_row
 
 STEPS = (3, 9)
-MAPPED = MappingProxyType({"MALLOC_MMAP_THRESHOLD_": "65536"})  # of glibc; the heap grows its own up to 32 MB
 
 
 @dataclass(frozen=True)
@@ -82,5 +80,4 @@ def _row(part: str, dtype: str, ours: int, other: int, bound: float, unit: str =
 
 def measure(case: str, library: str, dtype: str, size: str, edge: int, count: int = 1) -> Once:
     """One case in a fresh process."""
-    arguments = ("-m", "bench.once", case, library, dtype, size, str(edge), str(count))
-    return Once(**json.loads(python(*arguments, environment=MAPPED)))
+    return Once(**json.loads(python("-m", "bench.once", case, library, dtype, size, str(edge), str(count))))

@@ -41,8 +41,8 @@ LEVEL = 1.05
 """What an image of a batch may cost of one alone, a step of a long run of one of a short one, the dearest number of
 boxes of the cheapest.
 """
-MORE = 4
-"""Times as many repeats for boxes: the dearest of four and the cheapest are 1.05 apart by chance in three of each."""
+BOXES_REPEATS = 4
+"""Boxes take so many times the repeats of the others: of four medians of three, one is 1.05 of another by chance."""
 THEIRS = {"batch": "diffusers", "boxes": "the published way", "resolution": "diffusers"}
 """What each is compared with."""
 Calls = Mapping[str, Callable[[], object]]
@@ -110,7 +110,7 @@ def boxes(unet: UNet, published: Published, inputs: Inputs, repeats: int) -> Fou
 
     calls = {str(count): guided_pass(layout_guide(unet, inputs, count), inputs) for count in BOXES}
     others = {str(count): way(count) for count in BOXES}
-    return _beside("boxes", "boxes: {}", calls, others, MORE * repeats)
+    return _beside("boxes", "boxes: {}", calls, others, BOXES_REPEATS * repeats)
 
 
 def steps(unet: UNet, inputs: Inputs, repeats: int) -> Found:

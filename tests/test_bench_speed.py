@@ -170,6 +170,7 @@ def test_scaling(tmp_path: Path) -> None:
     assert list(timings["batch"]) == ["1", "2", "4", "8"] and list(timings["resolution"]) == ["64", "96", "128", "160"]
     assert list(timings["batch, diffusers"]) == list(timings["batch"])
     assert list(timings["boxes, the published way"]) == list(timings["boxes"])
+    assert [len(timings[what]["1"]["seconds"]) for what in ("batch", "boxes")] == [1, 4]
     assert {row["part"] for row in rows(tmp_path / "rows.json")} == {
         "an image of a batch",
         "a step of a run",
