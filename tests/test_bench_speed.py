@@ -19,10 +19,20 @@ from bench.guided import our_image, passes, their_image
 from bench.load import startup_row
 from bench.memory import Once, dtype_rows, measure
 from bench.models import TINY, Size, unet_dict
-from bench.networks import PLACES, Inputs, compiled_unet, guided_pass, layout_guide, our_unet, unet_weights
+from bench.networks import (
+    DTYPES,
+    PLACES,
+    SIZES,
+    Inputs,
+    compiled_unet,
+    guided_pass,
+    layout_guide,
+    our_unet,
+    unet_weights,
+)
 from bench.plot import lines
 from bench.reference import relative_error
-from bench.throughput import LAST, LOADED, OURS
+from bench.throughput import LAST, LOADED, OPENVINO, OURS
 from bench.timing import Timing, best, by_turns
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,6 +113,15 @@ def test_throughput(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert text in printed
     seconds = json.loads((tmp_path / "rows.json").read_text())["timings"]["float32, eager"][OURS]["seconds"]
     assert len(seconds) == 2 and min(seconds) > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_openvino_predicts_the_same(dtype: str) -> None:
+    pytest.importorskip("openvino", reason="of the bench extra")
+    size = SIZES["tiny"]
+    weights, inputs = unet_weights(size, DTYPES[dtype]), Inputs.random(size, DTYPES[dtype], 2, 16, 16)
+    found = throughput.recorded(size, weights, inputs)[OPENVINO]()
+    assert relative_error(found, throughput.eager(size, weights, inputs)[LOADED]()) < throughput.ALIKE[dtype]
 
 
 def test_throughput_judges_medians() -> None:
