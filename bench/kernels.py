@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minidiff.accelerate import prepare
 from minidiff.networks.attention import (
     BOX_MASS,
     COLUMNS,
@@ -23,6 +22,7 @@ from minidiff.networks.attention import (
     mask_name,
     recorded_attention,
 )
+from minidiff.speed.accelerate import prepare
 
 from .machine import print_header
 from .networks import DTYPES, add_dtype_argument, device, judged_dtype

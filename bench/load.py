@@ -51,7 +51,7 @@ STARTUP = """
 from time import perf_counter
 start = perf_counter()
 import sys, tempfile
-from minidiff.cli import main
+from minidiff.cli.main import main
 from minidiff.result import Result
 sampling, save = [], Result.save
 def watched(result, *args, **kwargs):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidiff.accelerate import compile_network, compile_unet, compile_whole, prepare
 from minidiff.guidance.guide import Guidance, Guide, evaluate, evaluate_whole
 from minidiff.guidance.layout import Region, make_layout
 from minidiff.guidance.objectives import layout_loss
@@ -19,6 +18,7 @@ from minidiff.networks.unet import Maps, UNet
 from minidiff.networks.vae import VAE
 from minidiff.recorded import MEAN
 from minidiff.sampling import SD15_SCHEDULER_CONFIG, Euler, NoiseSchedule, sample
+from minidiff.speed.accelerate import compile_network, compile_unet, compile_whole, prepare
 
 from .models import SD15, TINY, Size, random_weights, unet_shapes, vae_shapes
 

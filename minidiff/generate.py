@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .accelerate import compile_whole, is_compiled
 from .arguments import (
     Texts,
     check_boxes,
@@ -40,6 +39,7 @@ from .recorded import MEAN, PER_STEP, Attention, Reduce
 from .result import Images, Plain, Result, plain, to_numpy, to_pil
 from .sampling import Sampler, Schedule, sample
 from .sampling import Step as SamplerStep
+from .speed.accelerate import compile_whole, is_compiled
 from .weights.load import load
 from .weights.sources import BUNDLED
 

@@ -32,7 +32,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
-from .infotext import parse_infotext, to_infotext
+from .png.infotext import parse_infotext, to_infotext
 
 if TYPE_CHECKING:
     from .guidance.guide import Report

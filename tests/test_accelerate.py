@@ -13,8 +13,8 @@ import torch
 from test_packed import close
 from torch import Tensor, nn
 
-from minidiff.accelerate import _called, _flags, compile_network, compile_unet, compile_whole, prepare
-from minidiff.packed import PackedConv2d, PackedLinear
+from minidiff.speed.accelerate import _called, _flags, compile_network, compile_unet, compile_whole, prepare
+from minidiff.speed.packed import PackedConv2d, PackedLinear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -38,7 +38,7 @@ def test_convolutions_of_other_kinds_are_left_alone() -> None:
 def test_kept_memory_is_not_paid_for_twice() -> None:
     code = """
 import resource, sys, torch
-from minidiff.accelerate import keep_memory
+from minidiff.speed.accelerate import keep_memory
 if sys.argv[1] == "keep":
     keep_memory()
 def faults():
@@ -161,7 +161,7 @@ def test_graphs_hold_no_weights() -> None:
 import gc, torch
 from torch import nn
 from bench.load_once import resident
-from minidiff.accelerate import compile_unet
+from minidiff.speed.accelerate import compile_unet
 class Wide(nn.Module):
     def __init__(self):
         super().__init__()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import minidiff
-from minidiff.cli import main
+from minidiff.cli.main import main
 from minidiff.networks.config import UNetConfig, VAEConfig
 from minidiff.networks.text import text_encoder_shapes
 from minidiff.shapes import folder

@@ -24,8 +24,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import minidiff
-from minidiff.cli import main
-from minidiff.flags import GUIDANCE
+from minidiff.cli.flags import GUIDANCE
+from minidiff.cli.main import main
 from minidiff.generate import ATTENTION
 from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.result import Result, read_metadata
@@ -496,7 +496,7 @@ def test_help_and_bad_flags_need_no_torch() -> None:
         package = types.ModuleType("minidiff")
         package.__path__ = [{str(Path(minidiff.__file__).parent)!r}]
         sys.modules["minidiff"] = package
-        from minidiff.cli import main
+        from minidiff.cli.main import main
         assert main(["generate", "--nope"]) == 2
         assert main(["generate"]) == 2
         assert "torch" not in sys.modules and "PIL" not in sys.modules, list(sys.modules)
@@ -579,7 +579,7 @@ def test_an_image_is_kept_when_its_pictures_fail(
     def fail(image: Image.Image, layout: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("minidiff.pictures.boxes", fail)
+    monkeypatch.setattr("minidiff.cli.pictures.boxes", fail)
     code, out, err = cli("generate", "a cat", "--box", BOX, *tiny)
     assert (code, len(out)) == (0, 1)
     assert Path(out[0]).is_file()

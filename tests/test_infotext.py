@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from minidiff.infotext import NEGATIVE, SAMPLERS, parse_infotext, to_infotext
+from minidiff.png.infotext import NEGATIVE, SAMPLERS, parse_infotext, to_infotext
 
 PIECES = [
     "\n",

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-import minidiff.packed
-from minidiff.packed import Packed, PackedConv2d, PackedLinear
+import minidiff.speed.packed
+from minidiff.speed.packed import Packed, PackedConv2d, PackedLinear
 
 KINDS = {
     "3x3": (3, 1, 1),
@@ -260,7 +260,7 @@ def test_threads_share_a_layer_from_its_first_call_on(kind: str, monkeypatch: py
         return pack(*args)
 
     for name in ("_pack_conv", "_pack_linear"):
-        monkeypatch.setattr(minidiff.packed, name, partial(slowly, getattr(minidiff.packed, name)))
+        monkeypatch.setattr(minidiff.speed.packed, name, partial(slowly, getattr(minidiff.speed.packed, name)))
 
     def call(function: Callable[[], Tensor]) -> Tensor:
         start.wait()
@@ -288,7 +288,7 @@ def test_autocast_is_torchs() -> None:
 
 
 def test_bfloat16_without_kernels_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidiff.packed._packs", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr("minidiff.speed.packed._packs", lambda dtype: dtype == torch.float32)
     conv, packed = pair("3x3", torch.bfloat16)
     x = torch.randn(1, 64, 6, 6).bfloat16()
     assert torch.equal(packed(x), conv(x))
@@ -372,7 +372,7 @@ def test_what_inference_mode_transformed_serves_gradients_later() -> None:
 def test_kept_weights_serve_larger_grids_too(monkeypatch: pytest.MonkeyPatch) -> None:
     conv, packed = large()
     packed(torch.randn(1, 256, 32, 32))
-    monkeypatch.setattr("minidiff.winograd.transform", None)
+    monkeypatch.setattr("minidiff.speed.winograd.transform", None)
     x = torch.randn(1, 256, 64, 64)
     close(packed(x), conv(x))
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import minidiff
-import minidiff.pictures
-from minidiff.pictures import write_pictures
+import minidiff.cli.pictures
+from minidiff.cli.pictures import write_pictures
 
 PROMPT = "a cat playing with a ball"
 LAYOUT = {"ball": (0.5, 0.5, 1.0, 1.0)}
@@ -87,7 +87,7 @@ def test_a_picture_that_fails_is_a_warning_and_the_others_are_written(
 
     result = made(tiny_model)
     files = result.save(tmp_path / "x.png")
-    monkeypatch.setattr(minidiff.pictures, "boxes", fail)
+    monkeypatch.setattr(minidiff.cli.pictures, "boxes", fail)
     with pytest.warns(UserWarning, match=rf"x.png is written, but not its picture boxes: {error}"):
         written = write_pictures(result, files, [LAYOUT, {}])
     assert written[0].name == "x-attention-ball.png"

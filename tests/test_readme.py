@@ -24,21 +24,6 @@ def test_ci_runs_the_second_command() -> None:
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_the_tree_has_a_line_for_every_file() -> None:
-    (tree,) = [block for block in BLOCKS if block.startswith("minidiff/\n")]
-    listed, folder = set(), ""
-    for line in tree.splitlines():
-        depth, name = len(line) - len(line.lstrip()), line.split()[0]
-        folder = {0: "", 2: "minidiff/"}.get(depth, folder)
-        if name.endswith("/"):
-            folder += name
-        else:
-            listed.add(folder + name)
-    files = {file.relative_to(ROOT).as_posix() for file in (ROOT / "minidiff").rglob("*.py")}
-    rooms = {file for file in files if file.count("/") > 1 and file.endswith("__init__.py")}
-    assert {name for name in listed if name.startswith("minidiff/")} == files - rooms
-
-
 def test_the_python_examples_run(tiny_model: minidiff.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     quick = replace(tiny_model, defaults=Defaults("ddim", steps=2))

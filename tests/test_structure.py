@@ -10,50 +10,16 @@ import pytest
 import minidiff
 
 ROOT = Path(minidiff.__file__).parent
-# room -> the rooms that it may import from, besides itself
-MAY_IMPORT = {
-    "networks": set(),
-    "sampling": {"networks"},  # for types alone: see below
-    "infotext": set(),
-    "guidance": {"networks"},  # attention and sites alone: see below
-    "recorded": {"networks"},
-    "result": {"guidance", "infotext", "recorded"},
-    "model": {"networks", "sampling"},
-    "winograd": set(),
-    "packed": {"winograd"},
-    "accelerate": {"networks", "packed"},
-    "weights": {"accelerate", "model", "networks", "sampling"},
-    "arguments": {"guidance", "model", "sampling"},
-    "draw": set(),
-    "pictures": {"draw", "result"},
-    "shapes": {"draw", "generate", "guidance", "networks", "sampling", "weights"},  # for training: see below
-    "generate": {
-        "accelerate",
-        "arguments",
-        "guidance",
-        "model",
-        "networks",
-        "recorded",
-        "result",
-        "sampling",
-        "weights",
-    },
-    "flags": {"infotext"},
-    "cli": {
-        "accelerate",
-        "arguments",
-        "flags",
-        "generate",
-        "guidance",
-        "model",
-        "pictures",
-        "recorded",
-        "result",
-        "weights",
-    },
-    "__main__": {"cli"},
-    "__init__": {"generate", "guidance", "model", "networks", "recorded", "result", "sampling", "weights"},
-}
+# The rooms from the bottom up. A room imports from its own and from those below it; request and vocabulary stand apart.
+FLOORS = [
+    {"networks", "vocabulary", "checks"},
+    {"sampling", "guidance", "recorded", "speed", "draw"},
+    {"model"},
+    {"weights", "png", "result", "request", "arguments"},
+    {"generate"},
+    {"cli", "__init__"},
+    {"__main__"},
+]
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -82,14 +48,18 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else "__init__"
 
 
+def floor(name: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if name in rooms)
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_imports_point_one_way(file: Path) -> None:
+def test_imports_point_downwards(file: Path) -> None:
     own = file.relative_to(ROOT).parts[0].removesuffix(".py")
-    for module in imports(file):
+    for module in imports(file, types=False):
         top = module.split(".")[0]
         assert top != "diffusers", f"{file} imports {module}"
-        if top == "minidiff":
-            assert room(module) in MAY_IMPORT[own] | {own}, f"{file} imports {module}"
+        if top == "minidiff" and own != "shapes":  # training sees all
+            assert room(module) == own or floor(room(module)) <= floor(own), f"{file} imports {module}"
 
 
 def test_sampling_takes_nothing_but_types_from_networks() -> None:
@@ -104,10 +74,9 @@ def test_guidance_takes_nothing_but_attention_and_sites_from_networks() -> None:
     assert taken == {"minidiff.networks.attention", "minidiff.networks.sites"}
 
 
-def test_recorded_and_result_take_only_types_from_below() -> None:
-    for name, below in (("recorded", "networks"), ("result", "guidance"), ("result", "recorded")):
-        assert any(room(module) == below for module in imports(ROOT / f"{name}.py"))
-        assert not any(room(module) == below for module in imports(ROOT / f"{name}.py", types=False)), name
+def test_only_weights_and_generate_know_what_makes_networks_fast() -> None:
+    knowing = {file.relative_to(ROOT).parts[0] for file in FILES if any(room(m) == "speed" for m in imports(file))}
+    assert knowing <= {"speed", "weights", "generate.py", "cli"}
 
 
 def test_the_world_of_shapes_and_its_measurer_need_no_network() -> None:

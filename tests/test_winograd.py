@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minidiff import winograd
+from minidiff.speed import winograd
 
 SHAPES = [(1, 5, 8, 8), (2, 6, 9, 14), (3, 4, 7, 7), (2, 3, 1, 1), (1, 4, 2, 31)]
 

@@ -10,13 +10,13 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..accelerate import compile_unet, prepare
 from ..model import Defaults, Model
 from ..networks.config import check_state
 from ..networks.text import load_text_encoder, text_encoder_shapes
 from ..networks.unet import UNet
 from ..networks.vae import VAE
 from ..sampling.schedule import NoiseSchedule
+from ..speed.accelerate import compile_unet, prepare
 from .files import PICKLES, Stored, read_tensors, stored_tensors
 from .hub import fetch_model, fetch_tokenizer, fetch_vae
 from .sources import (

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from .infotext import SAMPLERS
+from ..png.infotext import SAMPLERS
 
 GUIDANCE = ("inside", "extent", "layout", "attend_and_excite", "boxdiff", "refocusing", "rnb", "none")
 """The names of the objectives; repeated here, since help shall not wait for torch."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .networks.unet import UNet
+from ..networks.unet import UNet
 from .packed import ONEDNN, Packed, PackedConv2d, PackedLinear
 
 T = TypeVar("T")

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, TextIO, TypeVar
 from .flags import GUIDANCE, parser
 
 if TYPE_CHECKING:
-    from .guidance.layout import Boxes
-    from .model import Model
-    from .result import Metadata, Plain
-    from .weights.inspect import Content, Description
+    from ..guidance.layout import Boxes
+    from ..model import Model
+    from ..result import Metadata, Plain
+    from ..weights.inspect import Content, Description
 
 EXIT_OUTPUT, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -91,10 +91,10 @@ def _generate(args: argparse.Namespace) -> None:
     _check(args)
     from tqdm import tqdm
 
-    from .accelerate import keep_memory
-    from .generate import ATTENTION, sample_steps
+    from ..generate import ATTENTION, sample_steps
+    from ..recorded import MEAN
+    from ..speed.accelerate import keep_memory
     from .pictures import write_pictures
-    from .recorded import MEAN
 
     layouts = _layouts(args)
     keep_memory()
@@ -144,9 +144,9 @@ def _check(args: argparse.Namespace) -> None:
     """What can be found wrong without a model, so that none is fetched and read for nothing."""
     if not args.prompt:
         raise ValueError('there is no prompt; expected such as minidiff generate "a red circle"')
-    from .arguments import check_fraction, check_guidance, check_positive, check_scale, check_seeds, choose_sampler
-    from .result import check_output_path
-    from .weights.sources import BUNDLED
+    from ..arguments import check_fraction, check_guidance, check_positive, check_scale, check_seeds, choose_sampler
+    from ..result import check_output_path
+    from ..weights.sources import BUNDLED
 
     args.model = _given(args.model, BUNDLED)
     check_output_path(args.out)
@@ -187,7 +187,7 @@ def _layouts(args: argparse.Namespace) -> list[Boxes | None] | None:
     elif args.boxes is not None:
         layouts, source = [args.boxes] * count, f"{args.png}: "
     if layouts is not None:
-        from .guidance.layout import read_regions
+        from ..guidance.layout import read_regions
 
         try:
             for layout in layouts:
@@ -199,7 +199,7 @@ def _layouts(args: argparse.Namespace) -> list[Boxes | None] | None:
 
 
 def _load(args: argparse.Namespace) -> Model:
-    from .weights.load import load
+    from ..weights.load import load
 
     return load(
         args.model,
@@ -230,7 +230,7 @@ def _given(value: T | None, default: T) -> T:
 
 def _take_over(args: argparse.Namespace) -> Metadata:
     """Fill in what the flags leave open from the PNG in args.png, and say what is not taken from there."""
-    from .result import read_metadata
+    from ..result import read_metadata
 
     found = read_metadata(args.png)
     replaced = {name for flag, names in _REPLACED.items() if getattr(args, flag) is not None for name in names}
@@ -312,14 +312,14 @@ def _compare(png: str, found: Metadata, model: Model) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from .result import OTHER_FORMATS, read_metadata
+    from ..result import OTHER_FORMATS, read_metadata
 
     path = Path(args.source)
     if path.suffix.lower() in (".png", *OTHER_FORMATS) and not path.is_dir():
         found = read_metadata(path)
         values, lines = {"name": path.name, "kind": "PNG", **asdict(found)}, _metadata_lines(found)
     else:
-        from .weights.inspect import describe
+        from ..weights.inspect import describe
 
         description = describe(args.source, variant=args.variant, revision=args.revision)
         values, lines = asdict(description), _description_lines(description)

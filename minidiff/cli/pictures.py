@@ -12,8 +12,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from .draw import boxes, heatmap
-from .result import Result, slug, write_png
+from ..draw import boxes, heatmap
+from ..result import Result, slug, write_png
 
 
 def write_pictures(result: Result, written: Sequence[Path], layouts: Sequence[Mapping[Any, object]]) -> list[Path]:

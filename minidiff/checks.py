@@ -1,0 +1,84 @@
+"""Checks of values that come from outside. Each returns the value in one form, or raises a ValueError that names it.
+
+A number is whatever Python converts to one: numpy's and torch's scalars too, but neither booleans nor texts.
+"""
+
+import difflib
+import math
+import operator
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 8, 8, 6
+
+
+def shown(value: object) -> str:
+    """A value in one line of at most 120 characters, for a message. Arrays and tensors by shape and dtype."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is not None and dtype is not None:
+        if len(shape) == 0 and hasattr(value, "item"):
+            return shown(value.item())
+        return f"a {type(value).__name__} of shape {list(shape)} and dtype {str(dtype).removeprefix('torch.')}"
+    try:
+        text = _SHORT.repr(value)
+    except Exception:  # somebody's own __repr__
+        text = f"<{type(value).__name__}>"
+    text = " ".join(text.split())
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def whole(name: str, value: object, least: float = -math.inf, most: float = math.inf, expected: str = "") -> int:
+    """A whole number from `least` to `most`. expected: what the message asks for; default: the range."""
+    try:
+        found = None if _is_no_number(value) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        found = None
+    if found is None or not least <= found <= most:
+        raise ValueError(f"{name} is {shown(value)}; expected {expected or f'a whole number{_range(least, most)}'}")
+    return found
+
+
+def number(name: str, value: object, least: float = -math.inf, most: float = math.inf, expected: str = "") -> float:
+    """A finite number from `least` to `most`, as whole()."""
+    try:
+        found = math.nan if _is_no_number(value) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several
+        found = math.nan
+    if not (math.isfinite(found) and least <= found <= most):
+        raise ValueError(f"{name} is {shown(value)}; expected {expected or f'a number{_range(least, most)}'}")
+    return found
+
+
+def is_number(value: object) -> bool:
+    """Whether number() takes it, whatever the range."""
+    try:
+        number("", value)
+    except ValueError:
+        return False
+    return True
+
+
+def choice(name: str, value: object, choices: Iterable[str]) -> str:
+    """One of the choices; the message names the one that was probably meant."""
+    known = tuple(choices)
+    if isinstance(value, str) and value in known:
+        return value
+    near = difflib.get_close_matches(value.lower(), known, n=1) if isinstance(value, str) else []
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} is {shown(value)}; expected one of {', '.join(known)}.{hint}")
+
+
+def _is_no_number(value: Any) -> bool:
+    """Of what Python would convert all the same: booleans, texts, arrays of one element."""
+    if isinstance(value, (bool, str, bytes, bytearray)) or "bool" in str(getattr(value, "dtype", "")):
+        return True
+    return len(getattr(value, "shape", ())) > 0
+
+
+def _range(least: float, most: float) -> str:
+    if most == math.inf:
+        return "" if least == -math.inf else f" of at least {least:.17g}"
+    return f" of at most {most:.17g}" if least == -math.inf else f" from {least:.17g} to {most:.17g}"
