@@ -189,7 +189,7 @@ def guided_run(unet: UNet, inputs: Inputs, steps: int) -> Callable[[], Maps | No
     noise = NoiseSchedule.from_config(SD15_SCHEDULER_CONFIG)
 
     @torch.no_grad()
-    def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Maps]:
+    def denoise(x: Tensor, t: Tensor, index: int) -> tuple[Tensor, Maps]:
         eps, maps = unet(torch.cat([x, x]).to(inputs.x.dtype), t, inputs.context, record)
         assert eps is not None
         return eps.float()[1:], maps

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minidiff.networks.unet import UNet
-from minidiff.sampling import SAMPLERS, SD15_SCHEDULER_CONFIG, NoiseSchedule, Schedule, sample
+from minidiff.sampling import SD15_SCHEDULER_CONFIG, NoiseSchedule, Schedule, sample, sampler_by_name
 
 from .images import image_rows
 from .machine import print_header
@@ -170,16 +170,16 @@ def text_rows(name: str, config: Config) -> Iterator[Row]:
 
 def sampler_rows(name: str, steps: int = STEPS) -> Iterator[Row]:
     """Timesteps, sigmas and the latents after every step of one sampler, for an analytic network."""
-    noise, sampler = NoiseSchedule.from_config(SD15_SCHEDULER_CONFIG), SAMPLERS[name]()
+    noise, sampler = NoiseSchedule.from_config(SD15_SCHEDULER_CONFIG), sampler_by_name(name)
     schedule, scheduler = sampler.schedule(noise, steps), reference_scheduler(name, SD15_SCHEDULER_CONFIG, steps)
-    calls = f"{steps} steps, {len(schedule.index)} calls"
+    calls = f"{steps} steps, {len(schedule.spans)} calls"
     late = (schedule.timesteps.double() - scheduler.timesteps.double()).abs().max().item()
     yield Row(f"sampler {name}, timesteps", calls, late, 0.0, "max|diff|")
     yield Row(f"sampler {name}, sigmas", calls, _sigma_error(schedule, scheduler), SIGMA_BOUND, SIGMA_UNIT)
     start = torch.randn(2, 4, 9, 16, generator=torch.Generator().manual_seed(0))
     draws = torch.Generator().manual_seed(5)
     run = sample(
-        lambda x, t: (analytic(x, t), {}),
+        lambda x, t, index: (analytic(x, t), {}),
         start,
         schedule,
         sampler,
@@ -208,7 +208,8 @@ def _path(scheduler: Any, start: Tensor) -> Iterator[Tensor]:
 
 def _last_calls(schedule: Schedule) -> list[bool]:
     """Which calls end a step: the first of PNDM's two calls for step 0 does not."""
-    return [a != b for a, b in zip(schedule.index, [*schedule.index[1:], -1], strict=True)]
+    calls = len(schedule.spans)
+    return [False] * (calls - schedule.steps) + [True] * schedule.steps
 
 
 def _sigma_error(schedule: Schedule, scheduler: Any) -> float:

@@ -35,7 +35,7 @@ THEIRS: Mapping[str, Any] = {
     "lms": diffusers.LMSDiscreteScheduler,
     "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
 }
-COMPARED = tuple(name for name in minidiff.sampling.SAMPLERS if name != "euler_ancestral_karras")
+COMPARED = (*THEIRS, "euler_karras", "lms_karras", "dpmpp_2m_karras")
 """The samplers that diffusers has too. Its Euler ancestral knows no Karras sigmas."""
 
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,18 +11,6 @@ from .guidance.guide import Guidance
 from .guidance.layout import Boxes, Region, read_regions
 from .guidance.objectives import Objective
 from .model import Model
-from .sampling import (
-    DDIM,
-    LMS,
-    PNDM,
-    SAMPLERS,
-    DPMpp2M,
-    Euler,
-    EulerAncestral,
-    Sampler,
-    default_sampler,
-    sampler_by_name,
-)
 
 _MAX_SEED = 2**63 - 1  # what torch.Generator and a JSON reader with signed integers both hold
 
@@ -169,49 +157,6 @@ def plain_boxes(regions: Sequence[Region]) -> dict[str, object]:
         | ({"boxes": region.boxes} if region.mask is None else {"mask": region.mask})
         for region in regions
     }
-
-
-def model_sampler(model: Model) -> str:
-    """The name of the model's own sampler. ValueError where its scheduler is one that minidiff has not."""
-    return model.defaults.sampler or default_sampler(model.noise).name
-
-
-def choose_sampler(sampler: str | Sampler, karras: bool, spacing: str | None, eta: float) -> Sampler:
-    """The sampler object of a name and its options; an object brings its own."""
-    if not isinstance(sampler, str):
-        if karras or spacing is not None or eta:
-            raise ValueError(
-                f"got karras={karras}, spacing={spacing!r} and eta={eta!r} beside a sampler object; "
-                f"expected them inside it: {sampler}"
-            )
-        return sampler
-    name = f"{sampler}_karras" if karras and not sampler.endswith("_karras") else sampler
-    if karras and name not in SAMPLERS and sampler in SAMPLERS:
-        having = ", ".join(key.removesuffix("_karras") for key in SAMPLERS if key.endswith("_karras"))
-        raise ValueError(f'karras is given with sampler "{sampler}"; expected one that has it: {having}')
-    chosen = sampler_by_name(name if name in SAMPLERS else sampler)
-    if eta and chosen.name != "ddim":
-        raise ValueError(f'eta is {eta!r} with sampler "{chosen.name}"; expected sampler="ddim", the only one with eta')
-    return _with_options(chosen, spacing, eta)
-
-
-def _with_options(sampler: Sampler, spacing: str | None, eta: float) -> Sampler:
-    if isinstance(sampler, DDIM):
-        sampler = replace(sampler, eta=eta or sampler.eta)
-    if spacing is None:
-        return sampler
-    assert isinstance(sampler, DDIM | PNDM | Euler | EulerAncestral | LMS | DPMpp2M)  # all that has a name
-    return replace(sampler, spacing=spacing)
-
-
-def sampler_arguments(sampler: Sampler) -> dict[str, object]:
-    """generate's arguments that give this sampler; one that no name gives stands for itself."""
-    karras = bool(getattr(sampler, "karras", False))
-    spacing, eta = getattr(sampler, "spacing", None), getattr(sampler, "eta", 0.0)
-    name = f"{sampler.name}_karras" if karras else sampler.name
-    if name not in SAMPLERS or _with_options(SAMPLERS[name](), spacing, eta) != sampler:
-        return {"sampler": sampler}
-    return {"sampler": sampler.name, "karras": karras, "spacing": spacing, "eta": eta}
 
 
 def check_size(model: Model, width: int | None, height: int | None, latents: Tensor | None) -> tuple[int, int]:

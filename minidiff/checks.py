@@ -7,7 +7,7 @@ import difflib
 import math
 import operator
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _SHORT = reprlib.Repr()
@@ -69,6 +69,17 @@ def choice(name: str, value: object, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(value.lower(), known, n=1) if isinstance(value, str) else []
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{name} is {shown(value)}; expected one of {', '.join(known)}.{hint}")
+
+
+def numbers(name: str, values: Any) -> tuple[float, ...]:
+    """Numbers in any container: a list, a tuple, an array or a tensor of at most 10,000."""
+    try:
+        count = len(values)
+    except TypeError:
+        count = 0
+    if isinstance(values, str | bytes | Mapping | set | frozenset) or not 1 <= count <= 10_000:
+        raise ValueError(f"{name} is {shown(values)}; expected a list of 1 to 10,000 numbers")
+    return tuple(number(name, value) for value in values)
 
 
 def _is_no_number(value: Any) -> bool:

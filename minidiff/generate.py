@@ -22,11 +22,8 @@ from .arguments import (
     check_seeds,
     check_size,
     check_texts,
-    choose_sampler,
     latent_shape,
-    model_sampler,
     plain_boxes,
-    sampler_arguments,
 )
 from .guidance.guide import Guidance, Guide, Report, evaluate, evaluate_whole
 from .guidance.layout import Boxes, Layout, Region, make_layout
@@ -37,7 +34,7 @@ from .networks.sites import Position, choose, cross, level
 from .networks.unet import Maps
 from .recorded import MEAN, PER_STEP, Attention, Reduce
 from .result import Images, Plain, Result, plain, to_numpy, to_pil
-from .sampling import Sampler, Schedule, sample
+from .sampling import Sampler, Schedule, choose_sampler, sample, sampler_fields
 from .sampling import Step as SamplerStep
 from .speed.accelerate import compile_whole, is_compiled
 from .weights.load import load
@@ -88,7 +85,7 @@ def generate(
     guidance_rescale: float = 0.0,
     clip_skip: int | None = None,
     sampler: str | Sampler | None = None,
-    karras: bool = False,
+    karras: bool | None = None,
     spacing: str | None = None,
     eta: float = 0.0,
     seed: int | Sequence[int] | None = None,
@@ -187,7 +184,7 @@ def sample_steps(
     guidance_rescale: float = 0.0,
     clip_skip: int | None = None,
     sampler: str | Sampler | None = None,
-    karras: bool = False,
+    karras: bool | None = None,
     spacing: str | None = None,
     eta: float = 0.0,
     seed: int | Sequence[int] | None = None,
@@ -213,7 +210,7 @@ def sample_steps(
         model = load(model)
     loaded = time.perf_counter()
     texts = check_texts(prompt, negative_prompt, context, negative_context, model, images_per_prompt)
-    chosen = choose_sampler(model_sampler(model) if sampler is None else sampler, karras, spacing, eta)
+    chosen = choose_sampler(model.noise, model.defaults.sampler, sampler, karras, spacing, eta)
     if steps is None and timesteps is None and sigmas is None:
         steps = model.defaults.steps
     schedule = chosen.schedule(model.noise, steps, timesteps=timesteps, sigmas=sigmas)
@@ -238,7 +235,7 @@ def sample_steps(
         if how is not None:
             bound = replace(how.of_run(schedule.steps), objective=how.objective.bound(there, how.sites))
             guide = _guide(model, bound, encoded[-texts.images :], layout, regions, edit, inputs)
-    denoise = Denoise(model, encoded, scale, guidance_rescale, record, edit, given, _edited_calls(edit, schedule))
+    denoise = Denoise(model, encoded, scale, guidance_rescale, record, edit, given)
     arguments: dict[str, object] = {
         "model": model.name,
         "width": width,
@@ -249,7 +246,7 @@ def sample_steps(
         "guidance_scale": scale,
         "guidance_rescale": guidance_rescale,
         "clip_skip": clip_skip,
-        **sampler_arguments(chosen),
+        **sampler_fields(chosen),
         "latents": latents,
         "guidance": None if guide is None and guidance is None else "none" if how is None else how.plain(),
         "edit": edit,
@@ -302,18 +299,10 @@ def _guide(
     return Guide(how, model.unet.forward, context, layout, names, edit, inputs, compiled, look)
 
 
-def _edited_calls(edit: Edit | None, schedule: Schedule) -> int | None:
-    """How many of the run's calls `edit` is for; None where it is for all."""
-    if edit is None or edit.steps is None:
-        return None
-    return sum(index < edit.steps for index in schedule.index)
-
-
 class Denoise:
     """The network as the sampling loop sees it, with classifier-free guidance inside.
 
     `context` holds the conditional texts [B,L,D], or [uncond, cond] [2B,L,D] where the scale asks for both.
-    `edited`: the first so many calls are those that `edit` changes; None: all.
     """
 
     def __init__(
@@ -325,11 +314,9 @@ class Denoise:
         record: Record | None = None,
         edit: Edit | None = None,
         inputs: Inputs | None = None,
-        edited: int | None = None,
     ) -> None:
         self.model, self.context, self.scale, self.rescale = model, context, scale, rescale
-        self.record, self.edit, self.inputs, self.edited = record, edit, inputs, edited
-        self.calls = 0
+        self.record, self.edit, self.inputs = record, edit, inputs
         if scale == 1:  # there are no unconditional rows to leave out
             self.record = None if record is None else replace(record, rows=_only_rows("record", record.rows))
             self.edit = None if edit is None else replace(edit, rows=_only_rows("edit", edit.rows))
@@ -339,11 +326,12 @@ class Denoise:
             )
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, Maps]:
-        """Predict from variance-preserving x; float32 whatever the networks compute in."""
+    def __call__(self, x: Tensor, t: Tensor, index: int) -> tuple[Tensor, Maps]:
+        """Predict from variance-preserving x in step `index`; float32 whatever the networks compute in."""
         halves = x if self.scale == 1 else torch.cat([x, x])
-        edit = None if self.edited is not None and self.calls >= self.edited else self.edit
-        self.calls += 1
+        edit = self.edit
+        if edit is not None and edit.steps is not None and index >= edit.steps:
+            edit = None
         output, maps = self.model.unet(halves.to(self.model.dtype), t, self.context, self.record, edit, self.inputs)
         assert output is not None  # no stop
         if self.scale == 1:

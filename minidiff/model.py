@@ -3,19 +3,20 @@
 import hashlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .checks import number, shown, whole
 from .networks.attention import Grid, Site
 from .networks.sites import Where, choose
 from .networks.text import TextEncoder
 from .networks.unet import UNet
 from .networks.vae import VAE
-from .sampling.schedule import NoiseSchedule
+from .sampling import NoiseSchedule, Sampler, sampler_by_name
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Defaults:
     config names. `guidance` is what `Guidance.read` takes: how boxes are followed.
     """
 
-    sampler: str | None = None
+    sampler: Sampler | None = None
     steps: int = 50
     guidance_scale: float = 7.5
     guidance: str | Mapping[str, object] = "layout"
@@ -36,25 +37,20 @@ class Defaults:
     @classmethod
     def from_config(cls, scheduler: Mapping[str, object]) -> "Defaults":
         """Read `minidiff_defaults` of a scheduler_config.json; ValueError names what is not understood."""
-        given = scheduler.get("minidiff_defaults", {})
-        kinds: dict[str, type | tuple[type, ...]] = {
-            "sampler": str,
-            "steps": int,
-            "guidance_scale": (int, float),
-            "guidance": (str, Mapping),
-        }
-        if not isinstance(given, Mapping):
+        given, where = scheduler.get("minidiff_defaults", {}), "scheduler config: minidiff_defaults"
+        if not isinstance(given, Mapping) or not given.keys() <= {field.name for field in fields(cls)}:
             raise ValueError(
-                f"scheduler_config.json: minidiff_defaults is {given!r}; expected an object with {', '.join(kinds)}"
+                f"{where} is {shown(given)}; expected an object of sampler, steps, guidance_scale and guidance"
             )
-        for key, value in given.items():
-            if key not in kinds or not isinstance(value, kinds[key]):
-                raise ValueError(
-                    f"scheduler_config.json: minidiff_defaults has {key!r}: {value!r}; "
-                    "expected a text for sampler, a whole number for steps, a number for guidance_scale, a name or an "
-                    "object for guidance"
-                )
-        return cls(**given)
+        sampler, guidance = given.get("sampler"), given.get("guidance", cls.guidance)
+        if not isinstance(guidance, str | Mapping):
+            raise ValueError(f"{where}: guidance is {shown(guidance)}; expected a name or an object")
+        return cls(
+            sampler=None if sampler is None else sampler_by_name(sampler),
+            steps=whole(f"{where}: steps", given.get("steps", cls.steps), 1),
+            guidance_scale=number(f"{where}: guidance_scale", given.get("guidance_scale", cls.guidance_scale), 1),
+            guidance=guidance,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,6 @@ from minidiff.networks.attention import Site
 from minidiff.sampling import (
     DDIM,
     PNDM,
-    SAMPLERS,
     SD15_SCHEDULER_CONFIG,
     Euler,
     EulerAncestral,
@@ -27,12 +26,13 @@ from minidiff.sampling import (
     sample,
     sampler_by_name,
 )
+from minidiff.vocabulary import SAMPLERS
 
 SHAPE = (2, 4, 6, 5)
 SD15 = NoiseSchedule.from_config(SD15_SCHEDULER_CONFIG)
 
 
-def network(x: Tensor, t: Tensor) -> tuple[Tensor, dict[Site, Tensor]]:
+def network(x: Tensor, t: Tensor, index: int = 0) -> tuple[Tensor, dict[Site, Tensor]]:
     return torch.tanh(0.7 * x + t / 800) + 0.2 * torch.cos(3 * x - t / 300), {}
 
 
@@ -53,7 +53,7 @@ def run(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_refine_that_returns_its_argument_changes_no_bit(name: str, dtype: torch.dtype) -> None:
     sampler = sampler_by_name(name)
     plain = run(sampler, 8, x=start(dtype))
@@ -63,13 +63,13 @@ def test_refine_that_returns_its_argument_changes_no_bit(name: str, dtype: torch
     assert all(step.latents.dtype == dtype for step in plain)
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_one_step_for_each_step(name: str) -> None:
     sampler = sampler_by_name(name)
     schedule, calls = sampler.schedule(SD15, 50), []
 
-    def counted(x: Tensor, t: Tensor) -> tuple[Tensor, dict[Site, Tensor]]:
-        calls.append((x.shape, t.shape, t.dtype, t.item()))
+    def counted(x: Tensor, t: Tensor, index: int) -> tuple[Tensor, dict[Site, Tensor]]:
+        calls.append((x.shape, t.shape, t.dtype, t.item(), index))
         return network(x, t)
 
     steps = list(sample(counted, start(), schedule, sampler, noise=fresh_noise()))
@@ -77,17 +77,18 @@ def test_one_step_for_each_step(name: str) -> None:
     assert len(calls) == (51 if name == "pndm" else 50)
     assert {call[:3] for call in calls} == {(SHAPE, torch.Size([]), torch.float32)}
     assert [call[3] for call in calls] == schedule.timesteps.tolist()
-    firsts = [schedule.index.index(i) for i in range(50)]
+    assert [call[4] for call in calls] == [*([0] if name == "pndm" else []), *range(50)]
+    firsts = [[call[4] for call in calls].index(i) for i in range(50)]
     assert [step.t for step in steps] == [schedule.timesteps[call].item() for call in firsts]
     assert [step.sigma for step in steps] == [schedule.sigmas[call].item() for call in firsts]
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_the_network_sees_variance_preserving_latents(name: str) -> None:
     """With a first sigma of 14.6 the scaled latents have a deviation of 14.6, what the network sees about 1."""
     sampler, seen = sampler_by_name(name), []
 
-    def watched(x: Tensor, t: Tensor) -> tuple[Tensor, dict[Site, Tensor]]:
+    def watched(x: Tensor, t: Tensor, index: int) -> tuple[Tensor, dict[Site, Tensor]]:
         seen.append(x)
         return network(x, t)
 
@@ -98,7 +99,7 @@ def test_the_network_sees_variance_preserving_latents(name: str) -> None:
     torch.testing.assert_close(seen[0], start() * scale)
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_refine_is_called_before_each_call_with_the_actual_abar(name: str) -> None:
     sampler, seen = sampler_by_name(name), []
 
@@ -108,11 +109,10 @@ def test_refine_is_called_before_each_call_with_the_actual_abar(name: str) -> No
 
     run(sampler, 5, refine)
     schedule = sampler.schedule(SD15, 5)
-    assert [shape for shape, *_ in seen] == [SHAPE] * len(schedule.index)
+    assert [shape for shape, *_ in seen] == [SHAPE] * len(schedule.spans)
     assert [t for _, t, _, _ in seen] == schedule.timesteps.tolist()
     assert [abar for _, _, abar, _ in seen] == pytest.approx((1 / (1 + schedule.sigmas**2)).tolist())
-    assert tuple(index for *_, index in seen) == schedule.index
-    assert schedule.index == ((0, 0, 1, 2, 3, 4) if name == "pndm" else (0, 1, 2, 3, 4))
+    assert [index for *_, index in seen] == [*([0] if name == "pndm" else []), 0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])
@@ -161,7 +161,7 @@ def test_guidance_moves_every_sampler_alike() -> None:
 def test_nothing_is_computed_ahead_or_after_a_break() -> None:
     calls = []
 
-    def counted(x: Tensor, t: Tensor) -> tuple[Tensor, dict[Site, Tensor]]:
+    def counted(x: Tensor, t: Tensor, index: int) -> tuple[Tensor, dict[Site, Tensor]]:
         calls.append(t)
         return network(x, t)
 
@@ -185,7 +185,7 @@ def test_no_torch_mode_leaks_into_the_callers_loop() -> None:
 def test_maps_are_those_of_the_call_where_the_step_began(sampler: Sampler) -> None:
     site = Site("up", 1, 0, "cross")
 
-    def recording(x: Tensor, t: Tensor) -> tuple[Tensor, dict[Site, Tensor]]:
+    def recording(x: Tensor, t: Tensor, index: int) -> tuple[Tensor, dict[Site, Tensor]]:
         return network(x, t)[0], {site: t}
 
     for step in sample(recording, start(), sampler.schedule(SD15, 5), sampler):
@@ -237,15 +237,15 @@ def test_latents_that_are_no_floats() -> None:
 def test_wrong_shapes_are_named() -> None:
     schedule, wanted = EulerAncestral().schedule(SD15, 3), r"expected the latents' \[2, 4, 6, 5\]"
     with pytest.raises(ValueError, match=r"denoise returned a tensor of shape \[2, 8, 6, 5\]; " + wanted):
-        next(sample(lambda x, t: (torch.cat([x, x], 1), {}), start(), schedule, EulerAncestral(), None, start))
+        next(sample(lambda x, t, index: (torch.cat([x, x], 1), {}), start(), schedule, EulerAncestral(), None, start))
     with pytest.raises(ValueError, match=r"refine returned a tensor of shape \[1, 4, 6, 5\]; " + wanted):
         next(sample(network, start(), schedule, EulerAncestral(), lambda x, t, abar, index: x[:1], start))
     with pytest.raises(ValueError, match=r"noise returned a tensor of shape \[1, 4, 6, 5\]; " + wanted):
         next(sample(network, start(), schedule, EulerAncestral(), None, lambda: start()[:1]))
 
 
-def test_sampling_imports_nothing_of_the_package_but_the_type_site() -> None:
-    for file in Path(minidiff.sampling.__file__).parent.glob("*.py"):
+def test_sampling_imports_nothing_of_the_package_but_names_checks_and_the_type_site() -> None:
+    for file in Path(minidiff.sampling.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -253,6 +253,6 @@ def test_sampling_imports_nothing_of_the_package_but_the_type_site() -> None:
                 if name == "minidiff.networks.attention":
                     assert [alias.name for alias in node.names] == ["Site"]  # type: ignore[attr-defined]
                 elif name is not None and name.startswith("minidiff"):
-                    assert name.startswith("minidiff.sampling")
+                    assert name.startswith(("minidiff.sampling", "minidiff.vocabulary", "minidiff.checks"))
                 else:
                     assert str(name).split(".")[0] not in ("scipy", "diffusers", "transformers")

@@ -22,20 +22,20 @@ from minidiff.sampling import (
     DDIM,
     LMS,
     PNDM,
-    SAMPLERS,
     SD15_SCHEDULER_CONFIG,
     DPMpp2M,
     Euler,
     EulerAncestral,
-    History,
     NoiseSchedule,
     Sampler,
     Schedule,
-    default_sampler,
+    choose_sampler,
     sample,
     sampler_by_name,
+    sampler_fields,
 )
-from minidiff.sampling.samplers import lagrange_integrals
+from minidiff.sampling.samplers.lms import lagrange_integrals
+from minidiff.vocabulary import SAMPLERS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:one step with"),
@@ -92,7 +92,7 @@ def trajectory(scheduler: Any, **step_args: object) -> list[Tensor]:
 
 
 def ours(sampler: Sampler, schedule: Schedule) -> list[Tensor]:
-    steps = sample(lambda x, t: (network(x, t), {}), start(), schedule, sampler, noise=fresh_noise())
+    steps = sample(lambda x, t, index: (network(x, t), {}), start(), schedule, sampler, noise=fresh_noise())
     return [step.latents for step in steps]
 
 
@@ -269,22 +269,22 @@ def test_euler_ancestral_karras_is_eulers_run_with_ancestral_steps() -> None:
     schedule = sampler.schedule(SD15, 10)
     assert schedule.spans == euler.spans
     x, eps, unit = (torch.full((1, 1, 1, 1), value, dtype=torch.float64) for value in (2.0, 0.3, 1.0))
-    for call, (begin, end) in enumerate(schedule.spans):
+    run = sampler.run(lambda x, call: (x, eps), x, schedule, lambda: unit)
+    for moved, (begin, end) in zip(run, schedule.spans, strict=True):
         up = math.sqrt(end**2 * (begin**2 - end**2) / begin**2)
         down = math.sqrt(end**2 - up**2)
-        moved, _ = sampler.step(x, eps, call, schedule, History(), lambda: unit)
         torch.testing.assert_close(moved, x + (down - begin) * eps + up * unit)
+        x = moved
 
 
 def test_pndm_timesteps_of_the_facts() -> None:
-    """facts/sd15.md: 51 calls at 50 steps, 21 at 20, the second timestep twice."""
+    """51 calls at 50 steps, 21 at 20, the second timestep twice."""
     fifty, twenty = PNDM().schedule(SD15, 50), PNDM().schedule(SD15, 20)
     assert fifty.timesteps.tolist() == [981, 961, *range(961, 0, -20)]
     assert twenty.timesteps.tolist() == [951, 901, *range(901, 0, -50)]
-    assert fifty.index == (0, *range(50))
     assert (fifty.steps, twenty.steps) == (50, 20)
     assert DDIM().schedule(SD15, 50).timesteps.tolist() == [*range(981, 0, -20)]
-    assert PNDM(spacing="trailing").schedule(SD15, 1).index == (0,)
+    assert len(PNDM(spacing="trailing").schedule(SD15, 1).spans) == 1
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
@@ -304,14 +304,14 @@ def test_lms_order_equals_diffusers(order: int) -> None:
     assert_same_path(ours(sampler, sampler.schedule(SD15, 10)), theirs)
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sampler_keeps_nothing(name: str) -> None:
     """One object, two runs taken turn by turn: each equals the run alone, bit for bit."""
     sampler = sampler_by_name(name)
     long, short = sampler.schedule(SD15, 9), sampler.schedule(SD15, 6)
     alone = ours(sampler, long), ours(sampler, short)
     runs = [
-        sample(lambda x, t: (network(x, t), {}), start(), schedule, sampler, noise=fresh_noise())
+        sample(lambda x, t, index: (network(x, t), {}), start(), schedule, sampler, noise=fresh_noise())
         for schedule in (long, short)
     ]
     turns: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -323,51 +323,125 @@ def test_a_sampler_keeps_nothing(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
-def test_step_mutates_nothing(name: str) -> None:
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_run_changes_nothing_in_place(name: str) -> None:
     sampler = sampler_by_name(name)
-    schedule, history, x, output = sampler.schedule(SD15, 6), History(), start(), network(start(), torch.tensor(500.0))
-    before = x.clone(), output.clone()
-    for call in range(len(schedule.index)):
-        kept = [value.clone() for value in history.outputs]
-        _, later = sampler.step(x, output, call, schedule, history, fresh_noise())
-        assert torch.equal(x, before[0])
-        assert torch.equal(output, before[1])
-        assert all(torch.equal(a, b) for a, b in zip(kept, history.outputs, strict=True))
-        history = later
+    schedule, x, given = sampler.schedule(SD15, 6), start(), []
+
+    def ask(x: Tensor, call: int) -> tuple[Tensor, Tensor]:
+        output = network(x, schedule.timesteps[call].float())
+        given.extend((value, value.clone()) for value in (x, output))
+        return x, output
+
+    after = [(x, x.clone()) for x in sampler.run(ask, x, schedule, fresh_noise())]
+    assert torch.equal(x, start())
+    assert all(torch.equal(value, before) for value, before in given + after)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_is_called_as_its_file(name: str) -> None:
+    assert sampler_by_name(name).name == name
 
 
 def test_names() -> None:
     assert sampler_by_name("ddim") == DDIM()
-    assert sampler_by_name("lms_karras") == LMS(karras=True)
-    assert sampler_by_name("euler_ancestral_karras") == EulerAncestral(karras=True)
-    assert {sampler_by_name(name).name for name in SAMPLERS} == set(THEIRS)
+    assert sampler_by_name("lms_karras") == sampler_by_name("LMS", karras=True) == LMS(karras=True)
+    assert sampler_by_name("Euler a", karras=True) == EulerAncestral(karras=True)
+    assert sampler_by_name("DPM++ 2M Karras", spacing="leading") == DPMpp2M(karras=True, spacing="leading")
+    with pytest.raises(ValueError, match="sampler 'unipc' is UniPC, which is not implemented; expected one of ddim"):
+        sampler_by_name("unipc")
     with pytest.raises(
-        ValueError, match=r"no sampler is called 'heun'; expected one of ddim, pndm, euler, euler_karras"
+        ValueError, match=r"karras is True with sampler 'ddim'; expected .*: dpmpp_2m, euler, euler_anc"
     ):
-        sampler_by_name("heun")
-    with pytest.raises(ValueError, match="no sampler is called 'ddim_karras'"):
         sampler_by_name("ddim_karras")
+    with pytest.raises(ValueError, match='karras is False but the sampler is "dpmpp_2m_karras"'):
+        sampler_by_name("dpmpp_2m_karras", karras=False)
+    with pytest.raises(ValueError, match=r"karras is 'yes'; expected True, False or None"):
+        sampler_by_name("euler", karras="yes")  # type: ignore[arg-type]
 
 
-def test_default_sampler_is_the_configs() -> None:
-    assert default_sampler(SD15) == PNDM()
-    karras = config(_class_name="DPMSolverMultistepScheduler", use_karras_sigmas=True)
-    assert default_sampler(NoiseSchedule.from_config(karras)) == DPMpp2M(karras=True)
-    with pytest.raises(
-        ValueError, match="asks for _class_name 'HeunDiscreteScheduler', which minidiff has not; choose"
-    ):
-        default_sampler(NoiseSchedule.from_config(config(_class_name="HeunDiscreteScheduler")))
+@pytest.mark.parametrize(
+    ("changes", "sampler"),
+    [
+        ({}, PNDM()),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, DPMpp2M(karras=True)),
+        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, Euler(karras=True)),
+        ({"_class_name": "LMSDiscreteScheduler", "use_karras_sigmas": True}, LMS(karras=True)),
+        ({"_class_name": "EulerAncestralDiscreteScheduler", "use_karras_sigmas": True}, EulerAncestral()),
+    ],
+)
+def test_the_configs_sampler_is_chosen_as_it_is(changes: dict[str, Any], sampler: Sampler) -> None:
+    assert choose_sampler(NoiseSchedule.from_config(config(**changes)), None) == sampler
 
 
-@pytest.mark.parametrize("eta", [-0.1, 1.5, math.nan])
-def test_bad_eta(eta: float) -> None:
+def test_what_is_asked_changes_the_models_own_sampler() -> None:
+    noise = NoiseSchedule.from_config(config(_class_name="DPMSolverMultistepScheduler", use_karras_sigmas=True))
+    assert choose_sampler(noise, None, spacing="leading") == DPMpp2M(karras=True, spacing="leading")
+    assert choose_sampler(noise, None, karras=False) == DPMpp2M()
+    assert choose_sampler(noise, LMS(order=2), karras=True) == LMS(order=2, karras=True)
+    assert choose_sampler(noise, DDIM(), eta=np.float32(0.5)) == DDIM(eta=0.5)
+    assert choose_sampler(noise, None, "euler") == Euler()
+    with pytest.raises(ValueError, match=r"eta is 0.5 with sampler 'dpmpp_2m'; expected one that has it: ddim"):
+        choose_sampler(noise, None, eta=0.5)
+
+
+def test_an_object_brings_its_own_settings() -> None:
+    assert choose_sampler(SD15, None, LMS(order=2, karras=True), karras=True) == LMS(order=2, karras=True)
+    with pytest.raises(ValueError, match="got karras=False, spacing=None and eta=0.0 beside a sampler object"):
+        choose_sampler(SD15, None, Euler(karras=True), karras=False)
+    for wrong in (Euler, 3):
+        with pytest.raises(ValueError, match="sampler is .*; expected a name such as 'ddim', or a sampler object"):
+            choose_sampler(SD15, None, wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        *(sampler_by_name(name) for name in SAMPLERS),
+        *(sampler_by_name(name, karras=True, spacing="trailing") for name in ("euler", "lms", "dpmpp_2m")),
+        DDIM(eta=0.3, spacing="linspace"),
+        LMS(order=2, karras=True),
+    ],
+)
+def test_the_fields_of_a_sampler_give_it_again(sampler: Sampler) -> None:
+    fields: Any = sampler_fields(sampler)
+    assert choose_sampler(SD15, DPMpp2M(karras=True), **fields) == sampler
+    assert isinstance(fields["sampler"], str) == (sampler != LMS(order=2, karras=True))
+
+
+def test_a_config_whose_sampler_is_not_implemented() -> None:
+    noise = NoiseSchedule.from_config(config(_class_name="UniPCMultistepScheduler"))
+    with pytest.raises(ValueError, match="config names 'UniPCMultistepScheduler', which is not implemented; name a"):
+        choose_sampler(noise, None)
+    assert choose_sampler(noise, None, "lms") == LMS()
+    with pytest.raises(ValueError, match=r"the scheduler config names no scheduler \(it has no _class_name\)"):
+        choose_sampler(NoiseSchedule.from_config({}), None)
+
+
+def test_switches_refuse_the_samplers_that_heed_them() -> None:
+    """As diffusers' classes have them: PNDM and LMS know neither, only DDIM and DPM-Solver++ can threshold."""
+    threshold = NoiseSchedule.from_config(config(_class_name="DDIMScheduler", thresholding=True))
+    zero = NoiseSchedule.from_config(config(_class_name="DDIMScheduler", rescale_betas_zero_snr=True))
+    for noise, key in ((threshold, "thresholding"), (zero, "rescale_betas_zero_snr")):
+        with pytest.raises(ValueError, match=f"config names DDIMScheduler with {key} True, which is not implemented"):
+            choose_sampler(noise, None)
+        for name, kind in THEIRS.items():
+            if key in kind().config:
+                with pytest.raises(ValueError, match=f"has {key} true, which is not .*{name} would heed; use .*lms"):
+                    choose_sampler(noise, None, name)
+    assert choose_sampler(threshold, None, "euler") == Euler()
+    with pytest.warns(UserWarning, match=r"trained down to pure noise .*, where lms does not start"):
+        assert choose_sampler(zero, None, "lms") == LMS()
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5, math.nan, "1", True])
+def test_bad_eta(eta: Any) -> None:
     with pytest.raises(ValueError, match="eta is .*; expected a number from 0"):
         DDIM(eta=eta)
 
 
-@pytest.mark.parametrize("order", [0, 5, True])
-def test_bad_order(order: int) -> None:
+@pytest.mark.parametrize("order", [0, 5, True, 2.0, "2"])
+def test_bad_order(order: Any) -> None:
     with pytest.raises(ValueError, match="order is .*; expected 1, 2, 3 or 4"):
         LMS(order=order)
 
@@ -378,7 +452,23 @@ def test_bad_spacing(make: Callable[..., Sampler]) -> None:
         make(spacing="even")
 
 
-@pytest.mark.parametrize("sampler", [DDIM(eta=1.0), EulerAncestral()])
-def test_a_step_without_the_noise_it_needs(sampler: Sampler) -> None:
-    with pytest.raises(ValueError, match=f"{sampler.name} needs fresh noise at each step"):
-        sampler.step(start(), start(), 0, sampler.schedule(SD15, 4), History())
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    assert LMS(order=np.int64(2)) == LMS(order=torch.tensor(2)) == LMS(order=2)  # type: ignore[arg-type]
+    assert DDIM(eta=np.float32(0.5)) == DDIM(eta=torch.tensor(0.5)) == DDIM(eta=0.5)  # type: ignore[arg-type]
+    for values in (np.array(AYS), torch.tensor(AYS), tuple(AYS), [np.int64(t) for t in AYS]):
+        assert (
+            Euler().schedule(SD15, np.int64(10), timesteps=values).spans == Euler().schedule(SD15, timesteps=AYS).spans
+        )
+
+
+def test_as_many_linspace_steps_as_timesteps() -> None:
+    """diffusers places one timestep twice, divides by a step of no length and goes on with NaN: ours takes no step."""
+    scheduler, schedule = reference("dpmpp_2m", config(), 1000), DPMpp2M().schedule(SD15, 1000)
+    assert_same_run(schedule, scheduler)
+    path = ours(DPMpp2M(), schedule)
+    first = next(i for i, (begin, end) in enumerate(schedule.spans) if begin == end)
+    assert torch.equal(path[first], path[first - 1])
+    assert_same_path(path[: first + 1], trajectory(scheduler)[: first + 1])
+    assert path[-1].isfinite().all()
+    assert (path[-1] - ours(DPMpp2M(), DPMpp2M().schedule(SD15, 999))[-1]).abs().max() <= 2e-3
+    assert DDIM(spacing="linspace").schedule(SD15, 1000).timesteps.tolist() == [*range(999, -1, -1)]

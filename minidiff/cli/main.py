@@ -116,7 +116,7 @@ def _generate(args: argparse.Namespace) -> None:
         guidance_rescale=_given(args.guidance_rescale, 0.0),
         clip_skip=args.clip_skip,
         sampler=args.sampler,
-        karras=_given(args.karras, False),
+        karras=args.karras,
         spacing=args.spacing,
         eta=_given(args.eta, 0.0),
         seed=args.seed,
@@ -144,8 +144,9 @@ def _check(args: argparse.Namespace) -> None:
     """What can be found wrong without a model, so that none is fetched and read for nothing."""
     if not args.prompt:
         raise ValueError('there is no prompt; expected such as minidiff generate "a red circle"')
-    from ..arguments import check_fraction, check_guidance, check_positive, check_scale, check_seeds, choose_sampler
+    from ..arguments import check_fraction, check_guidance, check_positive, check_scale, check_seeds
     from ..result import check_output_path
+    from ..sampling import sampler_by_name
     from ..weights.sources import BUNDLED
 
     args.model = _given(args.model, BUNDLED)
@@ -165,7 +166,7 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("guidance_rescale", "eta"):
         check_fraction(name, _given(getattr(args, name), 0.0))
     if args.sampler is not None:
-        choose_sampler(args.sampler, _given(args.karras, False), args.spacing, _given(args.eta, 0.0))
+        sampler_by_name(args.sampler, args.karras, args.spacing, _given(args.eta, 0.0))
     check_seeds(args.seed, len(args.prompt) * args.images_per_prompt)
 
 

@@ -1,36 +1,31 @@
 """From noise to latents: the noise schedule, one small sampler per algorithm, and the loop."""
 
+from minidiff.sampling.choose import choose_sampler, sampler_by_name, sampler_fields
+from minidiff.sampling.noise import SD15_SCHEDULER_CONFIG, NoiseSchedule
 from minidiff.sampling.sample import Step, sample
-from minidiff.sampling.samplers import (
-    DDIM,
-    LMS,
-    PNDM,
-    SAMPLERS,
-    DPMpp2M,
-    Euler,
-    EulerAncestral,
-    History,
-    Sampler,
-    default_sampler,
-    sampler_by_name,
-)
-from minidiff.sampling.schedule import SD15_SCHEDULER_CONFIG, NoiseSchedule, Schedule
+from minidiff.sampling.samplers._sampler import Sampler
+from minidiff.sampling.samplers.ddim import DDIM
+from minidiff.sampling.samplers.dpmpp_2m import DPMpp2M
+from minidiff.sampling.samplers.euler import Euler
+from minidiff.sampling.samplers.euler_ancestral import EulerAncestral
+from minidiff.sampling.samplers.lms import LMS
+from minidiff.sampling.samplers.pndm import PNDM
+from minidiff.sampling.schedule import Schedule
 
 __all__ = [
     "DDIM",
     "LMS",
     "PNDM",
-    "SAMPLERS",
     "SD15_SCHEDULER_CONFIG",
     "DPMpp2M",
     "Euler",
     "EulerAncestral",
-    "History",
     "NoiseSchedule",
     "Sampler",
     "Schedule",
     "Step",
-    "default_sampler",
+    "choose_sampler",
     "sample",
     "sampler_by_name",
+    "sampler_fields",
 ]

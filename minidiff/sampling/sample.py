@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from minidiff.sampling.samplers import Draw, History, Sampler, predict
+from minidiff.sampling.samplers._sampler import Draw, Sampler, predict
 from minidiff.sampling.schedule import Schedule
 
 if TYPE_CHECKING:
     from minidiff.networks.attention import Site
 
-    # (x, variance preserving, [B,C,h,w]; t, float32 []) -> (network output [B,C,h,w], recorded maps)
-    Denoise = Callable[[Tensor, Tensor], tuple[Tensor, dict[Site, Tensor]]]
+    # (x, variance preserving, [B,C,h,w]; t, float32 []; step) -> (network output [B,C,h,w], recorded maps)
+    Denoise = Callable[[Tensor, Tensor, int], tuple[Tensor, dict[Site, Tensor]]]
     # (x, variance preserving, [B,C,h,w]; t, float32 []; abar; step) -> moved x, a new tensor
     Refine = Callable[[Tensor, Tensor, float, int], Tensor]
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 class Step:
     """What one step leaves behind.
 
-    index: 0 to steps - 1. t, sigma: where the step began; maps: recorded there (by the first call, where PNDM makes
-    two).
+    index: 0 to steps - 1. t, sigma: where the step began; maps: recorded there (by the first call, where a sampler
+        makes two).
     latents: [B,C,h,w] after the step, in diffusers' space for the sampler ("ve" latents shrink from sigma's size).
     denoised: [B,C,h,w], the clean latents that the network expected at the step's last call (variance preserving; for
-    previews).
+        previews).
     report: None from this loop; whoever refines may put one in with dataclasses.replace.
     """
 
@@ -55,8 +55,7 @@ def sample(
 
     denoise is given x in variance-preserving scale, in the dtype of `x`, and t as a tensor on x's device, so that a
     compiled network sees one kind of argument. refine moves x before each call; returning its argument changes no bit.
-    noise returns fresh unit noise of x's shape (for DDIM with eta and Euler ancestral). Arithmetic is float32 or
-    better.
+    noise returns fresh unit noise of x's shape, for samplers that are `stochastic`. Arithmetic is float32 or better.
     Whether gradients are recorded is the caller's choice inside denoise: no torch mode is held across a yield.
     """
     if not x.is_floating_point():
@@ -78,34 +77,36 @@ def _steps(
     denoise: Denoise, x: Tensor, schedule: Schedule, sampler: Sampler, refine: Refine | None, noise: Draw | None
 ) -> Iterator[Step]:
     given, work = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    draw = None if noise is None else _drawing(noise, x, work)
-    x, history = x.to(work) * schedule.init_scale, History()
-    calls = len(schedule.index)
-    for call, index in enumerate(schedule.index):
+    index, calls = 0, 0
+    seen: list[tuple[Tensor, Tensor, dict[Site, Tensor]]] = []  # this step's calls: input, output and maps
+
+    def ask(x: Tensor, call: int) -> tuple[Tensor, Tensor]:
         sigma = float(schedule.sigmas[call])
         # a fill, not a copy: a GPU is not waited for, and a compiled network sees a tensor, not a new number each step
         t = torch.full((), float(schedule.timesteps[call]), dtype=torch.float32, device=x.device)
         growth = math.sqrt(1 + sigma**2) if schedule.space == "ve" else 1.0
         x_vp = (x / growth).to(given)
         if refine is not None:
-            moved = refine(x_vp, t, schedule.abar(call), index)
-            shift = (_like(moved, x_vp, "refine").to(work) - x_vp.to(work)) * growth
-            x, x_vp = x + shift, moved
-            if history.saved is not None:  # PNDM steps again from there, so there it must move too
-                history = replace(history, saved=history.saved + shift)
-        output, found = denoise(x_vp, t)
+            moved = _like(refine(x_vp, t, schedule.abar(call), index), x_vp, "refine")
+            x, x_vp = x + (moved.to(work) - x_vp.to(work)) * growth, moved
+        output, maps = denoise(x_vp, t, index)
         output = _like(output, x_vp, "denoise").to(work)
-        x, history = sampler.step(x, output, call, schedule, history, draw)
-        if call == 0 or index != schedule.index[call - 1]:
-            began, maps = (float(schedule.timesteps[call]), sigma), found
-        if call == calls - 1 or schedule.index[call + 1] != index:
-            clean, _ = predict(x_vp.to(work), output, sigma, schedule.prediction_type)
-            yield Step(index, *began, x.to(given), clean.to(given), maps)
+        seen.append((x_vp, output, maps))
+        return x, output
 
+    def fresh() -> Tensor:
+        assert noise is not None  # checked by sample()
+        return _like(noise(), x, "noise").to(x.device, work)
 
-def _drawing(noise: Draw, x: Tensor, work: torch.dtype) -> Draw:
-    """The caller's noise, moved to where x is and checked for its shape."""
-    return lambda: _like(noise(), x, "noise").to(x.device, work)
+    for latents in sampler.run(ask, x.to(work) * schedule.init_scale, schedule, fresh):
+        first, last = calls, calls + len(seen) - 1
+        x_vp, output, _ = seen[-1]
+        clean, _ = predict(x_vp.to(work), output, float(schedule.sigmas[last]), schedule.prediction_type)
+        began, maps = (float(schedule.timesteps[first]), float(schedule.sigmas[first])), seen[0][2]
+        index, calls = index + 1, last + 1
+        seen.clear()
+        del x_vp, output
+        yield Step(index - 1, *began, latents.to(given), clean.to(given), maps)
 
 
 def _like(value: Tensor, x: Tensor, name: str) -> Tensor:

@@ -13,7 +13,7 @@ from ..networks.config import UNetConfig, VAEConfig, state_problems
 from ..networks.text import load_tokenizer, text_encoder_shapes
 from ..networks.unet import UNet
 from ..networks.vae import VAE
-from ..sampling.schedule import NoiseSchedule
+from ..sampling import NoiseSchedule
 from .files import PICKLES, Stored, stored_tensors
 from .hub import fetch_model
 from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED
@@ -281,9 +281,9 @@ def _tokenizer(folder: Path, text: Mapping[str, object]) -> dict[str, object]:
 
 def _scheduler(config: Mapping[str, object]) -> dict[str, object]:
     noise, defaults = NoiseSchedule.from_config(config), Defaults.from_config(config)
-    refused = f"none: it names {noise.refusal}, which minidiff has not"
+    sampler = defaults.sampler or noise.sampler
     return {
-        "sampler": defaults.sampler or noise.sampler or refused,
+        "sampler": f"none: it {noise.refusal}" if sampler is None else str(sampler),
         "prediction_type": noise.prediction_type,
         "spacing": noise.timestep_spacing or "each sampler's own",
         "steps": defaults.steps,

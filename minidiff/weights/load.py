@@ -15,7 +15,7 @@ from ..networks.config import check_state
 from ..networks.text import load_text_encoder, text_encoder_shapes
 from ..networks.unet import UNet
 from ..networks.vae import VAE
-from ..sampling.schedule import NoiseSchedule
+from ..sampling import NoiseSchedule
 from ..speed.accelerate import compile_unet, prepare
 from .files import PICKLES, Stored, read_tensors, stored_tensors
 from .hub import fetch_model, fetch_tokenizer, fetch_vae

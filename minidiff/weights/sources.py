@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..networks.config import UNetConfig, VAEConfig
-from ..sampling.schedule import SD15_SCHEDULER_CONFIG
+from ..sampling import SD15_SCHEDULER_CONFIG
 from .files import PICKLES, Stored, how_to_convert, stored_tensors
 from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED, VAE_OLD_ATTENTION, rename, unet_ldm, vae_ldm
 from .recognise import (

@@ -1,0 +1,144 @@
+"""What a sampler is, and the formulas that several share. Coefficients are Python floats, in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff.checks import choice
+from minidiff.sampling.schedule import Schedule
+from minidiff.sampling.spacing import (
+    check_karras,
+    count_steps,
+    custom_sigmas,
+    custom_timesteps,
+    karras_sigmas,
+    sigmas_at,
+    spaced_timesteps,
+    timesteps_at,
+)
+from minidiff.vocabulary import SPACINGS
+
+if TYPE_CHECKING:
+    from minidiff.sampling.noise import Custom, NoiseSchedule
+
+Ask = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""(x [B,C,h,w] in the schedule's space, number of the call) -> (x, moved where guidance moves it; the network's output
+for it, eps or v)."""
+Settings = Mapping[str, tuple[object, ...]]
+Draw = Callable[[], Tensor]
+"""() -> fresh unit noise [B,C,h,w]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler(ABC):
+    """An algorithm with its settings: a value. It never sees the network and keeps nothing between two runs.
+
+    spacing: where the timesteps lie, "leading", "linspace" or "trailing"; None: as the model's config says, else
+        `usual_spacing`.
+    settings: what else diffusers' config of this algorithm may set, with the values that mean this algorithm.
+    """
+
+    name: ClassVar[str]
+    usual_spacing: ClassVar[str] = "linspace"
+    settings: ClassVar[Settings] = {}
+    spacing: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.spacing is not None:
+            choice("spacing", self.spacing, SPACINGS)
+
+    def __str__(self) -> str:
+        """Its name, and Karras where it has those noise levels: "dpmpp_2m karras", which read_sampler reads."""
+        return f"{self.name}{' karras' if getattr(self, 'karras', False) else ''}"
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether `run` draws fresh noise."""
+        return False
+
+    @abstractmethod
+    def schedule(
+        self, noise: NoiseSchedule, steps: int | None = None, *, timesteps: Custom = None, sigmas: Custom = None
+    ) -> Schedule:
+        """The run of `steps` steps; or of the timesteps given, or of the sigmas given (one more than steps)."""
+
+    @abstractmethod
+    def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:
+        """x after each step. Calls ask(x, call) for each call of the schedule in turn and goes on from the x returned.
+
+        Nothing given is changed in place.
+        """
+
+    def _spacing(self, noise: NoiseSchedule) -> str:
+        return self.spacing or noise.timestep_spacing or self.usual_spacing
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmaSampler(Sampler):
+    """A sampler of k-diffusion: space "ve", float32 timesteps (fractions too), sigmas down to 0 or a caller's last.
+
+    karras: the noise levels of Karras et al. 2022 (eq. 5) between the first and last sigma of the spacing.
+    """
+
+    karras: bool = False
+
+    def schedule(
+        self, noise: NoiseSchedule, steps: int | None = None, *, timesteps: Custom = None, sigmas: Custom = None
+    ) -> Schedule:
+        count = count_steps(noise, steps, timesteps, sigmas)
+        check_karras(self.karras, timesteps, sigmas)
+        spacing = self._spacing(noise)
+        if sigmas is not None:
+            levels = custom_sigmas(noise, sigmas)
+            times = timesteps_at(noise, levels[:-1])
+        else:
+            if timesteps is not None:
+                times = custom_timesteps(noise, timesteps, fractions=True)
+            else:
+                times = spaced_timesteps(noise, count, spacing, fractions=True)
+            exact = sigmas_at(noise, times)
+            if self.karras:
+                exact = karras_sigmas(float(exact[0]), float(exact[-1]), count)
+                times = timesteps_at(noise, exact)
+            levels = np.append(exact, 0.0).astype(np.float32)
+        values = [float(level) for level in levels]
+        return Schedule(
+            timesteps=torch.from_numpy(times.astype(np.float32)),
+            sigmas=torch.from_numpy(levels[:-1].astype(np.float64)),
+            spans=tuple(itertools.pairwise(values)),
+            steps=count,
+            # with leading spacing the run starts below the last timestep, where x still holds some signal
+            init_scale=math.sqrt(values[0] ** 2 + 1) if spacing == "leading" else values[0],
+            space="ve",
+            prediction_type=noise.prediction_type,
+            sampler=self.name,
+        )
+
+
+def signal(sigma: float) -> float:
+    """sqrt(abar)."""
+    return 1 / math.sqrt(1 + sigma**2)
+
+
+def predict(x: Tensor, output: Tensor, sigma: float, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """The clean latents and eps that a network output means, for x in "vp" space. v: Salimans and Ho 2022, app. D."""
+    level, spread = signal(sigma), sigma * signal(sigma)
+    if prediction_type == "epsilon":
+        return (x - spread * output) / level, output
+    return level * x - spread * output, level * output + spread * x
+
+
+def derivative(x: Tensor, output: Tensor, sigma: float, prediction_type: str) -> Tensor:
+    """dx / dsigma of the probability flow ODE, for x in "ve" space: eps (Karras et al. 2022, Alg. 1, line 4)."""
+    if prediction_type == "epsilon":
+        return output
+    return signal(sigma) * output + sigma * signal(sigma) ** 2 * x

@@ -1,0 +1,88 @@
+"""DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from minidiff.sampling.samplers._sampler import Ask, Draw, Sampler, Settings, predict, signal
+from minidiff.sampling.schedule import Schedule, vp_schedule
+from minidiff.sampling.spacing import (
+    check_karras,
+    count_steps,
+    custom_sigmas,
+    custom_timesteps,
+    sigmas_at,
+    spaced_timesteps,
+    timesteps_at,
+    training_karras,
+)
+
+if TYPE_CHECKING:
+    from minidiff.sampling.noise import Custom, NoiseSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPMpp2M(Sampler):
+    """DPM-Solver++ 2M, Alg. 2, midpoint; first order at the first and last step.
+
+    Space "vp". karras: sigmas (eq. 5 of Karras et al. 2022) over the whole training range, timesteps rounded. A run of
+    n steps is spaced as n + 1 points without the lowest.
+    """
+
+    name: ClassVar[str] = "dpmpp_2m"
+    settings: ClassVar[Settings] = {
+        "algorithm_type": ("dpmsolver++", "deis"),  # diffusers reads deis as dpmsolver++ and these types as midpoint
+        "solver_order": (2,),
+        "solver_type": ("midpoint", "bh1", "bh2", "logrho"),
+        "final_sigmas_type": ("zero",),
+        "lambda_min_clipped": (-math.inf,),
+        "use_lu_lambdas": (False,),
+        "use_flow_sigmas": (False,),
+        "use_exponential_sigmas": (False,),
+        "use_beta_sigmas": (False,),
+        "rescale_betas_zero_snr": (False,),
+        "thresholding": (False,),
+    }
+    karras: bool = False
+
+    def schedule(
+        self, noise: NoiseSchedule, steps: int | None = None, *, timesteps: Custom = None, sigmas: Custom = None
+    ) -> Schedule:
+        count = count_steps(noise, steps, timesteps, sigmas)
+        check_karras(self.karras, timesteps, sigmas)
+        if sigmas is None and not self.karras:
+            if timesteps is not None:
+                times = custom_timesteps(noise, timesteps)
+            else:
+                times = spaced_timesteps(noise, count, self._spacing(noise), drop_last=True)
+            levels = np.append(sigmas_at(noise, times), 0.0)
+        else:
+            levels = (
+                training_karras(noise, count) if sigmas is None else custom_sigmas(noise, sigmas).astype(np.float64)
+            )
+            times = timesteps_at(noise, levels[:-1])
+            # diffusers rounds, but with cosine betas cuts the fraction off
+            times = np.floor(times) if noise.beta_schedule == "squaredcos_cap_v2" else times.round()
+        levels = levels.astype(np.float32).astype(np.float64)
+        return vp_schedule(self.name, noise, times, levels[:-1], levels[1:])
+
+    def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:
+        before, last = 0.0, None  # the previous call's sigma and clean latents
+        for call, (start, end) in enumerate(schedule.spans):
+            x, output = ask(x, call)
+            clean, _ = predict(x, output, start, schedule.prediction_type)
+            target = clean
+            # Of 1000 linspace steps two have one timestep: no line goes through both (diffusers' latents become NaN)
+            if last is not None and call < len(schedule.spans) - 1 and before > start > end:
+                ratio = math.log(before / start) / math.log(start / end)  # h_0 / h, in lambda = -log sigma
+                target = clean + (clean - last) / (2 * ratio)
+            # alpha' * (1 - exp(-h)) is alpha' * (1 - end / start)
+            x = signal(end) / signal(start) * end / start * x + signal(end) * (1 - end / start) * target
+            before, last = start, clean
+            yield x

@@ -1,0 +1,230 @@
+"""Names: of the samplers, schedules and objectives there are, and how other programs spell them. Needs no torch.
+
+A sampler or an objective is there when its file is: sampling/samplers/NAME.py, guidance/objectives/NAME.py.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from pkgutil import iter_modules
+from types import MappingProxyType
+
+from .checks import choice, shown
+
+_HERE = Path(__file__).parent
+
+
+def _stems(folder: Path) -> tuple[str, ...]:
+    """The modules of a folder that do not start with an underscore, sorted."""
+    return tuple(sorted(name for _, name, _ in iter_modules([str(folder)]) if not name.startswith("_")))
+
+
+SAMPLERS = _stems(_HERE / "sampling" / "samplers")
+OBJECTIVES = _stems(_HERE / "guidance" / "objectives") or (
+    *("inside", "extent", "layout", "attend_and_excite", "boxdiff", "refocusing", "rnb"),
+)
+SPACINGS = ("leading", "linspace", "trailing")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+# The samplers that the field knows, as they would be called here, and A1111's spelling of them (ComfyUI's, where A1111
+# has none). Which of them are implemented, the files say.
+_FIELD: Mapping[str, str] = MappingProxyType(
+    {
+        "ddim": "DDIM",
+        "pndm": "PLMS",
+        "euler": "Euler",
+        "euler_ancestral": "Euler a",
+        "lms": "LMS",
+        "dpmpp_2m": "DPM++ 2M",
+        "heun": "Heun",
+        "heunpp2": "Heun++ 2",
+        "dpm2": "DPM2",
+        "dpm2_ancestral": "DPM2 a",
+        "dpm_fast": "DPM fast",
+        "dpm_adaptive": "DPM adaptive",
+        "dpmpp_2s": "DPM++ 2S",
+        "dpmpp_2s_ancestral": "DPM++ 2S a",
+        "dpmpp_sde": "DPM++ SDE",
+        "dpmpp_2m_sde": "DPM++ 2M SDE",
+        "dpmpp_2m_sde_heun": "DPM++ 2M SDE Heun",
+        "dpmpp_3m_sde": "DPM++ 3M SDE",
+        "restart": "Restart",
+        "uni_pc": "UniPC",
+        "uni_pc_bh2": "uni_pc_bh2",
+        "deis": "DEIS",
+        "ipndm": "IPNDM",
+        "ipndm_v": "ipndm_v",
+        "ddpm": "DDPM",
+        "lcm": "LCM",
+        "tcd": "TCD",
+        "er_sde": "er_sde",
+        "res_multistep": "res_multistep",
+        "euler_cfg_pp": "euler_cfg_pp",
+        "euler_ancestral_cfg_pp": "euler_ancestral_cfg_pp",
+        "ddim_cfg_pp": "DDIM CFG++",
+    }
+)
+# What no rule below reads: diffusers' class names without Discrete and Scheduler, and ComfyUI's own inventions.
+_ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "dpmsolvermultistep": "dpmpp_2m",
+        "dpmsolversinglestep": "dpmpp_2s",
+        "dpmsolversde": "dpmpp_sde",
+        "kdpm2": "dpm2",
+        "kdpm2ancestral": "dpm2_ancestral",
+        "unipcmultistep": "uni_pc",
+        "deismultistep": "deis",
+        "dpmppsdegpu": "dpmpp_sde",
+        "dpmpp2msdegpu": "dpmpp_2m_sde",
+        "dpmpp3msdegpu": "dpmpp_3m_sde",
+    }
+)
+# Noise levels that a name may end in: whether they are Karras', or what to do instead.
+_LEVELS: Mapping[str, bool | str] = MappingProxyType(
+    {
+        "karras": True,
+        "discrete": False,
+        "normal": False,
+        "simple": 'they are those of spacing="trailing"',
+        "sgmuniform": "expected Karras' or none",
+        "uniform": False,
+        "polyexponential": "expected Karras' or none",
+        "exponential": "expected Karras' or none",
+        "beta": "expected Karras' or none",
+        "ays": "pass timesteps=[999, 850, 736, 645, 545, 455, 343, 233, 124, 24]",
+    }
+)
+
+
+def _squashed(text: str) -> str:
+    """Small letters and digits alone, without diffusers' endings: "DPM++ 2M" and "dpmpp_2m" are both dpmpp2m."""
+    plain = re.sub(r"[^a-z0-9]", "", text.lower().replace("++", "pp"))
+    if plain.endswith("scheduler"):
+        plain = plain.removesuffix("scheduler").removesuffix("discrete")
+    return plain
+
+
+_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        **{_squashed(text): name for name, label in _FIELD.items() for text in (label, name)},
+        **{_squashed(name): name for name in SAMPLERS},
+        **_ALIASES,
+    }
+)
+
+
+def read_sampler(text: object) -> tuple[str, bool | None]:
+    """Our name of a sampler however it is spelt, and whether it says Karras: True, False, or None where it is silent.
+
+    Ours, A1111's ("DPM++ 2M Karras", "Euler a", "PLMS"), ComfyUI's and k-diffusion's ("dpmpp_2m", "k_euler_a",
+    "sample_lms"), stable-diffusion.cpp's ("euler_a discrete") and diffusers' ("EulerAncestralDiscreteScheduler").
+    ValueError for one that is not implemented, by its usual name, and for what is no sampler's name.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"sampler is {shown(text)}; expected one of {', '.join(SAMPLERS)}")
+    plain = _squashed(text)
+    levels = "" if _known(plain) else next((word for word in _LEVELS if plain.endswith(word)), "")
+    name = _known(plain.removesuffix(levels))
+    if name is None:
+        return choice("sampler", text, SAMPLERS), None  # raises
+    if name not in SAMPLERS:
+        label = _FIELD.get(name, name)
+        spelt = label if text == label else f"{shown(text)} is {label}, which"
+        raise ValueError(f"sampler {spelt} is not implemented; expected one of {', '.join(SAMPLERS)}")
+    karras = _LEVELS.get(levels)
+    if isinstance(karras, str):
+        raise ValueError(f"sampler is {shown(text)}; its noise levels are not implemented as {levels!r}: {karras}")
+    return name, karras
+
+
+def a1111_sampler(name: str, karras: bool = False) -> str:
+    """A1111's spelling of one of our names: ("dpmpp_2m", True) -> "DPM++ 2M Karras". An unknown name stays."""
+    return f"{_FIELD.get(name, name)}{' Karras' if karras else ''}"
+
+
+def _known(plain: str) -> str | None:
+    """Our name of squashed text, with k-diffusion's prefixes or without."""
+    candidates = (plain, plain.removeprefix("sample"), plain.removeprefix("k"))
+    return next((_NAMES[one] for one in candidates if one in _NAMES), None)
+
+
+KEYWORDS: Mapping[str, str] = MappingProxyType(
+    {
+        # another name
+        "num_inference_steps": "steps",
+        "sampling_steps": "steps",
+        "num_steps": "steps",
+        "ddim_steps": "steps",
+        "cfg": "guidance_scale",
+        "cfg_scale": "guidance_scale",
+        "scale": "guidance_scale",
+        "guidance_rescale_factor": "guidance_rescale",
+        "num_images_per_prompt": "images_per_prompt",
+        "num_images": "images_per_prompt",
+        "batch_size": "images_per_prompt",
+        "n_samples": "images_per_prompt",
+        "n_iter": "images_per_prompt",
+        "prompt_embeds": "context",
+        "negative_prompt_embeds": "negative_context",
+        "prompts": "prompt",
+        "text": "prompt",
+        "negative": "negative_prompt",
+        "uncond_prompt": "negative_prompt",
+        "sampler_name": "sampler",
+        "sampler_index": "sampler",
+        "scheduler": "sampler",
+        "sample_method": "sampler",
+        "use_karras_sigmas": "karras",
+        "timestep_spacing": "spacing",
+        "ddim_eta": "eta",
+        "seeds": "seed",
+        "output_type": "output",
+        "bboxes": "boxes",
+        "gligen_boxes": "boxes",
+        "edit": "edits",
+        "record": "attention",
+        "pipe": "model",
+        "checkpoint": "model",
+        "model_id": "model",
+        "show_progress": "progress",
+        # another way
+        "size": "pass width= and height=, in pixels",
+        "resolution": "pass width= and height=, in pixels",
+        "H": "pass height=, in pixels",
+        "W": "pass width=, in pixels",
+        "generator": "pass seed=: a whole number, or one for each image",
+        "token_indices": 'pass boxes={"phrase": box}, or boxes={3: box} where 3 is the token\'s position',
+        "phrases": 'pass boxes={"phrase": box}: the phrases are its keys',
+        "gligen_phrases": 'pass boxes={"phrase": box}: the phrases are its keys',
+        "loss_scale": "pass guidance=Guidance(scale=...)",
+        "max_iter_to_alter": "pass guidance=Guidance(steps=...)",
+        "callback": "loop over sample_steps(...), which yields every step",
+        "callback_steps": "loop over sample_steps(...), which yields every step",
+        "callback_on_step_end": "loop over sample_steps(...), which yields every step",
+        "callback_on_step_end_tensor_inputs": "loop over sample_steps(...); a step holds latents, denoised and maps",
+        "return_dict": "leave it out: generate returns a Result, with .images",
+        "device": 'pass it to load: load(model, device="cuda")',
+        "dtype": 'pass it to load: load(model, dtype="float16")',
+        "torch_dtype": 'pass it to load: load(model, dtype="float16")',
+        "vae": "pass it to load: load(model, vae=...)",
+        "variant": "pass it to load: load(model, variant=...)",
+        "revision": "pass it to load: load(model, revision=...)",
+        "safety_checker": "leave it out: minidiff has none",
+        "cross_attention_kwargs": "pass edits= or attention=",
+        # no counterpart
+        "image": "minidiff makes images from text alone, not from another image",
+        "init_image": "minidiff makes images from text alone, not from another image",
+        "mask_image": "minidiff makes images from text alone and does not inpaint",
+        "strength": "minidiff makes images from text alone, not from another image",
+        "denoising_strength": "minidiff makes images from text alone, not from another image",
+        "ip_adapter_image": "minidiff makes images from text alone, not from another image",
+        "control_image": "minidiff has no ControlNet",
+        "controlnet_conditioning_scale": "minidiff has no ControlNet",
+        "enable_hr": "minidiff has no second pass at a larger size",
+        "hires_fix": "minidiff has no second pass at a larger size",
+        "restore_faces": "minidiff changes no image after it is made",
+        "tiling": "minidiff makes no seamless tiles",
+    }
+)
+"""Other programs' keywords of a call -> the field of ours, or a sentence that says what to do."""
