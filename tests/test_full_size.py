@@ -1,7 +1,7 @@
 """At full SD 1.5 size, with random weights: parity with diffusers, memory of loading and of guidance.
 
 Runs where 12 GB of memory are free and is shown as skipped elsewhere; about three minutes on two quiet cores. One test
-at a time, whatever pytest-xdist does: each holds a lock (and the group keeps them in one worker with --dist loadgroup).
+at a time, whatever pytest-xdist does: each holds a lock.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ from bench.models import SD15, TINY, write_folder  # noqa: E402
 from bench.parity import FULL  # noqa: E402
 
 FREE = 12e9
-pytestmark = pytest.mark.xdist_group("full_size")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
