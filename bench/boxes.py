@@ -174,14 +174,15 @@ def draw(
             seed=seed + start,
             boxes=[one.layout for one in batch],
             guidance=guidance,  # type: ignore[arg-type]
-            edit=edit,
+            edits=() if edit is None else edit,
             sampler=sampler,
             steps=steps,
+            output="tensor",
         )
         for step in run:
             seen = step.report if isinstance(step.report, tuple) else ()
             looks += [int((~look.loss.isnan()).sum()) for look in seen]
-        image = step.result("tensor").images
+        image = run.result().images
         assert isinstance(image, Tensor)
         images.append(image)
         seconds.append((time.perf_counter() - before) / len(batch))

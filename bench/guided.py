@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidiff.generate import guided
+from minidiff.run import guided
 from minidiff.sampling import SD15_SCHEDULER_CONFIG, Euler, NoiseSchedule, sample
 
 from .machine import print_header

@@ -120,10 +120,13 @@ def _draw(model: minidiff.Model, asked: Sequence[Prompt], seed: int) -> tuple[Te
         before = time.perf_counter()
         batch = asked[start : start + BATCH]
         total: dict[Site, Tensor] = {}
-        for step in minidiff.sample_steps([p.text for p in batch], model=model, seed=seed + start, record=record):
+        run = minidiff.sample_steps(
+            [p.text for p in batch], model=model, seed=seed + start, attention=record, output="tensor"
+        )
+        for step in run:
             for site, kept in step.maps.items():
                 total[site] = total.get(site, 0) + kept
-        image = step.result("tensor").images
+        image = run.result().images
         assert isinstance(image, Tensor)
         images.append(image)
         for site in sites:

@@ -1,76 +1,29 @@
-"""Stable Diffusion 1.5 in plain PyTorch, with its attention maps and its layout in the caller's hands."""
+"""Stable Diffusion 1.5 in plain PyTorch, with its attention maps and its layout in the caller's hands.
 
-from .generate import Step, generate, sample_steps
-from .guidance.edits import forward_guidance, regional_prompting, reweight
-from .guidance.guide import Guidance, Report
-from .guidance.layout import Layout
-from .guidance.objectives import (
-    Objective,
-    Settings,
-    attend_and_excite_loss,
-    boxdiff_loss,
-    extent_loss,
-    inside_loss,
-    layout_loss,
-    objective,
-    refocusing_loss,
-    rnb_loss,
-)
-from .model import Model, sites
-from .networks.attention import ALL, BOX_MASS, COLUMNS, HEAD_MEAN, Edit, Record, Site
-from .networks.sites import at_most, block, cross, level, place, self_
-from .recorded import LAST, MEAN, PER_STEP, Attention
-from .result import Result, read_metadata, read_parameters
-from .sampling import DDIM, LMS, PNDM, DPMpp2M, Euler, EulerAncestral
-from .weights.load import load
+Public names are imported when they are first used, so that the command line prints its help without torch. They are
+listed once, in __init__.pyi.
+"""
 
-__all__ = [
-    "ALL",
-    "BOX_MASS",
-    "COLUMNS",
-    "DDIM",
-    "HEAD_MEAN",
-    "LAST",
-    "LMS",
-    "MEAN",
-    "PER_STEP",
-    "PNDM",
-    "Attention",
-    "DPMpp2M",
-    "Edit",
-    "Euler",
-    "EulerAncestral",
-    "Guidance",
-    "Layout",
-    "Model",
-    "Objective",
-    "Record",
-    "Report",
-    "Result",
-    "Settings",
-    "Site",
-    "Step",
-    "at_most",
-    "attend_and_excite_loss",
-    "block",
-    "boxdiff_loss",
-    "cross",
-    "extent_loss",
-    "forward_guidance",
-    "generate",
-    "inside_loss",
-    "layout_loss",
-    "level",
-    "load",
-    "objective",
-    "place",
-    "read_metadata",
-    "read_parameters",
-    "refocusing_loss",
-    "regional_prompting",
-    "reweight",
-    "rnb_loss",
-    "sample_steps",
-    "self_",
-    "sites",
-]
+import ast
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+__version__ = version("minidiff")
+_HOMES = {
+    alias.name: f".{node.module}"
+    for node in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -82,6 +82,16 @@ def numbers(name: str, values: Any) -> tuple[float, ...]:
     return tuple(number(name, value) for value in values)
 
 
+def tensor(name: str, value: Any, ndim: int, expected: str) -> None:
+    """A tensor of finite floating-point numbers with so many dimensions, none of them 0."""
+    from torch import Tensor
+
+    if not isinstance(value, Tensor) or value.ndim != ndim or 0 in value.shape or not value.is_floating_point():
+        raise ValueError(f"{name} is {shown(value)}; expected a tensor {expected}")
+    if not value.isfinite().all():
+        raise ValueError(f"{name} holds values that are not finite (NaN or infinity); expected a tensor {expected}")
+
+
 def _is_no_number(value: Any) -> bool:
     """Of what Python would convert all the same: booleans, texts, arrays of one element."""
     if isinstance(value, (bool, str, bytes, bytearray)) or "bool" in str(getattr(value, "dtype", "")):

@@ -24,12 +24,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import minidiff
-from minidiff.generate import Denoise
 from minidiff.guidance.guide import Evaluation, Guidance, Guide
 from minidiff.guidance.layout import Box, Layout, Region, make_layout
 from minidiff.guidance.objectives import Objective, layout_loss
 from minidiff.model import Model
 from minidiff.networks.attention import BOX_MASS, Grid, Inputs, Site
+from minidiff.run import Denoise
 from minidiff.sampling import LMS, Euler, Sampler, sample
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -133,7 +133,7 @@ def test_a_strong_bias_shuts_the_outside_out(tiny_model: Model) -> None:
     shared = {"model": tiny_model, "steps": 2, "seed": 1, "boxes": BOXES, "guidance": "none", "output": "latents"}
     outside = {}
     for strength in (0.0, 4.0, 20.0):
-        result = minidiff.generate(PROMPT, edit=minidiff.regional_prompting(strength), attention=record, **shared)
+        result = minidiff.generate(PROMPT, edits=minidiff.regional_prompting(strength), attention=record, **shared)
         outside[strength] = result.attention["cat"][0, :, 2:].max()  # the box ends in the middle of 4 columns
     assert outside[20.0] < 1e-8
     assert outside[20.0] < outside[4.0] < 0.1 * outside[0.0]
@@ -162,9 +162,9 @@ def test_reweighting_needs_no_boxes_and_changes_the_image(tiny_model: Model) -> 
     plain = minidiff.generate(PROMPT, **shared)
     same = tiny_model.text.word_weights(PROMPT, {})
     more = tiny_model.text.word_weights(PROMPT, {"ball": 3.0})
-    kept = minidiff.generate(PROMPT, edit=minidiff.reweight(), inputs={"word_weights": same}, **shared)
+    kept = minidiff.generate(PROMPT, edits=minidiff.reweight(), inputs={"word_weights": same}, **shared)
     assert relative_error(kept.latents, plain.latents) <= 1e-4
-    changed = minidiff.generate(PROMPT, edit=minidiff.reweight(), inputs={"word_weights": more}, **shared)
+    changed = minidiff.generate(PROMPT, edits=minidiff.reweight(), inputs={"word_weights": more}, **shared)
     assert relative_error(changed.latents, plain.latents) > 1e-3
 
 
@@ -177,7 +177,7 @@ def test_reweighting_needs_no_boxes_and_changes_the_image(tiny_model: Model) -> 
 def test_a_strength_of_zero_changes_nothing(tiny_model: Model, edit: Edit) -> None:
     shared = {"model": tiny_model, "steps": 3, "seed": 1, "boxes": BOXES, "guidance": "none", "output": "latents"}
     plain = minidiff.generate(PROMPT, **shared)
-    found = minidiff.generate(PROMPT, edit=edit, **shared)
+    found = minidiff.generate(PROMPT, edits=edit, **shared)
     assert relative_error(found.latents, plain.latents) <= 1e-4
 
 
@@ -231,9 +231,9 @@ def test_an_edit_is_for_the_first_steps_it_names(tiny_model: Model, name: str, s
     record = Record(minidiff.cross & minidiff.level(0), minidiff.HEAD_MEAN)
     plain = [step.latents for step in minidiff.sample_steps(PROMPT, **shared)]
     edit = EDITS[name]
-    everywhere = [step.latents for step in minidiff.sample_steps(PROMPT, edit=edit, **shared)]
+    everywhere = [step.latents for step in minidiff.sample_steps(PROMPT, edits=edit, **shared)]
     for steps in (0, 1, 2, 4, 9):
-        found = list(minidiff.sample_steps(PROMPT, edit=replace(edit, steps=steps), record=record, **shared))
+        found = list(minidiff.sample_steps(PROMPT, edits=replace(edit, steps=steps), attention=record, **shared))
         for index in range(4):
             if steps == 0:
                 assert relative_error(found[index].latents, plain[index]) <= 1e-4
@@ -271,8 +271,8 @@ def test_edits_go_with_guidance_by_the_gradient(tiny_model: Model, name: str, gu
     guidance = minidiff.Guidance(scale=1000.0, threshold=0.0, iterations=2, steps=2)
     shared = {"model": tiny_model, "steps": 3, "sampler": "ddim", "seed": 1, "boxes": BOXES, "output": "latents"}
     shared["guidance_scale"] = guidance_scale
-    both = minidiff.generate(PROMPT, edit=EDITS[name], guidance=guidance, **shared)
-    edited = minidiff.generate(PROMPT, edit=EDITS[name], guidance="none", **shared)
+    both = minidiff.generate(PROMPT, edits=EDITS[name], guidance=guidance, **shared)
+    edited = minidiff.generate(PROMPT, edits=EDITS[name], guidance="none", **shared)
     guided = minidiff.generate(PROMPT, guidance=guidance, **shared)
     assert both.latents.isfinite().all()
     assert relative_error(both.latents, edited.latents) > 1e-3
@@ -281,14 +281,14 @@ def test_edits_go_with_guidance_by_the_gradient(tiny_model: Model, name: str, gu
     assert (both.reports[0].first_mass > guided.reports[0].first_mass + 0.1).all()
     # an edit of the unconditional half is none of the guided pass's
     if guidance_scale > 1:
-        other = minidiff.generate(PROMPT, edit=replace(EDITS[name], rows="uncond"), guidance=guidance, **shared)
+        other = minidiff.generate(PROMPT, edits=replace(EDITS[name], rows="uncond"), guidance=guidance, **shared)
         torch.testing.assert_close(other.reports[0].first_mass, guided.reports[0].first_mass)
 
 
 def test_an_edit_of_the_first_steps_leaves_the_guided_pass_after_them(tiny_model: Model) -> None:
     guidance = minidiff.Guidance(scale=1.0, threshold=0.0, iterations=1, steps=3)
     shared = {"model": tiny_model, "steps": 4, "sampler": "ddim", "seed": 1, "boxes": BOXES, "guidance": guidance}
-    edited = list(minidiff.sample_steps(PROMPT, edit=minidiff.forward_guidance(1.0, steps=2), **shared))
+    edited = list(minidiff.sample_steps(PROMPT, edits=minidiff.forward_guidance(1.0, steps=2), **shared))
     plain = list(minidiff.sample_steps(PROMPT, **shared))
     for index, (one, other) in enumerate(zip(edited[:3], plain[:3], strict=True)):
         more = one.report[0].mass - other.report[0].mass
@@ -308,14 +308,14 @@ def test_inputs_go_along_with_the_images_that_are_left(tiny_model: Model) -> Non
     guidance = minidiff.Guidance(scale=1000.0, threshold=0.3, iterations=2, steps=2)
     shared = {"model": tiny_model, "steps": 3, "sampler": "ddim", "guidance": guidance, "output": "latents"}
     batch = minidiff.generate(
-        prompts, seed=1, boxes=boxes, edit=minidiff.reweight(), inputs={"word_weights": rows}, **shared
+        prompts, seed=1, boxes=boxes, edits=minidiff.reweight(), inputs={"word_weights": rows}, **shared
     )
     counts = [report.iterations for report in batch.reports]
     assert counts[1] != counts[0]
     for i in range(3):
         one = {"word_weights": rows[i : i + 1]}
         alone = minidiff.generate(
-            prompts[i], seed=1 + i, boxes=boxes[i], edit=minidiff.reweight(), inputs=one, **shared
+            prompts[i], seed=1 + i, boxes=boxes[i], edits=minidiff.reweight(), inputs=one, **shared
         )
         assert relative_error(batch.latents[i], alone.latents[0]) <= 1e-4
         assert alone.reports[0].iterations == counts[i]
@@ -324,4 +324,4 @@ def test_inputs_go_along_with_the_images_that_are_left(tiny_model: Model) -> Non
 def test_an_edit_that_needs_boxes_says_so(tiny_model: Model) -> None:
     for edit in EDITS.values():
         with pytest.raises(ValueError, match="boxes"):
-            minidiff.generate(PROMPT, model=tiny_model, steps=1, sampler="ddim", spacing="trailing", edit=edit)
+            minidiff.generate(PROMPT, model=tiny_model, steps=1, sampler="ddim", spacing="trailing", edits=edit)

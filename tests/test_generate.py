@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 import minidiff
-from minidiff.generate import guided
-from minidiff.model import Model
+from minidiff.model import Defaults, Model
+from minidiff.run import guided
 
 PROMPTS = ["a cat playing with a ball", "two dogs", "a red circle and a blue square"]
 NEGATIVES = ["blurry", "", "low quality, text"]
@@ -241,6 +241,7 @@ def test_parameters_say_everything_and_no_path(tiny_model: Model, tmp_path: Path
         "steps": 2,
         "guidance_scale": 7.5,
         "guidance_rescale": 0.0,
+        "eta": 0.0,
         "sampler": {
             "object": "minidiff.sampling.samplers.lms.LMS",
             "fields": {"karras": False, "order": 2, "spacing": None},
@@ -285,28 +286,52 @@ def test_outputs(tiny_model: Model) -> None:
 def test_steps_can_be_watched(tiny_model: Model) -> None:
     site = next(site for site in tiny_model.unet.sites if site.name == "mid.0.0.cross")
     record = minidiff.Record(frozenset([site]), minidiff.HEAD_MEAN)
-    steps = list(minidiff.sample_steps(PROMPTS[:2], model=tiny_model, steps=4, seed=1, record=record))
+    run = minidiff.sample_steps(PROMPTS[:2], model=tiny_model, steps=4, seed=1, attention=record, output="tensor")
+    assert len(run) == 4
+    steps = list(run)
     assert [step.index for step in steps] == [0, 1, 2, 3]
     assert [step.t for step in steps] == [751, 501, 251, 1]
     assert all(step.maps[site].shape == (2, 2, 2, 77) for step in steps)
     assert steps[0].preview().shape == (2, 3, 32, 32)
     expected = minidiff.generate(PROMPTS[:2], model=tiny_model, steps=4, seed=1, output="tensor")
     # recorded sites are computed another way, so the last bits may differ
-    assert (steps[-1].result("tensor").images - expected.images).abs().max() <= 1 / 255
+    assert (run.result().images - expected.images).abs().max() <= 1 / 255
     assert relative_error(steps[-1].denoised, steps[-1].latents) < 0.5
-    with pytest.raises(ValueError, match="this is step 1 of 4; expected the last one"):
-        steps[1].result()
+
+
+def test_a_run_can_be_stopped_early(tiny_model: Model) -> None:
+    run = minidiff.sample_steps("a cat", model=tiny_model, steps=4, seed=1, output="tensor")
+    with pytest.raises(ValueError, match="no step has been taken yet"):
+        run.result()
+    next(run)
+    step = next(run)
+    result = run.result()
+    assert torch.equal(result.images, step.preview())
+    assert result.info["stopped_after"] == 2
+    assert len(list(run)) == 2
+    assert "stopped_after" not in run.result().info
+
+
+def test_a_run_says_what_was_resolved(tiny_model: Model) -> None:
+    run = minidiff.sample_steps("a cat", model=tiny_model, sampler="DPM++ 2M Karras")
+    request = run.request
+    assert (request.width, request.height, request.steps, request.guidance_scale) == (32, 32, 50, 7.5)
+    assert (request.sampler, request.karras) == ("dpmpp_2m", True)
+    assert len(request.seed) == 1
+    assert request.model is tiny_model
 
 
 def test_recording_works_without_guidance(tiny_model: Model) -> None:
     sites = frozenset(site for site in tiny_model.unet.sites if site.kind == "cross")
     record = minidiff.Record(sites)
-    (step,) = minidiff.sample_steps("a cat", model=tiny_model, steps=1, sampler="ddim", guidance_scale=1, record=record)
+    (step,) = minidiff.sample_steps(
+        "a cat", model=tiny_model, steps=1, sampler="ddim", guidance_scale=1, attention=record
+    )
     assert all(maps.shape[0] == 1 for maps in step.maps.values())
-    with pytest.raises(ValueError, match='record.rows is "uncond", but guidance_scale 1'):
-        minidiff.sample_steps("a cat", model=tiny_model, guidance_scale=1, record=replace(record, rows="uncond"))
-    with pytest.raises(ValueError, match="record.stop ends the forward pass"):
-        minidiff.sample_steps("a cat", model=tiny_model, record=replace(record, stop=True))
+    with pytest.raises(ValueError, match='attention.rows is "uncond", but guidance_scale 1'):
+        minidiff.sample_steps("a cat", model=tiny_model, guidance_scale=1, attention=replace(record, rows="uncond"))
+    with pytest.raises(ValueError, match="attention has stop=True, which ends the forward pass"):
+        minidiff.sample_steps("a cat", model=tiny_model, attention=replace(record, stop=True))
 
 
 def test_guidance_scale_one_runs_one_row_per_image(tiny_model: Model) -> None:
@@ -338,14 +363,19 @@ def test_decoding_that_overflows_is_done_again_in_float32(tiny_folder: Path) -> 
 
 
 def test_an_image_that_is_no_number_is_black_and_the_others_are_kept(tiny_model: Model) -> None:
-    steps = minidiff.sample_steps(PROMPTS[:2], model=tiny_model, steps=2, seed=1)
-    *_, last = steps
-    latents = last.latents.clone()
-    latents[0] = float("nan")
+    shared = {"model": tiny_model, "steps": 2, "seed": 1, "output": "tensor"}
+    expected = minidiff.generate(PROMPTS[:2], **shared)
+
+    def broken(module: object, args: object, out: tuple[Tensor, dict]) -> tuple[Tensor, dict]:
+        out[0][::2] = float("nan")  # of [uncond, cond] of two images those of the first
+        return out
+
+    handle = tiny_model.unet.register_forward_hook(broken)
     with pytest.warns(UserWarning, match=r"images \[0\] are black"):
-        broken = replace(last, latents=latents).result("tensor")
-    assert broken.images[0].abs().max() == 0
-    assert torch.equal(broken.images[1], last.result("tensor").images[1])
+        found = minidiff.generate(PROMPTS[:2], **shared)
+    handle.remove()
+    assert found.images[0].abs().max() == 0
+    assert torch.equal(found.images[1], expected.images[1])
 
 
 def test_decoding_takes_one_image_at_a_time(tiny_model: Model) -> None:
@@ -395,7 +425,7 @@ def test_compiled_equals_eager(tiny_folder: Path, tiny_model: Model) -> None:
         ({"context": torch.zeros(1, 77, 64)}, "got both prompt and context"),
         (
             {"prompt": None, "context": torch.zeros(1, 77, 63)},
-            r"context is \[1, 77, 63\]; expected a tensor \[P, L, 64\]",
+            r"context is \[1, 77, 63\]; expected a tensor \[1, L, 64\]",
         ),
         (
             {"prompt": None, "context": torch.full((1, 77, 64), float("nan"))},
@@ -412,8 +442,8 @@ def test_compiled_equals_eager(tiny_folder: Path, tiny_model: Model) -> None:
             "both negative_prompt and negative_context",
         ),
         ({"width": 30}, "width is 30; expected a positive multiple of 4 pixels, such as 32"),
-        ({"height": 0}, "height is 0; expected a positive multiple"),
-        ({"height": 32.0}, "height is 32.0; expected a positive multiple"),
+        ({"height": 0}, "height is 0; expected a whole number of at least 1"),
+        ({"height": 32.0}, "height is 32.0; expected a whole number"),
         ({"steps": 0}, "steps"),
         ({"steps": 5, "timesteps": [900, 1]}, "steps"),
         ({"sampler": "unipc"}, "sampler 'unipc' is UniPC, which is not implemented; expected one of ddim"),
@@ -423,7 +453,7 @@ def test_compiled_equals_eager(tiny_folder: Path, tiny_model: Model) -> None:
         ),
         (
             {"sampler": minidiff.Euler(), "karras": True},
-            "karras=True, spacing=None and eta=0.0 beside a sampler object",
+            "beside a sampler object",
         ),
         ({"sampler": minidiff.Euler(), "spacing": "leading"}, "beside a sampler object"),
         ({"sampler": "euler", "spacing": "even"}, "spacing"),
@@ -435,10 +465,10 @@ def test_compiled_equals_eager(tiny_folder: Path, tiny_model: Model) -> None:
         ({"clip_skip": 3}, "clip_skip: got 3, expected 0 to 2"),
         ({"seed": [1, 2]}, "seed holds 2 numbers for 1 images"),
         ({"seed": "one"}, "seed is 'one'; expected a whole number"),
-        ({"seed": -1}, "seed -1 is out of range"),
+        ({"seed": -1}, r"seed is -1; expected 0 to \d+; leave seed out \(None\) to draw one"),
         ({"images_per_prompt": 0}, "images_per_prompt is 0; expected a whole number of at least 1"),
-        ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, r"latents hold values that are not finite \(NaN"),
-        ({"latents": torch.zeros(2, 4, 8, 8)}, r"latents are \[2, 4, 8, 8\]; expected a tensor \[1, 4, 8, 8\]"),
+        ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, r"latents holds values that are not finite \(NaN"),
+        ({"latents": torch.zeros(2, 4, 8, 8)}, "latents hold 2 for 1 images; expected one for each"),
         ({"latents": torch.zeros(1, 4, 8, 8), "width": 64}, r"expected a tensor \[1, 4, 8, 16\]"),
         ({"output": "jpeg"}, "output is 'jpeg'; expected one of pil, numpy, tensor, latents"),
     ],
@@ -465,7 +495,7 @@ def test_a_source_is_loaded_for_the_call(tiny_folder: Path) -> None:
 
 
 def test_a_model_brings_its_defaults(tiny_model: Model) -> None:
-    defaults = minidiff.model.Defaults.from_config(
+    defaults = Defaults.from_config(
         {"minidiff_defaults": {"sampler": "dpmpp_2m_karras", "steps": 3, "guidance_scale": 2}}
     )
     result = minidiff.generate("a cat", model=replace(tiny_model, defaults=defaults), seed=1)
@@ -475,8 +505,8 @@ def test_a_model_brings_its_defaults(tiny_model: Model) -> None:
         "steps": 3,
         "guidance_scale": 2.0,
     }
-    assert minidiff.model.Defaults.from_config({}) == minidiff.model.Defaults(None, 50, 7.5)
+    assert Defaults.from_config({}) == Defaults(None, 50, 7.5)
     with pytest.raises(ValueError, match="minidiff_defaults: steps is '3'; expected a whole number"):
-        minidiff.model.Defaults.from_config({"minidiff_defaults": {"steps": "3"}})
+        Defaults.from_config({"minidiff_defaults": {"steps": "3"}})
     with pytest.raises(ValueError, match="minidiff_defaults is {'cfg': 3}; expected an object of sampler, steps"):
-        minidiff.model.Defaults.from_config({"minidiff_defaults": {"cfg": 3}})
+        Defaults.from_config({"minidiff_defaults": {"cfg": 3}})

@@ -6,8 +6,7 @@ import json
 import time
 
 import pytest
-from hypothesis import assume, example, given
-from hypothesis import strategies as st
+from hypothesis import assume, example, given, strategies as st
 
 from minidiff.png.infotext import NEGATIVE, SAMPLERS, parse_infotext, to_infotext
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import UNET
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import minidiff

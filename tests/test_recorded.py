@@ -22,7 +22,7 @@ def shared(model: Model, **options: object) -> dict:
 
 def by_hand(model: Model, record: Record, **options: object) -> list[Maps]:
     """Each step's maps, copied."""
-    steps = minidiff.sample_steps(PROMPTS, record=record, **shared(model, **options))
+    steps = minidiff.sample_steps(PROMPTS, attention=record, **shared(model, **options))
     return [{site: kept.clone() for site, kept in step.maps.items()} for step in steps]
 
 
@@ -122,14 +122,14 @@ def test_a_phrase_is_read_at_every_step(tiny_model: Model, keep: object) -> None
             torch.testing.assert_close(read[image, step], expected)
 
 
-def test_steps_results_hold_what_they_are_given(tiny_model: Model) -> None:
-    *_, last = steps = list(minidiff.sample_steps(PROMPTS, record=RECORD, **shared(tiny_model)))
-    own = last.result("latents").attention
-    assert all(torch.equal(own.maps[site], kept) for site, kept in last.maps.items())
-    kept = None
-    for step in steps:
-        kept = PER_STEP(kept, step.maps, step.index)
-    assert last.result("latents", kept, per_step=True).attention["ball"].shape == (2, 4, 4, 4)
+def test_a_runs_result_holds_the_maps_of_the_steps_taken(tiny_model: Model) -> None:
+    run = minidiff.sample_steps(PROMPTS, attention=RECORD, output="latents", reduce="last", **shared(tiny_model))
+    for step in run:
+        own = run.result().attention
+        assert all(torch.equal(own.maps[site], kept) for site, kept in step.maps.items())
+    run = minidiff.sample_steps(PROMPTS, attention=RECORD, output="latents", reduce=PER_STEP, **shared(tiny_model))
+    next(run), next(run)
+    assert run.result().attention["ball"].shape == (2, 2, 4, 4)
 
 
 # ---- errors

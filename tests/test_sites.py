@@ -140,6 +140,6 @@ def test_the_unet_takes_sets_alone(tiny_model: Model) -> None:
 def test_sampling_resolves_a_choice_at_its_own_size(tiny_model: Model) -> None:
     record = Record(cross & at_most(4), minidiff.HEAD_MEAN)
     for width, blocks in ((32, {"mid", "down", "up"}), (64, {"mid"})):
-        step = next(minidiff.sample_steps("a cat", model=tiny_model, steps=2, seed=1, width=width, record=record))
+        step = next(minidiff.sample_steps("a cat", model=tiny_model, steps=2, seed=1, width=width, attention=record))
         assert {site.place for site in step.maps} == blocks
         assert {tuple(kept.shape[1:3]) for kept in step.maps.values()} <= {(2, 2), (4, 4), (2, 4)}

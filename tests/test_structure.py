@@ -12,11 +12,13 @@ import minidiff
 ROOT = Path(minidiff.__file__).parent
 # The rooms from the bottom up. A room imports from its own and from those below it; request and vocabulary stand apart.
 FLOORS = [
-    {"networks", "vocabulary", "checks"},
+    {"checks"},
+    {"vocabulary", "networks"},
     {"sampling", "guidance", "recorded", "speed", "draw"},
     {"model"},
-    {"weights", "png", "result", "request", "arguments"},
-    {"generate"},
+    {"weights", "png", "result", "request"},
+    {"resolve"},
+    {"run"},
     {"cli", "__init__"},
     {"__main__"},
 ]
@@ -76,7 +78,14 @@ def test_guidance_takes_nothing_but_attention_and_sites_from_networks() -> None:
 
 def test_only_weights_and_generate_know_what_makes_networks_fast() -> None:
     knowing = {file.relative_to(ROOT).parts[0] for file in FILES if any(room(m) == "speed" for m in imports(file))}
-    assert knowing <= {"speed", "weights", "generate.py", "cli"}
+    assert knowing <= {"speed", "weights", "run.py", "cli"}
+
+
+def test_request_and_vocabulary_import_no_other_room_by_themselves() -> None:
+    code = "import sys, minidiff.request, minidiff.vocabulary\n"
+    code += "print(sorted(m for m in sys.modules if m.split('.')[0] == 'minidiff'))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert ast.literal_eval(out) == ["minidiff", "minidiff.checks", "minidiff.request", "minidiff.vocabulary"]
 
 
 def test_the_world_of_shapes_and_its_measurer_need_no_network() -> None:

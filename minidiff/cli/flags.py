@@ -1,4 +1,4 @@
-"""The flags of the command line. Names are long, and those of generate()'s and load()'s arguments."""
+"""The flags of the command line, named as the fields of a Request and the arguments of load()."""
 
 import argparse
 import json
@@ -6,10 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from ..png.infotext import SAMPLERS
-
-GUIDANCE = ("inside", "extent", "layout", "attend_and_excite", "boxdiff", "refocusing", "rnb", "none")
-"""The names of the objectives; repeated here, since help shall not wait for torch."""
+from ..vocabulary import OBJECTIVES, SAMPLERS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,14 +25,23 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"minidiff {version('minidiff')}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     text = "make images from text"
-    generate = commands.add_parser("generate", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
+    generate = commands.add_parser(
+        "generate", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
+    )
     _add_image_flags(generate)
     _add_layout_flags(generate)
     _add_sampling_flags(generate)
     _add_model_flags(generate)
-    text = "show what made a PNG, or what a weight file or model folder holds and whether it loads"
-    info = commands.add_parser("info", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
-    info.add_argument("source", metavar="FILE_OR_MODEL", help="a PNG, a .safetensors file, a model folder or a hub id")
+    text = "show what made a picture, or what a weight file or model folder holds and whether it loads"
+    info = commands.add_parser("info", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+    info.add_argument(
+        "source",
+        nargs="?",
+        metavar="FILE_OR_MODEL",
+        help="a PNG, JPEG or WebP, a .safetensors file, a model folder or a hub id",
+    )
+    info.add_argument("--check", action="store_true", help="read every weight, and name tensors that are not finite")
+    info.add_argument("--machine", action="store_true", help="what this machine computes in, and how fast it is")
     info.add_argument("--variant", help="of the weight files in a folder or on the hub, such as fp16")
     info.add_argument("--revision", help="branch, tag or commit on the hub")
     info.add_argument("--json", action="store_true", help="print JSON, with every key that is missing or misshapen")
@@ -59,7 +65,7 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N[,N...]",
         help="of the first image, the next ones count on; or one per image (default: drawn)",
     )
-    add("--images", dest="images_per_prompt", type=int, metavar="N", default=1, help="images per prompt (default: 1)")
+    add("--images", dest="images_per_prompt", type=int, metavar="N", help="images per prompt (default: 1)")
     add(
         "--out",
         metavar="PATH",
@@ -70,8 +76,8 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--from",
         dest="png",
-        metavar="PNG",
-        help="take the arguments from a PNG of minidiff or A1111; flags that are given override them",
+        metavar="PICTURE",
+        help="take the settings from a picture of minidiff or A1111; flags that are given override them",
     )
 
 
@@ -91,13 +97,13 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
         type=_layout,
         help='a file with {"phrase": [x0, y0, x1, y1], ...}, or a list with one such object or null for each prompt',
     )
-    add("--guidance", metavar="NAME", help=f"{', '.join(GUIDANCE)} (default: the model's)")
+    add("--guidance", metavar="NAME", help=f"{', '.join(OBJECTIVES)} or none (default: the model's)")
     add(
         "--attention",
         action="store_true",
         default=None,
-        help="also write where each phrase is seen, as heat maps over the image; in half precision the image itself "
-        "may be another one than without",
+        help="also write where each phrase is seen, as heat maps over the image; in half precision, recording can "
+        "change the image slightly",
     )
 
 
@@ -119,7 +125,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="leave out the last N layers of the text encoder (A1111's number less one)",
     )
-    add("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: the model's)")
+    add("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)}, or as A1111 calls it (default: the model's)")
     add("--karras", action=argparse.BooleanOptionalAction, help="the noise levels of Karras et al. 2022")
     add(
         "--spacing",
@@ -137,7 +143,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--vae", metavar="SOURCE", help="another autoencoder: a hub id, a folder or a .safetensors file")
     add("--tokenizer", metavar="FOLDER", help="CLIP's tokenizer, for a single file when the hub's cache has none")
     add("--prediction-type", metavar="NAME", help="epsilon or v_prediction, where the model does not say")
-    add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what the device is fast at)")
+    add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the faster one on this device)")
     add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
     add("--compile", action="store_true", help="torch.compile: a slow first step, then faster ones")
 

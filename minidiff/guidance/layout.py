@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Box: TypeAlias = tuple[float, float, float, float]
 Mask: TypeAlias = Tensor | NDArray[np.generic] | Image.Image
-Boxes: TypeAlias = Mapping[str | int | tuple[int, ...], object]
+Boxes: TypeAlias = Mapping[Any, object]  # Any: a mapping's type of keys is invariant, and callers have dict[str, ...]
 """A phrase of the prompt, or token positions, to a box (x0, y0, x1, y1) in [0,1] (from the left, from the top), a list
 of boxes or a mask; or to {"boxes": ..., "weight": 2.0} or {"mask": ..., "weight": ...}.
 """

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..draw import sheet
-from ..generate import generate
 from ..networks.config import UNetConfig, VAEConfig
 from ..networks.text import load_tokenizer
 from ..networks.unet import UNet
 from ..networks.vae import VAE
+from ..run import generate
 from ..weights.load import load
 from . import folder
 from .autoencoder import autoencoder_loss, fidelity, normalise

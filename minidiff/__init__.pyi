@@ -1,0 +1,74 @@
+"""The public names, by the module that each lives in: for type checkers, and for __init__.py, which reads this file."""
+
+from .guidance.edits import (
+    forward_guidance as forward_guidance,
+    regional_prompting as regional_prompting,
+    reweight as reweight,
+)
+from .guidance.guide import (
+    Guidance as Guidance,
+    Report as Report,
+)
+from .guidance.layout import Layout as Layout
+from .guidance.objectives import (
+    Objective as Objective,
+    Settings as Settings,
+    attend_and_excite_loss as attend_and_excite_loss,
+    boxdiff_loss as boxdiff_loss,
+    extent_loss as extent_loss,
+    inside_loss as inside_loss,
+    layout_loss as layout_loss,
+    objective as objective,
+    refocusing_loss as refocusing_loss,
+    rnb_loss as rnb_loss,
+)
+from .model import (
+    Model as Model,
+    sites as sites,
+)
+from .networks.attention import (
+    ALL as ALL,
+    BOX_MASS as BOX_MASS,
+    COLUMNS as COLUMNS,
+    HEAD_MEAN as HEAD_MEAN,
+    Edit as Edit,
+    Record as Record,
+    Site as Site,
+)
+from .networks.sites import (
+    at_most as at_most,
+    block as block,
+    cross as cross,
+    level as level,
+    place as place,
+    self_ as self_,
+)
+from .recorded import (
+    LAST as LAST,
+    MEAN as MEAN,
+    PER_STEP as PER_STEP,
+    Attention as Attention,
+)
+from .request import Request as Request
+from .result import (
+    Result as Result,
+    read_metadata as read_metadata,
+    read_parameters as read_parameters,
+)
+from .run import (
+    Run as Run,
+    Step as Step,
+    generate as generate,
+    sample_steps as sample_steps,
+)
+from .sampling import (
+    DDIM as DDIM,
+    LMS as LMS,
+    PNDM as PNDM,
+    DPMpp2M as DPMpp2M,
+    Euler as Euler,
+    EulerAncestral as EulerAncestral,
+)
+from .weights.load import load as load
+
+__version__: str

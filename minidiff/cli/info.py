@@ -1,0 +1,70 @@
+"""minidiff info: the lines about a picture, a weight file, a model folder, or this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..result import Metadata
+    from ..weights.inspect import Content, Description
+
+
+def info(args: argparse.Namespace) -> Iterator[str]:
+    """What `minidiff info` prints."""
+    from ..result import OTHER_FORMATS, read_metadata
+
+    path = Path(args.source)
+    if path.suffix.lower() in (".png", *OTHER_FORMATS) and not path.is_dir():
+        found = read_metadata(path)
+        values, lines = {"name": path.name, "kind": "picture", **asdict(found)}, _metadata(found)
+    else:
+        from ..weights.inspect import describe
+
+        description = describe(args.source, variant=args.variant, revision=args.revision)
+        values, lines = asdict(description), _description(description)
+    if args.json:
+        yield from json.dumps(values, indent=2).splitlines()
+    else:
+        yield from lines
+
+
+def _metadata(found: Metadata) -> Iterator[str]:
+    first = {name: found.arguments.get(name) or "" for name in ("prompt", "negative_prompt")}
+    yield from _pairs(first | {name: value for name, value in found.arguments.items() if name not in first})
+    yield from _pairs({name: value for name, value in found.info.items() if value})
+    yield f"written by: {'minidiff' if found.source == 'minidiff' else 'A1111, or a program that writes as it does'}"
+    no = "other programs differ in noise and prompt syntax" if found.source == "a1111" else "it does not record all"
+    yield "reproducible: " + ("yes, with the same model and versions" if found.reproducible else f"no, {no}")
+
+
+def _description(found: Description) -> Iterator[str]:
+    problems = found.all_problems()
+    yield f"kind: {found.kind}"
+    yield "loads: yes" if found.loads else f"loads: no, because {problems[0]}"
+    yield from (f"problem: {problem}" for problem in problems[1:])
+    yield f"content: {_counts(found.content)}"
+    for part in found.parts:
+        yield f"{part.name}: {_counts(part.content)}{'' if part.file is None else f', {part.file}'}"
+        yield from (f"  {line}" for line in _pairs(part.config))
+    for title, values in (("scheduler", found.scheduler), ("tokenizer", found.tokenizer), ("ignored", found.ignored)):
+        yield from [f"{title}:"] if values else []
+        yield from (f"  {line}" for line in _pairs(values))
+    if found.foreign:
+        yield f"foreign, left out: {len(found.foreign)} tensors: {', '.join(found.foreign[:5])}"
+
+
+def _pairs(values: Mapping[str, object]) -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, list | tuple) and all(isinstance(item, str | int | float) for item in value):
+            value = ", ".join(map(str, value))
+        yield f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+
+
+def _counts(content: Content) -> str:
+    dtypes = ", ".join(f"{count} {name}" for name, count in content.dtypes.items())
+    return f"{content.tensors} tensors ({dtypes}), {content.parameters:,} parameters, {content.nbytes:,} bytes"

@@ -1,0 +1,129 @@
+"""generate --from: what a picture says about its making, as fields of a request.
+
+The picture may be a stranger's. It does not decide which model is loaded: that is the bundled one, one that lies in the
+hub's cache already, or what the caller names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..checks import shown
+from ..request import BUNDLED, FIELDS, Request
+from ..result import read_metadata
+
+if TYPE_CHECKING:
+    from ..model import Model
+    from ..result import Metadata
+
+_OF_THE_MODEL = ("vae", "tokenizer", "prediction_type", "variant", "revision", "dtype")
+_NEVER = ("output", "progress", "reduce")  # of the call, not of the picture
+# Beside these fields, what the file says of the others would contradict.
+_REPLACED = {
+    "steps": ("timesteps", "sigmas"),
+    "timesteps": ("steps", "sigmas"),
+    "sigmas": ("steps", "timesteps"),
+    "sampler": ("karras", "spacing", "eta"),
+    "boxes": ("guidance",),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """Of a picture: the fields of a request, the arguments of load(), and what to tell the user."""
+
+    picture: str
+    fields: Mapping[str, object]
+    loading: dict[str, object]
+    notes: tuple[str, ...]
+    found: Metadata
+
+    def differences(self, model: Model) -> Iterator[str]:
+        """Where the model or the programs are not those that made the picture."""
+        named, info = self.found.arguments.get("model"), self.found.info
+        made, versions = info.get("model_hash"), info.get("versions")
+        if isinstance(made, str) and len(made) == 10 and model.sha256 is not None:  # others are A1111's old hash
+            if made != model.sha256[:10]:
+                yield f"{self.picture} was made with a model file of sha256 {made}..., this is {model.sha256[:10]}..."
+        elif isinstance(named, str) and named != model.name:
+            yield f"{self.picture} was made with the model {named!r}, this is {model.name!r}"
+        for name, then in versions.items() if isinstance(versions, dict) else ():
+            if name in ("minidiff", "torch", "transformers") and then != version(name):
+                yield f"{self.picture} was made with {name} {then}, this is {version(name)}: the last bits may differ"
+
+
+def take(picture: str, given: Mapping[str, object], loading: Mapping[str, object]) -> Taken:
+    """Read a picture. given, loading: what flags say, which the picture does not replace."""
+    found = read_metadata(picture)
+    replaced = {name for field, names in _REPLACED.items() if field in given for name in names}
+    fields: dict[str, object] = {}
+    left = []
+    for name, value in found.arguments.items():
+        if name == "model" or value is None or name in given or name in _NEVER:
+            continue
+        if name not in FIELDS or name in replaced or _is_fingerprint(value):
+            left += [name] if value else []
+        else:
+            fields[name] = value
+    if "boxes" not in {**fields, **given} and "guidance" in fields and fields["guidance"] != "none":
+        del fields["guidance"]  # there is nothing to guide
+    Request.from_plain({"prompt": "any", **fields}, origin=picture)
+    fields["model"], options, more = _model(picture, found, given, loading)
+    other = found.info.get("other")
+    left += [*more, *(list(other) if isinstance(other, dict) else [])]
+    notes = [f"not taken over from {picture}: {', '.join(left)}"] if left else []
+    if found.source == "a1111":
+        notes.append(f"{picture} was not made by minidiff; noise and prompt syntax differ, so the image will not match")
+    elif not found.reproducible:
+        notes.append(f"{picture} does not record everything needed, so the image will differ")
+    return Taken(picture, fields, options, tuple(notes), found)
+
+
+def _is_fingerprint(value: object) -> bool:
+    """Whether a value, or one in it, only names a tensor or an object that the file does not hold."""
+    if isinstance(value, list):
+        return any(map(_is_fingerprint, value))
+    if isinstance(value, dict):
+        return bool(value.keys() & {"tensor", "fields"}) or any(map(_is_fingerprint, value.values()))
+    return False
+
+
+def _model(
+    picture: str, found: Metadata, given: Mapping[str, object], loading: Mapping[str, object]
+) -> tuple[object, dict[str, object], list[str]]:
+    """The model, the arguments of load(), and the names of those that are not taken over."""
+    named, options = found.arguments.get("model"), found.info.get("load")
+    model = given.get("model")
+    if model is None:
+        if named != BUNDLED and not _is_cached(named):
+            raise ValueError(
+                f"{picture} names its model {shown(named)}; a picture does not decide what is loaded: expected it, or "
+                "where it is, with --model"
+            )
+        model = named
+    same = named in (model, Path(str(model)).stem, Path(str(model)).resolve().name)
+    values = {**(options if isinstance(options, dict) else {}), "dtype": found.info.get("dtype")}
+    taken, left = dict(loading), []
+    for name in _OF_THE_MODEL:
+        value = values.get(name)
+        if value is None or loading.get(name) is not None:
+            continue
+        if same and isinstance(value, str) and (name not in ("vae", "tokenizer") or _is_cached(value)):
+            taken[name] = value
+        else:
+            left.append(name)
+    return model, taken, left
+
+
+def _is_cached(name: object) -> bool:
+    """Whether it is the id of a hub repository that lies in the cache."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(isinstance(try_to_load_from_cache(name, file), str) for file in ("model_index.json", "config.json"))

@@ -1,0 +1,428 @@
+"""Request: all that one call can ask, as one frozen value, which is also JSON.
+
+Everything that can be judged without a model is checked when the value is made, so that a wrong argument never waits
+for a load or a download. This module imports no other room until a field needs it.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeAlias, TypeVar, overload
+
+from .checks import choice, number, numbers, shown, tensor, whole
+from .vocabulary import KEYWORDS, read_sampler
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from .guidance.guide import Guidance
+    from .guidance.layout import Boxes
+    from .guidance.objectives import Objective
+    from .model import Model
+    from .networks.attention import Edit, Inputs, Record
+    from .recorded import Reduce
+    from .sampling import Sampler
+
+    Numbers: TypeAlias = "Sequence[float] | Tensor | NDArray[np.floating]"
+
+Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
+Output = Literal["pil", "numpy", "tensor", "latents"]
+OUTPUTS = ("pil", "numpy", "tensor", "latents")
+REDUCTIONS = ("mean", "last", "per_step")
+BUNDLED = "minidiff/shapes"
+"""The name of the model that ships inside the package."""
+MOST_IMAGES = 10_000  # of one call: their latents alone take 650 MB at 512x512
+_LAST_SEED = 2**64 - 1  # what torch.Generator takes
+_QUIET = ("images_per_prompt", "edits", "attention", "reduce", "output", "progress")  # not written at their default
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What to make. Only `prompt` (or `context`) is needed; a field left at None is the model's choice.
+
+    prompt: one text or a list; or None with `context`, the encoded texts [P,L,D].
+    model: a Model from `minidiff.load`, or what load takes (a hub id, a folder or a .safetensors file), which is then
+        loaded for this call alone. Default: the bundled model of coloured shapes, which needs no download.
+    negative_prompt: one text for all prompts or a list with one for each; or `negative_context` [P,L,D].
+    width, height: pixels, multiples of the autoencoder's factor (8 in SD 1.5); default: what the UNet was trained on.
+    steps: of the sampler; or `timesteps` (descending, 0 to 999), or `sigmas` (descending to 0, one more than steps).
+    guidance_scale: w in eps_uncond + w * (eps_cond - eps_uncond) (Ho and Salimans 2022, eq. 6), at least 1; 1 runs the
+        conditional half alone.
+    guidance_rescale: in [0,1], how far the guided prediction is rescaled to the standard deviation of the conditional
+        one (Lin et al. 2023, eq. 15-16).
+    clip_skip: skip the last n layers of the text encoder, in diffusers' counting (A1111's number is one more).
+    sampler: its name ("ddim", "pndm", "euler", "euler_ancestral", "lms", "dpmpp_2m"; A1111's and diffusers' names are
+        understood), or a sampler object. With a name, `karras` takes the noise levels of Karras et al. 2022, `spacing`
+        ("leading", "linspace", "trailing") places the timesteps, and `eta` in [0,1] adds DDIM's fresh noise.
+    seed: of the first image, from which the next ones count on; or one per image. None draws one; the result names it.
+    images_per_prompt: the images of one prompt follow each other. Image i of a batch agrees, within 1/255 in float32,
+        with image i made alone from its own seed.
+    latents: start from these instead of noise: [images,4,h,w] of unit variance.
+    boxes: where things shall be: {phrase of the prompt: (x0, y0, x1, y1) in [0,1], from the left and the top}; one
+        mapping for all prompts, or a list with one (or None) for each. A phrase may have several boxes, a mask ([H,W]
+        or an image), or {"boxes": ..., "weight": 2.0}; token positions may stand for the phrase.
+    guidance: how boxes are followed: a Guidance, an objective, the name of a published one ("layout",
+        "attend_and_excite", "boxdiff", "refocusing", "rnb"), or "none" (for edits that follow boxes by themselves).
+    edits: changes of the attention, one or a sequence. inputs: tensors that edits and recorders of your own read.
+    attention: keep the attention maps, for the result's `attention["phrase"]`: True, or a Record of your own.
+    reduce: of maps over steps: "mean", "last", "per_step", or a function such as minidiff.MEAN.
+    output: "pil" images, "numpy" [B,H,W,3] or "tensor" [B,3,H,W] in [0,1], or "latents" (not decoded).
+    progress: show a progress bar on stderr.
+
+    Noise is drawn on the CPU in float32, so a seed means the same image on every device. Raises ValueError for a value
+    that does not fit, by the field's name.
+    """
+
+    prompt: str | Sequence[str] | None = None
+    _: KW_ONLY
+    model: Model | str | Path = BUNDLED
+    negative_prompt: str | Sequence[str] | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    timesteps: Numbers | None = None
+    sigmas: Numbers | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    clip_skip: int | None = None
+    sampler: str | Sampler | None = None
+    karras: bool | None = None
+    spacing: str | None = None
+    eta: float = 0.0
+    seed: int | Sequence[int] | None = None
+    images_per_prompt: int = 1
+    latents: Tensor | None = None
+    context: Tensor | None = None
+    negative_context: Tensor | None = None
+    boxes: Boxes | Sequence[Boxes | None] | None = None
+    guidance: Guidance | Objective | str | Mapping[str, object] | None = None
+    edits: Edit | Sequence[Edit] = ()
+    inputs: Inputs | None = None
+    attention: bool | Record = False
+    reduce: Reduce | str = "mean"
+    output: Output = "pil"
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Mapping) and value.keys() & {"tensor", "object"} and field.name != "inputs":
+                raise ValueError(
+                    f"{field.name} is {shown(value)}, which only names what a file could not hold; pass your own"
+                )
+        self._check_texts()
+        self._check_numbers()
+        self._check_sampler()
+        self._check_values()
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # while it is made: a frozen value takes its fields in one form
+
+    # ---- checks, in the order in which the fields stand
+
+    def _check_texts(self) -> None:
+        if (self.prompt is None) == (self.context is None):
+            raise ValueError(
+                f"got {'neither prompt nor' if self.prompt is None else 'both prompt and'} context; expected one of "
+                'them, such as prompt="a red circle"'
+            )
+        if self.negative_prompt is not None and self.negative_context is not None:
+            raise ValueError("got both negative_prompt and negative_context; expected one of them")
+        for name in ("prompt", "negative_prompt"):
+            self._set(name, _texts(name, getattr(self, name)))
+        if self.context is not None:
+            tensor("context", self.context, 3, "[P,L,D], such as model.text.encode gives")
+        if self.negative_context is not None:
+            tensor("negative_context", self.negative_context, 3, "[P,L,D], such as model.text.encode gives")
+        negatives = 1 if self.negative_prompt is None else len(listed(self.negative_prompt))
+        if negatives not in (1, self.prompts):
+            raise ValueError(
+                f"negative_prompt holds {negatives} texts for {self.prompts} prompts; expected one for all, or one "
+                "for each"
+            )
+        self._set("images_per_prompt", whole("images_per_prompt", self.images_per_prompt, 1))
+        if self.images > MOST_IMAGES:
+            raise ValueError(
+                f"images_per_prompt is {self.images_per_prompt} for {self.prompts} prompts; expected at most "
+                f"{MOST_IMAGES} images in one call"
+            )
+
+    def _check_numbers(self) -> None:
+        for name in ("width", "height", "steps"):
+            if getattr(self, name) is not None:
+                self._set(name, whole(name, getattr(self, name), 1))
+        for name in ("timesteps", "sigmas"):
+            if getattr(self, name) is not None:
+                self._set(name, numbers(name, getattr(self, name)))
+        if self.timesteps is not None and self.sigmas is not None:
+            raise ValueError("got both timesteps and sigmas; expected one of them")
+        for name, values, more in (("timesteps", self.timesteps, 0), ("sigmas", self.sigmas, 1)):
+            if values is not None and self.steps not in (None, len(values) - more):
+                raise ValueError(
+                    f"steps is {self.steps} but {name} make {len(values) - more} steps; leave steps out, or make them "
+                    "agree"
+                )
+        if self.guidance_scale is not None:
+            # diffusers takes less for 1; read as a formula, less would push the image away from the prompt
+            expected = "a number of at least 1 (1 turns guidance off, 7.5 is usual)"
+            self._set("guidance_scale", number("guidance_scale", self.guidance_scale, 1, expected=expected))
+        for name in ("guidance_rescale", "eta"):
+            self._set(name, number(name, getattr(self, name), 0, 1))
+        if self.clip_skip is not None:
+            self._set("clip_skip", whole("clip_skip", self.clip_skip, 0))
+        if self.seed is not None:
+            self._set("seed", _seeds(self.seed, self.images))
+
+    def _check_sampler(self) -> None:
+        if self.karras is not None and not isinstance(self.karras, bool):
+            raise ValueError(f"karras is {shown(self.karras)}; expected True or False")
+        if self.spacing is not None:
+            choice("spacing", self.spacing, ("leading", "linspace", "trailing"))
+        if isinstance(self.sampler, str):
+            read_sampler(self.sampler)
+        elif self.sampler is not None and (isinstance(self.sampler, type) or not hasattr(self.sampler, "schedule")):
+            raise ValueError(
+                f'sampler is {shown(self.sampler)}; expected a name such as "ddim", or an object such as '
+                "minidiff.DDIM()"
+            )
+
+    def _check_values(self) -> None:
+        """Fields that hold values of other rooms. A room is imported only where its field is used."""
+        if self.latents is not None:
+            tensor("latents", self.latents, 4, "[images,4,h,w] of unit variance")
+            if len(self.latents) != self.images:
+                raise ValueError(f"latents hold {len(self.latents)} for {self.images} images; expected one for each")
+        if self.boxes is not None:
+            from .guidance.layout import read_regions
+
+            for one in self.layouts:
+                if one is not None:
+                    read_regions(one, lambda phrase: (1,), length=1 << 30)  # phrases and positions wait for the model
+        self._check_guidance()
+        if not isinstance(self.edits, tuple) or self.edits or self.attention is not False or self.inputs is not None:
+            self._check_attention()
+        if not callable(self.reduce):
+            choice("reduce", self.reduce, REDUCTIONS)
+        choice("output", self.output, OUTPUTS)
+        if not isinstance(self.progress, bool):
+            raise ValueError(f"progress is {shown(self.progress)}; expected True or False")
+        if not isinstance(self.model, str | Path) and not hasattr(self.model, "unet"):
+            raise ValueError(
+                f"model is {shown(self.model)}; expected a Model from minidiff.load, a hub id, a folder or a "
+                ".safetensors file"
+            )
+
+    def _check_guidance(self) -> None:
+        if isinstance(self.guidance, bool) and not self.guidance:
+            self._set("guidance", "none")
+        if self.guidance is None or self.guidance == "none":
+            return
+        from .guidance.guide import Guidance
+
+        Guidance.read(self.guidance)
+        if not any(self.layouts):
+            raise ValueError(
+                f"guidance is {shown(self.guidance)} but there are no boxes to follow; expected "
+                'boxes={"phrase": (x0, y0, x1, y1)} beside it'
+            )
+
+    def _check_attention(self) -> None:
+        from torch import Tensor
+
+        from .networks.attention import Edit, Record
+
+        edits = (self.edits,) if isinstance(self.edits, Edit) else self.edits
+        if not isinstance(edits, list | tuple) or not all(isinstance(one, Edit) for one in edits):
+            raise ValueError(f"edits is {shown(self.edits)}; expected a minidiff.Edit, or a list of them")
+        self._set("edits", tuple(edits))
+        if not isinstance(self.attention, bool | Record):
+            raise ValueError(f"attention is {shown(self.attention)}; expected True, False or a minidiff.Record")
+        if isinstance(self.attention, Record) and self.attention.stop:
+            raise ValueError("attention has stop=True, which ends the forward pass before it has a prediction")
+        if self.inputs is not None and (
+            not isinstance(self.inputs, Mapping)
+            or not all(isinstance(name, str) and isinstance(one, Tensor) for name, one in self.inputs.items())
+        ):
+            raise ValueError(f"inputs is {shown(self.inputs)}; expected a mapping of names to tensors")
+
+    # ---- what the fields come to
+
+    @property
+    def prompts(self) -> int:
+        """P, the number of prompts or contexts."""
+        if self.prompt is None:
+            assert self.context is not None
+            return len(self.context)
+        return len(listed(self.prompt))
+
+    @property
+    def images(self) -> int:
+        """B, the number of images: prompts times images_per_prompt."""
+        return self.prompts * self.images_per_prompt
+
+    @property
+    def layouts(self) -> Sequence[Boxes | None]:
+        """The boxes of each prompt."""
+        found: Any = self.boxes if isinstance(self.boxes, list | tuple) else [self.boxes] * self.prompts
+        if len(found) != self.prompts:
+            raise ValueError(
+                f"boxes holds {len(found)} layouts for {self.prompts} prompts; expected one for all, or one for each"
+            )
+        layouts: Sequence[Boxes | None] = found
+        return layouts
+
+    def filled(self, values: Mapping[str, object]) -> Request:
+        """A copy with fields known to be right, which are not checked again."""
+        found = copy.copy(self)
+        for name, value in values.items():
+            found._set(name, value)
+        return found
+
+    def alone(self, i: int) -> Request:
+        """The request that makes image i alone."""
+        p = i // self.images_per_prompt
+
+        def of(values: Any) -> Any:
+            return values[p if len(values) > 1 else 0] if isinstance(values, list | tuple) else values
+
+        def row(values: Tensor | None, at: int) -> Tensor | None:
+            return None if values is None else values[at : at + 1]
+
+        return self.filled(
+            {
+                "prompt": of(self.prompt),
+                "negative_prompt": of(self.negative_prompt),
+                "context": row(self.context, p),
+                "negative_context": row(self.negative_context, p),
+                "seed": self.seed[i] if isinstance(self.seed, list | tuple) else self.seed,
+                "images_per_prompt": 1,
+                "latents": row(self.latents, i),
+                "boxes": self.layouts[p],
+            }
+        )
+
+    # ---- as JSON
+
+    def plain(self) -> dict[str, Plain]:
+        """The same as JSON holds it, by field; fields at None are left out.
+
+        What JSON cannot hold (a tensor, a function) becomes a note of what it was, which `from_plain` refuses by name.
+        """
+        from .result import plain
+
+        found: dict[str, Plain] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None or ((field.name in _QUIET and value is field.default) or value == ()):
+                continue
+            if field.name == "model":
+                value = value if isinstance(value, str) else str(value) if isinstance(value, Path) else value.name
+                found["model"] = value
+            elif field.name == "guidance" and hasattr(value, "plain"):
+                found["guidance"] = plain(value.plain())
+            else:
+                found[field.name] = plain(value)
+        return found
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, object], origin: str = "") -> Request:
+        """The request that `plain` wrote. ValueError, which begins with `origin`, for what is no field or not right."""
+        where = f"{origin}: " if origin else ""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{where}got {shown(values)}; expected an object with the fields of a request")
+        for name in values:
+            if name not in FIELDS:
+                raise ValueError(f"{where}{_unknown(str(name))}")
+        try:
+            return cls(**values)  # type: ignore[arg-type]  # each is checked in there
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from error
+
+
+FIELDS = tuple(field.name for field in fields(Request))
+
+
+class Asked(Protocol[P, R_co]):
+    """A function that takes a Request, its fields, or a Request and fields that replace its own."""
+
+    @overload
+    def __call__(self, request: Request, /, **changes: object) -> R_co: ...
+
+    @overload
+    def __call__(self, *args: P.args, **fields: P.kwargs) -> R_co: ...
+
+
+def asked(ask: Callable[P, Request]) -> Callable[[Callable[[Request], R]], Asked[P, R]]:
+    """Give a function of a Request the request's own signature.
+
+    A wrong keyword is a TypeError, which names ours where the word is another program's.
+    """
+
+    def decorate(function: Callable[[Request], R]) -> Asked[P, R]:
+        @wraps(function)
+        def call(*args: Any, **given: Any) -> R:
+            for name in given:
+                if name not in FIELDS:
+                    raise TypeError(f"{function.__name__}(): {_unknown(name)}")
+            if len(args) > 1:
+                raise TypeError(f"{function.__name__}() takes one positional argument, the prompt; got {len(args)}")
+            if args and isinstance(args[0], Request):
+                return function(replace(args[0], **given) if given else args[0])
+            return function(ask(*args, **given))
+
+        signature, result = inspect.signature(ask), inspect.signature(function).return_annotation
+        call.__signature__ = signature.replace(return_annotation=result)  # type: ignore[attr-defined]
+        call.__doc__ = "\n\n".join([function.__doc__ or "", (ask.__doc__ or "").partition("\n\n")[2]])
+        return call
+
+    return decorate
+
+
+def listed(texts: str | Sequence[str]) -> Sequence[str]:
+    """One text as a list of one."""
+    return (texts,) if isinstance(texts, str) else texts
+
+
+def _unknown(name: str) -> str:
+    near, hint = difflib.get_close_matches(name, FIELDS, n=1), KEYWORDS.get(name)
+    if hint is not None:
+        return f"there is no argument {name!r}; {f'its name here is {hint!r}' if hint in FIELDS else hint}"
+    return f"there is no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _texts(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{name} is {shown(value)} ({type(value).__name__}); expected a text or a list of texts")
+    if not value:
+        raise ValueError(f"{name} is an empty list; expected at least one text")
+    return tuple(value)
+
+
+def _seeds(seed: Any, count: int) -> int | tuple[int, ...]:
+    """One seed, or one per image, each as torch.Generator takes them."""
+    several = hasattr(seed, "__len__") and not isinstance(seed, str | bytes | Mapping) and getattr(seed, "ndim", 1) == 1
+    if several and len(seed) != count:
+        raise ValueError(
+            f"seed holds {len(seed)} numbers for {count} images; expected one for each, or one to count on from"
+        )
+    seeds = tuple(seed) if several else (seed,)
+    found = tuple(whole("seed", one, expected="a whole number, a list of them, or None to draw one") for one in seeds)
+    last = _LAST_SEED if several else _LAST_SEED - count + 1
+    for one in found:
+        if not 0 <= one <= last:
+            hint = "; leave seed out (None) to draw one" if one == -1 else ""
+            raise ValueError(f"seed is {shown(one)}; expected 0 to {last}{hint}")
+    return found if several else found[0]

@@ -1,0 +1,205 @@
+"""A request and the model that answers it: what the request leaves open is filled in, and what only a model can judge
+is checked. Nothing is sampled here."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .guidance.guide import Guidance
+from .guidance.layout import Layout, Region, make_layout, read_regions
+from .model import Model
+from .networks.attention import Site
+from .networks.sites import Position
+from .request import Request, listed
+from .sampling import Sampler, choose_sampler, sampler_fields
+
+# what A1111 reads as a weight, a network or a break; here a prompt is plain text
+_MARKS = re.compile(r"\([^()]+:\s*[\d.]+\)|<(?:lora|lyco|hypernet):[^>]*>|\bBREAK\b")
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """The P prompts of a request, or their contexts [P,L,D]; each makes `repeats` images, which follow each other."""
+
+    prompts: tuple[str, ...] | None
+    negatives: tuple[str, ...]
+    context: Tensor | None
+    negative_context: Tensor | None
+    repeats: int
+
+    @classmethod
+    def of(cls, request: Request, model: Model) -> Texts:
+        """One text or context per prompt, and a negative one for each ("" where none is given)."""
+        width = model.unet.config.cross_attention_dim
+        for name, context, count in (
+            ("context", request.context, request.prompts),
+            ("negative_context", request.negative_context, request.prompts),
+        ):
+            if context is not None and (len(context) != count or context.shape[2] != width):
+                raise ValueError(
+                    f"{name} is {list(context.shape)}; expected a tensor [{count}, L, {width}], such as "
+                    "model.text.encode gives"
+                )
+        prompts = None if request.prompt is None else tuple(listed(request.prompt))
+        negatives = tuple(listed(request.negative_prompt or ""))
+        marked = next((text for text in (*(prompts or ()), *negatives) if _MARKS.search(text)), None)
+        if marked is not None and model.text.words is None:
+            warnings.warn(
+                f"{_MARKS.search(marked)[0]!r} in the prompt is A1111's syntax, which is not interpreted: the model "  # type: ignore[index]
+                "reads the marks as text",
+                stacklevel=5,
+            )
+        every = negatives * (request.prompts // len(negatives))
+        return cls(prompts, every, request.context, request.negative_context, request.images_per_prompt)
+
+    @property
+    def images(self) -> int:
+        """B, the number of images."""
+        return len(self.negatives) * self.repeats
+
+    @property
+    def any_negative(self) -> bool:
+        """Whether the caller asked to keep something out of an image."""
+        return self.negative_context is not None or any(self.negatives)
+
+    @torch.no_grad()
+    def encode(self, model: Model, clip_skip: int | None, negative: bool) -> Tensor:
+        """[B,L,D], or [uncond, cond] [2B,L,D] with `negative`. A text that stands several times is encoded once."""
+        cond = self._encoded(model, self.prompts, self.context, clip_skip)
+        if not negative:
+            return cond
+        uncond = self._encoded(model, self.negatives, self.negative_context, clip_skip)
+        if uncond.shape[1] != cond.shape[1]:
+            raise ValueError(
+                f"context holds {cond.shape[1]} tokens and the negative one {uncond.shape[1]}; expected as many. "
+                "Pass both context and negative_context"
+            )
+        return torch.cat([uncond, cond])
+
+    def _encoded(
+        self, model: Model, texts: tuple[str, ...] | None, context: Tensor | None, clip_skip: int | None
+    ) -> Tensor:
+        if context is None:
+            assert texts is not None  # a request has either
+            unique = list(dict.fromkeys(texts))
+            context = model.text.encode(unique, clip_skip)[[unique.index(text) for text in texts]]
+        return context.to(model.device, model.dtype).repeat_interleave(self.repeats, dim=0)
+
+    def regions(self, request: Request, model: Model) -> tuple[tuple[Region, ...], ...]:
+        """Each image's regions, with their phrases found in its prompt."""
+        found = []
+        for i, boxes in enumerate(request.layouts):
+            prompt = None if self.prompts is None else self.prompts[i]
+            length = model.text.length if self.context is None else self.context.shape[1]
+
+            def find(phrase: str, prompt: str | None = prompt) -> tuple[int, ...]:
+                if prompt is None:
+                    raise ValueError(f"boxes has the key {phrase!r} but there is no prompt; expected token positions")
+                return model.text.all_spans(prompt, phrase)
+
+            found.append(() if boxes is None else read_regions(boxes, find, length))
+        return tuple(own for own in found for _ in range(self.repeats))
+
+    def layout(
+        self, model: Model, regions: Sequence[Sequence[Region]], length: int, there: Mapping[Site, Position]
+    ) -> Layout:
+        """The regions of a batch on every grid that the UNet has. length: L of the contexts."""
+        if self.prompts is None:
+            tokens = [length - 1] * self.images  # all but the start marker: which are the prompt's own is not known
+        else:
+            tokens = [model.text.num_tokens(prompt) for prompt in self.prompts for _ in range(self.repeats)]
+        return make_layout(regions, tokens, length, {at.grid for at in there.values()}, model.device)
+
+
+def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance | None]:
+    """The request with every choice that it leaves to the model made; its sampler, and how it is guided.
+
+    ValueError for what does not fit this model.
+    """
+    defaults = model.defaults
+    sampler = choose_sampler(
+        model.noise, defaults.sampler, request.sampler, request.karras, request.spacing, request.eta
+    )
+    custom = request.timesteps is not None or request.sigmas is not None
+    width, height = _size(request, model)
+    _check_memory(model, width, height, request.images)
+    guidance = defaults.guidance if request.guidance is None else request.guidance
+    how = None if isinstance(guidance, str) and guidance == "none" else Guidance.read(guidance)
+    values = {
+        "model": model,
+        "width": width,
+        "height": height,
+        "steps": None if custom else defaults.steps if request.steps is None else request.steps,
+        "guidance_scale": defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        "seed": _seeds(request),
+        **sampler_fields(sampler),
+    }
+    return request.filled(values), sampler, how
+
+
+def _seeds(request: Request) -> tuple[int, ...]:
+    """One for each image: as given, counted on from the first, or drawn."""
+    if isinstance(request.seed, tuple):
+        return request.seed
+    assert not isinstance(request.seed, Sequence)  # Request makes a tuple of it
+    first = random.SystemRandom().randrange(2**32) if request.seed is None else request.seed
+    return tuple(range(first, first + request.images))
+
+
+def _size(request: Request, model: Model) -> tuple[int, int]:
+    """(width, height) in pixels. Given latents decide; otherwise the size that the UNet was trained on."""
+    factor = model.vae.config.factor
+    width = height = model.unet.config.sample_size * factor
+    if request.latents is not None:
+        width, height = request.latents.shape[3] * factor, request.latents.shape[2] * factor
+    for name, size in (("width", request.width), ("height", request.height)):
+        if size is not None and size % factor:
+            near = max(factor, round(size / factor) * factor)
+            raise ValueError(f"{name} is {size}; expected a positive multiple of {factor} pixels, such as {near}")
+    return request.width or width, request.height or height
+
+
+def _check_memory(model: Model, width: int, height: int, images: int) -> None:
+    """ValueError where even the largest single tensor of a step, or of decoding, cannot be had."""
+    cells = width * height // model.vae.config.factor**2
+    step = 2 * images * cells * model.unet.config.block_out_channels[0] * model.dtype.itemsize
+    need = max(step, width * height * model.vae.config.block_out_channels[0] * model.dtype.itemsize)
+    if model.device.type == "cuda":
+        there = torch.cuda.mem_get_info(model.device)[1]
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if need > there:
+        raise ValueError(
+            f"{images} images of {width}x{height} pixels would take at least {need / 2**30:,.0f} GiB, and "
+            f"{model.device.type} has {there / 2**30:,.0f} GiB; expected a smaller width and height, or fewer images"
+        )
+
+
+def check_latents(request: Request, shape: tuple[int, int, int]) -> Tensor:
+    """The latents given, in float32 on the CPU. ValueError where they are not [images, *shape]."""
+    assert request.latents is not None
+    if tuple(request.latents.shape) != (request.images, *shape):
+        raise ValueError(
+            f"latents are {list(request.latents.shape)}; expected a tensor {[request.images, *shape]}: one per image, "
+            "at the size of the image"
+        )
+    return request.latents.detach().float().cpu()
+
+
+def plain_boxes(regions: Sequence[Region]) -> dict[str, object]:
+    """Regions as a request takes them."""
+    return {
+        region.name: {"weight": region.weight}
+        | ({"boxes": region.boxes} if region.mask is None else {"mask": region.mask})
+        for region in regions
+    }

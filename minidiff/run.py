@@ -1,0 +1,328 @@
+"""generate() and sample_steps(): the one file that wires text, UNet, sampler and autoencoder together."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .guidance.guide import Guidance, Guide, evaluate, evaluate_whole
+from .guidance.layout import Layout, Region
+from .model import Model
+from .networks.attention import ALL, HEAD_MEAN, Edit, Inputs, Record, Site
+from .networks.sites import Position, choose, cross, level
+from .networks.unet import Maps
+from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce
+from .request import Request, asked
+from .resolve import Texts, check_latents, plain_boxes, resolve
+from .result import Images, Plain, Result, plain, to_numpy, to_pil
+from .sampling import Schedule, Step as SamplerStep, sample
+from .speed.accelerate import compile_whole, is_compiled
+from .weights.load import load
+
+ATTENTION = Record(cross & level(1), HEAD_MEAN)
+"""What `attention=True` keeps."""
+_REDUCTIONS: Mapping[str, Reduce] = {"mean": MEAN, "last": LAST, "per_step": PER_STEP}
+
+
+@dataclass(frozen=True, eq=False)
+class Step(SamplerStep):
+    """A step of a Run, which can show what it has so far."""
+
+    model: Model | None = field(default=None, repr=False)
+
+    def preview(self) -> Tensor:
+        """The network's estimate at this step of the finished images, [B,3,H,W] in [0,1]."""
+        assert self.model is not None
+        return _pixels(self.model, self.denoised)
+
+
+@asked(Request)
+def generate(request: Request) -> Result:
+    """Make images from text."""
+    run = sample_steps(request)
+    for _ in _with_progress(run) if request.progress else run:
+        pass
+    return run.result()
+
+
+@asked(Request)
+def sample_steps(request: Request) -> Run:
+    """The steps of `generate`, one at a time: watch, preview, stop early, draw a progress bar.
+
+    The Run that is returned is an iterator of Steps with a length; its `result()` has the images. Each Step holds what
+    was recorded in it (`maps`, with `attention`) and what guidance saw (`report`, a tuple of Evaluation). Texts are
+    encoded at the call; the UNet runs when a step is asked for.
+    """
+    started = time.perf_counter()
+    model = request.model if isinstance(request.model, Model) else load(request.model)
+    loaded = time.perf_counter()
+    texts = Texts.of(request, model)
+    request, sampler, how = resolve(request, model)
+    schedule = sampler.schedule(model.noise, request.steps, timesteps=request.timesteps, sigmas=request.sigmas)
+    scale, factor = request.guidance_scale, model.vae.config.factor
+    assert scale is not None and request.width is not None and request.height is not None  # resolved
+    shape = model.vae.config.latent_channels, request.height // factor, request.width // factor
+    noise = _Noise(tuple(torch.Generator().manual_seed(seed) for seed in _seeds(request)), shape)
+    start = noise() if request.latents is None else check_latents(request, shape)
+    if scale == 1 and texts.any_negative:
+        warnings.warn("the negative prompt has no effect at guidance_scale 1", stacklevel=3)
+    there = model.unet.positions(*shape[1:])
+    record = _record(request, there)
+    assert isinstance(request.edits, tuple)  # whatever was given
+    edits = tuple(replace(edit, sites=choose(edit.sites, there)) for edit in request.edits)
+    encoded = texts.encode(model, request.clip_skip, negative=scale > 1)
+    regions = texts.regions(request, model)
+    guide, given = None, dict(request.inputs or {})
+    if any(regions):
+        layout = texts.layout(model, regions, encoded.shape[1], there)
+        given = {**layout.inputs(), **given}
+        if how is not None:
+            bound = replace(how.of_run(schedule.steps), objective=how.objective.bound(there, how.sites))
+            guide = _guide(model, bound, encoded[-texts.images :], layout, regions, edits, request.inputs)
+    denoise = Denoise(model, encoded, scale, request.guidance_rescale, record, edits, given)
+    used = {
+        "seed": tuple(s if request.latents is None or sampler.stochastic else None for s in _seeds(request)),
+        "guidance": None if guide is None and request.guidance is None else "none" if how is None else how,
+        "attention": _recorded(model, record, there),
+    }
+    timings = {"load": loaded - started, "text": time.perf_counter() - loaded}
+    fresh = noise if sampler.stochastic else None
+    refine = None if guide is None else guide.refine
+    steps = sample(denoise, start.to(model.device), schedule, sampler, refine, fresh)
+    return Run(request.filled(used), model, texts, schedule, steps, regions, guide, record, timings)
+
+
+class Run(Iterator[Step]):
+    """The steps of one call, as an iterator that knows its length.
+
+    `request` is what was asked with all choices made: the model's own size, sampler, scale, and the seeds drawn.
+    `result()` has the images: after the last step the finished ones, before it what the network expects of them.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        model: Model,
+        texts: Texts,
+        schedule: Schedule,
+        steps: Iterator[SamplerStep],
+        regions: Sequence[Sequence[Region]],
+        guide: Guide | None,
+        record: Record | None,
+        timings: Mapping[str, float],
+    ) -> None:
+        layouts = [plain_boxes(some) or None for some in regions[:: texts.repeats]]
+        negatives = None if request.negative_context is not None else texts.negatives
+        self.request = request.filled({"boxes": layouts, "negative_prompt": negatives})
+        self._model, self._texts, self._schedule, self._steps = model, texts, schedule, steps
+        self._guide, self._record, self._timings = guide, record, dict(timings)
+        self._names = [[region.name for region in some] for some in regions]
+        self._reduce = request.reduce if callable(request.reduce) else _REDUCTIONS[request.reduce]
+        self._last: Step | None = None
+        self._kept: Maps | None = None
+
+    def __len__(self) -> int:
+        """The number of steps, those already taken included."""
+        return self._schedule.steps
+
+    def __next__(self) -> Step:
+        before = time.perf_counter()
+        found = next(self._steps)
+        # what the caller does between two steps does not count as sampling
+        self._timings["sampling"] = self._timings.get("sampling", 0.0) + time.perf_counter() - before
+        looks = () if self._guide is None else tuple(self._guide.seen.get(found.index, ()))
+        self._last = Step(
+            found.index, found.t, found.sigma, found.latents, found.denoised, found.maps, looks, self._model
+        )
+        self._kept = self._reduce(self._kept, found.maps, found.index) if found.maps else None
+        return self._last
+
+    def result(self) -> Result:
+        """The images after the last step that was taken, decoded.
+
+        Where steps are left, they are the network's estimate of the finished images, and `info["stopped_after"]` says
+        after how many steps. ValueError before the first one.
+        """
+        if self._last is None:
+            raise ValueError("no step has been taken yet; expected a loop over the run, or next(run), before result()")
+        done = self._last.index + 1
+        before = time.perf_counter()
+        latents = (self._last.latents if done == len(self) else self._last.denoised).float().cpu()
+        images: Images = latents
+        if self.request.output != "latents":
+            pixels = _pixels(self._model, latents)
+            output = self.request.output
+            images = pixels if output == "tensor" else to_numpy(pixels) if output == "numpy" else to_pil(pixels)
+        reports = None if self._guide is None else tuple(self._guide.report(i) for i in range(len(latents)))
+        seeds = self.request.seed
+        assert isinstance(seeds, tuple)  # resolved
+        stopped: dict[str, Plain] = {} if done == len(self) else {"stopped_after": done}
+        return Result(
+            images=images,
+            latents=latents,
+            seeds=seeds,
+            parameters=tuple(self.request.alone(i).plain() for i in range(len(latents))),
+            timings={**self._timings, "decode": time.perf_counter() - before},
+            info=_info(self._model) | stopped,
+            attention=None if self._kept is None else self._attention(self._kept),
+            reports=reports,
+        )
+
+    def _attention(self, maps: Maps) -> Attention:
+        texts, model = self._texts, self._model
+
+        def find(image: int, phrase: str) -> tuple[int, ...]:
+            if texts.prompts is None:
+                raise ValueError(f"there is no prompt to find {phrase!r} in; read the tokens of attention.maps")
+            return model.text.all_spans(texts.prompts[image // texts.repeats], phrase)
+
+        assert self._record is not None
+        keep = self._record.keep
+        on_cpu = {site: kept.detach().float().cpu() for site, kept in maps.items()}
+        heads = True if keep is ALL else False if keep is HEAD_MEAN else None
+        return Attention(on_cpu, texts.images, find, heads, self._reduce is PER_STEP)
+
+
+class Denoise:
+    """The network as the sampling loop sees it, with classifier-free guidance inside.
+
+    `context` holds the conditional texts [B,L,D], or [uncond, cond] [2B,L,D] where the scale asks for both.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        context: Tensor,
+        scale: float,
+        rescale: float,
+        record: Record | None,
+        edits: Sequence[Edit],
+        inputs: Inputs | None,
+    ) -> None:
+        if scale == 1:  # there are no unconditional rows to leave out
+            record = None if record is None else replace(record, rows=_only_rows("attention", record.rows))
+            edits = tuple(replace(edit, rows=_only_rows("edit", edit.rows)) for edit in edits)
+        self.model, self.context, self.scale, self.rescale = model, context, scale, rescale
+        self.record, self.edits, self.inputs = record, edits, inputs
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor, index: int) -> tuple[Tensor, Maps]:
+        """Predict from variance-preserving x in step `index`; float32 whatever the networks compute in."""
+        halves = x if self.scale == 1 else torch.cat([x, x])
+        edit = next((one for one in self.edits if one.steps is None or index < one.steps), None)
+        output, maps = self.model.unet(halves.to(self.model.dtype), t, self.context, self.record, edit, self.inputs)
+        assert output is not None  # no stop
+        if self.scale == 1:
+            return output.float(), maps
+        uncond, cond = output.float().chunk(2)
+        return guided(uncond, cond, self.scale, self.rescale), maps
+
+
+def guided(uncond: Tensor, cond: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022, eq. 6), with the rescaling of Lin et al. 2023, eq. 15-16.
+
+    All [B,C,h,w]; the standard deviation is taken over each image of its own.
+    """
+    mixed = uncond + scale * (cond - uncond)
+    if rescale == 0:
+        return mixed
+    spread = cond.std(dim=(1, 2, 3), keepdim=True) / mixed.std(dim=(1, 2, 3), keepdim=True)
+    return rescale * (mixed * spread) + (1 - rescale) * mixed
+
+
+def _only_rows(name: str, rows: str) -> Literal["all"]:
+    if rows == "uncond":
+        raise ValueError(
+            f'{name}.rows is "uncond", but guidance_scale 1 runs no unconditional rows; '
+            'expected "cond" or "all", or a larger scale'
+        )
+    return "all"
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Unit noise [B,C,h,w], each image's from a CPU generator of its own: equal on every device, in every batch."""
+
+    generators: tuple[torch.Generator, ...]
+    shape: tuple[int, int, int]
+
+    def __call__(self) -> Tensor:
+        draw = [torch.randn(self.shape, generator=one, dtype=torch.float32, device="cpu") for one in self.generators]
+        return torch.stack(draw)
+
+
+def _seeds(request: Request) -> tuple[int, ...]:
+    assert isinstance(request.seed, tuple)  # resolved
+    return request.seed
+
+
+def _record(request: Request, there: Mapping[Site, Position]) -> Record | None:
+    """What to record, its sites chosen among those there are."""
+    record = ATTENTION if request.attention is True else request.attention or None
+    return None if record is None else replace(record, sites=choose(record.sites, there))
+
+
+def _recorded(model: Model, record: Record | None, there: Mapping[Site, Position]) -> bool | Record | None:
+    """What a record adds to the arguments that make an image again: in half precision the recorded sites, which leave
+    the fused kernel, round differently.
+    """
+    if record is None or model.dtype == torch.float32:
+        return None
+    return True if record == replace(ATTENTION, sites=choose(ATTENTION.sites, there)) else record
+
+
+def _guide(
+    model: Model,
+    how: Guidance,
+    context: Tensor,
+    layout: Layout,
+    regions: Sequence[Sequence[Region]],
+    edits: Sequence[Edit],
+    inputs: Inputs | None,
+) -> Guide:
+    """Its passes compiled, where the model is."""
+    names = [[region.name for region in some] for some in regions]
+    compiled = is_compiled(model.unet)
+    look = compile_whole(evaluate_whole, model.unet) if compiled else evaluate
+    return Guide(how, model.unet.forward, context, layout, names, edits[0] if edits else None, inputs, compiled, look)
+
+
+def _with_progress(run: Run) -> Iterator[Step]:
+    from tqdm.auto import tqdm
+
+    bar: Iterator[Step] = tqdm(run, unit="step")
+    return bar
+
+
+def _pixels(model: Model, latents: Tensor) -> Tensor:
+    """Latents [B,4,h,w] -> images [B,3,H,W] in [0,1] on the CPU.
+
+    Decoded one by one, so memory does not grow with the batch.
+    """
+    images = torch.cat([model.decode(one).cpu() for one in torch.split(latents, 1)])
+    broken = [i for i, image in enumerate(images) if not image.isfinite().all()]
+    if broken:
+        warnings.warn(
+            f"images {broken} are black where they are not a number: the network overflowed in {model.dtype}. "
+            'Load the model with dtype="float32" (or "bfloat16")',
+            stacklevel=4,
+        )
+    return (images.nan_to_num(-1, -1, -1) / 2 + 0.5).clamp(0, 1)
+
+
+def _info(model: Model) -> dict[str, Plain]:
+    """What is true of a run and no argument of it."""
+    return {
+        "versions": {name: version(name) for name in ("minidiff", "torch", "transformers")},
+        "dtype": plain(model.dtype),
+        "device": model.device.type,
+        "load": dict(model.options),
+        "model_hash": None if model.sha256 is None else model.sha256[:10],
+    }
