@@ -74,10 +74,10 @@ def test_one_step_for_each_step(name: str) -> None:
 
     steps = list(sample(counted, start(), schedule, sampler, noise=fresh_noise()))
     assert [step.index for step in steps] == list(range(50))
-    assert len(calls) == (51 if name == "pndm" else 50)
+    assert len(calls) == len(schedule.spans)
     assert {call[:3] for call in calls} == {(SHAPE, torch.Size([]), torch.float32)}
     assert [call[3] for call in calls] == schedule.timesteps.tolist()
-    assert [call[4] for call in calls] == [*([0] if name == "pndm" else []), *range(50)]
+    assert [call[4] for call in calls] == sorted(call[4] for call in calls)
     firsts = [[call[4] for call in calls].index(i) for i in range(50)]
     assert [step.t for step in steps] == [schedule.timesteps[call].item() for call in firsts]
     assert [step.sigma for step in steps] == [schedule.sigmas[call].item() for call in firsts]
@@ -112,10 +112,12 @@ def test_refine_is_called_before_each_call_with_the_actual_abar(name: str) -> No
     assert [shape for shape, *_ in seen] == [SHAPE] * len(schedule.spans)
     assert [t for _, t, _, _ in seen] == schedule.timesteps.tolist()
     assert [abar for _, _, abar, _ in seen] == pytest.approx((1 / (1 + schedule.sigmas**2)).tolist())
-    assert [index for *_, index in seen] == [*([0] if name == "pndm" else []), 0, 1, 2, 3, 4]
+    assert sorted({index for *_, index in seen}) == [0, 1, 2, 3, 4]
+    if name == "pndm":
+        assert [index for *_, index in seen] == [0, 0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if len(sampler_by_name(name).schedule(SD15, 6).spans) == 6])
 def test_a_displacement_at_the_start_is_another_start(name: str) -> None:
     sampler = sampler_by_name(name)
     schedule = sampler.schedule(SD15, 6)

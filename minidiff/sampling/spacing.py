@@ -68,7 +68,7 @@ def spaced_timesteps(
     return times
 
 
-def custom_timesteps(noise: NoiseSchedule, values: Numbers, *, fractions: bool = False) -> Floats:
+def custom_timesteps(noise: NoiseSchedule, values: Numbers, fractions: bool) -> Floats:
     """A caller's timesteps, checked: strictly descending inside [0, T - 1], whole unless fractions will do."""
     times, last = np.array(numbers("timesteps", values)), noise.num_train_timesteps - 1
     if times.max() > last or times.min() < 0 or (np.diff(times) >= 0).any():
@@ -78,8 +78,8 @@ def custom_timesteps(noise: NoiseSchedule, values: Numbers, *, fractions: bool =
     return times.astype(np.float32).astype(np.float64)
 
 
-def custom_sigmas(noise: NoiseSchedule, values: Numbers) -> NDArray[np.float32]:
-    """A caller's sigmas, one more than steps, checked: strictly descending, only the last may be 0.
+def custom_sigmas(noise: NoiseSchedule, values: Numbers) -> Floats:
+    """A caller's sigmas, one more than steps, checked and rounded to float32: descending, only the last may be 0.
 
     The first may exceed the training range by 1 % (published lists are rounded up); beyond it the model knows nothing.
     """
@@ -92,7 +92,7 @@ def custom_sigmas(noise: NoiseSchedule, values: Numbers) -> NDArray[np.float32]:
         raise ValueError(f"sigmas are {shown(values)}; expected strictly descending numbers, ending in 0 or above it")
     if sigmas[0] > 1.01 * largest:
         raise ValueError(f"sigmas start at {sigmas[0]:g}; expected at most {largest:g}, the largest trained on")
-    return sigmas.astype(np.float32)
+    return sigmas.astype(np.float32).astype(np.float64)
 
 
 def sigmas_at(noise: NoiseSchedule, timesteps: Floats) -> Floats:
@@ -139,12 +139,3 @@ def training_karras(noise: NoiseSchedule, steps: int) -> Floats:
     """Karras sigmas over the whole training range, then 0: [steps + 1]."""
     known = noise.training_sigmas()
     return np.append(karras_sigmas(float(known[-1]), float(known[0]), steps), 0.0)
-
-
-def check_karras(karras: bool, timesteps: Custom, sigmas: Custom) -> None:
-    """ValueError where Karras sigmas are asked for beside custom timesteps or sigmas, which they would replace."""
-    if karras and (timesteps is not None or sigmas is not None):
-        given = "timesteps" if timesteps is not None else "sigmas"
-        raise ValueError(
-            f"{given} were given to a Karras sampler, which chooses its own; drop them or use karras=False"
-        )

@@ -16,7 +16,6 @@ from torch import Tensor
 from minidiff.checks import choice
 from minidiff.sampling.schedule import Schedule
 from minidiff.sampling.spacing import (
-    check_karras,
     count_steps,
     custom_sigmas,
     custom_timesteps,
@@ -28,7 +27,7 @@ from minidiff.sampling.spacing import (
 from minidiff.vocabulary import SPACINGS
 
 if TYPE_CHECKING:
-    from minidiff.sampling.noise import Custom, NoiseSchedule
+    from minidiff.sampling.noise import Custom, Floats, NoiseSchedule
 
 Ask = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """(x [B,C,h,w] in the schedule's space, number of the call) -> (x, moved where guidance moves it; the network's output
@@ -44,11 +43,13 @@ class Sampler(ABC):
 
     spacing: where the timesteps lie, "leading", "linspace" or "trailing"; None: as the model's config says, else
         `usual_spacing`.
+    fractions: whether it takes timesteps that are not whole.
     settings: what else diffusers' config of this algorithm may set, with the values that mean this algorithm.
     """
 
     name: ClassVar[str]
     usual_spacing: ClassVar[str] = "linspace"
+    fractions: ClassVar[bool] = False
     settings: ClassVar[Settings] = {}
     spacing: str | None = None
 
@@ -65,11 +66,23 @@ class Sampler(ABC):
         """Whether `run` draws fresh noise."""
         return False
 
-    @abstractmethod
     def schedule(
         self, noise: NoiseSchedule, steps: int | None = None, *, timesteps: Custom = None, sigmas: Custom = None
     ) -> Schedule:
         """The run of `steps` steps; or of the timesteps given, or of the sigmas given (one more than steps)."""
+        count = count_steps(noise, steps, timesteps, sigmas)
+        times = None if timesteps is None else custom_timesteps(noise, timesteps, self.fractions)
+        levels = None if sigmas is None else custom_sigmas(noise, sigmas)
+        if getattr(self, "karras", False) and (timesteps is not None or sigmas is not None):
+            raise ValueError(
+                f"{'timesteps' if sigmas is None else 'sigmas'} were given to a Karras sampler, which chooses its own; "
+                "leave them out or pass karras=False"
+            )
+        return self._schedule(noise, count, times, levels)
+
+    @abstractmethod
+    def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
+        """Of checked values: timesteps [steps] or sigmas [steps + 1] that the caller gave, or neither."""
 
     @abstractmethod
     def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:
@@ -89,25 +102,19 @@ class SigmaSampler(Sampler):
     karras: the noise levels of Karras et al. 2022 (eq. 5) between the first and last sigma of the spacing.
     """
 
+    fractions: ClassVar[bool] = True
     karras: bool = False
 
-    def schedule(
-        self, noise: NoiseSchedule, steps: int | None = None, *, timesteps: Custom = None, sigmas: Custom = None
-    ) -> Schedule:
-        count = count_steps(noise, steps, timesteps, sigmas)
-        check_karras(self.karras, timesteps, sigmas)
+    def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
         spacing = self._spacing(noise)
-        if sigmas is not None:
-            levels = custom_sigmas(noise, sigmas)
-            times = timesteps_at(noise, levels[:-1])
+        if levels is not None:
+            times = timesteps_at(noise, levels[:-1].astype(np.float32))  # in diffusers' precision
         else:
-            if timesteps is not None:
-                times = custom_timesteps(noise, timesteps, fractions=True)
-            else:
-                times = spaced_timesteps(noise, count, spacing, fractions=True)
+            if times is None:
+                times = spaced_timesteps(noise, steps, spacing, fractions=True)
             exact = sigmas_at(noise, times)
             if self.karras:
-                exact = karras_sigmas(float(exact[0]), float(exact[-1]), count)
+                exact = karras_sigmas(float(exact[0]), float(exact[-1]), steps)
                 times = timesteps_at(noise, exact)
             levels = np.append(exact, 0.0).astype(np.float32)
         values = [float(level) for level in levels]
@@ -115,7 +122,7 @@ class SigmaSampler(Sampler):
             timesteps=torch.from_numpy(times.astype(np.float32)),
             sigmas=torch.from_numpy(levels[:-1].astype(np.float64)),
             spans=tuple(itertools.pairwise(values)),
-            steps=count,
+            steps=steps,
             # with leading spacing the run starts below the last timestep, where x still holds some signal
             init_scale=math.sqrt(values[0] ** 2 + 1) if spacing == "leading" else values[0],
             space="ve",

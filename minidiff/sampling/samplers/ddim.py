@@ -13,18 +13,10 @@ from torch import Tensor
 from minidiff.checks import number
 from minidiff.sampling.samplers._sampler import Ask, Draw, Sampler, Settings, predict, signal
 from minidiff.sampling.schedule import Schedule, vp_schedule
-from minidiff.sampling.spacing import (
-    count_steps,
-    custom_sigmas,
-    custom_timesteps,
-    final_sigma,
-    levels_back,
-    spaced_timesteps,
-    timesteps_at,
-)
+from minidiff.sampling.spacing import final_sigma, levels_back, spaced_timesteps, timesteps_at
 
 if TYPE_CHECKING:
-    from minidiff.sampling.noise import Custom, NoiseSchedule
+    from minidiff.sampling.noise import Floats, NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +42,15 @@ class DDIM(Sampler):
     def stochastic(self) -> bool:
         return self.eta > 0
 
-    def schedule(
-        self, noise: NoiseSchedule, steps: int | None = None, *, timesteps: Custom = None, sigmas: Custom = None
-    ) -> Schedule:
-        count = count_steps(noise, steps, timesteps, sigmas)
-        if sigmas is not None:
-            levels = custom_sigmas(noise, sigmas).astype(np.float64)
+    def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
+        if levels is not None:
             return vp_schedule(self.name, noise, timesteps_at(noise, levels[:-1]), levels[:-1], levels[1:], whole=False)
         known, final = noise.exact_sigmas(), final_sigma(noise, alpha_to_one=True)
-        if timesteps is not None:
-            times = custom_timesteps(noise, timesteps)
+        if times is not None:
             ends = np.append(known[times[1:].astype(int)], final)
         else:
-            times = spaced_timesteps(noise, count, self._spacing(noise))
-            ends = levels_back(noise, times, count, final)
+            times = spaced_timesteps(noise, steps, self._spacing(noise))
+            ends = levels_back(noise, times, steps, final)
         return vp_schedule(self.name, noise, times, known[times.astype(int)], ends)
 
     def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:

@@ -12,19 +12,10 @@ from torch import Tensor
 
 from minidiff.sampling.samplers._sampler import Ask, Draw, Sampler, Settings, predict, signal
 from minidiff.sampling.schedule import Schedule, vp_schedule
-from minidiff.sampling.spacing import (
-    check_karras,
-    count_steps,
-    custom_sigmas,
-    custom_timesteps,
-    sigmas_at,
-    spaced_timesteps,
-    timesteps_at,
-    training_karras,
-)
+from minidiff.sampling.spacing import sigmas_at, spaced_timesteps, timesteps_at, training_karras
 
 if TYPE_CHECKING:
-    from minidiff.sampling.noise import Custom, NoiseSchedule
+    from minidiff.sampling.noise import Floats, NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +42,13 @@ class DPMpp2M(Sampler):
     }
     karras: bool = False
 
-    def schedule(
-        self, noise: NoiseSchedule, steps: int | None = None, *, timesteps: Custom = None, sigmas: Custom = None
-    ) -> Schedule:
-        count = count_steps(noise, steps, timesteps, sigmas)
-        check_karras(self.karras, timesteps, sigmas)
-        if sigmas is None and not self.karras:
-            if timesteps is not None:
-                times = custom_timesteps(noise, timesteps)
-            else:
-                times = spaced_timesteps(noise, count, self._spacing(noise), drop_last=True)
+    def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
+        if levels is None and not self.karras:
+            if times is None:
+                times = spaced_timesteps(noise, steps, self._spacing(noise), drop_last=True)
             levels = np.append(sigmas_at(noise, times), 0.0)
         else:
-            levels = (
-                training_karras(noise, count) if sigmas is None else custom_sigmas(noise, sigmas).astype(np.float64)
-            )
+            levels = training_karras(noise, steps) if levels is None else levels
             times = timesteps_at(noise, levels[:-1])
             # diffusers rounds, but with cosine betas cuts the fraction off
             times = np.floor(times) if noise.beta_schedule == "squaredcos_cap_v2" else times.round()

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from minidiff.sampling.samplers._sampler import Ask, Draw, Sampler, predict, signal
 from minidiff.sampling.schedule import Schedule, vp_schedule
-from minidiff.sampling.spacing import count_steps, final_sigma, levels_back, spaced_timesteps
+from minidiff.sampling.spacing import final_sigma, levels_back, spaced_timesteps
 
 if TYPE_CHECKING:
-    from minidiff.sampling.noise import Custom, NoiseSchedule
+    from minidiff.sampling.noise import Floats, NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,23 +30,20 @@ class PNDM(Sampler):
     name: ClassVar[str] = "pndm"
     usual_spacing: ClassVar[str] = "leading"
 
-    def schedule(
-        self, noise: NoiseSchedule, steps: int | None = None, *, timesteps: Custom = None, sigmas: Custom = None
-    ) -> Schedule:
-        if timesteps is not None or sigmas is not None:
+    def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
+        if times is not None or levels is not None:
             raise ValueError("pndm takes no timesteps or sigmas, its formula needs even steps; use lms or dpmpp_2m")
         if not noise.skip_prk_steps:
             raise ValueError(
                 "the scheduler config has skip_prk_steps false, which pndm does not implement; use ddim, lms or "
                 "dpmpp_2m"
             )
-        count = count_steps(noise, steps, None, None)
-        times = spaced_timesteps(noise, count, self._spacing(noise))
-        known, ends = noise.exact_sigmas(), levels_back(noise, times, count, final_sigma(noise, alpha_to_one=False))
+        times = spaced_timesteps(noise, steps, self._spacing(noise))
+        known, ends = noise.exact_sigmas(), levels_back(noise, times, steps, final_sigma(noise, alpha_to_one=False))
         run = vp_schedule(self.name, noise, times, known[times.astype(int)], ends)
-        if count == 1:
+        if steps == 1:
             return run
-        above = float(known[int(times[1]) + noise.num_train_timesteps // count])
+        above = float(known[int(times[1]) + noise.num_train_timesteps // steps])
         return replace(
             run,
             timesteps=torch.cat([run.timesteps[:2], run.timesteps[1:]]),
