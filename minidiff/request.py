@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeAlias, TypeVar, overload
 
 from .checks import choice, number, numbers, shown, tensor, whole
-from .vocabulary import KEYWORDS, read_sampler
+from .vocabulary import KEYWORDS, SPACINGS, read_sampler
 
 if TYPE_CHECKING:
     import numpy as np
@@ -188,7 +188,7 @@ class Request:
         if self.karras is not None and not isinstance(self.karras, bool):
             raise ValueError(f"karras is {shown(self.karras)}; expected True or False")
         if self.spacing is not None:
-            choice("spacing", self.spacing, ("leading", "linspace", "trailing"))
+            choice("spacing", self.spacing, SPACINGS)
         if isinstance(self.sampler, str):
             read_sampler(self.sampler)
         elif self.sampler is not None and (isinstance(self.sampler, type) or not hasattr(self.sampler, "schedule")):

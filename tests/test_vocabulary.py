@@ -11,6 +11,7 @@ import pytest
 
 import minidiff
 from minidiff.guidance.guide import Guidance
+from minidiff.request import FIELDS
 from minidiff.vocabulary import KEYWORDS, OBJECTIVES, SAMPLERS, a1111_sampler, read_sampler
 
 LABELS = {
@@ -140,8 +141,9 @@ def test_what_is_no_name(text: object, message: str) -> None:
 
 
 def test_keywords_are_not_ours_and_lead_to_ours() -> None:
-    """A sentence, or a parameter of generate."""
+    """To a field, or with a sentence."""
     for word, meaning in KEYWORDS.items():
-        assert word.isidentifier()
-        assert meaning != word
-        assert " " in meaning or meaning.isidentifier()
+        assert word not in FIELDS
+        assert " " in meaning or meaning in FIELDS, word
+    with pytest.raises(TypeError, match="no argument 'num_inference_steps'; its name here is 'steps'"):
+        minidiff.generate("a cat", num_inference_steps=3)  # type: ignore[call-arg]
