@@ -22,7 +22,7 @@ from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce
 from .request import Request, asked
 from .resolve import Texts, check_latents, plain_boxes, resolve
 from .result import Images, Plain, Result, plain, to_numpy, to_pil
-from .sampling import Schedule, Step as SamplerStep, sample
+from .sampling import SamplerStep, Schedule, sample
 from .speed.accelerate import compile_whole, is_compiled
 from .weights.load import load
 

@@ -22,7 +22,7 @@ from minidiff.sampling import (
     EulerAncestral,
     NoiseSchedule,
     Sampler,
-    Step,
+    SamplerStep,
     sample,
     sampler_by_name,
 )
@@ -47,7 +47,7 @@ def fresh_noise() -> Callable[[], Tensor]:
 
 def run(
     sampler: Sampler, steps: int, refine: Callable[..., Tensor] | None = None, x: Tensor | None = None
-) -> list[Step]:
+) -> list[SamplerStep]:
     x = start() if x is None else x
     return list(sample(network, x, sampler.schedule(SD15, steps), sampler, refine, fresh_noise()))
 

@@ -1,8 +1,7 @@
 """From noise to latents: the noise schedule, one small sampler per algorithm, and the loop."""
 
 from minidiff.sampling.choose import choose_sampler, sampler_by_name, sampler_fields
-from minidiff.sampling.noise import SD15_SCHEDULER_CONFIG, NoiseSchedule
-from minidiff.sampling.sample import Step, sample
+from minidiff.sampling.sample import SamplerStep, sample
 from minidiff.sampling.samplers._sampler import Sampler
 from minidiff.sampling.samplers.ddim import DDIM
 from minidiff.sampling.samplers.dpmpp_2m import DPMpp2M
@@ -10,7 +9,8 @@ from minidiff.sampling.samplers.euler import Euler
 from minidiff.sampling.samplers.euler_ancestral import EulerAncestral
 from minidiff.sampling.samplers.lms import LMS
 from minidiff.sampling.samplers.pndm import PNDM
-from minidiff.sampling.schedule import Schedule
+from minidiff.sampling.schedule import SD15_SCHEDULER_CONFIG, NoiseSchedule
+from minidiff.sampling.spacing import Schedule
 
 __all__ = [
     "DDIM",
@@ -22,8 +22,8 @@ __all__ = [
     "EulerAncestral",
     "NoiseSchedule",
     "Sampler",
+    "SamplerStep",
     "Schedule",
-    "Step",
     "choose_sampler",
     "sample",
     "sampler_by_name",

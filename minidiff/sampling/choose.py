@@ -7,9 +7,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from minidiff.checks import number, shown
-from minidiff.sampling.noise import NoiseSchedule
 from minidiff.sampling.samplers import sampler_class
 from minidiff.sampling.samplers._sampler import Sampler
+from minidiff.sampling.schedule import NoiseSchedule
 from minidiff.vocabulary import SAMPLERS, read_sampler
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minidiff.sampling.samplers._sampler import Draw, Sampler, predict
-from minidiff.sampling.schedule import Schedule
+from minidiff.sampling.spacing import Schedule
 
 if TYPE_CHECKING:
     from minidiff.networks.attention import Site
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class SamplerStep:
     """What one step leaves behind.
 
     index: 0 to steps - 1. t, sigma: where the step began; maps: recorded there (by the first call, where a sampler
@@ -50,7 +50,7 @@ def sample(
     sampler: Sampler,
     refine: Refine | None = None,
     noise: Draw | None = None,
-) -> Iterator[Step]:
+) -> Iterator[SamplerStep]:
     """Sample from x, unit-variance latents [B,C,h,w], yielding a Step after each step. Nothing is computed ahead.
 
     denoise is given x in variance-preserving scale, in the dtype of `x`, and t as a tensor on x's device, so that a
@@ -75,7 +75,7 @@ def sample(
 
 def _steps(
     denoise: Denoise, x: Tensor, schedule: Schedule, sampler: Sampler, refine: Refine | None, noise: Draw | None
-) -> Iterator[Step]:
+) -> Iterator[SamplerStep]:
     given, work = x.dtype, torch.promote_types(x.dtype, torch.float32)
     index, calls = 0, 0
     seen: list[tuple[Tensor, Tensor, dict[Site, Tensor]]] = []  # this step's calls: input, output and maps
@@ -106,7 +106,7 @@ def _steps(
         index, calls = index + 1, last + 1
         seen.clear()
         del x_vp, output
-        yield Step(index - 1, *began, latents.to(given), clean.to(given), maps)
+        yield SamplerStep(index - 1, *began, latents.to(given), clean.to(given), maps)
 
 
 def _like(value: Tensor, x: Tensor, name: str) -> Tensor:

@@ -1,60 +1,191 @@
-"""The discretisation of one run: what the network is told at each of its calls, and between which levels x steps.
-
-Two spaces appear. In "vp" (variance preserving) x = sqrt(abar) * x0 + sqrt(1 - abar) * eps; in "ve" (variance
-exploding) x = x0 + sigma * eps. They differ by a factor: x_ve = x_vp * sqrt(1 + sigma^2), with abar = 1 / (1 +
-sigma^2).
-"""
+"""What a model was trained on: betas -> alphas_cumprod, and what its scheduler_config.json says of sampling."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from minidiff.sampling.noise import Floats, NoiseSchedule
+from minidiff.checks import choice, number, shown, whole
+from minidiff.sampling.samplers import sampler_class
+from minidiff.sampling.samplers._sampler import Sampler
+from minidiff.vocabulary import BETA_SCHEDULES, PREDICTION_TYPES, SPACINGS, read_sampler
+
+Floats = NDArray[np.float64]
+Numbers = Sequence[float] | Tensor | NDArray[np.float32] | Floats
+Custom = Numbers | None  # a caller's own timesteps or sigmas
+
+MOST_TIMESTEPS = 100_000  # a hundred times what any Stable Diffusion was trained on; tables and runs grow with it
+# Switches that change the noise levels or the latents. Where a sampler's scheduler in diffusers has one, it is among
+# its `settings`; the others ignore it.
+_SWITCHES = ("rescale_betas_zero_snr", "thresholding")
+
+# scheduler/scheduler_config.json of stable-diffusion-v1-5; what a single file, which carries no config, was trained on.
+SD15_SCHEDULER_CONFIG: Mapping[str, object] = MappingProxyType(
+    {
+        "_class_name": "PNDMScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "clip_sample": False,
+        "trained_betas": None,
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
-    """It stays on the CPU: the loop never waits for a GPU to read a number of it.
+class NoiseSchedule:
+    """What a model was trained on, and how its scheduler_config.json wants it sampled.
 
-    timesteps: [calls], what the network is told; int64 or float32, as diffusers has it.
-    sigmas: float64 [calls], the actual noise level of x at each call, noise over signal: abar = 1 / (1 + sigma^2).
-    spans: for each call the sigmas (from, to) between which the sampler's formula steps; the last `to` is the run's
-        end. Mostly (sigmas[i], sigmas[i + 1]); DDIM and PNDM count back T // steps timesteps, as diffusers.
-    steps: how many; a sampler may call the network more than once in a step.
-    init_scale: what unit-variance latents are multiplied by. space: "vp" or "ve". sampler: the name of what made it.
+    Change one with dataclasses.replace.
+
+    alphas_cumprod: float32 [T] on the CPU, bit-equal to diffusers'; strictly between 0 and 1, descending.
+    timestep_spacing, set_alpha_to_one: None where the config is silent: then each sampler has diffusers' own default.
+    steps_offset: added to the timesteps of leading spacing.
+    skip_prk_steps: False asks PNDM for Runge-Kutta warm-up steps, which it then refuses: they are not implemented.
+    sampler: the config's own, with its Karras switch; None where it is not implemented, and `refusal` says what the
+        config does: "names HeunDiscreteScheduler, which ...".
+    switches: of rescale_betas_zero_snr and thresholding those that are on. Neither is implemented, so samplers that
+        would heed them refuse this model.
     """
 
-    timesteps: Tensor
-    sigmas: Tensor
-    spans: tuple[tuple[float, float], ...]
-    steps: int
-    init_scale: float
-    space: str
-    prediction_type: str
-    sampler: str
+    alphas_cumprod: Tensor
+    prediction_type: str = "epsilon"
+    timestep_spacing: str | None = None
+    steps_offset: int = 1
+    set_alpha_to_one: bool | None = None
+    skip_prk_steps: bool = True
+    beta_schedule: str = "scaled_linear"
+    sampler: Sampler | None = field(default_factory=lambda: sampler_class("pndm")())
+    refusal: str = ""
+    switches: tuple[str, ...] = ()
 
-    def abar(self, call: int) -> float:
-        """Signal variance at a call, in (0, 1): of the schedule's own sigma, never a look-up at a rounded timestep."""
-        return 1.0 / (1.0 + float(self.sigmas[call]) ** 2)
+    def __post_init__(self) -> None:
+        choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        if self.timestep_spacing is not None:
+            choice("timestep_spacing", self.timestep_spacing, SPACINGS)
+        abar = self.alphas_cumprod
+        if abar.ndim != 1 or abar.dtype != torch.float32 or abar.numel() < 2:
+            raise ValueError(f"alphas_cumprod is {abar.dtype} {list(abar.shape)}; expected float32 [T], T at least 2")
+        if not bool(((abar > 0) & (abar < 1)).all() and (abar.diff() < 0).all()):
+            raise ValueError("alphas_cumprod must fall strictly inside (0, 1): check the betas, each between 0 and 1")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object]) -> NoiseSchedule:
+        """Read a scheduler_config.json. A missing key has diffusers' default; a value it cannot have is a ValueError.
+
+        Two exceptions, both because StableDiffusionPipeline overrides its scheduler: a missing steps_offset is 1, and
+        clip_sample is ignored (latents are never clipped). A missing skip_prk_steps is read as True. Settings of the
+        config's own algorithm that are not implemented (`sde-dpmsolver++`, say) do not refuse the model: they leave
+        `sampler` None, so that another one can be chosen.
+        """
+        spacing, kind = config.get("timestep_spacing"), config.get("prediction_type", "epsilon")
+        if spacing is not None:
+            spacing = choice("scheduler config: timestep_spacing", spacing, SPACINGS)
+        betas = choice("scheduler config: beta_schedule", config.get("beta_schedule", "linear"), BETA_SCHEDULES)
+        switches = tuple(key for key in _SWITCHES if _flag(config, key))
+        sampler, refusal = _own_sampler(config)
+        return cls(
+            alphas_cumprod=torch.cumprod(1.0 - _betas(config, betas), dim=0),
+            prediction_type=choice("scheduler config: prediction_type", kind, PREDICTION_TYPES),
+            timestep_spacing=None
+            if spacing is None
+            else choice("scheduler config: timestep_spacing", spacing, SPACINGS),
+            steps_offset=_whole(config, "steps_offset", 1, least=0),
+            set_alpha_to_one=None if config.get("set_alpha_to_one") is None else _flag(config, "set_alpha_to_one"),
+            skip_prk_steps=config.get("skip_prk_steps") is None or _flag(config, "skip_prk_steps"),
+            beta_schedule=betas,
+            sampler=sampler,
+            refusal=refusal,
+            switches=switches,
+        )
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return self.alphas_cumprod.numel()
+
+    def training_sigmas(self) -> NDArray[np.float32]:
+        """Sigma of every training timestep, ascending [T], rounded to float32 as diffusers keeps them."""
+        sigmas: NDArray[np.float32] = (((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5).numpy()
+        return sigmas
+
+    def exact_sigmas(self) -> Floats:
+        """The same in float64, so that 1 / (1 + sigma^2) gives alphas_cumprod back. For samplers that think in abar."""
+        abar = self.alphas_cumprod.double().numpy()
+        sigmas: Floats = np.sqrt((1 - abar) / abar)
+        return sigmas
 
 
-def vp_schedule(
-    name: str, noise: NoiseSchedule, times: Floats, starts: Floats, ends: Floats, whole: bool = True
-) -> Schedule:
-    """The run of a "vp" sampler with a call a step; int64 timesteps when whole."""
-    return Schedule(
-        timesteps=torch.from_numpy(times.astype(np.int64 if whole else np.float32)),
-        sigmas=torch.from_numpy(starts.astype(np.float64)),
-        spans=tuple((float(start), float(end)) for start, end in zip(starts, ends, strict=True)),
-        steps=len(starts),
-        init_scale=1.0,
-        space="vp",
-        prediction_type=noise.prediction_type,
-        sampler=name,
-    )
+def _betas(config: Mapping[str, object], kind: str) -> Tensor:
+    """Noise variances of the training steps, float32 [T], by the operations diffusers uses so that every bit agrees."""
+    trained = config.get("trained_betas")
+    if trained is not None:
+        if not isinstance(trained, list | tuple) or not 2 <= len(trained) <= MOST_TIMESTEPS:
+            raise ValueError(f"scheduler config: trained_betas is {shown(trained)}; expected null or a list of numbers")
+        if len(trained) != (steps := _whole(config, "num_train_timesteps", len(trained), least=2)):
+            raise ValueError(f"scheduler config: {len(trained)} trained_betas, but num_train_timesteps is {steps}")
+        betas = [number("scheduler config: trained_betas", beta, 0, 1) for beta in trained]
+        return torch.tensor(betas, dtype=torch.float32, device="cpu")
+    steps = _whole(config, "num_train_timesteps", 1000, least=2)
+    if kind == "squaredcos_cap_v2":  # Nichol and Dhariwal 2021, eq. 17; the cap 0.999 keeps the last abar above 0
+        level = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+        betas = [min(1 - b / a, 0.999) for a, b in itertools.pairwise(level)]
+        return torch.tensor(betas, dtype=torch.float32, device="cpu")
+    start, end = _number(config, "beta_start", 0.0001), _number(config, "beta_end", 0.02)
+    if not 0 < start <= end < 1:
+        raise ValueError(f"scheduler config: beta_start {start} and beta_end {end}; expected 0 < start <= end < 1")
+    if kind == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float32, device="cpu")
+    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32, device="cpu") ** 2
+
+
+def _own_sampler(config: Mapping[str, object]) -> tuple[Sampler | None, str]:
+    """(The config's sampler, "") or (None, what the config says that is not implemented)."""
+    kind = config.get("_class_name")
+    if kind is None:
+        return None, "names no scheduler (it has no _class_name)"
+    try:
+        name = read_sampler(kind)[0] if str(kind).endswith("Scheduler") else None
+    except ValueError:
+        name = None
+    if name is None:
+        return None, f"names {shown(kind)}, which is not implemented"
+    made = sampler_class(name)
+    for key, known in made.settings.items():
+        value = config.get(key)
+        if value is not None and value not in known:
+            return None, f"names {kind} with {key} {shown(value)}, which is not implemented"
+    heeded = "use_karras_sigmas" not in made.settings and "karras" in {one.name for one in fields(made)}
+    karras = _flag(config, "use_karras_sigmas") and heeded
+    changes: dict[str, Any] = {"karras": True} if karras else {}
+    return replace(made(), **changes), ""
+
+
+def _number(config: Mapping[str, object], key: str, default: float) -> float:
+    value = config.get(key)
+    return float(default) if value is None else number(f"scheduler config: {key}", value)
+
+
+def _whole(config: Mapping[str, object], key: str, default: int, least: int) -> int:
+    value = _number(config, key, default)
+    return whole(f"scheduler config: {key}", int(value) if value.is_integer() else value, least, MOST_TIMESTEPS)
+
+
+def _flag(config: Mapping[str, object], key: str) -> bool:
+    value = config.get(key)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise ValueError(f"scheduler config: {key} is {shown(value)}; expected true or false")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from minidiff.checks import choice
-from minidiff.sampling.schedule import Schedule
 from minidiff.sampling.spacing import (
+    Schedule,
     count_steps,
     custom_sigmas,
     custom_timesteps,
@@ -27,7 +27,7 @@ from minidiff.sampling.spacing import (
 from minidiff.vocabulary import SPACINGS
 
 if TYPE_CHECKING:
-    from minidiff.sampling.noise import Custom, Floats, NoiseSchedule
+    from minidiff.sampling.schedule import Custom, Floats, NoiseSchedule
 
 Ask = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """(x [B,C,h,w] in the schedule's space, number of the call) -> (x, moved where guidance moves it; the network's output

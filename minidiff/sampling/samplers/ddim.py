@@ -12,11 +12,10 @@ from torch import Tensor
 
 from minidiff.checks import number
 from minidiff.sampling.samplers._sampler import Ask, Draw, Sampler, Settings, predict, signal
-from minidiff.sampling.schedule import Schedule, vp_schedule
-from minidiff.sampling.spacing import final_sigma, levels_back, spaced_timesteps, timesteps_at
+from minidiff.sampling.spacing import Schedule, final_sigma, levels_back, spaced_timesteps, timesteps_at, vp_schedule
 
 if TYPE_CHECKING:
-    from minidiff.sampling.noise import Floats, NoiseSchedule
+    from minidiff.sampling.schedule import Floats, NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)

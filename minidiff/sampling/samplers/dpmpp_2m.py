@@ -11,11 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from minidiff.sampling.samplers._sampler import Ask, Draw, Sampler, Settings, predict, signal
-from minidiff.sampling.schedule import Schedule, vp_schedule
-from minidiff.sampling.spacing import sigmas_at, spaced_timesteps, timesteps_at, training_karras
+from minidiff.sampling.spacing import Schedule, sigmas_at, spaced_timesteps, timesteps_at, training_karras, vp_schedule
 
 if TYPE_CHECKING:
-    from minidiff.sampling.noise import Floats, NoiseSchedule
+    from minidiff.sampling.schedule import Floats, NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from minidiff.sampling.samplers._sampler import Ask, Draw, Settings, SigmaSampler, derivative
-from minidiff.sampling.schedule import Schedule
+from minidiff.sampling.spacing import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

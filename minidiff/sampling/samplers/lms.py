@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minidiff.checks import whole
 from minidiff.sampling.samplers._sampler import Ask, Draw, Settings, SigmaSampler, derivative
-from minidiff.sampling.schedule import Schedule
+from minidiff.sampling.spacing import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from minidiff.sampling.samplers._sampler import Ask, Draw, Sampler, predict, signal
-from minidiff.sampling.schedule import Schedule, vp_schedule
-from minidiff.sampling.spacing import final_sigma, levels_back, spaced_timesteps
+from minidiff.sampling.spacing import Schedule, final_sigma, levels_back, spaced_timesteps, vp_schedule
 
 if TYPE_CHECKING:
-    from minidiff.sampling.noise import Floats, NoiseSchedule
+    from minidiff.sampling.schedule import Floats, NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
