@@ -7,6 +7,8 @@ import difflib
 import math
 import operator
 import reprlib
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -90,6 +92,14 @@ def tensor(name: str, value: Any, ndim: int, expected: str) -> None:
         raise ValueError(f"{name} is {shown(value)}; expected a tensor {expected}")
     if not value.isfinite().all():
         raise ValueError(f"{name} holds values that are not finite (NaN or infinity); expected a tensor {expected}")
+
+
+def warn(text: str) -> None:
+    """A UserWarning that points to the caller's line: the nearest one outside of this package."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "minidiff":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
 
 
 def _is_no_number(value: Any) -> bool:

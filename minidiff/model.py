@@ -1,7 +1,6 @@
 """A loaded model: its networks, tokenizer and noise schedule in one frozen value."""
 
 import hashlib
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checks import number, shown, whole
+from .checks import number, shown, warn, whole
 from .networks.attention import Grid, Site
 from .networks.sites import Where, choose
 from .networks.text import TextEncoder
@@ -110,10 +109,7 @@ class Model:
         images = self.vae.decode(latents.to(self.dtype)).float()
         if self.dtype == torch.float32 or images.isfinite().all() or not latents.isfinite().all():
             return images
-        warnings.warn(
-            f"an image overflowed in {str(self.dtype).removeprefix('torch.')} and was decoded again in float32",
-            stacklevel=3,
-        )
+        warn(f"an image overflowed in {str(self.dtype).removeprefix('torch.')} and was decoded again in float32")
         weights = {f"vae.{name}": value.float() for name, value in self.vae.state_dict().items()}
         return torch.func.functional_call(_Decode(self.vae), weights, (latents.float(),))
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 import os
 import random
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .checks import warn
 from .guidance.guide import Guidance
 from .guidance.layout import Layout, Region, make_layout, read_regions
 from .model import Model
@@ -52,10 +52,9 @@ class Texts:
         negatives = tuple(listed(request.negative_prompt or ""))
         marked = next((text for text in (*(prompts or ()), *negatives) if _MARKS.search(text)), None)
         if marked is not None and model.text.words is None:
-            warnings.warn(
+            warn(
                 f"{_MARKS.search(marked)[0]!r} in the prompt is A1111's syntax, which is not interpreted: the model "  # type: ignore[index]
-                "reads the marks as text",
-                stacklevel=5,
+                "reads the marks as text"
             )
         every = negatives * (request.prompts // len(negatives))
         return cls(prompts, every, request.context, request.negative_context, request.images_per_prompt)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import warn
 from .guidance.guide import Guidance, Guide, evaluate, evaluate_whole
 from .guidance.layout import Layout, Region
 from .model import Model
@@ -72,7 +72,7 @@ def sample_steps(request: Request) -> Run:
     noise = _Noise(tuple(torch.Generator().manual_seed(seed) for seed in _seeds(request)), shape)
     start = noise() if request.latents is None else check_latents(request, shape)
     if scale == 1 and texts.any_negative:
-        warnings.warn("the negative prompt has no effect at guidance_scale 1", stacklevel=3)
+        warn("the negative prompt has no effect at guidance_scale 1")
     there = model.unet.positions(*shape[1:])
     record = _record(request, there)
     assert isinstance(request.edits, tuple)  # whatever was given
@@ -309,10 +309,9 @@ def _pixels(model: Model, latents: Tensor) -> Tensor:
     images = torch.cat([model.decode(one).cpu() for one in torch.split(latents, 1)])
     broken = [i for i, image in enumerate(images) if not image.isfinite().all()]
     if broken:
-        warnings.warn(
+        warn(
             f"images {broken} are black where they are not a number: the network overflowed in {model.dtype}. "
-            'Load the model with dtype="float32" (or "bfloat16")',
-            stacklevel=4,
+            'Load the model with dtype="float32" (or "bfloat16")'
         )
     return (images.nan_to_num(-1, -1, -1) / 2 + 0.5).clamp(0, 1)
 

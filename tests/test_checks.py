@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import minidiff
 from minidiff.checks import choice, number, shown, whole
 
 
@@ -52,3 +53,9 @@ def test_a_message_shows_a_value_in_one_line(value: object) -> None:
     text = shown(value)
     assert len(text) <= 120 and "\n" not in text
     assert shown(torch.zeros(2, 3)) == "a Tensor of shape [2, 3] and dtype float32"
+
+
+def test_a_warning_points_to_the_callers_line(tiny_model: minidiff.Model) -> None:
+    with pytest.warns(UserWarning, match="has no effect") as caught:
+        minidiff.generate("a", model=tiny_model, negative_prompt="b", guidance_scale=1, steps=2, sampler="euler")
+    assert caught[0].filename == __file__
