@@ -529,6 +529,41 @@ def test_python_m_minidiff(tiny: tuple[object, ...], tmp_path: Path) -> None:
     assert broken.stderr.startswith("minidiff: error: ")
 
 
+def test_a_console_that_lacks_a_character_gets_its_escape(tmp_path: Path) -> None:
+    path = ours(tmp_path / "x.png", prompt="a cat, 日本")
+    command = [sys.executable, "-m", "minidiff", "info", str(path)]
+    for encoding, expected in (
+        ("ascii", r"a cat, \u65e5\u672c"),
+        ("cp1252", r"a cat, \u65e5\u672c"),
+        ("utf-8", "a cat, 日本"),
+    ):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        found = subprocess.run(command, capture_output=True, env=environment, check=False)
+        assert (found.returncode, found.stderr) == (0, b"")
+        assert found.stdout.decode(encoding).splitlines()[0] == f"prompt: {expected}"
+
+
+def test_no_stdout_and_no_stderr_are_no_error(tmp_path: Path) -> None:
+    path = ours(tmp_path / "x.png")
+    for streams in (">&-", "2>&-", ">&- 2>&-"):
+        command = ["sh", "-c", f"'{sys.executable}' -m minidiff info '{path}' {streams}"]
+        found = subprocess.run(command, capture_output=True, check=False)
+        assert (found.returncode, found.stderr) == (0, b""), streams
+
+
+def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "minidiff", "generate", "a red circle"]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "minidiff: interrupted\n")
+
+
+def test_prompts_that_look_unquoted_are_pointed_out(cli: Cli, asked: Asked) -> None:
+    _, _, err = cli("generate", "a", "red", "circle")
+    assert err[0] == 'note: 3 prompts of one word each make 3 images; for one, write "a red circle"'
+
+
 def test_interrupt(tiny: tuple[object, ...]) -> None:
     """Once its progress bar is there, in a terminal."""
     ours, theirs = os.openpty()

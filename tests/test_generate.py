@@ -510,3 +510,29 @@ def test_a_model_brings_its_defaults(tiny_model: Model) -> None:
         Defaults.from_config({"minidiff_defaults": {"steps": "3"}})
     with pytest.raises(ValueError, match="minidiff_defaults is {'cfg': 3}; expected an object of sampler, steps"):
         Defaults.from_config({"minidiff_defaults": {"cfg": 3}})
+
+
+@pytest.mark.parametrize("text", ["a (cat:1.3)", "a cat BREAK a dog", "a cat <lora:fur:0.8>"])
+def test_another_programs_prompt_syntax_is_pointed_out(tiny_model: Model, text: str) -> None:
+    shared = {"model": tiny_model, "steps": 2, "sampler": "euler", "output": "latents"}
+    with pytest.warns(UserWarning, match="is A1111's syntax, which is not interpreted"):
+        minidiff.generate(text, **shared)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        minidiff.generate("a cat (small), 1:2", **shared)
+
+
+@pytest.mark.parametrize("setting", ["float64", "bfloat16", "float16"])
+def test_torchs_defaults_change_no_bit(tiny_model: Model, setting: str) -> None:
+    shared = {"model": tiny_model, "steps": 2, "seed": 1, "output": "latents", "boxes": {"cat": (0, 0, 0.5, 0.5)}}
+    expected = minidiff.generate("a cat", sampler="euler_ancestral", **shared)
+    try:
+        if setting == "meta":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(getattr(torch, setting))
+        found = minidiff.generate("a cat", sampler="euler_ancestral", **shared)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(found.latents, expected.latents)
