@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checks import number, shown, warn, whole
+from .checks import number, shown, tensor, warn, whole
 from .networks.attention import Grid, Site
 from .networks.sites import Where, choose
 from .networks.text import TextEncoder
@@ -95,6 +95,12 @@ class Model:
 
         Their mean, or with unit `noise` [B,4,h,w] a sample.
         """
+        tensor("images", images, 4, "[B,3,H,W] in [-1,1], such as pixels / 127.5 - 1")
+        least, most = images.min().item(), images.max().item()
+        if max(-least, most) > 10:
+            raise ValueError(f"images hold values from {least:g} to {most:g}; expected [-1,1]: pixels / 127.5 - 1")
+        if least >= 0:
+            warn(f"images hold values from {least:g} to {most:g}, none below 0; [-1,1] was expected: 2 * images - 1")
         noise = None if noise is None else noise.to(self.device, self.dtype)
         return self.vae.encode(images.to(self.device, self.dtype), noise).float() * self.vae.config.scaling_factor
 

@@ -190,7 +190,7 @@ class Request:
         if self.spacing is not None:
             choice("spacing", self.spacing, SPACINGS)
         if isinstance(self.sampler, str):
-            read_sampler(self.sampler)
+            read_sampler(self.sampler, self.karras)
         elif self.sampler is not None and (isinstance(self.sampler, type) or not hasattr(self.sampler, "schedule")):
             raise ValueError(
                 f'sampler is {shown(self.sampler)}; expected a name such as "ddim", or an object such as '

@@ -114,12 +114,13 @@ _NAMES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def read_sampler(text: object) -> tuple[str, bool | None]:
+def read_sampler(text: object, karras: bool | None = None) -> tuple[str, bool | None]:
     """Our name of a sampler however it is spelt, and whether it says Karras: True, False, or None where it is silent.
 
     Ours, A1111's ("DPM++ 2M Karras", "Euler a", "PLMS"), ComfyUI's and k-diffusion's ("dpmpp_2m", "k_euler_a",
     "sample_lms"), stable-diffusion.cpp's ("euler_a discrete") and diffusers' ("EulerAncestralDiscreteScheduler").
-    ValueError for one that is not implemented, by its usual name, and for what is no sampler's name.
+    karras: what is said beside the name. ValueError where the two contradict each other, for a sampler that is not
+    implemented, by its usual name, and for what is no sampler's name.
     """
     if not isinstance(text, str):
         raise ValueError(f"sampler is {shown(text)}; expected one of {', '.join(SAMPLERS)}")
@@ -132,10 +133,12 @@ def read_sampler(text: object) -> tuple[str, bool | None]:
         label = _FIELD.get(name, name)
         spelt = label if text == label else f"{shown(text)} is {label}, which"
         raise ValueError(f"sampler {spelt} is not implemented; expected one of {', '.join(SAMPLERS)}")
-    karras = _LEVELS.get(levels)
-    if isinstance(karras, str):
-        raise ValueError(f"sampler is {shown(text)}; its noise levels are not implemented as {levels!r}: {karras}")
-    return name, karras
+    said = _LEVELS.get(levels)
+    if isinstance(said, str):
+        raise ValueError(f"sampler is {shown(text)}; its noise levels are not implemented as {levels!r}: {said}")
+    if said is not None and karras is not None and said != karras:
+        raise ValueError(f"karras is {karras} but the sampler is {shown(text)}; leave karras out, or name it {name!r}")
+    return name, said if karras is None else karras
 
 
 def a1111_sampler(name: str, karras: bool = False) -> str:

@@ -397,6 +397,22 @@ def test_encode_and_decode_keep_the_scale(tiny_model: Model) -> None:
     assert relative_error(tiny_model.encode(images, noise), latents) > 0
 
 
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((1, 3, 8, 8), np.float32), r"images is a ndarray of shape \[1, 3, 8, 8\] .*; expected a tensor"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "images is a Tensor .* uint8; expected a tensor"),
+        (torch.full((1, 3, 8, 8), 255.0), r"from 255 to 255; expected \[-1,1\]: pixels / 127.5 - 1"),
+        (torch.zeros(3, 8, 8), r"expected a tensor \[B,3,H,W\]"),
+    ],
+)
+def test_images_to_encode_are_checked(tiny_model: Model, images: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_model.encode(images)
+    with pytest.warns(UserWarning, match="values from 0 to 1, none below 0"):
+        tiny_model.encode(torch.linspace(0, 1, 3 * 64).reshape(1, 3, 8, 8))
+
+
 def test_rescaling_equals_the_formula() -> None:
     uncond, cond = torch.randn(2, 3, 4, 5, 4)[:, :, :, :4], torch.randn(2, 3, 4, 5, 4)[:, :, :, :4]
     uncond, cond = uncond[0], cond[0]

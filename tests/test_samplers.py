@@ -359,7 +359,7 @@ def test_names() -> None:
         ValueError, match=r"karras is True with sampler 'ddim'; expected .*: dpmpp_2m, euler, euler_anc"
     ):
         sampler_by_name("ddim_karras")
-    with pytest.raises(ValueError, match='karras is False but the sampler is "dpmpp_2m_karras"'):
+    with pytest.raises(ValueError, match="karras is False but the sampler is 'dpmpp_2m_karras'"):
         sampler_by_name("dpmpp_2m_karras", karras=False)
     with pytest.raises(ValueError, match=r"karras is 'yes'; expected True, False or None"):
         sampler_by_name("euler", karras="yes")  # type: ignore[arg-type]

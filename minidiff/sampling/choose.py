@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import fields, replace
 from typing import Any
 
-from minidiff.checks import number, shown
+from minidiff.checks import number, shown, warn
 from minidiff.sampling.samplers import sampler_class
 from minidiff.sampling.samplers._sampler import Sampler
 from minidiff.sampling.schedule import NoiseSchedule
@@ -15,10 +14,8 @@ from minidiff.vocabulary import SAMPLERS, read_sampler
 
 def sampler_by_name(text: str, karras: bool | None = None, spacing: str | None = None, eta: float = 0.0) -> Sampler:
     """The sampler of a name, in our spelling or another program's ("DPM++ 2M Karras"), with these settings."""
-    name, named = read_sampler(text)
-    if karras is not None and named is not None and karras != named:
-        raise ValueError(f'karras is {karras} but the sampler is "{text}"; expected one to leave it to the other')
-    return _with(sampler_class(name)(), named if karras is None else karras, spacing, eta)
+    name, karras = read_sampler(text, karras)
+    return _with(sampler_class(name)(), karras, spacing, eta)
 
 
 def choose_sampler(
@@ -46,7 +43,7 @@ def choose_sampler(
         if _with(sampler, karras, spacing, eta) != sampler:
             raise ValueError(
                 f"got karras={karras}, spacing={shown(spacing)} and eta={shown(eta)} beside a sampler object; "
-                f"expected them inside it: {sampler}"
+                f"expected them inside it: {sampler!r}"
             )
     else:
         raise ValueError(f"sampler is {shown(sampler)}; expected a name such as {SAMPLERS[0]!r}, or a sampler object")
@@ -92,8 +89,7 @@ def _check_switches(noise: NoiseSchedule, sampler: Sampler) -> None:
                 f"use one that does not know it: {', '.join(free)}"
             )
     if "rescale_betas_zero_snr" in noise.switches:
-        warnings.warn(
+        warn(
             f"the model was trained down to pure noise (rescale_betas_zero_snr), where {sampler.name} does not start: "
-            "very dark and very bright images come out greyer",
-            stacklevel=4,
+            "very dark and very bright images come out greyer"
         )

@@ -7,7 +7,6 @@ sigma^2).
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minidiff.checks import numbers, shown, whole
+from minidiff.checks import numbers, shown, warn, whole
 
 if TYPE_CHECKING:
     from minidiff.sampling.schedule import Custom, Floats, NoiseSchedule, Numbers
@@ -110,10 +109,9 @@ def spaced_timesteps(
             "fewer steps or another spacing"
         )
     if steps == 1 and times[0] < trained / 2:
-        warnings.warn(
+        warn(
             f"one step with {spacing} spacing starts at timestep {times[0]:g}, where the network expects an almost "
-            f"clean image: the result is noise; pass spacing='trailing' (starts at {trained - 1}) or take more steps",
-            stacklevel=4,
+            f"clean image: the result is noise; pass spacing='trailing' (starts at {trained - 1}) or take more steps"
         )
     return times
 

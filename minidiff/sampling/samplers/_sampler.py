@@ -103,6 +103,7 @@ class SigmaSampler(Sampler):
     """
 
     fractions: ClassVar[bool] = True
+    settings: ClassVar[Settings] = {"use_exponential_sigmas": (False,), "use_beta_sigmas": (False,)}
     karras: bool = False
 
     def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:

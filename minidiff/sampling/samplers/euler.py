@@ -16,14 +16,13 @@ class Euler(SigmaSampler):
 
     name: ClassVar[str] = "euler"
     settings: ClassVar[Settings] = {
+        **SigmaSampler.settings,
         "rescale_betas_zero_snr": (False,),
         "interpolation_type": ("linear",),
         "final_sigmas_type": ("zero",),
         "timestep_type": ("discrete",),
         "sigma_min": (),
         "sigma_max": (),
-        "use_exponential_sigmas": (False,),
-        "use_beta_sigmas": (False,),
     }
 
     def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:

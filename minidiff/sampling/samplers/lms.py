@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from minidiff.checks import whole
-from minidiff.sampling.samplers._sampler import Ask, Draw, Settings, SigmaSampler, derivative
+from minidiff.sampling.samplers._sampler import Ask, Draw, SigmaSampler, derivative
 from minidiff.sampling.spacing import Schedule
 
 
@@ -20,7 +20,6 @@ class LMS(SigmaSampler):
     """
 
     name: ClassVar[str] = "lms"
-    settings: ClassVar[Settings] = {"use_exponential_sigmas": (False,), "use_beta_sigmas": (False,)}
     order: int = 4
 
     def __post_init__(self) -> None:
