@@ -103,8 +103,9 @@ def warn(text: str) -> None:
 
 
 def _is_no_number(value: Any) -> bool:
-    """Of what Python would convert all the same: booleans, texts, arrays of one element."""
-    if isinstance(value, (bool, str, bytes, bytearray)) or "bool" in str(getattr(value, "dtype", "")):
+    """Of what Python would convert all the same: booleans, texts, complex numbers, arrays of one element."""
+    dtype = str(getattr(value, "dtype", ""))
+    if isinstance(value, (bool, str, bytes, bytearray)) or "bool" in dtype or "complex" in dtype:
         return True
     return len(getattr(value, "shape", ())) > 0
 

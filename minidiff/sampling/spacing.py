@@ -91,8 +91,8 @@ def spaced_timesteps(
     fractions: leave linspace unrounded. drop_last: place one point more and leave the lowest out (DPM-Solver++); with
     linspace and as many steps as timesteps one timestep then stands twice, as in diffusers.
     Two deviations. diffusers' trailing spacing has a timestep too many, -1, for some counts (61, 103, 121, ...) because
-    a float step overshoots: it is left out here. And where timesteps leave the range or repeat in another spacing (1000
-    leading steps with offset 1) diffusers crashes or divides by zero: a ValueError here.
+    a float step overshoots: it is left out here. And where leading timesteps repeat or leave the range (1000 steps with
+    offset 1) diffusers crashes or divides by zero: a ValueError here.
     """
     trained, points = noise.num_train_timesteps, steps + 1 if drop_last else steps
     if spacing == "linspace":
@@ -102,11 +102,10 @@ def spaced_timesteps(
         times = (np.arange(points, dtype=np.float64) * (trained // points))[::-1][:steps] + noise.steps_offset
     else:
         times = np.arange(trained, 0, -trained / steps)[:steps].round() - 1
-    if times[0] > trained - 1 or (np.diff(times) >= (1 if spacing == "linspace" else 0)).any():
-        offset = f" and steps_offset {noise.steps_offset}" if spacing == "leading" else ""
+    if spacing == "leading" and (times[0] > trained - 1 or (np.diff(times) >= 0).any()):
         raise ValueError(
-            f"{steps} steps with {spacing} spacing{offset} do not fit into the {trained} timesteps trained on; take "
-            "fewer steps or another spacing"
+            f"{steps} steps with leading spacing and steps_offset {noise.steps_offset} do not fit into the {trained} "
+            "timesteps trained on; take fewer steps or another spacing"
         )
     if steps == 1 and times[0] < trained / 2:
         warn(
