@@ -77,8 +77,8 @@ def _steps(
     denoise: Denoise, x: Tensor, schedule: Schedule, sampler: Sampler, refine: Refine | None, noise: Draw | None
 ) -> Iterator[SamplerStep]:
     given, work = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    index, calls = 0, 0
-    seen: list[tuple[Tensor, Tensor, dict[Site, Tensor]]] = []  # this step's calls: input, output and maps
+    index = 0
+    seen: list[tuple[int, Tensor, Tensor, dict[Site, Tensor]]] = []  # this step's calls: number, input, output, maps
 
     def ask(x: Tensor, call: int) -> tuple[Tensor, Tensor]:
         sigma = float(schedule.sigmas[call])
@@ -91,7 +91,7 @@ def _steps(
             x, x_vp = x + (moved.to(work) - x_vp.to(work)) * growth, moved
         output, maps = denoise(x_vp, t, index)
         output = _like(output, x_vp, "denoise").to(work)
-        seen.append((x_vp, output, maps))
+        seen.append((call, x_vp, output, maps))
         return x, output
 
     def fresh() -> Tensor:
@@ -99,14 +99,13 @@ def _steps(
         return _like(noise(), x, "noise").to(x.device, work)
 
     for latents in sampler.run(ask, x.to(work) * schedule.init_scale, schedule, fresh):
-        first, last = calls, calls + len(seen) - 1
-        x_vp, output, _ = seen[-1]
+        (first, _, _, maps), (last, x_vp, output, _) = seen[0], seen[-1]
         clean, _ = predict(x_vp.to(work), output, float(schedule.sigmas[last]), schedule.prediction_type)
-        began, maps = (float(schedule.timesteps[first]), float(schedule.sigmas[first])), seen[0][2]
-        index, calls = index + 1, last + 1
+        began = float(schedule.timesteps[first]), float(schedule.sigmas[first])
         seen.clear()
-        del x_vp, output
-        yield SamplerStep(index - 1, *began, latents.to(given), clean.to(given), maps)
+        del x_vp, output  # nothing of a step is held while the caller looks at it
+        yield SamplerStep(index, *began, latents.to(given), clean.to(given), maps)
+        index += 1
 
 
 def _like(value: Tensor, x: Tensor, name: str) -> Tensor:
