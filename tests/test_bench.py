@@ -30,6 +30,7 @@ from minidiff.networks.text import TextEncoder
 from minidiff.networks.unet import UNet
 from minidiff.networks.vae import VAE
 from minidiff.sampling import Euler, Schedule
+from minidiff.sampling.samplers._sampler import Ask
 from minidiff.shapes.measure import Found, Measured, check
 from minidiff.shapes.world import GAP, HELD_OUT, MAX_ASPECT, MAX_EDGE, MIN_EDGE
 
@@ -117,8 +118,16 @@ def test_a_broken_sampler_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Euler, "schedule", late)
     assert "sampler euler, timesteps" in wrong(parity.sampler_rows("euler"))
     monkeypatch.undo()
-    step = Euler.step
-    monkeypatch.setattr(Euler, "step", lambda self, x, eps, *rest: step(self, x, eps * (1 + 1e-4), *rest))
+    run = Euler.run
+
+    def large(self: Euler, ask: Ask, *rest: object) -> Iterator[Tensor]:
+        def louder(x: Tensor, call: int) -> tuple[Tensor, Tensor]:
+            x, eps = ask(x, call)
+            return x, eps * (1 + 1e-4)
+
+        return run(self, louder, *rest)
+
+    monkeypatch.setattr(Euler, "run", large)
     assert wrong(parity.sampler_rows("euler")) == ["sampler euler, trajectory"]
 
 
