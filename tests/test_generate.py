@@ -16,6 +16,7 @@ from torch import Tensor
 import minidiff
 from minidiff.model import Defaults, Model
 from minidiff.run import guided
+from minidiff.weights.inspect import describe
 
 PROMPTS = ["a cat playing with a ball", "two dogs", "a red circle and a blue square"]
 NEGATIVES = ["blurry", "", "low quality, text"]
@@ -158,6 +159,7 @@ def test_karras_in_a_folders_config_reaches_the_run(
     expected = pipeline("a cat", num_inference_steps=6, generator=generator, output_type="latent").images
     assert relative_error(result.latents, expected) <= 1e-5
     assert (result.parameters[0]["sampler"], result.parameters[0]["karras"]) == ran
+    assert describe(folder).scheduler["sampler"] == f"{ran[0]}{' karras' if ran[1] else ''}"
 
 
 @pytest.mark.parametrize("name", ["Euler a", "k_euler_a", "EulerAncestralDiscreteScheduler"])

@@ -13,7 +13,7 @@ from ..networks.config import UNetConfig, VAEConfig, state_problems
 from ..networks.text import load_tokenizer, text_encoder_shapes
 from ..networks.unet import UNet
 from ..networks.vae import VAE
-from ..sampling import NoiseSchedule
+from ..sampling import NoiseSchedule, choose_sampler
 from .files import PICKLES, Stored, stored_tensors
 from .hub import fetch_model
 from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED
@@ -281,9 +281,12 @@ def _tokenizer(folder: Path, text: Mapping[str, object]) -> dict[str, object]:
 
 def _scheduler(config: Mapping[str, object]) -> dict[str, object]:
     noise, defaults = NoiseSchedule.from_config(config), Defaults.from_config(config)
-    sampler = defaults.sampler or noise.sampler
+    try:
+        sampler = str(choose_sampler(noise, defaults.sampler))  # as a run does
+    except ValueError as refusal:
+        sampler = f"none: {refusal}"
     return {
-        "sampler": f"none: it {noise.refusal}" if sampler is None else str(sampler),
+        "sampler": sampler,
         "prediction_type": noise.prediction_type,
         "spacing": noise.timestep_spacing or "each sampler's own",
         "steps": defaults.steps,
