@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -94,8 +94,8 @@ def image_row(
     return Row(part, "x".join(map(str, found.shape)), error, BOUND, LEVELS, note)
 
 
-def ours(model: minidiff.Model, ask: Ask) -> Pixels:
-    """[B,H,W,3] in [0,1]."""
+def ours(model: minidiff.Model, ask: Ask, output: Literal["numpy", "latents"] = "numpy") -> Pixels:
+    """[B,H,W,3] in [0,1], or the latents [B,4,h,w]."""
     height, width = (None, None) if ask.size is None else ask.size
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the negative prompt has no effect", category=UserWarning)
@@ -116,14 +116,18 @@ def ours(model: minidiff.Model, ask: Ask) -> Pixels:
             seed=list(ask.seeds),
             images_per_prompt=ask.repeats,
             latents=ask.latents,
-            output="numpy",
+            output=output,
         )
-    pixels: Pixels = np.asarray(result.images)
+    images = result.images
+    pixels: Pixels = np.asarray(images.float() if isinstance(images, Tensor) else images)
     return pixels
 
 
-def theirs(pipeline: Any, config: dict[str, object], ask: Ask) -> Pixels:
-    """[B,H,W,3] in [0,1]. With clip_skip the texts are encoded first, since diffusers skips for the prompts alone."""
+def theirs(pipeline: Any, config: dict[str, object], ask: Ask, output: Literal["np", "latent"] = "np") -> Pixels:
+    """[B,H,W,3] in [0,1], or the latents [B,4,h,w].
+
+    With clip_skip the texts are encoded first, since diffusers skips for the prompts alone.
+    """
     pipeline.scheduler = reference_scheduler(ask.sampler, config)
     height, width = (None, None) if ask.size is None else ask.size
     prompts, negatives = list(ask.prompts), None if ask.negatives is None else list(ask.negatives)
@@ -146,7 +150,7 @@ def theirs(pipeline: Any, config: dict[str, object], ask: Ask) -> Pixels:
         num_images_per_prompt=ask.repeats,
         generator=[torch.Generator().manual_seed(seed) for seed in ask.seeds],
         latents=ask.latents,
-        output_type="np",
+        output_type=output,
     ).images
     return pixels
 

@@ -1,4 +1,5 @@
-"""Parity: every part of minidiff against diffusers on the same weights and inputs, in float32.
+"""Parity: every part of minidiff against diffusers on the same weights and inputs: random ones in float32, or (--model)
+those of a model of yours, in half precision too.
 
 Nothing is timed here but the whole: what each implementation costs is another benchmark's business.
 """
@@ -30,12 +31,14 @@ from .reference import (
     unet_pair,
     vae_pair,
 )
+from .released import model_rows
 from .table import Row, finish, print_head, print_row
 
 BOUND = 1e-5
 SIGMA_BOUND = 1e-6
 SIGMA_UNIT = "max |diff| / (1 + |ref|)"
 STEPS = 20
+HALF = ("bfloat16", "float16", "float32")
 Grid = tuple[int, int]
 GRIDS = ((64, 64), (48, 80))
 """Latent grids of the full-size rows: 512 x 512 pixels, and 640 wide x 384 high."""
@@ -72,11 +75,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full", action="store_true", help="UNet, VAE and text encoder at SD 1.5's size, instead of small"
     )
+    parser.add_argument(
+        "--model",
+        metavar="SOURCE",
+        help="instead: a folder, a .safetensors file, or a hub id that is in the cache",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="with --model FILE: CLIP's tokenizer, where it is not cached"
+    )
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="with --model: of each sampler (default 8)")
+    parser.add_argument("--dtype", choices=HALF, default="bfloat16", help="with --model: compared beside float32")
     parser.add_argument("--only", nargs="+", choices=[*SMALL, *FULL], metavar="PART", help=f"of {', '.join(SMALL)}")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print one row per part; 1 where one is out of its bound."""
+    if args.model is not None:
+        return _run_model(args)
     parts = FULL if args.full else SMALL
     only = list(parts) if args.only is None else args.only
     if not set(only) <= set(parts):
@@ -88,6 +103,20 @@ def run(args: argparse.Namespace) -> int:
         return finish(_printed({name: parts[name] for name in only}, args.full), args.json)
     finally:
         torch.set_num_threads(threads)
+
+
+def _run_model(args: argparse.Namespace) -> int:
+    if args.full or args.only is not None or args.steps < 1:
+        raise ValueError("--model goes with neither --full nor --only, and with --steps of at least 1")
+    half = None if args.dtype == "float32" else args.dtype
+    facts = {"model": args.model, "dtype": "float32" if half is None else f"float32, {half}", "steps": str(args.steps)}
+    print_header("parity with diffusers, both loaded from the same model", facts)
+    print_head()
+    rows = []
+    for row in model_rows(args.model, args.tokenizer, args.steps, half=half):
+        print_row(row)
+        rows.append(row)
+    return finish(rows, args.json)
 
 
 def _printed(parts: dict[str, Callable[[], Iterator[Row]]], full: bool) -> list[Row]:

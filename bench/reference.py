@@ -111,7 +111,7 @@ def reference_context(pipeline: Any, prompts: list[str], clip_skip: int | None) 
 
 def reference_scheduler(name: str, config: Config, steps: int | None = None) -> Any:
     """diffusers' scheduler for one of our sampler names, made from a model's scheduler config as a user would."""
-    settings = {**config, **({"use_karras_sigmas": True} if name.endswith("_karras") else {})}
+    settings = {**config, "use_karras_sigmas": name.endswith("_karras")}
     scheduler = THEIRS[name.removesuffix("_karras")].from_config(settings)
     if steps is not None:
         scheduler.set_timesteps(steps)
