@@ -12,18 +12,22 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
+from ldm import write_single_file
+
 import bench.boxes
 import bench.images
 import bench.layout
+import minidiff
 from bench import parity
 from bench.__main__ import main
 from bench.boxes import OUTSIDE, Asked, Outcome, Placed, asked, drift, facts, in_box
 from bench.layout import Drawn, density
-from bench.load import IMPORT_BOUND, Load, case_rows, import_seconds, load_once
+from bench.load import Load, case_rows, load_once
 from bench.models import SD15, TINY, random_weights, unet_dict, unet_shapes, vae_shapes, write_folder
 from bench.plot import front, scatter
 from bench.prompts import Prompt, prompts
 from bench.reference import relative_error
+from bench.released import model_rows
 from bench.share import Share
 from bench.table import Row, finish
 from minidiff.networks.text import TextEncoder
@@ -57,11 +61,20 @@ def test_parity_prints_every_row_and_writes_them(capsys: pytest.CaptureFixture[s
     assert main(["parity", "--only", "unet", "text", "samplers", "--json", str(tmp_path / "rows.json")]) == 0
     printed = capsys.readouterr().out
     written = json.loads((tmp_path / "rows.json").read_text())
-    assert len(written["rows"]) == 3 + 3 + 3 * 9
+    assert {row["part"].split()[0].rstrip(",") for row in written["rows"]} == {"unet", "text", "sampler"}
     for row in written["rows"]:
         assert row["ok"] and row["value"] <= row["bound"]
         assert f"{row['part']:<38} {row['shape']:<24}" in printed
-    for word in ("machine:", "versions:", "cores", "diffusers 0.42.1", "torch", "float32", "33 of 33 rows within"):
+    count = len(written["rows"])
+    for word in (
+        "machine:",
+        "versions:",
+        "cores",
+        "diffusers 0.42.1",
+        "torch",
+        "float32",
+        f"{count} of {count} rows within",
+    ):
         assert word in printed
     assert written["machine"]["cores"] and written["versions"]["torch"]
 
@@ -150,6 +163,43 @@ def test_an_option_without_effect_is_not_ok(folder: Path, monkeypatch: pytest.Mo
     assert not row.ok and "contrast 0," in row.note
 
 
+def test_parity_of_a_model_of_the_callers(folder: Path, tmp_path: Path) -> None:
+    """A folder in both precisions, and the same model as a single file."""
+    rows = list(model_rows(str(folder), None, 2, ("ddim", "dpmpp_2m_karras"), "bfloat16", edge=8))
+    assert [row for row in rows if not row.ok] == []
+    parts = {row.part for row in rows}
+    for part in (
+        "text, clip_skip 1",
+        "unet, eps of 8x8 latents",
+        "vae encode",
+        "vae decode",
+        "latents, ddim",
+        "image, ddim",
+    ):
+        assert {part, f"{part}, bfloat16"} <= parts
+    file = write_single_file(folder, tmp_path / "one.safetensors")
+    assert wrong(model_rows(str(file), str(folder / "tokenizer"), 2, ("ddim",), edge=8)) == []
+
+
+def test_a_model_that_loads_wrong_is_seen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One weight of our UNet is not the file's: a hundredth of one number, of a million."""
+    load = minidiff.load
+
+    def off(*args: object, **kwargs: object) -> minidiff.Model:
+        model = load(*args, **kwargs)
+        model.unet.conv_in.weight.data[0, 0, 0, 0] += 0.01
+        return model
+
+    monkeypatch.setattr(minidiff, "load", off)
+    found = wrong(model_rows(str(folder), None, 1, (), edge=8))
+    assert found == ["unet, eps of 8x8 latents", "unet, eps of 4x16 latents"]
+    monkeypatch.setattr(parity, "model_rows", lambda *args, **kwargs: iter([Row("unet", "1", 1.0, 1e-4)]))
+    assert main(["parity", "--model", str(folder)]) == 1
+    assert main(["parity", "--model", str(folder), "--full"]) == 2
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -219,13 +269,14 @@ def test_random_weights_are_like_torchs_own() -> None:
 # --- load
 
 
+@pytest.mark.slow
 def test_one_load_in_a_fresh_process(folder: Path) -> None:
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     for library in ("minidiff", "diffusers"):
         load = load_once(library, folder, "bfloat16", folder)
         assert load.weights == pytest.approx(size / 2, rel=0.01)
         assert load.dtype == "bfloat16"
-        assert 0 < load.wall < load.imported and 0 < load.cpu < 60
+        assert min(load.wall, load.cpu, load.imported) > 0
 
 
 def test_a_failing_load_says_why(folder: Path) -> None:
@@ -241,13 +292,6 @@ def test_rows_of_a_load(capsys: pytest.CaptureFixture[str]) -> None:
     assert (seconds.value, seconds.ok) == (0.5, True)
     assert (memory.value, memory.ok) == (1.3, True)
     assert "2.00 s (1.00 to 3.00)" in capsys.readouterr().out
-
-
-def test_import_is_cheap() -> None:
-    """At most 0.2 s more than torch; the best of three processes, since neighbours may be busy."""
-    times = [import_seconds() for _ in range(3)]
-    assert min(alone for alone, _ in times) > 0.1
-    assert min(extra for _, extra in times) <= IMPORT_BOUND, times
 
 
 # --- layout
@@ -299,6 +343,7 @@ def test_how_much_denser_attention_is_in_a_box() -> None:
     assert density([100 * even, left], (0, 0, 0.5, 1)) == pytest.approx(2.5 / 1.5)
 
 
+@pytest.mark.slow
 def test_layout_prints_measures_and_returns(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,6 +430,7 @@ def test_the_front_of_a_plot() -> None:
     assert red.sum() > 200 and blue.sum() > 150
 
 
+@pytest.mark.slow
 def test_layout_with_boxes_prints_every_method_and_writes(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,7 +110,9 @@ def test_it_draws_what_it_is_told(model: minidiff.Model) -> None:
     assert right >= len(SINGLE) - 2
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddim", "pndm"])
+@pytest.mark.parametrize(
+    "sampler", ["dpmpp_2m", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddim", "pndm"))]
+)
 def test_diffusers_loads_it_and_draws_the_same(model: minidiff.Model, sampler: str) -> None:
     diffusers = pytest.importorskip("diffusers")
     kinds = {

@@ -77,9 +77,8 @@ def test_loading_half_precision(folder: Callable[[torch.dtype], Path], tiny: Pat
 
 
 def test_loading_single_precision(folder: Callable[[torch.dtype], Path], tiny: Path) -> None:
-    """A float32 folder, halved and as it is. The second is the mapped file: quick, and no larger once it is used."""
+    """A float32 folder, halved and as it is. The second is the mapped file: no larger once it is used."""
     path = folder(torch.float32)
     for dtype in ("bfloat16", "float32"):
         load = load_once("minidiff", path, dtype, tiny)
         assert peak_ratio([load]) < MEMORY_BOUND, load
-    assert load.cpu < 2, load  # 0.2 s measured; reading or copying 4.3 GB takes longer

@@ -58,8 +58,9 @@ def check_image(model: Model, latents: Tensor, file: Path) -> None:
     [
         (PAPER, torch.float32, 1e-4),
         (ONE_BOX, torch.float32, 2e-4),
-        (TWO_BOXES, torch.float64, 1e-3),
-        (TWO_BOXES, torch.float32, 5e-3),  # see above: no whole run in float32 can promise less
+        pytest.param(TWO_BOXES, torch.float64, 1e-3, marks=pytest.mark.slow),
+        # see above: no whole run in float32 can promise less
+        pytest.param(TWO_BOXES, torch.float32, 5e-3, marks=pytest.mark.slow),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else str(value),
 )
@@ -82,6 +83,7 @@ def test_each_step_of_the_unstable_run_in_float32(model: Model) -> None:
     assert errors(losses, torch.cat([reference["steps"][:1], steps[1:]]), TWO_BOXES)[1] < 1e-5
 
 
+@pytest.mark.slow
 def test_the_librarys_own_guide_makes_the_papers_run(model: Model) -> None:
     """No look of it passes the threshold, so of all that the published code does only the masks matter."""
     run = read_run(PAPER)
@@ -103,6 +105,7 @@ def all_heads(run: Run) -> Run:
     return replace(run, guidance=replace(run.guidance, objective=layout_loss))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "change"),
     [
@@ -119,6 +122,7 @@ def test_other_masks_or_heads_make_another_run(model: Model, file: Path, change:
     assert of_steps > 2e-2
 
 
+@pytest.mark.slow
 def test_the_published_stop_is_for_good(model: Model) -> None:
     """minidiff judges every step afresh, and so looks in all ten guided steps."""
     run = replace(read_run(ONE_BOX), guide=Guide)
@@ -128,6 +132,7 @@ def test_the_published_stop_is_for_good(model: Model) -> None:
     assert len(losses) >= run.guidance.steps > len(reference)
 
 
+@pytest.mark.slow
 def test_the_published_stop_comes_after_the_move(model: Model) -> None:
     """minidiff, told to guide the first step only, stops at the same look, but does not move for it."""
     run = read_run(ONE_BOX)

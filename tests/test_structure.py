@@ -107,11 +107,13 @@ def test_networks_need_torch_alone() -> None:
             assert tops <= {"minidiff", "torch"} | set(sys.stdlib_module_names), file
 
 
-def test_importing_minidiff_imports_neither_transformers_nor_the_hub() -> None:
-    code = (
-        "import sys, minidiff; print([m for m in ('transformers', 'huggingface_hub', 'diffusers') if m in sys.modules])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+def test_importing_minidiff_is_cheap() -> None:
+    """Counted in modules, since seconds are the machine's: none of the large ones, few beyond torch's."""
+    code = "import sys, torch; before = set(sys.modules); import minidiff; print(sorted(set(sys.modules) - before))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    more = ast.literal_eval(out)
+    assert not {"transformers", "huggingface_hub", "tqdm", "diffusers"} & {module.split(".")[0] for module in more}
+    assert len(more) <= 60, more
 
 
 def test_public_names_are_there() -> None:

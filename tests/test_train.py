@@ -78,6 +78,7 @@ class Cut(BaseException):
     """Whatever ends a process: nothing may catch it."""
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_again_and_again_ends_as_if_it_had_not_been(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +101,7 @@ def test_a_run_that_was_cut_again_and_again_ends_as_if_it_had_not_been(
         torch.testing.assert_close(found[key], value, rtol=0, atol=0, msg=key)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_while_it_writes_keeps_its_last_checkpoint(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +119,7 @@ def test_a_run_that_is_cut_while_it_writes_keeps_its_last_checkpoint(
     assert minidiff.load(train.train(tmp_path / "run", minutes=0.2, resume=True)).dtype
 
 
+@pytest.mark.slow
 def test_an_autoencoder_can_be_brought_along(small: None, tmp_path: Path) -> None:
     first = train.train(tmp_path / "first", minutes=0.1)
     second = train.train(tmp_path / "second", minutes=0.1, autoencoder=first, seed=1)
