@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -101,7 +102,9 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Model:
     return model
 
 
-def rerun(run: Run, model: Model, noise: Tensor, starts: Tensor | None = None) -> tuple[list[float], Tensor]:
+def rerun(
+    run: Run, model: Model, noise: Tensor, starts: Tensor | None = None, first: int | None = None
+) -> tuple[list[float], Tensor]:
     """As `replay`, from unit-variance noise [1,4,h,w].
 
     starts: latents [S,4,h,w], such as a reference's; every step but the first then begins where they say the step
@@ -120,9 +123,9 @@ def rerun(run: Run, model: Model, noise: Tensor, starts: Tensor | None = None) -
             x = starts[index - 1 : index].to(x) * abar**0.5  # both samplers' latents are scaled by sigma
         return guide.refine(x, t, abar, index)
 
-    denoise = Denoise(model, context, run.guidance_scale, 0.0)
+    denoise = Denoise(model, context, run.guidance_scale, 0.0, record=None, edits=(), inputs=None)
     schedule = run.sampler.schedule(model.noise, run.steps)
-    steps = [step.latents for step in sample(denoise, noise, schedule, run.sampler, refine)]
+    steps = [step.latents for step in islice(sample(denoise, noise, schedule, run.sampler, refine), first)]
     return losses(guide), torch.cat(steps)
 
 

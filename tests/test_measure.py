@@ -50,7 +50,7 @@ def test_every_shape_is_found_in_every_colour_on_every_background(colour: str, b
 
 
 def test_random_pictures_are_read_and_shuffled_ones_are_not() -> None:
-    pictures, scenes = check(20, seed=3)
+    pictures, scenes = check(10, seed=3)
     assert share_right(pictures, scenes) >= 0.99
     assert share_right(pictures, scenes[1:] + scenes[:1]) <= 0.01
 
@@ -121,7 +121,7 @@ def test_each_object_is_matched_once_and_to_the_nearest() -> None:
 
 
 def test_the_command_prints_its_own_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--check", "--count", "12"]) == 0
+    assert main(["--check", "--count", "6"]) == 0
     printed = capsys.readouterr().out
     assert "objects right (colour, shape, box IoU >= 0.9): 100.00%" in printed
     assert "the same against another picture's scene:      0.00%" in printed

@@ -151,7 +151,9 @@ def test_the_autoencoder_learns() -> None:
     assert autoencoder_loss(vae, 0, 0) < 0.9 * before
 
 
-def test_normalised_latents_have_unit_variance_and_the_same_images() -> None:
+def test_normalised_latents_have_unit_variance_and_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoencoder, "SCALED", 64)
+    monkeypatch.setattr(autoencoder, "JUDGED", 8)
     torch.manual_seed(0)
     vae = VAE(VAEConfig.from_dict(VAE_DICT)).requires_grad_(False)
     images = pictures(7, 0, 4)
@@ -160,7 +162,7 @@ def test_normalised_latents_have_unit_variance_and_the_same_images() -> None:
     normalise(vae, 0)
     torch.testing.assert_close(vae.decode(vae.encode(images, noise)), before[0], rtol=1e-4, atol=1e-4)
     assert fidelity(vae) == pytest.approx(before[1], rel=1e-3)
-    latents = torch.cat([vae.encode(pictures(0, i, 8)) for i in range(32)]) * vae.config.scaling_factor
+    latents = torch.cat([vae.encode(pictures(0, i, 8)) for i in range(8)]) * vae.config.scaling_factor
     torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
     torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(4), rtol=1e-3, atol=0)
 
@@ -261,12 +263,12 @@ def test_end_markers_are_hidden_from_half_and_captions_from_some(tmp_path: Path)
 
 
 def test_noisy_timesteps_are_the_more_frequent(tmp_path: Path) -> None:
-    oracle = Oracle(torch.zeros(4000, 4, 2, 2))
+    oracle = Oracle(torch.zeros(1500, 4, 2, 2))
     loss_of(oracle, tmp_path)
     (t,) = oracle.timesteps
     assert t.min() >= 0
     assert t.max() == 999
-    assert (t < 500).float().mean() == pytest.approx(0.25, abs=0.03)
+    assert (t < 500).float().mean() == pytest.approx(0.25, abs=0.04)
 
 
 def test_the_boxes_of_tokens() -> None:
