@@ -108,7 +108,8 @@ def rerun(
     """As `replay`, from unit-variance noise [1,4,h,w].
 
     starts: latents [S,4,h,w], such as a reference's; every step but the first then begins where they say the step
-    before it ended, so that what is lost to rounding does not add up.
+    before it ended, so that what is lost to rounding does not add up. first: end after so
+    many steps.
     """
     noise = noise.to(model.dtype)
     context = model.text.encode([run.negative, run.prompt])

@@ -75,13 +75,13 @@ def test_losses_latents_and_image_are_the_published_ones(
 
 
 def test_the_papers_run_begins_as_published(model: Model) -> None:
-    """Its first steps, each guided; the whole run is slow."""
+    """Its first step, with all its looks; the whole run is slow."""
     reference = load_file(PAPER)
-    losses, steps = rerun(read_run(PAPER), model, reference["latents0"], first=3)
-    assert len(losses) >= 3
+    losses, steps = rerun(read_run(PAPER), model, reference["latents0"], first=1)
+    assert len(losses) >= 2
     expected = reference["losses"][: len(losses)]
     assert relative_error(torch.tensor(losses, dtype=torch.float64), expected) < 2e-5
-    assert relative_error(steps, reference["steps"][:3]) < 1e-4
+    assert relative_error(steps, reference["steps"][:1]) < 1e-4
 
 
 def test_each_step_of_the_unstable_run_in_float32(model: Model) -> None:
