@@ -75,7 +75,7 @@ def test_losses_latents_and_image_are_the_published_ones(
 
 
 def test_the_papers_run_begins_as_published(model: Model) -> None:
-    """Its first step, with all its looks; the whole run is slow."""
+    """Its first step, which has all of its looks; the whole run is slow."""
     reference = load_file(PAPER)
     losses, steps = rerun(read_run(PAPER), model, reference["latents0"], first=1)
     assert len(losses) >= 2
