@@ -43,6 +43,11 @@ from .networks.sites import (
     place as place,
     self_ as self_,
 )
+from .png.read import (
+    Metadata as Metadata,
+    read_metadata as read_metadata,
+    read_parameters as read_parameters,
+)
 from .recorded import (
     LAST as LAST,
     MEAN as MEAN,
@@ -50,11 +55,7 @@ from .recorded import (
     Attention as Attention,
 )
 from .request import Request as Request
-from .result import (
-    Result as Result,
-    read_metadata as read_metadata,
-    read_parameters as read_parameters,
-)
+from .result import Result as Result
 from .run import (
     Run as Run,
     Step as Step,

@@ -319,7 +319,7 @@ class Request:
 
         What JSON cannot hold (a tensor, a function) becomes a note of what it was, which `from_plain` refuses by name.
         """
-        from .result import plain
+        from .png.chunk import plain
 
         found: dict[str, Plain] = {}
         for field in fields(self):

@@ -18,10 +18,11 @@ from .model import Model
 from .networks.attention import ALL, HEAD_MEAN, Edit, Inputs, Record, Site
 from .networks.sites import Position, choose, cross, level
 from .networks.unet import Maps
+from .png.chunk import Plain, plain
 from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce
 from .request import Request, asked
 from .resolve import Texts, check_latents, plain_boxes, resolve
-from .result import Images, Plain, Result, plain, to_numpy, to_pil
+from .result import Images, Result, to_numpy, to_pil
 from .sampling import SamplerStep, Schedule, sample
 from .speed.accelerate import compile_whole, is_compiled
 from .weights.load import load

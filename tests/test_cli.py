@@ -24,8 +24,9 @@ from PIL.PngImagePlugin import PngInfo
 
 import minidiff
 from minidiff.cli.main import main
+from minidiff.png.read import read_metadata
 from minidiff.request import Request
-from minidiff.result import Result, read_metadata
+from minidiff.result import Result
 from minidiff.vocabulary import OBJECTIVES, SAMPLERS
 
 A1111 = """a cat, (masterpiece:1.2)

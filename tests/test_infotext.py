@@ -8,7 +8,8 @@ import time
 import pytest
 from hypothesis import assume, example, given, strategies as st
 
-from minidiff.png.infotext import NEGATIVE, SAMPLERS, parse_infotext, to_infotext
+from minidiff.png.infotext import NEGATIVE, parse_infotext, to_infotext
+from minidiff.vocabulary import SAMPLERS, a1111_sampler
 
 PIECES = [
     "\n",
@@ -25,7 +26,8 @@ PIECES = [
     "\x85",
 ]
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=8).map("".join)
-numbers = st.floats(allow_nan=False)
+seeds = st.integers(0, 2**64 - 1)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
 
 
 def test_writes_what_a1111_writes() -> None:
@@ -70,19 +72,63 @@ def test_values_are_quoted_as_a1111_does(model: str) -> None:
     assert to_infotext({"prompt": "x", "model": 'a "b" \\é'}) == 'x\nModel: a "b" \\é'
 
 
-@pytest.mark.parametrize(("sampler", "label"), [*SAMPLERS.items(), ("unipc", "unipc")])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("karras", [False, True])
-def test_sampler_names(sampler: str, label: str, karras: bool) -> None:
+def test_sampler_names(sampler: str, karras: bool) -> None:
     text = to_infotext({"prompt": "x", "steps": 1, "sampler": sampler, "karras": karras})
-    assert f"Sampler: {label}{' Karras' if karras else ''}" in text
+    assert f"Sampler: {a1111_sampler(sampler, karras)}" in text
     arguments, rest = parse_infotext(text)
     assert (arguments["sampler"], arguments["karras"], rest) == (sampler, karras, {})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("euler_a discrete", {"sampler": "euler_ancestral", "karras": False}),  # stable-diffusion.cpp
+        ("dpm++2m karras", {"sampler": "dpmpp_2m", "karras": True}),
+        ("k_dpmpp_2m", {"sampler": "dpmpp_2m", "karras": False}),  # Horde
+        ("dpmpp_2m_karras", {"sampler": "dpmpp_2m", "karras": True}),  # a saver of ComfyUI
+        ("DPM++ 2M, Schedule type: Karras", {"sampler": "dpmpp_2m", "karras": True}),
+        ("no such karras", {"sampler": "no such karras"}),
+    ],
+)
+def test_samplers_as_other_programs_spell_them(theirs: str, ours: dict[str, object]) -> None:
+    assert (
+        parse_infotext(f"x\nSteps: 1, Sampler: {theirs}")[0]
+        == {"prompt": "x", "negative_prompt": "", "steps": 1} | ours
+    )
 
 
 def test_a_plain_schedule_and_a_sampler_object_are_named() -> None:
     assert to_infotext({"sampler": "dpmpp_2m"}) == "\nSampler: DPM++ 2M, Schedule type: Uniform"
     text = to_infotext({"prompt": "x", "steps": 1, "sampler": {"object": "mine.samplers.Heun", "fields": {}}})
     assert text == "x\nSteps: 1, Sampler: Heun"
+
+
+SETTINGS = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x64"
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        (f"a cat\nNegative prompt: bad\n{SETTINGS}\nTemplate: a {{cat|dog}}", {"Template": "a {cat|dog}"}),
+        (f"a cat\nNegative prompt: bad\n{SETTINGS}\nTemplate: style: x, light: y, mood: z", None),
+        (f"a cat\r\nNegative prompt: bad\r\n{SETTINGS}\r\n", {}),
+        (f"a cat Negative prompt: bad {SETTINGS}", {}),
+        (f"a cat\nNegative prompt: bad\n{SETTINGS.replace('20,', '20.0,')}", {}),
+    ],
+    ids=["template", "template with pairs", "CRLF", "one line", "steps as a float"],
+)
+def test_texts_in_other_programs_layouts(text: str, rest: dict[str, str] | None) -> None:
+    arguments, found = parse_infotext(text)
+    assert (arguments["prompt"], arguments["negative_prompt"]) == ("a cat", "bad")
+    assert {arguments[name] for name in ("steps", "seed", "width", "height")} == {20, 5, 64}
+    assert rest is None or found == rest
+
+
+def test_words_of_a_prompt_on_one_line_are_no_settings() -> None:
+    with pytest.raises(ValueError, match="no line such as 'Steps: 20"):
+        parse_infotext("how to dance. Steps: first the left foot, then the right")
 
 
 def test_reads_an_old_a1111_text() -> None:
@@ -117,7 +163,7 @@ def test_reads_an_old_a1111_text() -> None:
         ("Sampler: DPM++ 2M, Schedule type: Automatic", "dpmpp_2m", False, {}),
         ("Sampler: Euler a, Schedule type: Uniform", "euler_ancestral", False, {}),
         ("Sampler: Euler, Schedule type: Exponential", "euler", False, {"Schedule type": "Exponential"}),
-        ("Sampler: DPM++ SDE Karras", "DPM++ SDE", True, {}),
+        ("Sampler: DPM++ SDE, Schedule type: Karras", "DPM++ SDE", True, {}),
         ("Sampler: PLMS", "pndm", False, {}),
         ("Sampler: euler A", "euler_ancestral", False, {}),
     ],
@@ -141,23 +187,27 @@ def test_the_last_line_that_looks_like_a_negative_prompt_divides() -> None:
 def test_texts_without_prompt_or_with_settings_first_named_otherwise() -> None:
     assert parse_infotext("Steps: 1, Seed: 2")[0] == {"prompt": "", "negative_prompt": "", "steps": 1, "seed": 2}
     assert parse_infotext('x\nSteps: 1, Model: "a" b, Seed: 2')[0]["model"] == '"a" b'
-    arguments, rest = parse_infotext("x\nSize: 64x32, Tiling, Seed: 3, Denoising strength: 0.4\n")
+    arguments, rest = parse_infotext("x\nSteps: 1, Size: 64x32, Tiling, Seed: 3, Denoising strength: 0.4\n")
     assert (arguments["width"], arguments["height"], rest) == (64, 32, {"Denoising strength": "0.4"})
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"last line should be like 'Steps: 20, .*got ''"),
-        ("only a prompt", r"last line should be like .*got 'only a prompt'"),
-        ("x\nlight: soft, mood: calm", r"last line should be like .*got 'light: soft, mood: calm'"),
-        ("x\nSteps", r"last line should be like"),
-        ("x\nSteps: many, Seed: 1", r"'Steps' should be a whole number, got 'many'"),
-        ("x\nSteps: 20, Seed: 1.5", r"'Seed' should be a whole number, got '1.5'"),
-        ("x\nSteps: 20, CFG scale: high", r"'CFG scale' should be a number, got 'high'"),
-        ("x\nSteps: 20, Size: 512", r"'height' should be a whole number, got ''"),
-        ("x\nSteps: 20, Clip skip: none", r"'Clip skip' should be a whole number, got 'none'"),
-        ("x\nSteps: 20, Seed: " + "9" * 5000, r"'Seed' should be a whole number, got '9{80}'$"),
+        ("", r"no line such as 'Steps: 20, .*got ''"),
+        ("only a prompt", r"no line such as .*got 'only a prompt'"),
+        ("x\nlight: soft, mood: calm, size: big", r"no line such as .*got 'x.nlight: soft, mood: calm, size: big'"),
+        ("x\nSteps", r"no line such as"),
+        ("x\nSteps: many, Seed: 1", r"'Steps' is 'many'; expected a whole number from 1 to 10000"),
+        ("x\nSteps: 10000000", r"'Steps' is 10000000; expected a whole number from 1 to 10000"),
+        ("x\nSteps: 20, Seed: 1.5", r"'Seed' is 1.5; expected a whole number"),
+        ("x\nSteps: 20, CFG scale: high", r"'CFG scale' is 'high'; expected a number"),
+        ("x\nSteps: 20, CFG scale: nan", r"'CFG scale' is nan; expected a number"),
+        ("x\nSteps: 20, Size: 512", r"'height' is ''; expected a whole number from 1 to 65536"),
+        ("x\nSteps: 20, Clip skip: none", r"'Clip skip' is 'none'; expected a whole number"),
+        ("x\nSteps: 20, Seed: 18446744073709551616", r"'Seed' is 1844.*6; expected a whole number from 0 to 1.84"),
+        ("x\nSteps: 20, Seed: " + "9" * 5000, r"'Seed' is inf; expected a whole number"),
+        ("x" * 1_000_001, "has 1,000,001 characters; expected at most 1,000,000"),
     ],
 )
 def test_malformed_texts_say_what_is_wrong(text: str, message: str) -> None:
@@ -169,11 +219,24 @@ def test_malformed_texts_say_what_is_wrong(text: str, message: str) -> None:
 def test_prompts_come_back(prompt: str, negative: str) -> None:
     assume(not any(line.startswith(NEGATIVE) for line in negative.split("\n")))
     arguments = {"prompt": prompt, "negative_prompt": negative, "steps": 20, "seed": 3}
-    assert parse_infotext(to_infotext(arguments)) == (arguments, {"RNG": "CPU"})
+    back = {"prompt": _lines(prompt), "negative_prompt": _lines(negative), "steps": 20, "seed": 3}
+    assert parse_infotext(to_infotext(arguments)) == (back, {"RNG": "CPU"})
 
 
-@example(model='"x"', model_hash=" x", scale=7.125, eta=1e300, seed=-1, clip_skip=1)
-@given(model=texts, model_hash=texts, scale=numbers, eta=numbers, seed=st.integers(), clip_skip=st.integers(1, 9))
+def _lines(text: str) -> str:
+    """With the line ends that a text has once it is read."""
+    return f"{text}\n".replace("\r\n", "\n")[:-1]
+
+
+@example(model='"x"', model_hash=" x", scale=7.125, eta=1e300, seed=2**64 - 1, clip_skip=1)
+@given(
+    model=texts,
+    model_hash=texts,
+    scale=numbers,
+    eta=numbers,
+    seed=st.integers(0, 2**64 - 1),
+    clip_skip=st.integers(1, 9),
+)
 def test_settings_come_back(model: str, model_hash: str, scale: float, eta: float, seed: int, clip_skip: int) -> None:
     assume(eta != 0)
     sizes = {"width": 64, "height": 32}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import itertools
 import json
 import math
 import struct
@@ -15,12 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from minidiff.result import Plain, Result, plain, read_metadata, read_parameters, reproducible
+from minidiff.png.chunk import Plain, plain, reproducible
+from minidiff.png.infotext import NEGATIVE, parse_infotext
+from minidiff.png.read import read_metadata, read_parameters
+from minidiff.result import Result
 
 ARGUMENTS: dict[str, Plain] = {
     "prompt": "a red circle",
@@ -190,17 +196,19 @@ def test_an_a1111_file_is_read_into_our_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("chunks", "message"),
     [
-        ({"parameters": "only words"}, "metadata is damaged: the last line should be like 'Steps: 20"),
-        ({"parameters": "x\nSteps: many"}, "'Steps' should be a whole number, got 'many'"),
-        ({"prompt": '{"3": {}}', "workflow": '{"nodes": []}'}, "is a ComfyUI file: .* text chunk 'workflow'"),
-        ({"prompt": '{"3": {}}'}, "is a ComfyUI file: .* text chunk 'prompt'"),
+        ({"parameters": "only words"}, "metadata is damaged: it has no line such as 'Steps: 20"),
+        ({"parameters": "x\nSteps: many"}, "'Steps' is 'many'; expected a whole number"),
+        ({"prompt": '{"3": {}}', "workflow": '{"nodes": []}'}, "written by ComfyUI, .* open the file in it"),
+        ({"prompt": '{"3": {}}'}, "written by ComfyUI"),
         ({"Software": "gimp", "Comment": "x"}, "it has text chunks Comment, Software, which are not ours"),
         ({"minidiff": "{"}, "metadata is damaged"),
         ({"minidiff": "[1]"}, "should be an object with 'format' 1"),
         ({"minidiff": '{"format": 2, "arguments": {}, "info": {}}'}, "'format' 1 .*a newer minidiff may read it"),
         ({"minidiff": '{"format": 1, "arguments": [], "info": {}}'}, "objects 'arguments' and 'info'"),
         ({"minidiff": '{"format": 1, "arguments": {"a": NaN}, "info": {}}'}, "NaN is not JSON"),
-        ({"minidiff": "[" * 100_000}, "metadata is damaged"),
+        ({"minidiff": "[" * 100_000}, "metadata is damaged: the chunk is nested too deep"),
+        ({"minidiff": '{"a": [' + "1," * 600_000 + "1]}"}, "has 1,200,0.. characters; expected at most"),
+        ({"minidiff": '{"format": 1, "arguments": {"eta": 1e999}, "info": {}}'}, "1e999 is too large"),
     ],
 )
 def test_metadata_that_cannot_be_read(chunks: dict[str, str], message: str, tmp_path: Path) -> None:
@@ -213,12 +221,11 @@ def test_files_that_are_no_png(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no such file: .*none.png"):
         read_parameters(tmp_path / "none.png")
     (tmp_path / "text.png").write_text("words")
-    Image.new("RGB", (8, 8)).save(tmp_path / "image.jpg")
     (tmp_path / "empty.png").write_bytes(b"")
-    for name in ("text.png", "image.jpg", "empty.png"):
-        with pytest.raises(ValueError, match=f"{name} is no PNG file"):
+    for name in ("text.png", "empty.png"):
+        with pytest.raises(ValueError, match=f"{name} is no PNG, JPEG or WebP file"):
             read_parameters(tmp_path / name)
-    with pytest.raises(ValueError, match=r"cannot read .* as PNG: .*directory"):
+    with pytest.raises(ValueError, match=r"cannot read .* as a picture: .*directory"):
         read_parameters(tmp_path)
 
 
@@ -226,7 +233,7 @@ def test_a_text_bomb_is_refused(tmp_path: Path) -> None:
     info = PngInfo()
     info.add_text("parameters", "x" * 50_000_000, zip=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "bomb.png", pnginfo=info)
-    with pytest.raises(ValueError, match=r"cannot read .*bomb.png as PNG: Decompressed data too large"):
+    with pytest.raises(ValueError, match=r"cannot read .*bomb.png as a picture: Decompressed data too large"):
         read_parameters(tmp_path / "bomb.png")
 
 
@@ -239,7 +246,7 @@ def test_files_that_pillow_refuses_in_its_own_ways(tmp_path: Path) -> None:
     odd = data[:-12] + chunk(b"zTXt", b"key\0\5text") + data[-12:]
     for name, content, message in [("huge", huge, "decompression bomb"), ("odd", odd, "Unknown compression method 5")]:
         (tmp_path / f"{name}.png").write_bytes(content)
-        with pytest.raises(ValueError, match=f"cannot read .*{name}.png as PNG: .*{message}"):
+        with pytest.raises(ValueError, match=f"cannot read .*{name}.png as a picture: .*{message}"):
             read_parameters(tmp_path / f"{name}.png")
 
 
@@ -257,6 +264,147 @@ def test_truncated_and_damaged_files_raise_only_value_errors(tmp_path: Path) -> 
             read_parameters(broken)
         except ValueError:
             continue
+
+
+# ---- other programs'
+
+
+def fooocus(**values: object) -> str:
+    return json.dumps({"prompt": "a cat", "steps": 30, **values})
+
+
+@pytest.mark.parametrize(
+    ("chunks", "program"),
+    [
+        ({"parameters": fooocus(full_negative_prompt=["(bad:1.4), (dull:1.3), (big:1.1)"])}, "Fooocus"),
+        ({"parameters": json.dumps({"Prompt": "a cat", "Performance": "Speed"})}, "Fooocus"),
+        ({"parameters": json.dumps({"sui_image_params": {"prompt": "a cat"}}, indent=2)}, "SwarmUI"),
+        ({"parameters": '{"any": "thing", "b: 1, c: 2": 3}'}, "another program"),
+        ({"parameters": "[1]"}, "another program"),
+        ({"invokeai_metadata": "{}"}, "InvokeAI"),
+        ({"Dream": '"a cat" -s 20', "sd-metadata": "{}"}, "InvokeAI"),
+        ({"Dream": '"a cat" -s 20'}, "InvokeAI"),
+        ({"Software": "NovelAI", "Description": "a cat", "Comment": "{}"}, "NovelAI"),
+        ({"prompt": "a cat", "use_stable_diffusion_model": "x"}, "Easy Diffusion"),
+    ],
+    ids=repr,
+)
+def test_other_programs_are_named(chunks: dict[str, str], program: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"image.png was written by {program}, in a form that minidiff does not read"):
+        read_metadata(png_with(tmp_path / "image.png", **chunks))
+
+
+A1111 = "a cat, 日本\nNegative prompt: bad\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x64"
+
+
+def comment(data: bytes) -> bytes:
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = data
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("ending", ["jpg", "webp", "png"])
+@pytest.mark.parametrize("encoding", ["utf-16-be", "utf-16-le", "utf-8"])
+def test_a1111s_text_is_read_from_exif(ending: str, encoding: str, tmp_path: Path) -> None:
+    kind = b"ASCII\0\0\0" if encoding == "utf-8" else b"UNICODE\0"
+    Image.new("RGB", (8, 8)).save(tmp_path / f"x.{ending}", exif=comment(kind + A1111.encode(encoding)))
+    arguments = read_parameters(tmp_path / f"x.{ending}")
+    assert (arguments["prompt"], arguments["negative_prompt"], arguments["seed"]) == ("a cat, 日本", "bad", 5)
+
+
+def test_pictures_without_parameters_in_exif(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg", exif=comment(b"ASCII\0\0\0Screenshot"))
+    with pytest.raises(ValueError, match="x.jpg holds no parameters .* it has no text"):
+        read_metadata(tmp_path / "x.jpg")
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0110] = 'prompt:{"3": {}}', 'workflow:{"nodes": []}'
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.webp", exif=exif)
+    with pytest.raises(ValueError, match="written by ComfyUI"):
+        read_metadata(tmp_path / "x.webp")
+
+
+@pytest.mark.parametrize("mark", ["stealth_pnginfo", "stealth_pngcomp", "stealth_rgbinfo", "stealth_rgbcomp"])
+def test_text_hidden_in_pixels_is_read(mark: str, tmp_path: Path) -> None:
+    """Written bit by bit, a pixel after the other, as the programs do."""
+
+    def hide(text: str) -> Path:
+        data = gzip.compress(text.encode()) if mark.endswith("comp") else text.encode()
+        bits = "".join(f"{byte:08b}" for byte in mark.encode()) + f"{len(data) * 8:032b}"
+        left = list(bits + "".join(f"{byte:08b}" for byte in data))
+        image = Image.new(
+            "RGBA" if "png" in mark else "RGB", (61, 43), (100, 100, 100, 254)[: 4 if "png" in mark else 3]
+        )
+        for x, y in itertools.product(range(61), range(43)):
+            pixel = list(image.getpixel((x, y)))  # type: ignore[arg-type]
+            for channel in [3] if "png" in mark else [0, 1, 2]:
+                if left:
+                    pixel[channel] = pixel[channel] & 254 | int(left.pop(0))
+            image.putpixel((x, y), tuple(pixel))
+        image.save(tmp_path / "hidden.png")
+        return tmp_path / "hidden.png"
+
+    assert read_parameters(hide(A1111))["prompt"] == "a cat, 日本"
+    with pytest.raises(ValueError, match="written by NovelAI"):
+        read_parameters(hide(json.dumps({"Software": "NovelAI", "Comment": "{}"})))
+
+
+def test_large_and_moving_pictures_are_refused_unread(tmp_path: Path) -> None:
+    Image.new("1", (8200, 8200)).save(tmp_path / "large.png")
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:])
+    for name, message in (("large", "1 frames of 8200x8200; expected one image"), ("moving", "2 frames of 8x8")):
+        with pytest.raises(ValueError, match=message):
+            read_metadata(tmp_path / f"{name}.png")
+
+
+# ---- whatever a file holds
+
+
+def read(data: bytes) -> None:
+    """Metadata, or a ValueError in one short line; and never an empty prompt where there was one."""
+    try:
+        found = read_metadata(io.BytesIO(data))  # type: ignore[arg-type]
+    except ValueError as error:
+        assert len(str(error)) < 1000
+    else:
+        assert isinstance(found.arguments, dict) and isinstance(found.info, dict)
+
+
+FUZZ = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+WORDS = ["Steps: 20", "Negative prompt:", "\n", "\r\n", ", Seed: 1", "Size: 8", "{", '"', "[", ":", "Sampler: x", "1e9"]
+pieces = st.lists(st.sampled_from(WORDS) | st.text(max_size=4), max_size=12).map("".join)
+
+
+@FUZZ
+@given(text=pieces, keyword=st.sampled_from(["parameters", "minidiff", "prompt", "Comment"]))
+def test_any_text_is_read_or_refused(text: str, keyword: str) -> None:
+    info = PngInfo()
+    info.add_itxt(keyword, text)
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(buffer, "PNG", pnginfo=info)
+    read(buffer.getvalue())
+    try:
+        arguments, _ = parse_infotext(text)
+    except ValueError:
+        return
+    before = text.replace("\r\n", "\n").rpartition("Steps:")[0].strip()
+    assert arguments["prompt"] or arguments["negative_prompt"] or before in ("", NEGATIVE) or "\n" in before
+
+
+@FUZZ
+@given(data=st.binary(max_size=64), at=st.integers(0, 300), kind=st.sampled_from(["PNG", "JPEG", "WEBP", "none"]))
+def test_any_bytes_are_read_or_refused(data: bytes, at: int, kind: str) -> None:
+    read(data if kind == "none" else FILES[kind][:at] + data + FILES[kind][at + len(data) :])
+
+
+def _file(kind: str) -> bytes:
+    buffer, info = io.BytesIO(), PngInfo()
+    info.add_text("parameters", A1111)
+    Image.new("RGB", (8, 8)).save(buffer, kind, exif=comment(b"UNICODE\0" + A1111.encode("utf-16-be")), pnginfo=info)
+    return buffer.getvalue()
+
+
+FILES = {kind: _file(kind) for kind in ("PNG", "JPEG", "WEBP")}
 
 
 # ---- plain values

@@ -18,7 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff.result import Images, Plain, Result, check_output_path, read_parameters, to_numpy, to_pil
+from minidiff.png.chunk import Plain
+from minidiff.png.read import read_parameters
+from minidiff.png.write import check_output_path
+from minidiff.result import Images, Result, to_numpy, to_pil
 
 ARGUMENTS: dict[str, Plain] = {"prompt": "a red circle", "steps": 20, "guidance_scale": 7.5, "seed": 42}
 
@@ -194,7 +197,7 @@ def test_other_formats_are_refused_before_anything_is_written(tmp_path: Path) ->
     assert files(tmp_path / "current") == []
     for good in ("image.png", "IMAGE.PNG", "folder", "folder.v2", "", Path("x")):
         check_output_path(good)
-    with pytest.raises(ValueError, match="path is 3, expected a str or a Path"):
+    with pytest.raises(ValueError, match="path is 3; expected a str or a Path"):
         check_output_path(3)  # type: ignore[arg-type]
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..result import Metadata
+    from ..png.read import Metadata
     from ..weights.inspect import Content, Description
 
 
 def info(args: argparse.Namespace) -> Iterator[str]:
     """What `minidiff info` prints."""
-    from ..result import OTHER_FORMATS, read_metadata
+    from ..png.read import read_metadata
+    from ..png.write import OTHER_FORMATS
 
     path = Path(args.source)
     if path.suffix.lower() in (".png", *OTHER_FORMATS) and not path.is_dir():

@@ -79,7 +79,7 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.layout[0]}: {error}" if of_file else error) from error
     _note_unquoted(args.prompt)
 
-    from ..result import check_output_path
+    from ..png.write import check_output_path
 
     check_output_path(args.out)
     from ..run import sample_steps

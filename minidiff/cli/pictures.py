@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..draw import boxes, heatmap
-from ..result import Result, slug, write_png
+from ..png.write import png_bytes, slug, write_png
+from ..result import Result
 
 
 def write_pictures(result: Result, written: Sequence[Path], layouts: Sequence[Mapping[Any, object]]) -> list[Path]:
@@ -28,7 +29,7 @@ def write_pictures(result: Result, written: Sequence[Path], layouts: Sequence[Ma
     for i, (path, layout) in enumerate(zip(written, layouts, strict=True)):
         for name, picture in _pictures(result, i, images[i], layout):
             try:
-                found.append(write_png(picture(), path.with_name(f"{path.stem}-{name}.png")))
+                found.append(write_png(png_bytes(picture()), path.with_name(f"{path.stem}-{name}.png")))
             except Exception as error:
                 warnings.warn(f"{path} is written, but not its picture {name}: {error}", stacklevel=2)
     return found

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checks import shown
+from ..png.read import read_metadata
 from ..request import BUNDLED, FIELDS, Request
-from ..result import read_metadata
 
 if TYPE_CHECKING:
     from ..model import Model
-    from ..result import Metadata
+    from ..png.read import Metadata
 
 _OF_THE_MODEL = ("vae", "tokenizer", "prediction_type", "variant", "revision", "dtype")
 _NEVER = ("output", "progress", "reduce")  # of the call, not of the picture

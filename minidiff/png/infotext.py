@@ -1,4 +1,4 @@
-"""A1111's text about an image, the PNG chunk `parameters` that most programs write and read, to and from our names.
+"""A1111's text about an image, which most programs write into the PNG chunk `parameters`, to and from our names.
 
     PROMPT, of any number of lines
     Negative prompt: NEGATIVE PROMPT, likewise
@@ -11,28 +11,35 @@ After modules/infotext_utils.py and create_infotext in modules/processing.py of 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
+from ..checks import number, shown, whole
+from ..vocabulary import a1111_sampler, read_sampler
+
 Value: TypeAlias = bool | int | float | str
 
-SAMPLERS = {  # our name -> A1111's
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "pndm": "PLMS",
-    "lms": "LMS",
-    "dpmpp_2m": "DPM++ 2M",
-}
 NEGATIVE = "Negative prompt:"
-# One `Key: value` of the last line. Unlike A1111's, a key starts only after a comma: linear time on a hostile line.
+# One `Key: value` of the settings. Unlike A1111's, a key starts only after a comma: linear time on a hostile line.
 PAIR = re.compile(r'(?:^|(?<=,))\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"(?=\s*(?:,|$))|[^,]*)')
+_LONGEST = 1_000_000  # characters of a text; A1111's hold a few thousand
+_NUMBERS: tuple[tuple[str, str, Callable[[str, object, float, float], float], float, float], ...] = (
+    ("Steps", "steps", whole, 1, 10_000),
+    ("CFG scale", "guidance_scale", number, -math.inf, math.inf),
+    ("Seed", "seed", whole, 0, 2**64 - 1),
+    ("width", "width", whole, 1, 65_536),
+    ("height", "height", whole, 1, 65_536),
+    ("Clip skip", "clip_skip", whole, 0, 100),
+    ("Eta DDIM", "eta", number, -math.inf, math.inf),
+)
+"""A1111's key, our name, and the range: beyond it, a file is damaged or means harm."""
 
 
 def to_infotext(arguments: Mapping[str, object], *, model_hash: object = None, version: object = None) -> str:
-    """generate()'s arguments in A1111's grammar; what it has no word for is left out, as is what is no string or
-    number.
+    """generate()'s arguments in A1111's grammar. Leaves out what A1111 has no word for, and values that are neither
+    numbers nor text.
 
     One thing does not come back from parse_infotext: a negative prompt with a line that starts with `Negative prompt:`.
     """
@@ -48,31 +55,48 @@ def to_infotext(arguments: Mapping[str, object], *, model_hash: object = None, v
 def parse_infotext(text: str) -> tuple[dict[str, Value], dict[str, str]]:
     """A1111's text -> (generate()'s arguments, the settings that have no name of ours as they stand).
 
-    Of several lines that start with `Negative prompt:` the last one divides (A1111 takes the first): a prompt may hold
-    one.
-    ValueError when the last line is no line of settings, or a setting that should be a number is none.
+    The settings are the last line that starts with `Steps:`; lines after them (sd-dynamic-prompts writes its template
+    there) come back as "Template". Of several lines that start with `Negative prompt:` the last one divides (A1111
+    takes the first), since a prompt may hold one. A text on a single line is divided at the same words.
+    ValueError for a text without settings, and for a setting that should be a number and is none.
     """
-    body, _, line = text.rstrip().rpartition("\n")
-    rest = {key.strip(): _unquote(value) for key, value in PAIR.findall(line)}
-    if len(rest) < (1 if line.lstrip().startswith("Steps:") else 3):  # three: A1111's own rule
-        raise ValueError(f"the last line should be like 'Steps: 20, Sampler: Euler a, Seed: 1', got {line[:80]!r}")
-    lines = body.split("\n")
-    divide = max((index for index, entry in enumerate(lines) if entry.startswith(NEGATIVE)), default=len(lines))
-    negative = "\n".join(lines[divide:]).removeprefix(NEGATIVE).removeprefix(" ")
-    arguments: dict[str, Value] = {"prompt": "\n".join(lines[:divide]), "negative_prompt": negative}
-    return arguments | _take_sampler(rest) | _take_numbers(rest) | _take(rest, "Model", "model", str), rest
+    if len(text) > _LONGEST:
+        raise ValueError(f"the text has {len(text):,} characters; expected at most {_LONGEST:,}")
+    lines = text.replace("\r\n", "\n").rstrip().split("\n")
+    if len(lines) == 1:
+        lines = _broken(lines[0])
+    at = max((index for index, line in enumerate(lines) if line.lstrip().startswith("Steps:")), default=None)
+    if at is None:
+        raise ValueError(f"it has no line such as 'Steps: 20, Sampler: Euler a, Seed: 1'; got {shown(text)}")
+    rest = {key.strip(): _unquote(value) for key, value in PAIR.findall(lines[at])}
+    if lines[at + 1 :]:
+        rest["Template"] = "\n".join(lines[at + 1 :]).removeprefix("Template: ")
+    body = lines[:at]
+    divide = max((index for index, line in enumerate(body) if line.startswith(NEGATIVE)), default=at)
+    negative = "\n".join(body[divide:]).removeprefix(NEGATIVE).removeprefix(" ")
+    arguments: dict[str, Value] = {"prompt": "\n".join(body[:divide]), "negative_prompt": negative}
+    model: dict[str, Value] = {"model": rest.pop("Model")} if "Model" in rest else {}
+    return arguments | _take_sampler(rest) | _take_numbers(rest) | model, rest
+
+
+def _broken(line: str) -> list[str]:
+    """A text whose line ends were lost, divided where the negative prompt and the settings begin."""
+    body, steps, settings = line.rpartition(" Steps: ")
+    if not steps or len(PAIR.findall(settings)) < 2:  # the words may be the prompt's
+        return [line]
+    prompt, negative, after = body.rpartition(f" {NEGATIVE}")
+    return [*([prompt, f"{NEGATIVE}{after}"] if negative else [body]), f"Steps: {settings}"]
 
 
 def _settings(arguments: Mapping[str, object]) -> dict[str, object]:
     get = arguments.get
     sampler, clip_skip, seed = get("sampler"), get("clip_skip"), get("seed")
-    if isinstance(sampler, Mapping):  # an object, as result.plain() writes it
+    if isinstance(sampler, Mapping):  # an object, as chunk.plain() writes it
         sampler = str(sampler.get("object")).rpartition(".")[2]
-    label = SAMPLERS.get(sampler, sampler) if isinstance(sampler, str) else None
     karras = get("karras") is True
     return {
         "Steps": get("steps"),
-        "Sampler": f"{label} Karras" if label and karras else label,
+        "Sampler": a1111_sampler(sampler, karras) if isinstance(sampler, str) and sampler else None,
         # A1111 1.9 and later take a DPM++ 2M that names no schedule for Karras.
         "Schedule type": "Uniform" if sampler == "dpmpp_2m" and not karras else None,
         "CFG scale": get("guidance_scale"),
@@ -89,7 +113,7 @@ def _settings(arguments: Mapping[str, object]) -> dict[str, object]:
 def _take_sampler(rest: dict[str, str]) -> dict[str, Value]:
     """Karras as the end of the sampler's name (before A1111 1.9, and ours) or as a schedule type.
 
-    Unknown samplers stay.
+    A sampler that we have not stays as it is spelt, for generate() to refuse by name.
     """
     if "Sampler" not in rest:
         return {}
@@ -97,31 +121,34 @@ def _take_sampler(rest: dict[str, str]) -> dict[str, Value]:
     schedule = rest.get("Schedule type", "Automatic").lower()
     if schedule in ("automatic", "uniform", "normal", "karras"):
         rest.pop("Schedule type", None)
-    base = label[: -len(" karras")] if label.lower().endswith(" karras") else label
-    names = {theirs.lower(): ours for ours, theirs in SAMPLERS.items()}
-    return {"sampler": names.get(base.lower(), base), "karras": base != label or schedule == "karras"}
+    try:
+        name, karras = read_sampler(label)
+    except ValueError:
+        return {"sampler": label} | ({"karras": True} if schedule == "karras" else {})
+    return {"sampler": name, "karras": bool(karras) or schedule == "karras"}
 
 
 def _take_numbers(rest: dict[str, str]) -> dict[str, Value]:
     if "Size" in rest:
         rest["width"], _, rest["height"] = rest.pop("Size").partition("x")
-    known = _take(rest, "Steps", "steps", int)
-    known |= _take(rest, "CFG scale", "guidance_scale", float)
-    known |= _take(rest, "Seed", "seed", int)
-    known |= _take(rest, "width", "width", int) | _take(rest, "height", "height", int)
-    known |= _take(rest, "Eta DDIM", "eta", float)
-    clip_skip = _take(rest, "Clip skip", "clip_skip", lambda text: max(int(text) - 1, 0))
-    return known | {name: value for name, value in clip_skip.items() if value}  # A1111's 1 is our None
+    known: dict[str, Value] = {}
+    for key, name, kind, least, most in _NUMBERS:
+        if key in rest:
+            known[name] = kind(repr(key), _number(rest.pop(key)), least, most)
+    clip_skip = int(known.pop("clip_skip", 1)) - 1
+    return known | ({"clip_skip": clip_skip} if clip_skip > 0 else {})  # A1111's 1 is our None
 
 
-def _take(rest: dict[str, str], key: str, name: str, kind: Callable[[str], Value]) -> dict[str, Value]:
-    if key not in rest:
-        return {}
-    text = rest.pop(key)
+def _number(text: str) -> float | str:
+    """A number where it is one. "20.0" is 20, as some programs write it."""
     try:
-        return {name: kind(text)}
+        return int(re.sub(r"\.0+$", "", text))
     except ValueError:
-        raise ValueError(f"{key!r} should be a {'' if kind is float else 'whole '}number, got {text[:80]!r}") from None
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _quote(value: object) -> str:

@@ -1,0 +1,159 @@
+"""What a picture file says about its making: our chunk, A1111's text, or the name of the program that wrote it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from .chunk import Plain, parse_chunk, reproducible
+from .infotext import parse_infotext
+from .stealth import hidden_text
+
+_PIXELS = 2**26  # 8192 x 8192: Pillow decodes a PNG to find the text behind its pixels
+_USER_COMMENT, _DESCRIPTION, _MAKE, _MODEL = 0x9286, 0x010E, 0x010F, 0x0110  # of EXIF
+# A text chunk's keyword -> the program that writes it, in an order in which the surest come first.
+_WRITERS = {
+    "invokeai_metadata": "InvokeAI",
+    "invokeai_graph": "InvokeAI",
+    "sd-metadata": "InvokeAI",
+    "Dream": "InvokeAI",
+    "fooocus_scheme": "Fooocus",
+    "use_stable_diffusion_model": "Easy Diffusion",
+    "workflow": "ComfyUI",
+    "prompt": "ComfyUI",
+}
+# A key of the JSON that stands where A1111's text would -> the program.
+_JSON_WRITERS = {
+    "sui_image_params": "SwarmUI",
+    "Performance": "Fooocus",
+    "performance": "Fooocus",
+    "base_model": "Fooocus",
+    "full_prompt": "Fooocus",
+    "full_negative_prompt": "Fooocus",
+    "class_type": "ComfyUI",
+}
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a picture says about its making. `source` is "minidiff" or "a1111".
+
+    `arguments` go to generate(**arguments). `info` is the rest: our versions and model, or an A1111 file's model_hash,
+    version and "other" (keys we have no name for). `reproducible`: the arguments alone make the image again, given the
+    same model, versions and dtype; False when one is only a fingerprint of a tensor or the name of an object, and for
+    A1111's files, whose programs differ in noise and in prompt syntax.
+    """
+
+    arguments: dict[str, Plain]
+    info: dict[str, Plain]
+    reproducible: bool
+    source: str
+
+
+def read_parameters(picture: str | Path) -> dict[str, Plain]:
+    """The arguments that made a picture, for generate(**arguments): read_metadata(picture).arguments, same errors."""
+    return read_metadata(picture).arguments
+
+
+def read_metadata(picture: str | Path) -> Metadata:
+    """From our chunk of a PNG, else from A1111's text: in a PNG, hidden in its pixels, or in EXIF, as JPEG and WebP
+    have it.
+
+    ValueError: no such file, no picture, damaged, no metadata, or metadata of another program, which is named.
+    """
+    texts = _texts(picture)
+    try:
+        if "minidiff" in texts:
+            arguments, info = parse_chunk(texts["minidiff"])
+            return Metadata(arguments, info, reproducible(arguments), source="minidiff")
+        program = _writer(texts)
+        if program is None and "parameters" in texts:
+            return _a1111(texts["parameters"])
+    except ValueError as error:
+        raise ValueError(f"{picture}: its metadata is damaged: {error}") from error
+    if program is not None:
+        open_in = "open the file in it" if program != "another program" else "minidiff does not know its names"
+        raise ValueError(f"{picture} was written by {program}, in a form that minidiff does not read; {open_in}")
+    found = f"text chunks {', '.join(sorted(texts))}, which are not ours" if texts else "no text chunk"
+    raise ValueError(
+        f"{picture} holds no parameters that minidiff can read: it has {found}; it was saved without metadata, lost "
+        "it on the way (many sites remove it), or is another program's"
+    )
+
+
+def _a1111(text: str) -> Metadata:
+    arguments, rest = parse_infotext(text)
+    names = {"Model hash": "model_hash", "Version": "version"}
+    info: dict[str, Plain] = {names[key]: value for key, value in rest.items() if key in names}
+    info["other"] = {key: value for key, value in rest.items() if key not in names}
+    return Metadata({**arguments}, info, reproducible=False, source="a1111")
+
+
+def _writer(texts: Mapping[str, str]) -> str | None:
+    """The program that wrote these texts, where it is known and is none that writes as A1111 does."""
+    if texts.get("Software", "").startswith("NovelAI"):
+        return "NovelAI"
+    text = texts.get("parameters", "").strip()
+    if text.startswith(("{", "[")):  # a prompt may, too
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError):
+            values = None
+        if values is not None:
+            keys = values if isinstance(values, dict) else {}
+            return next((name for key, name in _JSON_WRITERS.items() if key in keys), "another program")
+    if text:
+        return None
+    there = (key for key, name in _WRITERS.items() if name != "ComfyUI" or texts.get(key, "").lstrip().startswith("{"))
+    return next((_WRITERS[key] for key in there if key in texts), None)
+
+
+def _texts(picture: str | Path) -> dict[str, str]:
+    """The texts of a picture by their keyword; what stands in EXIF or in the pixels as `parameters`."""
+    try:
+        with Image.open(picture, formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.width * image.height > _PIXELS or getattr(image, "n_frames", 1) > 1:
+                raise ValueError(
+                    f"it has {getattr(image, 'n_frames', 1)} frames of {image.width}x{image.height}; expected one "
+                    f"image of at most {_PIXELS:,} pixels"
+                )
+            image.load()
+            found = {str(key): str(text) for key, text in getattr(image, "text", {}).items()}
+            if not found.keys() & {"minidiff", "parameters", *_WRITERS}:
+                found |= dict(_exif_texts(image))
+            if not found:
+                found |= hidden_text(image)
+            return found
+    except FileNotFoundError as error:
+        raise ValueError(f"no such file: {picture}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{picture} is no PNG, JPEG or WebP file") from error
+    except Exception as error:  # on damaged files, Pillow's readers raise whatever their code runs into
+        raise ValueError(f"cannot read {picture} as a picture: {error}") from error
+
+
+def _exif_texts(image: Image.Image) -> Iterator[tuple[str, str]]:
+    """A1111's text is the user comment; ComfyUI's savers write "workflow:{...}" into other fields."""
+    exif = image.getexif()
+    comment = exif.get_ifd(0x8769).get(_USER_COMMENT)
+    if isinstance(comment, bytes | str):
+        text = _decoded(comment) if isinstance(comment, bytes) else comment
+        if "Steps: " in text or text.strip().startswith("{"):  # and not "Screenshot"
+            yield "parameters", text
+    for tag in (_DESCRIPTION, _MAKE, _MODEL):
+        key, _, text = str(exif.get(tag, "")).partition(":")
+        if key.lower() in ("prompt", "workflow"):
+            yield key.lower(), text
+
+
+def _decoded(comment: bytes) -> str:
+    """An EXIF user comment: eight bytes name its encoding. UNICODE is UTF-16 of either order of bytes, as files go."""
+    kind, data = comment[:8], comment[8:]
+    if kind.startswith(b"UNICODE"):
+        little = data[1::2].count(0) > data[::2].count(0)
+        return data.decode("utf-16-le" if little else "utf-16-be", errors="replace").strip("\0\ufeff")
+    return data.decode("utf-8", errors="replace").strip("\0")
