@@ -16,12 +16,12 @@ from minidiff.networks.attention import (
     COLUMNS,
     HEAD_MEAN,
     Keep,
-    Site,
     attention,
     attention_probs,
     mask_name,
     recorded_attention,
 )
+from minidiff.networks.sites import Site
 from minidiff.speed.accelerate import prepare
 
 from .machine import print_header

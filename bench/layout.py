@@ -17,7 +17,7 @@ from torch import Tensor
 
 import minidiff
 from minidiff.draw import sheet
-from minidiff.networks.attention import Site
+from minidiff.networks.sites import Site
 from minidiff.result import to_pil
 from minidiff.shapes.measure import Measured, check, matched, measure, share_right
 from minidiff.shapes.world import HELD_OUT, SIZE, Thing

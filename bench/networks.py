@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minidiff.guidance.guide import Guidance, Guide, evaluate, evaluate_whole
 from minidiff.guidance.layout import Region, make_layout
-from minidiff.guidance.objectives import layout_loss
+from minidiff.guidance.objectives.layout import layout_loss
 from minidiff.networks.attention import HEAD_MEAN, Record
 from minidiff.networks.config import UNetConfig, VAEConfig
 from minidiff.networks.sites import choose, cross, level

@@ -13,15 +13,15 @@ from .guidance.layout import Layout as Layout
 from .guidance.objectives import (
     Objective as Objective,
     Settings as Settings,
-    attend_and_excite_loss as attend_and_excite_loss,
-    boxdiff_loss as boxdiff_loss,
-    extent_loss as extent_loss,
-    inside_loss as inside_loss,
-    layout_loss as layout_loss,
     objective as objective,
-    refocusing_loss as refocusing_loss,
-    rnb_loss as rnb_loss,
 )
+from .guidance.objectives.attend_and_excite import attend_and_excite_loss as attend_and_excite_loss
+from .guidance.objectives.boxdiff import boxdiff_loss as boxdiff_loss
+from .guidance.objectives.extent import extent_loss as extent_loss
+from .guidance.objectives.inside import inside_loss as inside_loss
+from .guidance.objectives.layout import layout_loss as layout_loss
+from .guidance.objectives.refocusing import refocusing_loss as refocusing_loss
+from .guidance.objectives.rnb import rnb_loss as rnb_loss
 from .model import (
     Model as Model,
     sites as sites,
@@ -32,10 +32,11 @@ from .networks.attention import (
     COLUMNS as COLUMNS,
     HEAD_MEAN as HEAD_MEAN,
     Edit as Edit,
+    Keep as Keep,
     Record as Record,
-    Site as Site,
 )
 from .networks.sites import (
+    Site as Site,
     at_most as at_most,
     block as block,
     cross as cross,

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import number, shown, tensor, warn, whole
-from .networks.attention import Grid, Site
-from .networks.sites import Where, choose
+from .networks.sites import Grid, Site, Where, choose
 from .networks.text import TextEncoder
 from .networks.unet import UNet
 from .networks.vae import VAE

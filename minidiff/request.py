@@ -309,6 +309,7 @@ class Request:
                 "images_per_prompt": 1,
                 "latents": row(self.latents, i),
                 "boxes": self.layouts[p],
+                "guidance": self.guidance if self.layouts[p] or self.guidance == "none" else None,
             }
         )
 

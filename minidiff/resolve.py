@@ -16,8 +16,7 @@ from .checks import warn
 from .guidance.guide import Guidance
 from .guidance.layout import Layout, Region, make_layout, read_regions
 from .model import Model
-from .networks.attention import Site
-from .networks.sites import Position
+from .networks.sites import Position, Site
 from .request import Request, listed
 from .sampling import Sampler, choose_sampler, sampler_fields
 

@@ -15,11 +15,11 @@ from .checks import warn
 from .guidance.guide import Guidance, Guide, evaluate, evaluate_whole
 from .guidance.layout import Layout, Region
 from .model import Model
-from .networks.attention import ALL, HEAD_MEAN, Edit, Inputs, Record, Site
-from .networks.sites import Position, choose, cross, level
-from .networks.unet import Maps
+from .networks.attention import HEAD_MEAN, Edit, Inputs, Record
+from .networks.sites import Position, Site, choose, cross, level
+from .networks.text import Phrases
 from .png.chunk import Plain, plain
-from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce
+from .recorded import LAST, MEAN, PER_STEP, Attention, Kept, Maps, Reduce
 from .request import Request, asked
 from .resolve import Texts, check_latents, plain_boxes, resolve
 from .result import Images, Result, to_numpy, to_pil
@@ -80,13 +80,14 @@ def sample_steps(request: Request) -> Run:
     edits = tuple(replace(edit, sites=choose(edit.sites, there)) for edit in request.edits)
     encoded = texts.encode(model, request.clip_skip, negative=scale > 1)
     regions = texts.regions(request, model)
-    guide, given = None, dict(request.inputs or {})
+    own = {name: value.to(model.device) for name, value in (request.inputs or {}).items()}
+    guide, given = None, own
     if any(regions):
         layout = texts.layout(model, regions, encoded.shape[1], there)
-        given = {**layout.inputs(), **given}
+        given = {**layout.inputs(), **own}
         if how is not None:
             bound = replace(how.of_run(schedule.steps), objective=how.objective.bound(there, how.sites))
-            guide = _guide(model, bound, encoded[-texts.images :], layout, regions, edits, request.inputs)
+            guide = _guide(model, bound, encoded[-texts.images :], layout, regions, edits, own)
     denoise = Denoise(model, encoded, scale, request.guidance_rescale, record, edits, given)
     used = {
         "seed": tuple(s if request.latents is None or sampler.stochastic else None for s in _seeds(request)),
@@ -127,7 +128,7 @@ class Run(Iterator[Step]):
         self._names = [[region.name for region in some] for some in regions]
         self._reduce = request.reduce if callable(request.reduce) else _REDUCTIONS[request.reduce]
         self._last: Step | None = None
-        self._kept: Maps | None = None
+        self._kept: Kept | None = None
 
     def __len__(self) -> int:
         """The number of steps, those already taken included."""
@@ -140,7 +141,7 @@ class Run(Iterator[Step]):
         self._timings["sampling"] = self._timings.get("sampling", 0.0) + time.perf_counter() - before
         looks = () if self._guide is None else tuple(self._guide.seen.get(found.index, ()))
         self._last = Step(
-            found.index, found.t, found.sigma, found.latents, found.denoised, found.maps, looks, self._model
+            found.index, found.t, found.sigma, found.latents, found.denoised, Maps(found.maps), looks, self._model
         )
         self._kept = self._reduce(self._kept, found.maps, found.index) if found.maps else None
         return self._last
@@ -176,19 +177,14 @@ class Run(Iterator[Step]):
             reports=reports,
         )
 
-    def _attention(self, maps: Maps) -> Attention:
-        texts, model = self._texts, self._model
-
-        def find(image: int, phrase: str) -> tuple[int, ...]:
-            if texts.prompts is None:
-                raise ValueError(f"there is no prompt to find {phrase!r} in; read the tokens of attention.maps")
-            return model.text.all_spans(texts.prompts[image // texts.repeats], phrase)
-
-        assert self._record is not None
-        keep = self._record.keep
-        on_cpu = {site: kept.detach().float().cpu() for site, kept in maps.items()}
-        heads = True if keep is ALL else False if keep is HEAD_MEAN else None
-        return Attention(on_cpu, texts.images, find, heads, self._reduce is PER_STEP)
+    def _attention(self, kept: Kept) -> Attention:
+        texts, record = self._texts, self._record
+        assert record is not None
+        maps = Maps({site: found.detach().float().cpu() for site, found in kept.items()})
+        asked = texts.negatives if record.rows == "uncond" else texts.prompts
+        prompts = None if asked is None else tuple(text for text in asked for _ in range(texts.repeats))
+        text = Phrases(self._model.text.tokenizer, self._model.text.length)
+        return Attention(maps, record.kinds(), texts.images, text, prompts, self._reduce is PER_STEP)
 
 
 class Denoise:
@@ -214,11 +210,14 @@ class Denoise:
         self.record, self.edits, self.inputs = record, edits, inputs
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor, index: int) -> tuple[Tensor, Maps]:
+    def __call__(self, x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, Kept]:
         """Predict from variance-preserving x in step `index`; float32 whatever the networks compute in."""
         halves = x if self.scale == 1 else torch.cat([x, x])
-        edit = next((one for one in self.edits if one.steps is None or index < one.steps), None)
-        output, maps = self.model.unet(halves.to(self.model.dtype), t, self.context, self.record, edit, self.inputs)
+        edits = tuple(edit for edit in self.edits if edit.acts_in(index))
+        inputs = self.inputs
+        if self.record is not None or edits:
+            inputs = {"t": t, "sigma": torch.full_like(t, sigma), **(inputs or {})}
+        output, maps = self.model.unet(halves.to(self.model.dtype), t, self.context, self.record, edits, inputs)
         assert output is not None  # no stop
         if self.scale == 1:
             return output.float(), maps
@@ -267,7 +266,7 @@ def _seeds(request: Request) -> tuple[int, ...]:
 def _record(request: Request, there: Mapping[Site, Position]) -> Record | None:
     """What to record, its sites chosen among those there are."""
     record = ATTENTION if request.attention is True else request.attention or None
-    return None if record is None else replace(record, sites=choose(record.sites, there))
+    return None if record is None else record.chosen(lambda where: choose(where, there))
 
 
 def _recorded(model: Model, record: Record | None, there: Mapping[Site, Position]) -> bool | Record | None:
@@ -292,7 +291,7 @@ def _guide(
     names = [[region.name for region in some] for some in regions]
     compiled = is_compiled(model.unet)
     look = compile_whole(evaluate_whole, model.unet) if compiled else evaluate
-    return Guide(how, model.unet.forward, context, layout, names, edits[0] if edits else None, inputs, compiled, look)
+    return Guide(how, model.unet.forward, context, layout, names, edits, inputs, compiled, look)
 
 
 def _with_progress(run: Run) -> Iterator[Step]:

@@ -27,9 +27,11 @@ from torch import Tensor
 import minidiff
 from minidiff.guidance.guide import Evaluation, Guidance, Guide
 from minidiff.guidance.layout import Box, Layout, Region, make_layout
-from minidiff.guidance.objectives import Objective, layout_loss
+from minidiff.guidance.objectives import Objective
+from minidiff.guidance.objectives.layout import layout_loss
 from minidiff.model import Model
-from minidiff.networks.attention import BOX_MASS, Grid, Inputs, Site
+from minidiff.networks.attention import BOX_MASS, Inputs
+from minidiff.networks.sites import Grid, Site
 from minidiff.run import Denoise
 from minidiff.sampling import LMS, Euler, Sampler, sample
 
@@ -144,7 +146,7 @@ class Sticky(Guide):
             if any(loss <= threshold for loss in losses(self)):
                 break
             gradient, found = self.evaluate(
-                self.forward, self.guidance.objective, self.record, None, x, t, self.context, self.layout, {}
+                x, self.forward, self.guidance.objective, self.record, (), t, self.context, self.layout, {}
             )
             self.seen.setdefault(index, []).append(Evaluation(*found, moved=torch.ones(1, dtype=torch.bool)))
             x = x - scale * (1 - abar) * gradient

@@ -1,6 +1,7 @@
 """Recording and editing attention: nothing changes unless asked, and what comes out is what a slow formula gives."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import minidiff
 from minidiff.networks.attention import (
     ALL,
     AT_ONCE,
@@ -20,13 +22,13 @@ from minidiff.networks.attention import (
     Inputs,
     Keep,
     Record,
-    Site,
     attention,
     attention_probs,
     mask_name,
     recorded_attention,
 )
 from minidiff.networks.config import UNetConfig
+from minidiff.networks.sites import Site
 from minidiff.networks.unet import UNet
 
 CONFIG = UNetConfig(
@@ -129,9 +131,9 @@ def test_a_large_site_goes_by_rows_of_its_grid(
     masks = {mask_name(grid): torch.rand(2, 3, *grid) for grid in GRIDS.values()}
     inputs = {"token_weights": torch.rand(2, 3, 7), "bias": torch.randn(1, 1, 1, 1, 7), **masks}
     edit = Edit(sites, bias=add_bias)
-    eps, maps = unet(*batch, Record(sites, keep), edit, inputs)
+    eps, maps = unet(*batch, Record(sites, keep), [edit], inputs)
     monkeypatch.setattr("minidiff.networks.attention.AT_ONCE", at_once)
-    found, by_rows = unet(*batch, Record(sites, keep), edit, inputs)
+    found, by_rows = unet(*batch, Record(sites, keep), [edit], inputs)
     torch.testing.assert_close(found, eps)
     for site in sites:
         torch.testing.assert_close(by_rows[site], maps[site])
@@ -183,8 +185,8 @@ def test_bias_and_probability_edits_equal_a_slow_formula(unet: UNet, batch: tupl
     inputs = {"bias": bias}
     record = Record(sites, ALL)
     _, plain = unet(*batch, record)
-    _, biased = unet(*batch, record, Edit(sites, bias=add_bias), inputs)
-    _, both = unet(*batch, record, Edit(sites, bias=add_bias, probs=double_first), inputs)
+    _, biased = unet(*batch, record, [Edit(sites, bias=add_bias)], inputs)
+    _, both = unet(*batch, record, [Edit(sites, bias=add_bias, probs=double_first)], inputs)
     (site,) = sites
     weights = plain[site] * bias.exp()
     expected = weights / weights.sum(-1, keepdim=True)
@@ -192,12 +194,113 @@ def test_bias_and_probability_edits_equal_a_slow_formula(unet: UNet, batch: tupl
     torch.testing.assert_close(both[site], double_first(site, expected, inputs))
 
 
+def halve(site: Site, logits: Tensor, inputs: Inputs) -> Tensor:
+    return logits / 2
+
+
+def twice(site: Site, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Every token a second time, with twice the value."""
+    return torch.cat([k, k], dim=2), torch.cat([v, 2 * v], dim=2)
+
+
+def test_edits_of_a_site_act_in_order(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
+    (site,) = sites = by_name(unet, "mid.0.0.cross")
+    bias = torch.randn(2, 1, 3, 5, 7)
+    record, inputs = Record(sites, ALL), {"bias": bias}
+    plain = unet(*batch, record)[1][site].log()  # the logits but for a constant a pixel
+    edits = [Edit(sites, logits=halve), Edit(sites, bias=add_bias), Edit(sites, probs=double_first)]
+    found = unet(*batch, record, edits, inputs)[1][site]
+    torch.testing.assert_close(found, double_first(site, ((plain + bias) / 2).softmax(-1), inputs))
+    two = [Edit(sites, bias=add_bias), Edit(sites, bias=add_bias)]
+    torch.testing.assert_close(unet(*batch, record, two, inputs)[1][site], (plain + 2 * bias).softmax(-1))
+
+
+def test_keys_and_values_stay_on_the_fused_kernel(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
+    """Every token twice, the second with twice the value: the output is one and a half times as large."""
+    site = next(site for site in unet.sites if site.name == "mid.0.0.cross")
+    attn = unet.get_submodule(site.key)
+    seen: list[Tensor] = []
+    handle = attn.to_out[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    unet(*batch)
+    unet(*batch, edits=[Edit(frozenset([site]), kv=twice)])
+    handle.remove()
+    torch.testing.assert_close(seen[1][2:], 1.5 * seen[0][2:])
+    assert torch.equal(seen[1][:2], seen[0][:2])
+
+
+def test_records_unite_and_each_site_is_recorded_once(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
+    shared, mine, yours = (by_name(unet, name) for name in ("mid.0.0.cross", "up.1.0.cross", "down.0.0.self"))
+    inputs = {"token_weights": torch.rand(2, 3, 7)}
+    one, two = Record(shared | mine, HEAD_MEAN), Record(shared | yours, COLUMNS)
+    kinds = (one | two).kinds()
+    expected = dict.fromkeys(shared, ALL) | dict.fromkeys(mine, HEAD_MEAN) | dict.fromkeys(yours, COLUMNS)
+    assert kinds == expected == (two | one).kinds()
+    assert (one | one).kinds() == one.kinds()
+    _, maps = unet(*batch, Record(shared | mine, ALL), (), inputs)
+    _, both = unet(*batch, one | Record(shared, COLUMNS), (), inputs)
+    (site,) = mine
+    torch.testing.assert_close(both[site], maps[site].mean(dim=1))
+    (site,) = shared
+    torch.testing.assert_close(both[site], maps[site])
+    with pytest.raises(ValueError, match="rows and stop are 'cond', False in one record and 'all', False in the other"):
+        one | replace(two, rows="all")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Record("nowhere"), "site is 'nowhere'; expected a name such as"),
+        (lambda: Record(None), "sites is None; expected a choice"),
+        (lambda: Record([]), r"sites is \[\]; expected a choice"),
+        (lambda: Record({"a": 1}), "sites is"),
+        (lambda: Record(minidiff.cross, 3), "keep is 3; expected one such as minidiff.HEAD_MEAN, or a function"),
+        (lambda: Record(minidiff.cross, rows="both"), "rows is 'both'; expected one of cond, uncond, all"),
+        (lambda: Record(minidiff.cross, stop=1), "stop is 1"),
+        (lambda: Edit(minidiff.cross), "none of bias, logits, probs and kv"),
+        (lambda: Edit(minidiff.cross, bias=2.0), "bias is 2.0; expected a function"),
+        (lambda: Edit(minidiff.cross, bias=add_bias, steps=-1), "steps is -1"),
+        (lambda: Edit(minidiff.cross, bias=add_bias, steps=(1, 2, 3)), "steps is "),
+    ],
+)
+def test_records_and_edits_check_themselves(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def nothing(*given: object) -> None:
+    return None
+
+
+def flat(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
+    return probs.flatten(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("hooks", "message"),
+    [
+        ({"bias": nothing}, "nothing returned None; expected a tensor broadcastable to"),
+        ({"probs": flat}, r"flat returned a Tensor of shape .*; expected a tensor of shape \[2, 4, 3, 5, 7\]"),
+        ({"logits": nothing}, "nothing returned None"),
+        ({"keep": nothing}, "nothing returned None; expected a tensor"),
+    ],
+)
+def test_what_a_callers_function_returns_is_checked(
+    unet: UNet, batch: tuple[Tensor, float, Tensor], hooks: dict, message: str
+) -> None:
+    sites = by_name(unet, "mid.0.0.cross")
+    with pytest.raises(ValueError, match=message):
+        if "keep" in hooks:
+            unet(*batch, Record(sites, hooks["keep"]))
+        else:
+            unet(*batch, edits=[Edit(sites, **hooks)])
+
+
 def test_a_bias_is_the_same_fused_and_explicit(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
     sites = by_name(unet, "mid.0.0.cross", "down.0.0.cross")
     inputs = {"bias": torch.tensor([0.0, 3.0, -3.0, 0.0, 1.0, 0.0, 0.0])[None, None, None, None]}
     edit = Edit(sites, bias=add_bias)
-    fused, _ = unet(*batch, edit=edit, inputs=inputs)
-    explicit, _ = unet(*batch, Record(sites, ALL), edit, inputs)
+    fused, _ = unet(*batch, edits=[edit], inputs=inputs)
+    explicit, _ = unet(*batch, Record(sites, ALL), [edit], inputs)
     assert relative_error(explicit, fused) <= 1e-5
     assert relative_error(fused, unet(*batch)[0]) > 1e-3
 
@@ -205,14 +308,14 @@ def test_a_bias_is_the_same_fused_and_explicit(unet: UNet, batch: tuple[Tensor, 
 def test_edits_keep_to_their_half_and_sites(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
     edit = Edit(by_name(unet, "up.1.1.cross"), probs=double_first)
     plain, _ = unet(*batch)
-    eps, _ = unet(*batch, edit=edit)
+    eps, _ = unet(*batch, edits=[edit])
     assert relative_error(eps[:2], plain[:2]) <= 1e-5
     assert relative_error(eps[2:], plain[2:]) > 1e-3
-    uncond, _ = unet(*batch, edit=replace(edit, rows="uncond"))
+    uncond, _ = unet(*batch, edits=[replace(edit, rows="uncond")])
     assert relative_error(uncond[2:], plain[2:]) <= 1e-5
     assert relative_error(uncond[:2], plain[:2]) > 1e-3
     # record of one half and edit of the other
-    _, maps = unet(*batch, Record(edit.sites, ALL, rows="uncond"), edit)
+    _, maps = unet(*batch, Record(edit.sites, ALL, rows="uncond"), [edit])
     _, expected = unet(*batch, Record(edit.sites, ALL, rows="uncond"))
     for site in edit.sites:
         torch.testing.assert_close(maps[site], expected[site])
@@ -224,8 +327,8 @@ def test_wrong_hooks_are_named(unet: UNet, batch: tuple[Tensor, float, Tensor]) 
         ValueError, match=r"record.sites holds \['down.7.0.cross'\]; expected some of \['down.0.0.self'"
     ):
         unet(*batch, Record(strange))
-    with pytest.raises(ValueError, match="edit.sites holds no sites"):
-        unet(*batch, edit=Edit(frozenset()))
+    with pytest.raises(ValueError, match=r"edit.sites holds \['down.7.0.cross'\]"):
+        unet(*batch, edits=[Edit(strange, bias=add_bias)])
     x, t, context = batch
     with pytest.raises(ValueError, match=r"one half of the batch got 3 rows; .* Use rows=\"all\""):
         unet(x[:3], t, context[:3], Record(frozenset(unet.sites)))
@@ -238,17 +341,18 @@ def test_compiles_to_one_graph_for_each_kind_of_record(unet: UNet, batch: tuple[
     x, _, context = batch
     sites = by_name(unet, "mid.0.0.cross", "up.1.0.cross")
     kinds = (
-        (None, None),
-        (Record(sites, COLUMNS), None),
-        (Record(sites, COLUMNS, stop=True), None),
-        (Record(sites, ALL), Edit(sites, bias=add_bias)),
+        (None, ()),
+        (Record(sites, COLUMNS), ()),
+        (Record(sites, COLUMNS, stop=True), ()),
+        (Record(sites, ALL) | Record(by_name(unet, "down.0.0.self"), HEAD_MEAN), (Edit(sites, bias=add_bias),)),
+        (None, (Edit(sites, logits=halve), Edit(sites, kv=twice))),
     )
     for index in range(5):
         t = torch.tensor(900.0 - index)
         inputs = {"token_weights": torch.rand(2, 3, 7), "bias": torch.rand(1, 1, 1, 1, 7)}
-        for record, edit in kinds:
-            eps, maps = compiled(x, t, context, record, edit, inputs)
-            expected, expected_maps = unet(x, t, context, record, edit, inputs)
+        for record, edits in kinds:
+            eps, maps = compiled(x, t, context, record, edits, inputs)
+            expected, expected_maps = unet(x, t, context, record, edits, inputs)
             if expected is None:
                 assert eps is None
             else:

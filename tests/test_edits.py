@@ -11,7 +11,8 @@ from torch import Tensor
 import minidiff
 from minidiff.guidance.layout import Layout, Region, make_layout
 from minidiff.model import Model
-from minidiff.networks.attention import Edit, Record, Site, hooked_attention
+from minidiff.networks.attention import Edit, Record, hooked_attention
+from minidiff.networks.sites import Site
 
 SITE = Site("mid", 0, 0, "cross")
 LENGTH = 7
@@ -214,7 +215,7 @@ def test_edited_attention_is_what_the_sites_compute_with(name: str) -> None:
     layout = layout_on(4, 6)
     q, k, v = torch.randn(3, 2, 24, 8), torch.randn(3, 2, LENGTH, 8), torch.randn(3, 2, LENGTH, 8)
     edit = replace(EDITS[name], sites=frozenset([SITE]), rows="all")
-    found, _ = hooked_attention(SITE, q, k, v, (4, 6), None, edit, layout.inputs())
+    found, _ = hooked_attention(SITE, q, k, v, (4, 6), None, "cond", [edit], layout.inputs())
     logits = q @ k.mT / 8**0.5
     if name == "regional":
         logits = logits + edit.bias(SITE, (4, 6), layout.inputs()).flatten(2, 3)
@@ -253,9 +254,9 @@ def test_an_edit_is_for_the_first_steps_it_names(tiny_model: Model, name: str, s
 def test_a_batch_of_edits_equals_single_ones(tiny_model: Model, name: str) -> None:
     prompts = [PROMPT, "two dogs", "a house", "a bird in a tree"]
     layouts = [BOXES, {"dogs": (0, 0.3, 1, 1)}, None, {"bird": (0.5, 0, 1, 0.4), "tree": (0, 0.1, 0.6, 1)}]
-    shared = {"model": tiny_model, "steps": 3, "guidance": "none", "output": "latents", "edit": EDITS[name]}
+    shared = {"model": tiny_model, "steps": 3, "guidance": "none", "output": "latents", "edits": EDITS[name]}
     batch = minidiff.generate(prompts, boxes=layouts, seed=1, **shared)
-    plain = minidiff.generate(prompts, seed=1, **{**shared, "edit": None})
+    plain = minidiff.generate(prompts, seed=1, **{**shared, "edits": ()})
     for i in range(4):
         if layouts[i] is None:
             assert relative_error(batch.latents[i], plain.latents[i]) <= 1e-4

@@ -15,9 +15,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import minidiff
 from minidiff.guidance.guide import Guidance, Guide, evaluate, evaluate_whole
 from minidiff.guidance.layout import Layout, Region, make_layout
-from minidiff.guidance.objectives import OBJECTIVES, Maps
+from minidiff.guidance.objectives import OBJECTIVES
+from minidiff.guidance.objectives._objective import Maps
 from minidiff.model import Model
-from minidiff.networks.attention import Edit, Inputs, Record, Site
+from minidiff.networks.attention import Inputs, Record
+from minidiff.networks.sites import Site
 
 SITE = Site("mid", 0, 0, "cross")
 SAMPLERS = ("ddim", "pndm", "euler", "euler_ancestral", "lms", "dpmpp_2m")
@@ -68,22 +70,22 @@ def test_guidance_knows_whether_it_can_act(options: dict, acts: bool) -> None:
     [
         ({"objective": "layout"}, "objective is 'layout'; expected one such as minidiff.layout_loss"),
         ({"objective": lambda maps, layout: 0}, "or your own function under @minidiff.objective"),
-        ({"scale": -1}, "scale is -1; expected a number of at least 0, or a tuple with one per step"),
+        ({"scale": -1}, "scale is -1; expected a number of at least 0"),
         ({"scale": math.inf}, "scale is inf"),
         ({"scale": math.nan}, "scale is nan"),
         ({"scale": True}, "scale is True"),
         ({"scale": "30"}, "scale is '30'"),
-        ({"scale": (1.0, -1.0), "steps": 2}, r"scale is \(1.0, -1.0\)"),
+        ({"scale": (1.0, -1.0), "steps": 2}, r"scale is -1.0"),
         ({"scale": (1.0, 2.0), "steps": 3}, "scale holds 2 values for 3 guided steps; expected one for each"),
         ({"threshold": -0.1}, "threshold is -0.1"),
         ({"threshold": ()}, "threshold holds 0 values for 10 guided steps"),
-        ({"iterations": 2.0}, "iterations is 2.0; expected a whole number of at least 0"),
+        ({"iterations": 2.0}, "iterations is 2.0; expected a whole number from 0 to 1000"),
         ({"iterations": True}, "iterations is True"),
         ({"iterations": (1, 2)}, "iterations holds 2 values for 10 guided steps"),
         ({"steps": -1}, "steps is -1; expected how many of the first steps are guided"),
         ({"steps": 2.0}, "steps is 2.0"),
         ({"steps": True}, "steps is True"),
-        ({"step_rule": "sigma"}, "step_rule is 'sigma'; expected \"variance\""),
+        ({"step_rule": "sigma"}, "step_rule is 'sigma'; expected one of variance"),
     ],
 )
 def test_bad_guidance_is_named(options: dict, message: str) -> None:
@@ -110,10 +112,10 @@ def test_guidance_reads_names_objectives_and_mappings() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("lay-out", "objective is 'lay-out'; expected one of .*layout, attend_and_excite, boxdiff, refocusing, rnb"),
-        ({"objective": {"layout": 1, "box": 2}}, "objective is 'box'"),
+        ("lay-out", "guidance is 'lay-out'; expected one of attend_and_excite, .* Did you mean 'layout'"),
+        ({"objective": {"layout": 1, "box": 2}}, "guidance is 'box'"),
         ({"objective": {}}, "guidance has an empty objective"),
-        ({"objective": ["layout"]}, r"objective is [\[(]'layout'.*; expected one of .*layout"),
+        ({"objective": ["layout"]}, r"guidance is [\[(]'layout'.*; expected one of .*layout"),
         ({"objective": {"layout": "2"}}, "'2'"),
         (
             {"strength": 3},
@@ -157,7 +159,7 @@ def test_what_plain_values_cannot_say_stays_as_it_is() -> None:
 
 
 def toy(
-    x: Tensor, t: Tensor, context: Tensor, record: Record | None, edit: Edit | None, inputs: Inputs | None
+    x: Tensor, t: Tensor, context: Tensor, record: Record | None, edits: object, inputs: Inputs | None
 ) -> tuple[None, Maps]:
     """The latents' four channels are the logits of four tokens, at one site with one head."""
     assert record is not None
@@ -333,7 +335,7 @@ def test_a_look_does_not_ask_how_the_latents_came_about(tiny_model: Model, way: 
     """Or a compiled objective would be compiled with the gradient of its gradient."""
     guide, x = prepared(tiny_model, Guidance())
     guide.evaluate = way
-    gradient, found = guide.look(x.requires_grad_(), torch.tensor(600.0), torch.arange(2), 0)
+    gradient, found = guide.look(x.requires_grad_(), torch.tensor(600.0), 0.4, torch.arange(2), 0)
     assert not any(value.requires_grad for value in (gradient, *found))
 
 
@@ -344,8 +346,8 @@ def test_one_move_equals_the_rule_by_hand(tiny_model: Model, name: str, rule: st
     guide, x = prepared(tiny_model, guidance)
     found = guide.refine(x, torch.tensor(600.0), 0.36, 0)
     leaf = x.clone().requires_grad_()
-    record = Record(guide.guidance.objective.sites, guide.guidance.objective.keep, rows="all")
-    _, maps = tiny_model.unet(leaf, torch.tensor(600.0), guide.context, record, None, guide.layout.inputs())
+    record = replace(guide.record, stop=False)
+    _, maps = tiny_model.unet(leaf, torch.tensor(600.0), guide.context, record, (), guide.layout.inputs())
     losses = guide.guidance.objective(maps, guide.layout)
     expected = x.clone()
     for i in range(2):
@@ -434,13 +436,15 @@ LAYOUTS: list[dict | None] = [
 def test_a_batch_of_eight_equals_eight_single_runs(tiny_model: Model) -> None:
     guidance = Guidance(scale=2000.0, threshold=0.42, iterations=5, steps=3)
     shared = {"model": tiny_model, "steps": 4, "sampler": "ddim", "guidance": guidance}
-    *_, last = steps = list(minidiff.sample_steps(PROMPTS, seed=1, boxes=LAYOUTS, **shared))
+    run = minidiff.sample_steps(PROMPTS, seed=1, boxes=LAYOUTS, output="latents", **shared)
+    steps = list(run)
     looks = torch.stack([look.loss for step in steps for look in step.report])
     # a loss at the threshold itself would be decided by rounding
     assert (looks - 0.42).abs()[~looks.isnan()].min() > 1e-4
-    batch = last.result("latents")
+    batch = run.result()
     for i in range(8):
-        alone = minidiff.generate(PROMPTS[i], seed=1 + i, boxes=LAYOUTS[i], output="latents", **shared)
+        own = shared if LAYOUTS[i] else {**shared, "guidance": None}
+        alone = minidiff.generate(PROMPTS[i], seed=1 + i, boxes=LAYOUTS[i], output="latents", **own)
         assert relative_error(batch.latents[i], alone.latents[0]) <= 1e-4
         report = batch.reports[i]
         if LAYOUTS[i] is None:
@@ -489,10 +493,6 @@ def test_images_of_a_prompt_share_its_boxes(tiny_model: Model) -> None:
         {"boxes": CAT, "guidance": Guidance(steps=0)},
         {"boxes": CAT, "guidance": Guidance(scale=0)},
         {"boxes": CAT, "guidance": Guidance(threshold=10.0)},
-        {"boxes": None, "guidance": "rnb"},
-        {"boxes": {}, "guidance": STRONG},
-        {"boxes": [None], "guidance": STRONG},
-        {"boxes": [{}], "guidance": STRONG},
     ],
     ids=[
         "none",
@@ -500,10 +500,6 @@ def test_images_of_a_prompt_share_its_boxes(tiny_model: Model) -> None:
         "no steps",
         "no scale",
         "high threshold",
-        "no boxes",
-        "empty",
-        "a list of none",
-        "a list of empty",
     ],
 )
 @pytest.mark.parametrize("sampler", ["pndm", "euler_ancestral"])
@@ -553,10 +549,10 @@ def test_one_rule_moves_what_the_network_sees_with_every_sampler(tiny_model: Mod
     find = tiny_model.text.all_spans("a cat", "cat")
     layout = make_layout([[Region("cat", find, (CAT["cat"],))]], [2], 77, list(guide.layout.masks))
     objective = guide.guidance.objective
-    record = Record(objective.sites, objective.keep, rows="all")
+    record = replace(objective.record, stop=False)
     leaf = x.clone().requires_grad_()
     context = tiny_model.text.encode(["a cat"])
-    (loss,) = objective(tiny_model.unet(leaf, t, context, record, None, layout.inputs())[1], layout)
+    (loss,) = objective(tiny_model.unet(leaf, t, context, record, (), layout.inputs())[1], layout)
     (gradient,) = torch.autograd.grad(loss, leaf)
     expected = -500.0 * (1 - 1 / (1 + step.sigma**2)) * gradient
     assert relative_error(moved - x, expected) <= 1e-3
@@ -701,8 +697,9 @@ def test_reports_say_what_was_done(tiny_model: Model) -> None:
     boxes = [{"cat": (0, 0, 0.5, 1), "ball": (0.5, 0.4, 1, 0.9)}, None, {"dogs": (0.2, 0.2, 0.7, 0.9)}]
     prompts = ["a cat and a ball", "a house", "two dogs"]
     guidance = Guidance(scale=1000.0, threshold=0.0, iterations=(3, 1, 2), steps=3)
-    *steps, last = minidiff.sample_steps(prompts, boxes=boxes, guidance=guidance, steps=5, **shared)
-    first, none, third = last.result("latents").reports
+    run = minidiff.sample_steps(prompts, boxes=boxes, guidance=guidance, steps=5, output="latents", **shared)
+    *steps, last = run
+    first, none, third = run.result().reports
     assert first.names == ("cat", "ball")
     assert first.steps == third.steps == (0, 1, 2)
     assert first.iterations == third.iterations == (3, 1, 2)
@@ -789,9 +786,9 @@ def test_bad_boxes_and_guidance_are_named_before_the_network_runs(tiny_model: Mo
     for options, message in (
         ({"boxes": {"dog": (0, 0, 1, 1)}}, "phrase 'dog' is not in the prompt 'a cat'.* The prompt's words: a, cat"),
         ({"boxes": [CAT, CAT]}, "boxes holds 2 layouts for 1 prompts; expected one for all, or one for each"),
-        ({"boxes": CAT, "guidance": "best"}, "objective is 'best'; expected one of .*layout"),
+        ({"boxes": CAT, "guidance": "best"}, "guidance is 'best'; expected one of .*layout"),
         ({"boxes": CAT, "guidance": {"scale": -1}}, "scale is -1"),
-        ({"guidance": "best"}, "objective is 'best'"),  # without boxes too
+        ({"guidance": "best"}, "guidance is 'best'"),  # without boxes too
     ):
         with pytest.raises(ValueError, match=message):
             minidiff.generate("a cat", model=tiny_model, steps=2, **options)
@@ -841,13 +838,11 @@ def test_a_compiled_run_is_one_graph_for_steps_and_one_for_guidance(
         strict=True,
     ):
         shared = {"steps": 20, "sampler": "ddim", "seed": 1, "boxes": boxes, "guidance": guidance}
-        steps = []
-        for step in minidiff.sample_steps(prompts, model=compiled, **shared):
-            steps.append(step)
-            graphs.append(counter.frame_count)
-        *_, expected = minidiff.sample_steps(prompts, model=tiny_model, **shared)
-        assert relative_error(steps[-1].latents, expected.latents) <= 1e-4
-        found, eager = (last.result("latents").reports for last in (steps[-1], expected))
+        run = minidiff.sample_steps(prompts, model=compiled, output="latents", **shared)
+        graphs += [counter.frame_count for _ in run]
+        expected = minidiff.generate(prompts, model=tiny_model, output="latents", **shared)
+        assert relative_error(run.result().latents, expected.latents) <= 1e-4
+        found, eager = run.result().reports, expected.reports
         assert [report.iterations for report in found] == [report.iterations for report in eager]
         assert len({report.iterations for report in found}) == 2  # the images stop at different looks
     assert graphs == [2] * 40

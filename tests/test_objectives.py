@@ -1,6 +1,7 @@
 """Objectives equal slow loops over their papers' formulas, and their gradients equal finite differences."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -13,9 +14,12 @@ from torch import Tensor
 import minidiff
 from minidiff.guidance.guide import evaluate
 from minidiff.guidance.layout import Layout, Region, make_layout
-from minidiff.guidance.objectives import OBJECTIVES, SPREAD, Maps, Objective, mass_inside
-from minidiff.networks.attention import ALL, BOX_MASS, COLUMNS, HEAD_MEAN, Inputs, Record, Site, mask_name
+from minidiff.guidance.objectives import OBJECTIVES, Objective
+from minidiff.guidance.objectives._objective import Maps
+from minidiff.guidance.objectives.extent import SPREAD
+from minidiff.networks.attention import ALL, BOX_MASS, COLUMNS, HEAD_MEAN, Inputs, Keep, Record, mask_name
 from minidiff.networks.config import UNetConfig
+from minidiff.networks.sites import Site
 from minidiff.networks.unet import UNet
 
 Box = tuple[float, float, float, float]
@@ -375,10 +379,16 @@ def test_rnb_has_no_loss_once_the_boxes_agree() -> None:
     assert minidiff.rnb_loss({SITE: probs}, layout).item() > 0
 
 
+def anything(maps: Maps, layout: Layout) -> Tensor:
+    return layout.weights
+
+
 def test_mass_inside_equals_a_slow_formula_for_each_kind_of_keep() -> None:
     layout, maps = layout_by_hand(), random_maps()
     for keep in (ALL, BOX_MASS, HEAD_MEAN):
-        found = mass_inside({site: keep(site, probs, layout.inputs()) for site, probs in maps.items()}, layout, keep)
+        read = minidiff.objective(keep=keep)(anything)
+        kept_maps = {site: keep(site, probs, layout.inputs()) for site, probs in maps.items()}
+        _, _, found = read.look(kept_maps, layout, layout.inputs())
         assert found.min() >= 0
         assert found.max() <= 1
         for b, objects in enumerate(OBJECTS):
@@ -447,7 +457,7 @@ def on_unet(
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(2, 4, h, w, generator=generator, dtype=torch.float64)
     context = torch.randn(2, LENGTH, 64, generator=generator, dtype=torch.float64)
-    return bound, Record(bound.sites, bound.keep, rows="all", stop=True), layout, x, context
+    return bound, bound.record, layout, x, context
 
 
 def slopes(loss: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor, step: float = 1e-5) -> Tensor:
@@ -461,9 +471,9 @@ def test_the_gradient_equals_finite_differences(unet: UNet, name: str) -> None:
     t = torch.tensor(700.0)
 
     def loss(x: Tensor) -> Tensor:
-        return bound(unet(x, t, context, record, None, layout.inputs())[1], layout)
+        return bound(unet(x, t, context, record, (), layout.inputs())[1], layout)
 
-    gradient, (value, _, _) = evaluate(unet.forward, bound, record, None, x, t, context, layout, {})
+    gradient, (value, _, _) = evaluate(x, unet.forward, bound, record, (), t, context, layout, {})
     torch.testing.assert_close(value, loss(x))
     assert gradient.abs().amax(dim=(1, 2, 3)).min() > 1e-8
     for _ in range(2):
@@ -546,10 +556,10 @@ def test_the_gradient_of_rnb_equals_finite_differences_with_its_box_held(unet: U
     t = torch.tensor(700.0)
 
     def maps(x: Tensor) -> Maps:
-        return unet(x, t, context, record, None, layout.inputs())[1]
+        return unet(x, t, context, record, (), layout.inputs())[1]
 
     surrogate = frozen_rnb(maps(x), layout)
-    gradient, (value, _, _) = evaluate(unet.forward, bound, record, None, x, t, context, layout, {})
+    gradient, (value, _, _) = evaluate(x, unet.forward, bound, record, (), t, context, layout, {})
     torch.testing.assert_close(value, surrogate(maps(x)), rtol=1e-10, atol=0)
     assert gradient.abs().amax(dim=(1, 2, 3)).min() > 1e-6
     for _ in range(2):
@@ -562,10 +572,10 @@ def test_each_image_has_its_own_gradient(unet: UNet) -> None:
     t = torch.tensor(700.0)
     for objective in OBJECTIVES.values():
         bound, record, layout, x, context = on_unet(unet, objective)
-        together, _ = evaluate(unet.forward, bound, record, None, x, t, context, layout, {})
+        together, _ = evaluate(x, unet.forward, bound, record, (), t, context, layout, {})
         for b in range(2):
             one = torch.tensor([b])
-            alone, _ = evaluate(unet.forward, bound, record, None, x[one], t, context[one], layout.images(one), {})
+            alone, _ = evaluate(x[one], unet.forward, bound, record, (), t, context[one], layout.images(one), {})
             torch.testing.assert_close(together[one], alone, rtol=1e-8, atol=1e-12)
 
 
@@ -601,11 +611,10 @@ def test_sums_and_products_are_linear_in_value_and_gradient(first: str, second: 
 
 def test_a_sum_records_what_both_can_be_read_from() -> None:
     a, b, c = minidiff.layout_loss, minidiff.boxdiff_loss, minidiff.refocusing_loss
-    assert a.keep is BOX_MASS
-    assert (a + 2 * a).keep is BOX_MASS
-    assert (b + c).keep is HEAD_MEAN
-    assert (a + b).keep is ALL
-    assert columns.keep is ALL  # from which COLUMNS is computed
+    assert (a + 2 * a).keep == a.keep == BOX_MASS
+    assert (b + c).keep == HEAD_MEAN
+    assert (a + b).keep == ALL
+    assert columns.keep == ALL  # from which COLUMNS is computed
     there = {site: at for site, at in UNet(UNetConfig.from_dict(UNET)).positions(8, 12).items() if site.kind == "cross"}
     both = (a + b).bound(there)
     assert both.sites == a.bound(there).sites | b.bound(there).sites
@@ -615,12 +624,24 @@ def test_a_sum_records_what_both_can_be_read_from() -> None:
     assert {site.name for site in chosen.sites} == {"mid.0.0.cross"}
 
 
+def test_the_default_objective_records_each_site_once(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound, record, layout, x, context = on_unet(unet, minidiff.inside_loss + minidiff.extent_loss)
+    kinds = {site.name: keep for site, keep in record.kinds().items()}
+    assert kinds == {"mid.0.0.cross": BOX_MASS, **{f"up.1.{n}.cross": ALL for n in range(3)}}
+    calls: Counter[str] = Counter()
+    keep, inputs = Keep.__call__, Layout.inputs
+    monkeypatch.setattr(Keep, "__call__", lambda self, *given: calls.update([self.name]) or keep(self, *given))
+    monkeypatch.setattr(Layout, "inputs", lambda self: calls.update(["inputs"]) or inputs(self))
+    evaluate(x, unet.forward, bound, record, (), torch.tensor(700.0), context, layout, {})
+    assert calls == {"inputs": 1, "ALL": 3, "BOX_MASS": 4, "HEAD_MEAN": 3}
+
+
 def test_a_sum_reads_each_terms_own_sites(unet: UNet) -> None:
     t = torch.tensor(700.0)
     parts = []
     for objective in (minidiff.layout_loss, minidiff.boxdiff_loss, minidiff.layout_loss + 0.5 * minidiff.boxdiff_loss):
         bound, record, layout, x, context = on_unet(unet, objective)
-        parts.append(evaluate(unet.forward, bound, record, None, x, t, context, layout, {}))
+        parts.append(evaluate(x, unet.forward, bound, record, (), t, context, layout, {}))
     (grad_a, (loss_a, objects_a, _)), (grad_b, (loss_b, objects_b, _)), (grad, (loss, objects, _)) = parts
     torch.testing.assert_close(loss, loss_a + 0.5 * loss_b, rtol=1e-10, atol=0)
     torch.testing.assert_close(objects, objects_a + 0.5 * objects_b, rtol=1e-10, atol=1e-14)
@@ -667,7 +688,7 @@ def test_your_own_function_is_an_objective() -> None:
     torch.testing.assert_close(brightness({site: probs}, layout), expected)
     image = of_an_image({site: probs.mean(1)}, layout)
     torch.testing.assert_close(image, torch.stack([probs[b].mean(0).square().sum() for b in range(3)]))
-    total, objects = (2 * of_an_image).per_object({site: probs.mean(1)}, layout)
+    total, objects, _ = (2 * of_an_image).look({site: probs.mean(1)}, layout, layout.inputs())
     torch.testing.assert_close(total, 2 * image)
     assert objects.abs().max() == 0  # a loss of the whole image is no object's
     # kept as ALL, read as COLUMNS; summed, not averaged

@@ -1,5 +1,6 @@
 """Attention maps over a run: reduced step by step, and read by phrase."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,9 @@ from torch import Tensor
 
 import minidiff
 from minidiff.model import Model
-from minidiff.networks.attention import Record, Site
+from minidiff.networks.attention import Record
+from minidiff.networks.sites import Site
+from minidiff.networks.text import Phrases
 from minidiff.recorded import LAST, MEAN, PER_STEP, Attention, Maps, Reduce
 
 PROMPTS = ["a cat and a red ball", "the red ball by a red ball"]
@@ -136,7 +139,9 @@ def test_a_runs_result_holds_the_maps_of_the_steps_taken(tiny_model: Model) -> N
 
 
 def hand_made(maps: Maps, per_step: bool = False, maps_are_per_head: bool = False) -> Attention:
-    return Attention(maps, 2, lambda image, phrase: (1, 2), heads=maps_are_per_head, per_step=per_step)
+    keep = minidiff.ALL if maps_are_per_head else minidiff.HEAD_MEAN
+    text = Phrases(None, 7)  # type: ignore[arg-type]
+    return Attention(maps, dict.fromkeys(maps, keep), 2, text, per_step=per_step)
 
 
 def test_what_cannot_be_read_is_named(tiny_model: Model) -> None:
@@ -144,13 +149,64 @@ def test_what_cannot_be_read_is_named(tiny_model: Model) -> None:
     with pytest.raises(ValueError, match="phrase 'cat' is not in the prompt 'the red ball by"):
         found["cat"]  # the second image's prompt has none
     assert found.of(0, "cat").shape == (4, 4)
-    with pytest.raises(ValueError, match=r"no attention was recorded on a grid \(8, 8\); expected one of .*\(2, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"no cross-attention was recorded on a grid \(8, 8\); expected one of .*\(2, 2\)"
+    ):
         found.of(0, "cat", (8, 8))
     context = tiny_model.text.encode(PROMPTS[:1])
     by_context = minidiff.generate(context=context, output="latents", attention=True, **shared(tiny_model)).attention
-    with pytest.raises(ValueError, match="there is no prompt to find 'cat' in; read the tokens of attention.maps"):
+    with pytest.raises(ValueError, match="there is no prompt to find 'cat' in; expected positions such as"):
         by_context["cat"]
     torch.testing.assert_close(next(iter(by_context.maps.values())).sum(-1), torch.ones(1, 4, 4))
+
+
+def test_self_attention_is_read_from_a_pixel_and_not_by_phrase(tiny_model: Model) -> None:
+    both = minidiff.Record(minidiff.level(1), minidiff.HEAD_MEAN)
+    found = minidiff.generate(PROMPTS, output="latents", attention=both, **shared(tiny_model)).attention
+    cross = minidiff.generate(PROMPTS, output="latents", attention=True, **shared(tiny_model)).attention
+    torch.testing.assert_close(found["ball"], cross["ball"], rtol=1e-4, atol=1e-6)  # not averaged with the other kind
+    looks = found.from_pixel(1, 0.99, 0.3)
+    own = [kept for site, kept in found.maps.items() if site.kind == "self"]
+    expected = torch.stack([kept[1, 1, 3].unflatten(-1, (4, 4)) for kept in own]).mean(dim=0)
+    torch.testing.assert_close(looks, expected)
+    assert float(looks.sum()) == pytest.approx(1, abs=1e-5)
+    alone = replace(both, sites=minidiff.self_ & minidiff.level(1))
+    found = minidiff.generate(PROMPTS, output="latents", attention=alone, **shared(tiny_model)).attention
+    with pytest.raises(ValueError, match="no cross-attention was recorded, only .*; attention.from_pixel reads self"):
+        found["ball"]
+    with pytest.raises(ValueError, match="no self-attention was recorded"):
+        cross.from_pixel(0, 0.5, 0.5)
+
+
+def test_unconditional_rows_are_read_by_the_negative_prompt(tiny_model: Model) -> None:
+    record = minidiff.Record(minidiff.cross & minidiff.level(1), minidiff.HEAD_MEAN, rows="uncond")
+    options = shared(tiny_model, negative_prompt="a blurry thing")
+    found = minidiff.generate("the red ball", output="latents", attention=record, **options).attention
+    (tokens,) = [tiny_model.text.all_spans("a blurry thing", "blurry")]
+    expected = torch.stack([kept[0][..., list(tokens)].mean(-1) for kept in found.maps.values()]).mean(0)
+    torch.testing.assert_close(found["blurry"][0], expected)
+    with pytest.raises(ValueError, match="'ball' is not in the prompt 'a blurry thing'"):
+        found["ball"]
+
+
+def test_occurrences_and_names(tiny_model: Model) -> None:
+    found = minidiff.generate("a cat and a dog", output="latents", attention=True, **shared(tiny_model)).attention
+    first, second = (found.of(0, "a", occurrence=n) for n in (0, 1))
+    torch.testing.assert_close(found["a"][0], (first + second) / 2)
+    assert (first - second).abs().max() > 1e-6
+    site = next(iter(found.maps))
+    assert torch.equal(found.maps[site.name], found.maps[site])  # type: ignore[index]
+    with pytest.raises(KeyError, match="down.9.9.cross was not recorded; what was: "):
+        found.maps["down.9.9.cross"]  # type: ignore[index]
+
+
+def test_a_result_with_attention_travels_to_another_process(tiny_model: Model) -> None:
+    result = minidiff.generate(PROMPTS, attention=True, boxes={"ball": (0, 0, 0.5, 0.5)}, **shared(tiny_model))
+    data = pickle.dumps(result)
+    assert len(data) < 5_000_000  # it holds a tokenizer, but no network
+    again = pickle.loads(data)
+    assert torch.equal(again.attention["ball"], result.attention["ball"])
+    assert str(again.reports[0]) == str(result.reports[0])
 
 
 @pytest.mark.parametrize(
@@ -167,7 +223,7 @@ def test_maps_of_another_kind_are_named(shape: tuple[int, ...], per_step: bool) 
     with pytest.raises(
         ValueError, match=r"the maps of mid.0.0.cross are .*; expected those of minidiff.ALL or minidiff"
     ):
-        hand_made({SITES[0]: torch.zeros(shape)}, per_step)["ball"]
+        hand_made({SITES[0]: torch.zeros(shape)}, per_step)["tokens:1,2"]
 
 
 @pytest.mark.parametrize("keep", [minidiff.BOX_MASS, minidiff.COLUMNS])

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minidiff.guidance.guide import Guide
-from minidiff.guidance.objectives import layout_loss
+from minidiff.guidance.objectives.layout import layout_loss
 from minidiff.model import Model
 
 FOLDER = GOLDEN / "tiny-sd"

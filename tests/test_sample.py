@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import minidiff.sampling
-from minidiff.networks.attention import Site
+from minidiff.networks.sites import Site
 from minidiff.sampling import (
     DDIM,
     PNDM,

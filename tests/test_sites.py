@@ -1,5 +1,6 @@
 """Choosing sites: what a choice means at a size is what the UNet then runs."""
 
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -8,8 +9,8 @@ from torch import Tensor
 
 import minidiff
 from minidiff.model import Model
-from minidiff.networks.attention import Edit, Inputs, Record, Site
-from minidiff.networks.sites import Where, at_most, block, choose, cross, level, place, self_
+from minidiff.networks.attention import Edit, Inputs, Record
+from minidiff.networks.sites import Site, Where, at_most, block, choose, cross, level, place, self_
 
 
 def shape(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
@@ -97,18 +98,18 @@ def test_no_match_lists_the_sites_there_are(tiny_model: Model) -> None:
     )
     with pytest.raises(ValueError, match=message):
         minidiff.sites(tiny_model, cross & block("up", 0), width=48)
-    for options in ({"attention": Record(level(5))}, {"edit": Edit(level(5), probs=shape)}):
+    for options in ({"attention": Record(level(5))}, {"edits": Edit(level(5), probs=shape)}):
         with pytest.raises(ValueError, match=r"no attention site is level\(5\); expected a choice of down.0.0.self"):
             minidiff.generate("a cat", model=tiny_model, steps=2, **options)
 
 
 @pytest.mark.parametrize("places", [(), ("middle",), ("up", "left")])
 def test_places_are_checked(places: tuple[str, ...]) -> None:
-    got = "nothing" if not places else repr(places[-1])
-    with pytest.raises(ValueError, match=f'place got {got}; expected "down", "mid" or "up"'):
+    got = f"{places[-1]!r}; expected one of down, mid, up" if places else 'empty; expected some of "down"'
+    with pytest.raises(ValueError, match=f"place is {got}"):
         place(*places)  # type: ignore[arg-type]
     if places:
-        with pytest.raises(ValueError, match="place got"):
+        with pytest.raises(ValueError, match="place is"):
             block(places[-1], 0)  # type: ignore[arg-type]
 
 
@@ -132,7 +133,7 @@ def test_the_unet_takes_sets_alone(tiny_model: Model) -> None:
     with pytest.raises(ValueError, match=r"record.sites is \(cross & level\(1\)\); the UNet expects a set: frozenset"):
         tiny_model.unet(x, 500.0, context, Record(cross & level(1), rows="all"))
     with pytest.raises(ValueError, match="edit.sites is cross; the UNet expects a set"):
-        tiny_model.unet(x, 500.0, context, edit=Edit(cross, probs=shape, rows="all"))
+        tiny_model.unet(x, 500.0, context, edits=[Edit(cross, probs=shape, rows="all")])
     resolved = Record(frozenset(minidiff.sites(tiny_model, cross & level(1))), rows="all")
     assert set(tiny_model.unet(x, 500.0, context, resolved)[1]) == set(resolved.sites)
 
@@ -143,3 +144,26 @@ def test_sampling_resolves_a_choice_at_its_own_size(tiny_model: Model) -> None:
         step = next(minidiff.sample_steps("a cat", model=tiny_model, steps=2, seed=1, width=width, attention=record))
         assert {site.place for site in step.maps} == blocks
         assert {tuple(kept.shape[1:3]) for kept in step.maps.values()} <= {(2, 2), (4, 4), (2, 4)}
+
+
+def test_choices_combine_with_operators_alone() -> None:
+    with pytest.raises(TypeError, match=r"combine with &, \| and ~"):
+        cross and place("up")
+    for other in ("up", Site("up", 1, 0, "cross"), None):
+        with pytest.raises(TypeError, match="expected another choice of sites"):
+            cross | other  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("where", [cross & (place("mid") | block("up", 1)), ~self_ & at_most(16), level(1)])
+def test_a_choice_travels_to_another_process(tiny_model: Model, where: Where) -> None:
+    again = pickle.loads(pickle.dumps(where))
+    assert again == where and hash(again) == hash(where)
+    assert minidiff.sites(tiny_model, again) == minidiff.sites(tiny_model, where)
+
+
+def test_a_site_has_a_name_and_back() -> None:
+    for name in ("up.1.0.cross", "mid.0.0.self", "down.12.3.cross"):
+        assert Site.named(name).name == name
+    for name in ("up.1.cross", "left.1.0.cross", "", 3):
+        with pytest.raises(ValueError, match="expected a name such as"):
+            Site.named(name)  # type: ignore[arg-type]

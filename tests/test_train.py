@@ -14,8 +14,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import minidiff
-from minidiff.networks.attention import Site
 from minidiff.networks.config import UNetConfig, VAEConfig
+from minidiff.networks.sites import Site
 from minidiff.networks.text import load_tokenizer
 from minidiff.networks.unet import UNet
 from minidiff.networks.vae import VAE

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
 from ..draw import boxes, heatmap
 from ..png.write import png_bytes, slug, write_png
@@ -41,22 +39,13 @@ def _pictures(
     """Names, and what draws each."""
     if layout:
         yield "boxes", lambda: boxes(image, layout)
-    if result.attention is None:
+    attention = result.attention
+    if attention is None:
         return
     prompt = result.parameters[i].get("prompt")
     words = dict.fromkeys(re.findall(r"\w+(?:['-]\w+)*", prompt.lower())) if isinstance(prompt, str) else {}
     for phrase in [str(name) for name in layout] or words:
         yield (
             f"attention-{slug(phrase)}",
-            lambda phrase=phrase: heatmap(image, _map(result, i, phrase), phrase),  # type: ignore[misc]
+            lambda phrase=phrase: heatmap(image, attention.of(i, phrase), phrase),  # type: ignore[misc]
         )
-
-
-def _map(result: Result, i: int, phrase: str) -> Tensor:
-    """Where image i is seen to look at a phrase; or at token positions, which no prompt holds."""
-    attention = result.attention
-    assert attention is not None  # _pictures
-    if re.fullmatch(r"tokens:\d+(,\d+)*", phrase):
-        tokens = tuple(int(number) for number in phrase.removeprefix("tokens:").split(","))
-        attention = replace(attention, find=lambda image, phrase: tokens)
-    return attention.of(i, phrase)

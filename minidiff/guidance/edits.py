@@ -1,6 +1,6 @@
 """Edits of the attention that need no gradient. Each reads the layout that `boxes` puts among a pass's inputs.
 
-    minidiff.generate(prompt, boxes=boxes, guidance=None, edit=minidiff.forward_guidance(0.8))
+    minidiff.generate(prompt, boxes=boxes, guidance="none", edits=minidiff.forward_guidance(0.8))
 
 Every strength is part of the edit, which is static: a compiled model compiles anew for another one.
 """
@@ -13,21 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..networks.attention import Edit, Grid, Inputs, Site, mask_name
-from ..networks.sites import Where, cross
+from ..checks import number
+from ..networks.attention import Edit, Inputs, mask_name
+from ..networks.sites import Grid, Site, Where, cross
 
 Sites = Where | frozenset[Site]
 
 
-def forward_guidance(strength: float = 0.8, sites: Sites = cross, steps: int | None = None) -> Edit:
+def forward_guidance(strength: float = 0.8, sites: Sites = cross, steps: int | tuple[int, int] | None = None) -> Edit:
     """Mix the attention to each object's tokens with a smooth box of the same mass.
 
     P' = (1 - strength) P + strength * g * sum_u P, with g the smoothed mask, which sums to one: Chen, Laina and Vedaldi
     2024, eq. 2 and 3 (never released by its authors). As there, a pixel's probabilities then no longer sum to one.
-    strength in [0,1]; steps: the first so many (None: all).
+    strength in [0,1]; steps as in `Edit`.
     """
-    _check("strength", strength, 1.0)
-    return Edit(sites, probs=_Forward(strength), steps=steps)
+    return Edit(sites, probs=_Forward(number("strength", strength, 0, 1.0)), steps=steps)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class _Forward:
     def __call__(self, site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
         """probs [B,H,h,w,L]."""
         masks, owned = _masks(probs, inputs)
-        kernel = torch.tensor([0.25, 0.5, 0.25]).to(probs)
+        kernel = probs.new_tensor([0.25, 0.5, 0.25])
         flat = F.pad(masks.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
         smooth = F.conv2d(flat, (kernel[:, None] * kernel)[None, None])[:, 0].unflatten(0, masks.shape[:2])
         shape = smooth / smooth.sum(dim=(2, 3), keepdim=True).clamp_min(1e-8)
@@ -47,12 +47,11 @@ class _Forward:
         return torch.where(owned.any(dim=1)[:, None, None, None], mixed, probs)
 
 
-def regional_prompting(strength: float = 8.0, sites: Sites = cross, steps: int | None = None) -> Edit:
+def regional_prompting(strength: float = 8.0, sites: Sites = cross, steps: int | tuple[int, int] | None = None) -> Edit:
     """Each object's tokens are seen inside its boxes only: `-strength` on their logits outside, less on partly covered
     cells. The fused kernel still runs. strength 0 changes nothing, 20 shuts the rest out.
     """
-    _check("strength", strength, 1e4)
-    return Edit(sites, bias=_Regional(strength), steps=steps)
+    return Edit(sites, bias=_Regional(number("strength", strength, 0, 1e4)), steps=steps)
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class _Regional:
         return (self.strength * (inside - 1) * owned.amax(dim=1)[:, None, None])[:, None]
 
 
-def reweight(sites: Sites = cross, steps: int | None = None) -> Edit:
+def reweight(sites: Sites = cross, steps: int | tuple[int, int] | None = None) -> Edit:
     """Multiply the attention to each token by `inputs["word_weights"]`, [B,L] or [1,L].
 
     Prompt-to-prompt's attention re-weighting: Hertz et al. 2022, section 3.2. As there, a pixel's probabilities then no
@@ -96,8 +95,3 @@ def _input(inputs: Inputs, name: str, expected: str) -> Tensor:
     if name not in inputs:
         raise ValueError(f"the edit reads {name!r}, which is not among the inputs; expected {expected}")
     return inputs[name]
-
-
-def _check(name: str, value: float, largest: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest:
-        raise ValueError(f"{name} is {value!r}; expected a number from 0 to {largest:g}")

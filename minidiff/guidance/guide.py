@@ -9,28 +9,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from ..networks.attention import Edit, Inputs, Record, Site
-from ..networks.sites import Where
-from .objectives import OBJECTIVES, Objective, PerStep, StepRule, layout_loss, mass_inside
+from ..checks import choice, is_number, number, shown, whole
+from ..networks.attention import Edit, Inputs, Record
+from ..networks.sites import Site, Where, read_sites
+from ..vocabulary import OBJECTIVES as NAMES
+from .objectives import OBJECTIVES, Objective
+from .objectives._objective import PerStep, StepRule
+from .objectives.layout import layout_loss
 
 if TYPE_CHECKING:
     from .layout import Layout
 
-    # a UNet's forward: (x, t, context, record, edit, inputs) -> (eps or None, maps)
+    # a UNet's forward: (x, t, context, record, edits, inputs) -> (eps or None, maps)
     Forward: TypeAlias = Callable[
-        [Tensor, Tensor, Tensor, Record | None, Edit | None, Inputs | None], tuple[Tensor | None, dict[Site, Tensor]]
+        [Tensor, Tensor, Tensor, Record | None, Sequence[Edit], Inputs | None],
+        tuple[Tensor | None, dict[Site, Tensor]],
     ]
     Evaluated: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, Tensor]]
+
+MOST_ITERATIONS = 1000  # of one step: each is a pass through the network and back
+STEP_RULES = ("variance", "plain", "unit")
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How to guide. What is None is as the objective's paper has it.
+    """How to guide. Fields left as None take the objective's published settings.
 
     objective: one of minidiff's, a sum of them, or your own.
     scale: of the step. threshold: of the objective, above which an image is moved; judged at every step afresh.
@@ -53,36 +62,23 @@ class Guidance:
     def __post_init__(self) -> None:
         if not isinstance(self.objective, Objective):
             raise ValueError(
-                f"objective is {self.objective!r}; expected one such as minidiff.layout_loss, a sum of several, or "
-                "your own function under @minidiff.objective"
+                f"objective is {shown(self.objective)}; expected one such as minidiff.layout_loss, a sum of several, "
+                "or your own function under @minidiff.objective"
             )
         for name in ("scale", "threshold", "iterations", "steps", "step_rule"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self.objective.settings, name))
-        share = isinstance(self.steps, float) and 0 < self.steps < 1
-        if not share and (not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0):
-            raise ValueError(
-                f"steps is {self.steps!r}; expected how many of the first steps are guided, 0 or more, or a share of "
-                "them between 0 and 1"
-            )
-        if self.step_rule not in ("variance", "plain", "unit"):
-            raise ValueError(f'step_rule is {self.step_rule!r}; expected "variance", "plain" or "unit"')
+        if isinstance(self.steps, float) and 0 < self.steps < 1:
+            steps = None
+        else:
+            expected = "how many of the first steps are guided, 0 or more, or a share of them between 0 and 1"
+            steps = whole("steps", self.steps, 0, expected=expected)
+            object.__setattr__(self, "steps", steps)
+        choice("step_rule", self.step_rule, STEP_RULES)
+        if self.sites is not None:
+            object.__setattr__(self, "sites", read_sites("sites", self.sites))
         for name in ("scale", "threshold", "iterations"):
-            self._check(name, getattr(self, name), self.steps if isinstance(self.steps, int) else None)
-
-    @staticmethod
-    def _check(name: str, value: object, steps: int | None) -> None:
-        kind = int if name == "iterations" else (int, float)
-        values = value if isinstance(value, tuple) else (value,)
-        for one in values:
-            if not isinstance(one, kind) or isinstance(one, bool) or not 0 <= one < math.inf:
-                what = "a whole number" if name == "iterations" else "a number"
-                raise ValueError(f"{name} is {value!r}; expected {what} of at least 0, or a tuple with one per step")
-        if isinstance(value, tuple) and (steps is None or len(value) < steps):
-            raise ValueError(
-                f"{name} holds {len(value)} values for {'a share of the' if steps is None else steps} guided steps; "
-                "expected one for each, with steps as a number, or one for all"
-            )
+            object.__setattr__(self, name, _per_step(name, getattr(self, name), steps))
 
     def of_run(self, steps: int) -> Guidance:
         """The same for a run of so many steps: a share becomes a number."""
@@ -109,7 +105,7 @@ class Guidance:
 
     @classmethod
     def read(cls, value: Guidance | Objective | str | Mapping[str, object]) -> Guidance:
-        """What a caller or a config gave: a Guidance, an objective, the name of one, or a mapping of the fields in
+        """What a caller or a config gave: a Guidance, an objective, the name of one, or a mapping of the fields, in
         which the objective is a name or {name: weight, ...}.
         """
         if isinstance(value, Guidance):
@@ -120,9 +116,10 @@ class Guidance:
             return cls(_named(value))
         fields = ("objective", "scale", "threshold", "iterations", "steps", "step_rule")
         if not isinstance(value, Mapping) or not value.keys() <= set(fields):
+            hint = ". For classifier-free guidance use guidance_scale" if is_number(value) else ""
             raise ValueError(
-                f"guidance is {value!r}; expected a minidiff.Guidance, an objective, one of {', '.join(OBJECTIVES)}, "
-                f"or a mapping with some of {', '.join(fields)}"
+                f"guidance is {shown(value)}; expected a minidiff.Guidance, an objective, one of {', '.join(NAMES)}, "
+                f"or a mapping with some of {', '.join(fields)}{hint}"
             )
         given = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
         names = given.pop("objective", "layout")
@@ -151,9 +148,24 @@ class Guidance:
 
 
 def _named(name: object) -> Objective:
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective is {name!r}; expected one of {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[str(name)]
+    return OBJECTIVES[choice("guidance", name, NAMES)]
+
+
+def _per_step(name: str, value: object, steps: int | None) -> float | tuple[float, ...]:
+    """One number for all guided steps, or one for each."""
+    several = isinstance(value, tuple | list)
+    values: Sequence[Any] = value if isinstance(value, tuple | list) else (value,)
+    if several and (steps is None or len(values) < steps):
+        raise ValueError(
+            f"{name} holds {len(values)} values for {'a share of the' if steps is None else steps} guided steps; "
+            "expected one for each, with steps as a number, or one for all"
+        )
+    found: tuple[float, ...]
+    if name == "iterations":
+        found = tuple(whole(name, one, 0, MOST_ITERATIONS) for one in values)
+    else:
+        found = tuple(number(name, one, 0) for one in values)
+    return found if several else found[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,77 +204,61 @@ class Report:
         if self.why_not is not None:
             return f"guidance did not act: {self.why_not}"
         moves, steps = sum(self.iterations), sum(count > 0 for count in self.iterations)
-        said = [f"guidance moved {moves} times in {steps} steps"]
+        said = [f"guidance moved {_times(moves, 'time')} in {_times(steps, 'step')}"]
         for name, before, after in zip(self.names, self.first_mass.tolist(), self.mass[-1].tolist(), strict=True):
             if not math.isnan(before):  # where only self-attention was read
                 said.append(f"{name}: {before:.0%} -> {after:.0%} of its attention inside")
         return "; ".join(said)
 
 
-def evaluate(
-    forward: Forward,
-    objective: Objective,
-    record: Record,
-    edit: Edit | None,
-    x: Tensor,
-    t: Tensor,
-    context: Tensor,
-    layout: Layout,
-    inputs: Inputs,
-) -> Evaluated:
-    """The gradient of each image's loss by its own x, and (loss [B], objects' losses [B,O], mass inside [B,O])."""
-    if torch.is_inference_mode_enabled():  # which records no gradients of its own
-        return evaluate_whole(forward, objective, record, edit, x, t, context, layout, inputs)
+def _times(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def evaluate(x: Tensor, *look: Any) -> Evaluated:
+    """The gradient of each image's loss by its own x, and (loss [B], objects' losses [B,O], mass inside [B,O]).
+
+    look: the other arguments of `_loss`.
+    """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        total, found = _loss(forward, objective, record, edit, x, t, context, layout, inputs)
+        total, found = _loss(x, *look)
+    if not total.requires_grad:
+        raise ValueError("the objective's loss does not depend on the maps: it has no gradient to descend")
     (gradient,) = torch.autograd.grad(total, x)
     return gradient, found
 
 
-def evaluate_whole(
-    forward: Forward,
-    objective: Objective,
-    record: Record,
-    edit: Edit | None,
-    x: Tensor,
-    t: Tensor,
-    context: Tensor,
-    layout: Layout,
-    inputs: Inputs,
-) -> Evaluated:
+def evaluate_whole(x: Tensor, *look: Any) -> Evaluated:
     """The same as a pure function of tensors, which a compiler can take whole.
 
     Eager it takes half as much memory again: torch.func.grad always records the gradient's own graph.
     """
-
-    def loss(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        return _loss(forward, objective, record, edit, x, t, context, layout, inputs)
-
-    gradient, (_, found) = torch.func.grad_and_value(loss, has_aux=True)(x)
+    gradient, (_, found) = torch.func.grad_and_value(_loss, has_aux=True)(x, *look)
     return gradient, found
 
 
 def _loss(
+    x: Tensor,
     forward: Forward,
     objective: Objective,
     record: Record,
-    edit: Edit | None,
-    x: Tensor,
+    edits: Sequence[Edit],
     t: Tensor,
     context: Tensor,
     layout: Layout,
     inputs: Inputs,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    _, maps = forward(x.to(context.dtype), t, context, record, edit, {**layout.inputs(), **inputs})
-    total, objects = objective.per_object(maps, layout)
-    return total.sum(), (total.detach(), objects.detach(), mass_inside(maps, layout, record.keep).detach())
+    given = {**layout.inputs(), **inputs}
+    _, maps = forward(x.to(context.dtype), t, context, record, edits, given)
+    total, objects, mass = objective.look(maps, layout, given)
+    return total.sum(), (total.detach(), objects.detach(), mass.detach())
 
 
 class Guide:
     """Moves a run's latents before each step, and remembers what it saw. `refine` is what the sampling loop takes.
 
-    objective, edit: with their sites chosen. context [B,L,D]: the conditional one, since the guided pass runs no other.
+    guidance, edits: with their sites chosen. context [B,L,D]: the conditional one, since the guided pass runs no other.
     whole_batch: images that stop stay in the batch and are not moved, since a compiled graph wants one size.
     """
 
@@ -273,14 +269,14 @@ class Guide:
         context: Tensor,
         layout: Layout,
         names: Sequence[Sequence[str]],
-        edit: Edit | None = None,
+        edits: Sequence[Edit] = (),
         inputs: Inputs | None = None,
         whole_batch: bool = False,
         evaluate: Callable[..., Evaluated] = evaluate,
     ) -> None:
         self.guidance, self.forward, self.context, self.layout, self.names = guidance, forward, context, layout, names
-        self.record = Record(guidance.objective.sites, guidance.objective.keep, rows="all", stop=True)
-        self.edit = None if edit is None or edit.rows == "uncond" else replace(edit, rows="all")
+        self.record = guidance.objective.record
+        self.edits = tuple(replace(edit, rows="all") for edit in edits if edit.rows != "uncond")
         self.inputs = inputs or {}
         self.whole_batch, self.evaluate = whole_batch, evaluate
         self.seen: dict[int, list[Evaluation]] = {}
@@ -297,7 +293,7 @@ class Guide:
             if len(left) == 0:
                 break
             rows = torch.arange(len(x), device=x.device) if self.whole_batch else left
-            gradient, found = self.look(moved[rows], t, rows, index)
+            gradient, found = self.look(moved[rows], t, abar, rows, index)
             live = torch.isin(rows, left)
             going = live & (found[0] > threshold)
             self._remember(index, len(x), rows[live], [value[live] for value in found], going[live])
@@ -309,22 +305,32 @@ class Guide:
             moved = moved.index_copy(0, left, moved[left] - step[going])
         return moved
 
-    def look(self, x: Tensor, t: Tensor, rows: Tensor, index: int) -> Evaluated:
-        x = x.detach()  # how it came about is no part of the move, compiled or not
-        edit = self.edit if self.edit is None or self.edit.steps is None or index < self.edit.steps else None
+    def look(self, x: Tensor, t: Tensor, abar: float, rows: Tensor, index: int) -> Evaluated:
+        """The gradient and what was seen, of some images."""
         batch = len(self.context)
-        inputs = {name: _rows(value, rows, batch) for name, value in self.inputs.items()}
-        layout = self.layout.images(rows)
-        return self.evaluate(
-            self.forward, self.guidance.objective, self.record, edit, x, t, self.context[rows], layout, inputs
+        own = {name: _rows(value, rows, batch) for name, value in self.inputs.items()}
+        inputs = {"t": t, "sigma": torch.full_like(t, math.sqrt((1 - abar) / abar)), **own}
+        edits = tuple(edit for edit in self.edits if edit.acts_in(index))
+        look = (
+            self.forward,
+            self.guidance.objective,
+            self.record,
+            edits,
+            t,
+            self.context[rows],
+            self.layout.images(rows),
         )
+        # detached: how x came about is no part of the move, compiled or not
+        arguments: tuple[Any, ...] = (x.detach(), *look, inputs)
+        with torch.inference_mode(False):  # in which torch 2.11 returns gradients of zero
+            return self.evaluate(*tree_map_only(Tensor, _usable, arguments))
 
     def _remember(self, index: int, batch: int, rows: Tensor, found: Sequence[Tensor], going: Tensor) -> None:
         loss, object_loss, mass = (
             value.new_full((batch, *value.shape[1:]), math.nan).index_copy(0, rows, value).float().cpu()
             for value in found
         )
-        moved = torch.zeros(batch, dtype=torch.bool).index_copy(0, rows.cpu(), going.cpu())
+        moved = torch.zeros(batch, dtype=torch.bool, device="cpu").index_copy(0, rows.cpu(), going.cpu())
         self.seen.setdefault(index, []).append(Evaluation(loss, object_loss, mass, moved))
 
     def report(self, image: int) -> Report:
@@ -339,8 +345,8 @@ class Guide:
         names = tuple(self.names[image])
         objects = len(names)
         if not ends:
-            nothing = torch.zeros(0, objects)
-            return Report(names, (), (), torch.zeros(0), nothing, nothing, torch.zeros(objects), self._why_not(names))
+            none = torch.zeros(0, objects, dtype=torch.float32, device="cpu")
+            return Report(names, (), (), none.sum(dim=1), none, none, none.sum(dim=0), self._why_not(names))
         first = next(look for look in self.seen[steps[0]] if not look.loss[image].isnan())
         loss = torch.stack([look.loss[image] for look in ends])
         why_not = None
@@ -362,6 +368,11 @@ class Guide:
         if not names:
             return "there are no boxes"
         return "iterations, steps or scale is 0" if not self.guidance.acts else "no step has been guided yet"
+
+
+def _usable(value: Tensor) -> Tensor:
+    """Tensors made in inference mode cannot be saved for a gradient; copies can."""
+    return value.clone() if value.is_inference() else value
 
 
 def _rows(value: Tensor, rows: Tensor, batch: int) -> Tensor:

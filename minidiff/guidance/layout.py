@@ -20,7 +20,8 @@ from torch import Tensor
 from ..networks.attention import mask_name
 
 if TYPE_CHECKING:
-    from ..networks.attention import Grid, Inputs
+    from ..networks.attention import Inputs
+    from ..networks.sites import Grid
 
 Box: TypeAlias = tuple[float, float, float, float]
 Mask: TypeAlias = Tensor | NDArray[np.generic] | Image.Image

@@ -1,4 +1,4 @@
-"""Attention, and the two ways to take part in it from outside: `Record` reads its maps, `Edit` changes them.
+"""Multi-head attention, and the three ways into it: `Record` keeps its maps, `Edit` changes them, `inputs` feed both.
 
 Shapes: B rows of the batch, H heads, h x w latent grid, N = h * w pixels, L text tokens (L = N in self-attention), D
 channels per head.
@@ -6,87 +6,111 @@ channels per head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, cat, einsum, nn
 
-if TYPE_CHECKING:
-    from .sites import Where
+from ..checks import choice, shown, whole
+from .sites import Grid, Site, Where, read_sites
 
-Place = Literal["down", "mid", "up"]
 Rows = Literal["cond", "uncond", "all"]
 Inputs = Mapping[str, Tensor]
-Grid = tuple[int, int]
+KeepFunction = Callable[[Site, Tensor, Inputs], Tensor]
+ROWS = ("cond", "uncond", "all")
+
+
+# ---- what to keep
 
 
 @dataclass(frozen=True)
-class Site:
-    """One attention layer.
+class Keep:
+    """What to keep of a recorded site.
 
-    `block` counts within its place and `layer` within its block, both from 0 in the order in which they run.
+    function: pure and module-level: (site, probs [B,H,h,w,L], inputs) -> Tensor.
+    heads: True where that is probs itself, False where it is their mean over heads [B,h,w,L], None where it is neither,
+        so that no phrase can be read from it.
+    rows: the dimension of the result along which the grid's rows stand, where the function treats each row alone. A
+        large site is then recorded by some rows at a time.
+    sums, finish: likewise where the function is `finish` of a sum over rows: `sums` of (the probabilities of some rows,
+        the objects' masks on them [B,O,rows,w]) adds up.
     """
 
-    place: Place
-    block: int
-    layer: int
-    kind: Literal["cross", "self"]
+    name: str
+    function: KeepFunction
+    heads: bool | None = None
+    rows: int | None = None
+    sums: Callable[[Tensor, Tensor], Tensor] | None = None
+    finish: Callable[[Tensor], Tensor] | None = None
 
-    @property
-    def name(self) -> str:
-        """Such as "up.1.0.cross"."""
-        return f"{self.place}.{self.block}.{self.layer}.{self.kind}"
-
-    @property
-    def key(self) -> str:
-        """The path of the module in the UNet and in its weight file."""
-        block = "mid_block" if self.place == "mid" else f"{self.place}_blocks.{self.block}"
-        return f"{block}.attentions.{self.layer}.transformer_blocks.0.attn{1 if self.kind == 'self' else 2}"
+    def __call__(self, site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
+        """What is kept of probs [B,H,h,w,L]."""
+        kept = self.function(site, probs, inputs)
+        return kept if isinstance(kept, Tensor) else _refuse(self.function, kept, "a tensor")
 
     def __str__(self) -> str:
         return self.name
 
+    @classmethod
+    def read(cls, keep: Keep | KeepFunction) -> Keep:
+        """A Keep, of a plain function too."""
+        if isinstance(keep, Keep):
+            return keep
+        if not callable(keep):
+            raise ValueError(f"keep is {shown(keep)}; expected one such as minidiff.HEAD_MEAN, or a function")
+        return cls(getattr(keep, "__name__", type(keep).__name__), keep)
 
-Keep = Callable[[Site, Tensor, Inputs], Tensor]
-"""What to keep of a recorded site: a pure module-level function (site, probs [B,H,h,w,L], inputs) -> Tensor."""
 
-
-def ALL(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
-    """Keep everything: [B,H,h,w,L]."""
+def _all(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
     return probs
 
 
-def HEAD_MEAN(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
-    """Keep the mean over heads: [B,h,w,L]."""
+def _head_mean(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
     return probs.mean(dim=1)
 
 
-def COLUMNS(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
-    """Keep one column per object, the sum of the probabilities under `inputs["token_weights"]` [B,O,L]: [B,H,h,w,O]."""
-    weights = inputs["token_weights"].to(probs)
+def _columns(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
+    weights = _input(inputs, "token_weights").to(probs)
     return (probs.flatten(2, 3) @ weights.mT[:, None]).unflatten(2, probs.shape[2:4])
 
 
-def BOX_MASS(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
-    """Keep, for every object and token, the share of the token's attention that lies inside the object's mask:
-    [B,H,O,L] in [0,1].
-
-    The masks [B,O,h,w] are `inputs[mask_name((h, w))]`.
-    """
-    inside, everywhere = _box_sums(probs, inputs[mask_name((probs.shape[2], probs.shape[3]))])
-    return inside / everywhere
+def _box_mass(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
+    return _share(_box_sums(probs, _input(inputs, mask_name((probs.shape[2], probs.shape[3])))))
 
 
-def _box_sums(probs: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums [B,H,O,L] over the pixels of each mask [B,O,h,w], and over all pixels [B,H,1,L]."""
-    return einsum("bhyxl,boyx->bhol", probs, masks.to(probs)), probs.sum(dim=(2, 3))[:, :, None]
+def _box_sums(probs: Tensor, masks: Tensor) -> Tensor:
+    """The sums over the pixels of each mask [B,O,h,w], and last over all pixels: [B,H,O+1,L]."""
+    inside = einsum("bhyxl,boyx->bhol", probs, masks.to(probs))
+    return cat([inside, probs.sum(dim=(2, 3))[:, :, None]], dim=2)
+
+
+def _share(sums: Tensor) -> Tensor:
+    return sums[:, :, :-1] / sums[:, :, -1:]
+
+
+ALL = Keep("ALL", _all, heads=True, rows=2)
+"""Keep everything: [B,H,h,w,L]."""
+HEAD_MEAN = Keep("HEAD_MEAN", _head_mean, heads=False, rows=1)
+"""Keep the mean over heads: [B,h,w,L]."""
+COLUMNS = Keep("COLUMNS", _columns, rows=2)
+"""Keep one column per object, the sum of the probabilities under `inputs["token_weights"]` [B,O,L]: [B,H,h,w,O]."""
+BOX_MASS = Keep("BOX_MASS", _box_mass, sums=_box_sums, finish=_share)
+"""Keep, for every object and token, the share of the token's attention that lies inside the object's mask: [B,H,O,L] in
+[0,1]. The masks [B,O,h,w] are `inputs[mask_name((h, w))]`.
+"""
 
 
 def mask_name(grid: Grid) -> str:
     """The name among a forward pass's `inputs` of the objects' masks on a grid: "masks.16x16"."""
     return f"masks.{grid[0]}x{grid[1]}"
+
+
+def _input(inputs: Inputs, name: str) -> Tensor:
+    if name not in inputs:
+        raise ValueError(f'{name!r} is not among the inputs; expected boxes={{"phrase": (x0, y0, x1, y1)}}')
+    return inputs[name]
 
 
 @dataclass(frozen=True)
@@ -100,49 +124,120 @@ class Record:
 
     `rows` says which half of a batch [uncond, cond] is recorded; a batch that holds conditional rows only needs "all".
     With `stop` the forward pass ends after the last recorded site and returns None for eps.
+
+    `one | other` records what both do. Each site is recorded once: where two kinds of keep meet, all is kept, from
+    which any other can be read. `more` is how it holds the others.
     """
 
     sites: frozenset[Site] | Where
     keep: Keep = ALL
     rows: Rows = "cond"
     stop: bool = False
+    more: tuple[tuple[frozenset[Site] | Where, Keep], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", read_sites("sites", self.sites))
+        object.__setattr__(self, "keep", Keep.read(self.keep))
+        choice("rows", self.rows, ROWS)
+        if not isinstance(self.stop, bool):
+            raise ValueError(f"stop is {shown(self.stop)}; expected True or False")
+
+    def __or__(self, other: Record) -> Record:
+        if not isinstance(other, Record):
+            raise TypeError(f"got {shown(other)}; expected another Record")
+        if (self.rows, self.stop) != (other.rows, other.stop):
+            raise ValueError(
+                f"rows and stop are {self.rows!r}, {self.stop} in one record and {other.rows!r}, {other.stop} in the "
+                "other; expected the same"
+            )
+        return replace(self, more=(*self.more, (other.sites, other.keep), *other.more))
+
+    def chosen(self, choose: Callable[[frozenset[Site] | Where], frozenset[Site]]) -> Record:
+        """The same with every choice of sites made."""
+        return replace(self, sites=choose(self.sites), more=tuple((choose(where), keep) for where, keep in self.more))
+
+    def kinds(self) -> dict[Site, Keep]:
+        """What is kept of each site, once its sites are chosen."""
+        found: dict[Site, Keep] = {}
+        for sites, keep in ((self.sites, self.keep), *self.more):
+            for site in sites if isinstance(sites, frozenset) else ():
+                found[site] = keep if found.get(site, keep) == keep else ALL
+        return found
+
+
+# ---- what to change
 
 
 @dataclass(frozen=True)
 class Edit:
     """How to change the attention of some sites.
 
-    Static and hashable; whatever depends on the prompt comes in through `inputs`.
+    Static and hashable; whatever depends on the prompt or the step comes in through `inputs`, which hold the step's
+    `t` and `sigma` (float32 []) too.
 
-    `bias(site, (h, w), inputs)` returns what to add to the logits (q k^T / sqrt(D)), broadcastable to [B,H,h,w,L]; the
-    fused kernel still runs.
-    `probs(site, probs [B,H,h,w,L], inputs)` returns new probabilities of that shape; the site is then computed
-    explicitly.
-    Order at a site: logits + bias, softmax, `probs`, record. `sites` and `rows` as in `Record`.
-    `steps` is for sampling, which edits the first so many steps of a run (None: all); the UNet itself ignores it.
+    `kv(site, k, v, inputs)` returns other keys and values [B,H,L,D], of as many tokens or more.
+    `bias(site, (h, w), inputs)` returns what to add to the logits (q k^T / sqrt(D)), broadcastable to [B,H,h,w,L]; with
+    these two the fused kernel still runs.
+    `logits(site, logits [B,H,h,w,L], inputs)` and `probs(site, probs [B,H,h,w,L], inputs)` return others of that shape;
+    the site is then computed explicitly.
+    Order at a site: keys and values, logits + bias, `logits`, softmax, `probs`, record; several edits act in the order
+    in which they are given. `sites` and `rows` as in `Record`.
+    `steps` is for sampling: None is all steps of a run, n the first n, (start, stop) those from start to before stop.
     """
 
     sites: frozenset[Site] | Where
     bias: Callable[[Site, Grid, Inputs], Tensor] | None = None
     probs: Callable[[Site, Tensor, Inputs], Tensor] | None = None
     rows: Rows = "cond"
-    steps: int | None = None
+    steps: int | tuple[int, int] | None = None
+    logits: Callable[[Site, Tensor, Inputs], Tensor] | None = None
+    kv: Callable[[Site, Tensor, Tensor, Inputs], tuple[Tensor, Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", read_sites("sites", self.sites))
+        choice("rows", self.rows, ROWS)
+        functions = {name: getattr(self, name) for name in ("bias", "logits", "probs", "kv")}
+        for name, function in functions.items():
+            if function is not None and not callable(function):
+                raise ValueError(f"{name} is {shown(function)}; expected a function")
+        if not any(functions.values()):
+            raise ValueError("an Edit has none of bias, logits, probs and kv; expected at least one of them")
+        if self.steps is not None:
+            first, last = (
+                self.steps if isinstance(self.steps, tuple | list) and len(self.steps) == 2 else (0, self.steps)
+            )
+            found = whole("steps", first, 0), whole("steps", last, 0)
+            object.__setattr__(self, "steps", found if isinstance(self.steps, tuple | list) else found[1])
+
+    def acts_in(self, step: int) -> bool:
+        """Whether it is for that step of a run, counted from 0."""
+        if self.steps is None:
+            return True
+        first, last = self.steps if isinstance(self.steps, tuple) else (0, self.steps)
+        return first <= step < last
+
+
+def _refuse(function: Callable[..., object], got: object, expected: str) -> Tensor:
+    name = getattr(function, "__qualname__", type(function).__name__)
+    raise ValueError(f"{name} returned {shown(got)}; expected {expected}")
 
 
 class Hooks(NamedTuple):
-    """What one forward pass of the UNet carries to its attention layers: also the sites that `record` and `edit` name,
-    and the one after which it ends.
+    """What one forward pass of the UNet carries to its attention layers: what is kept of each site, the edits and the
+    sites of each, and the site after which the pass ends.
     """
 
-    record: Record | None
-    edit: Edit | None
+    kinds: Mapping[Site, Keep]
+    rows: Rows
+    edits: tuple[Edit, ...]
     inputs: Inputs
-    recorded: frozenset[Site] = frozenset()
-    edited: frozenset[Site] = frozenset()
     stop: Site | None = None
 
 
-NO_HOOKS = Hooks(None, None, {})
+NO_HOOKS = Hooks({}, "all", (), {})
+
+
+# ---- attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -152,13 +247,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
-def attention_probs(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) [B,H,N,L], in float32 (or better) whatever the dtype of q: losses are built on
-    it.
-    """
+def attention_logits(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+    """q k^T / sqrt(D) + bias, [B,H,N,L] in float32 (or better) whatever the dtype of q: losses are built on it."""
     logits = (q * q.shape[-1] ** -0.5) @ k.mT
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    return (logits if bias is None else logits + bias).softmax(dim=-1)
+    return logits if bias is None else logits + bias
+
+
+def attention_probs(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The softmax of `attention_logits` over the tokens."""
+    return attention_logits(q, k, bias).softmax(dim=-1)
 
 
 class Attention(nn.Module):
@@ -178,12 +276,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, grid: Grid, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
         """x [B,N,C], context [B,L,C'] -> (new x, what the record keeps of this site or None)."""
         q, k, v = (self.split_heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        record = hooks.record if self.site in hooks.recorded else None
-        edit = hooks.edit if self.site in hooks.edited else None
-        if record is None and edit is None:
+        keep = hooks.kinds.get(self.site)
+        edits = tuple(edit for edit in hooks.edits if self.site in edit.sites)  # type: ignore[operator]  # chosen
+        if keep is None and not edits:
             out, kept = attention(q, k, v), None
         else:
-            out, kept = hooked_attention(self.site, q, k, v, grid, record, edit, hooks.inputs)
+            out, kept = hooked_attention(self.site, q, k, v, grid, keep, hooks.rows, edits, hooks.inputs)
         return self.to_out[0](out.transpose(1, 2).flatten(2)), kept  # [B,H,N,D] -> [B,N,C]
 
     def split_heads(self, y: Tensor) -> Tensor:
@@ -192,25 +290,33 @@ class Attention(nn.Module):
 
 
 def hooked_attention(
-    site: Site, q: Tensor, k: Tensor, v: Tensor, grid: Grid, record: Record | None, edit: Edit | None, inputs: Inputs
+    site: Site,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Grid,
+    keep: Keep | None,
+    rows: Rows,
+    edits: Sequence[Edit],
+    inputs: Inputs,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of a site that is recorded, edited or both; the half of the batch that neither names stays on the fused
+    """Attention of a site that is recorded, edited or both; the half of the batch that none names stays on the fused
     kernel.
     """
     outs: list[Tensor] = []
     kept: list[Tensor] = []
-    for half, rows in _halves(len(q), record, edit):
-        recorded = record is not None and record.rows in (half, "all")
-        edited = edit if edit is not None and edit.rows in (half, "all") else None
-        keep = record.keep if record is not None and recorded else None
-        out, found = _attend(site, q[rows], k[rows], v[rows], grid, edited, keep, inputs)
+    named = {edit.rows for edit in edits} | (set() if keep is None else {rows})
+    for half, part in _halves(len(q), named):
+        own = [edit for edit in edits if edit.rows in (half, "all")]
+        keep_half = keep if rows in (half, "all") else None
+        out, found = _attend(site, q[part], k[part], v[part], grid, own, keep_half, inputs)
         outs.append(out)
         kept += [] if found is None else [found]
     return cat(outs), cat(kept) if kept else None
 
 
-def _halves(batch: int, record: Record | None, edit: Edit | None) -> list[tuple[str, slice]]:
-    if all(hook.rows == "all" for hook in (record, edit) if hook is not None):
+def _halves(batch: int, named: set[Rows]) -> list[tuple[str, slice]]:
+    if named == {"all"}:
         return [("all", slice(0, batch))]
     if batch % 2:
         raise ValueError(
@@ -221,26 +327,50 @@ def _halves(batch: int, record: Record | None, edit: Edit | None) -> list[tuple[
 
 
 def _attend(
-    site: Site, q: Tensor, k: Tensor, v: Tensor, grid: Grid, edit: Edit | None, keep: Keep | None, inputs: Inputs
+    site: Site, q: Tensor, k: Tensor, v: Tensor, grid: Grid, edits: Sequence[Edit], keep: Keep | None, inputs: Inputs
 ) -> tuple[Tensor, Tensor | None]:
     """(output [B,H,N,D], what `keep` keeps)."""
     bias = None
-    if edit is not None and edit.bias is not None:
-        bias = edit.bias(site, grid, inputs).to(q.dtype)
-        bias = bias.expand(*bias.shape[:-3], *grid, -1).flatten(-3, -2)  # [..,h,w,L] -> [..,N,L]
-    change = None if edit is None else edit.probs
-    if change is not None:
-        probs = change(site, attention_probs(q, k, bias).unflatten(2, grid), inputs)
-        return probs.flatten(2, 3).to(v.dtype) @ v, None if keep is None else keep(site, probs, inputs)
-    if keep is None:
-        return attention(q, k, v, bias), None
-    return recorded_attention(site, q, k, v, grid, keep, inputs, bias)
+    for edit in edits:
+        if edit.kv is not None:
+            k, v = edit.kv(site, k, v, inputs)
+        if edit.bias is not None:
+            added = _bias(edit.bias, site, grid, inputs, q)
+            bias = added if bias is None else bias + added
+    if not any(edit.logits or edit.probs for edit in edits):
+        return (
+            (attention(q, k, v, bias), None)
+            if keep is None
+            else recorded_attention(site, q, k, v, grid, keep, inputs, bias)
+        )
+    logits = attention_logits(q, k, bias).unflatten(2, grid)
+    for edit in edits:
+        logits = logits if edit.logits is None else _like(edit.logits, edit.logits(site, logits, inputs), logits)
+    probs = logits.softmax(dim=-1)
+    for edit in edits:
+        probs = probs if edit.probs is None else _like(edit.probs, edit.probs(site, probs, inputs), probs)
+    return probs.flatten(2, 3).to(v.dtype) @ v, None if keep is None else keep(site, probs, inputs)
+
+
+def _bias(
+    function: Callable[[Site, Grid, Inputs], Tensor], site: Site, grid: Grid, inputs: Inputs, q: Tensor
+) -> Tensor:
+    """What an edit adds to the logits, [..,N,L]."""
+    bias = function(site, grid, inputs)
+    if not isinstance(bias, Tensor) or bias.ndim < 3:
+        _refuse(function, bias, "a tensor broadcastable to [B,H,h,w,L]")
+    bias = bias.to(q.dtype)
+    return bias.expand(*bias.shape[:-3], *grid, -1).flatten(-3, -2)  # [..,h,w,L] -> [..,N,L]
+
+
+def _like(function: Callable[..., object], got: Tensor, expected: Tensor) -> Tensor:
+    if not isinstance(got, Tensor) or got.shape != expected.shape:
+        _refuse(function, got, f"a tensor of shape {list(expected.shape)}")
+    return got
 
 
 AT_ONCE = 2**24
 """So many probabilities of a recorded site lie in memory together (64 MB)."""
-_ROWS: Mapping[Keep, int] = {ALL: 2, HEAD_MEAN: 1, COLUMNS: 2}
-"""Kinds of keep that look at each pixel alone -> where the grid's rows stand in what they return."""
 
 
 def recorded_attention(
@@ -255,26 +385,25 @@ def recorded_attention(
 ) -> tuple[Tensor, Tensor]:
     """(output [B,H,N,D], what `keep` keeps of the probabilities); bias broadcastable to [B,H,N,L], N not broadcast.
 
-    A large site goes by some rows of the grid at a time where `keep` is one of the kinds declared above, so its
-    probabilities are never all in memory (64x64 self-attention of SD 1.5: 512 MB an image), unless for a gradient.
+    A large site goes by some rows of the grid at a time where `keep` can be taken so; its probabilities are then never
+    all in memory (64x64 self-attention of SD 1.5: 512 MB an image), unless for a gradient.
     """
     height, width = grid
     rows = max(1, AT_ONCE // (q.shape[0] * q.shape[1] * width * k.shape[2]))
-    if keep is not BOX_MASS and keep not in _ROWS:
-        rows = height
-    outs, kept, sums = [], [], []
+    if rows >= height or (keep.rows is None and keep.sums is None):
+        probs = attention_probs(q, k, bias)
+        return probs.to(v.dtype) @ v, keep(site, probs.unflatten(2, grid), inputs)
+    outs, kept = [], []
     for top in range(0, height, rows):
         some = slice(top * width, (top + rows) * width)
         probs = attention_probs(q[:, :, some], k, None if bias is None else bias[..., some, :])
         outs.append(probs.to(v.dtype) @ v)
         probs = probs.unflatten(2, (-1, width))
-        if rows >= height:
-            return outs[0], keep(site, probs, inputs)
-        if keep is BOX_MASS:
-            sums.append(_box_sums(probs, inputs[mask_name(grid)][:, :, top : top + rows]))
-        else:
+        if keep.sums is None:
             kept.append(keep(site, probs, inputs))
-    if keep is BOX_MASS:
-        inside, everywhere = (sum(part[1:], part[0]) for part in zip(*sums, strict=True))
-        return cat(outs, dim=2), inside / everywhere
-    return cat(outs, dim=2), cat(kept, dim=_ROWS[keep])
+        else:
+            kept.append(keep.sums(probs, _input(inputs, mask_name(grid))[:, :, top : top + rows]))
+    if keep.sums is None or keep.finish is None:
+        assert keep.rows is not None
+        return cat(outs, dim=2), cat(kept, dim=keep.rows)
+    return cat(outs, dim=2), keep.finish(sum(kept[1:], kept[0]))

@@ -1,11 +1,57 @@
-"""Choosing attention layers: `cross & (place("mid") | block("up", 1))`."""
+"""Attention layers: what one is called, and how to choose some: `cross & (place("mid") | block("up", 1))`."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, cast
 
-from .attention import Grid, Place, Site
+from ..checks import choice, shown, whole
+
+Place = Literal["down", "mid", "up"]
+Grid = tuple[int, int]
+PLACES = ("down", "mid", "up")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention layer.
+
+    `block` counts within its place and `layer` within its block, both from 0 in the order in which they run.
+    """
+
+    place: Place
+    block: int
+    layer: int
+    kind: Literal["cross", "self"]
+
+    @classmethod
+    def named(cls, name: str) -> Site:
+        """The site of a name such as "up.1.0.cross"."""
+        found = (
+            re.fullmatch(r"(down|mid|up)\.(\d{1,4})\.(\d{1,4})\.(cross|self)", name) if isinstance(name, str) else None
+        )
+        if found is None:
+            raise ValueError(f'site is {shown(name)}; expected a name such as "up.1.0.cross"')
+        place, block, layer, kind = found.groups()
+        return cls(cast("Place", place), int(block), int(layer), cast('Literal["cross", "self"]', kind))
+
+    @property
+    def name(self) -> str:
+        """Such as "up.1.0.cross"."""
+        return f"{self.place}.{self.block}.{self.layer}.{self.kind}"
+
+    @property
+    def key(self) -> str:
+        """The path of the module in the UNet and in its weight file."""
+        block = "mid_block" if self.place == "mid" else f"{self.place}_blocks.{self.block}"
+        return f"{block}.attentions.{self.layer}.transformer_blocks.0.attn{1 if self.kind == 'self' else 2}"
+
+    def __str__(self) -> str:
+        return self.name
+
 
 Test = Callable[[Site, Grid, int], bool]
 
@@ -14,23 +60,64 @@ Test = Callable[[Site, Grid, int], bool]
 class Where:
     """Which sites: `test(site, (h, w), level)`, where level counts halvings of the grid up from the mid block's, its 0.
 
-    Combine with `&`, `|` and `~`. Two are equal when their texts are.
+    Combine with `&`, `|` and `~` (not with `and`, `or`, `not`, which Python cannot be taught). Two are equal when their
+    texts are.
     """
 
     text: str
     test: Test = field(compare=False, repr=False)
 
     def __and__(self, other: Where) -> Where:
-        return Where(f"({self} & {other})", lambda *site: self.test(*site) and other.test(*site))
+        return Where(f"({self} & {_where(other)})", partial(_both, self.test, other.test))
 
     def __or__(self, other: Where) -> Where:
-        return Where(f"({self} | {other})", lambda *site: self.test(*site) or other.test(*site))
+        return Where(f"({self} | {_where(other)})", partial(_either, self.test, other.test))
 
     def __invert__(self) -> Where:
-        return Where(f"~{self}", lambda *site: not self.test(*site))
+        return Where(f"~{self}", partial(_not, self.test))
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"a choice of sites is neither true nor false; combine with &, | and ~, as in ({self} & cross)")
 
     def __str__(self) -> str:
         return self.text
+
+
+def _where(other: object) -> Where:
+    if not isinstance(other, Where):
+        raise TypeError(f'got {shown(other)}; expected another choice of sites, such as cross or place("up")')
+    return other
+
+
+# Module-level functions, since a choice of sites may be sent to another process.
+
+
+def _both(one: Test, other: Test, site: Site, grid: Grid, level: int) -> bool:
+    return one(site, grid, level) and other(site, grid, level)
+
+
+def _either(one: Test, other: Test, site: Site, grid: Grid, level: int) -> bool:
+    return one(site, grid, level) or other(site, grid, level)
+
+
+def _not(one: Test, site: Site, grid: Grid, level: int) -> bool:
+    return not one(site, grid, level)
+
+
+def _is_of_kind(kind: str, site: Site, grid: Grid, level: int) -> bool:
+    return site.kind == kind
+
+
+def _is_in(places: tuple[str, ...], number: int | None, site: Site, grid: Grid, level: int) -> bool:
+    return site.place in places and number in (None, site.block)
+
+
+def _is_at_most(edge: int, site: Site, grid: Grid, level: int) -> bool:
+    return max(grid) <= edge
+
+
+def _is_on(number: int, site: Site, grid: Grid, level: int) -> bool:
+    return level == number
 
 
 @dataclass(frozen=True)
@@ -41,29 +128,30 @@ class Position:
     level: int
 
 
-cross = Where("cross", lambda site, grid, level: site.kind == "cross")
+cross = Where("cross", partial(_is_of_kind, "cross"))
 """Attention of the pixels to the text."""
-self_ = Where("self_", lambda site, grid, level: site.kind == "self")
+self_ = Where("self_", partial(_is_of_kind, "self"))
 """Attention of the pixels to each other."""
 
 
 def place(*places: Place) -> Where:
     """In one of "down", "mid", "up"."""
-    wrong = [name for name in places if name not in ("down", "mid", "up")]
-    if wrong or not places:
-        raise ValueError(f'place got {", ".join(map(repr, wrong)) or "nothing"}; expected "down", "mid" or "up"')
-    return Where(f"place({', '.join(map(repr, places))})", lambda site, grid, level: site.place in places)
+    if not places:
+        raise ValueError('place is empty; expected some of "down", "mid", "up"')
+    for name in places:
+        choice("place", name, PLACES)
+    return Where(f"place({', '.join(map(repr, places))})", partial(_is_in, places, None))
 
 
 def block(name: Place, number: int) -> Where:
     """In one block: `block("up", 1)`, counted from 0 in the order in which they run."""
-    where = place(name)
-    return Where(f"block({name!r}, {number})", lambda *site: where.test(*site) and site[0].block == number)
+    choice("place", name, PLACES)
+    return Where(f"block({name!r}, {number})", partial(_is_in, (name,), whole("block", number, 0)))
 
 
 def at_most(edge: int) -> Where:
     """Whose grid's longer edge has at most so many cells, at the size of the image in question."""
-    return Where(f"at_most({edge})", lambda site, grid, level: max(grid) <= edge)
+    return Where(f"at_most({edge})", partial(_is_at_most, whole("edge", edge, 1)))
 
 
 def level(number: int) -> Where:
@@ -71,7 +159,22 @@ def level(number: int) -> Where:
 
     In SD 1.5 at 512 pixels `level(0)` is 8x8, `level(1)` 16x16.
     """
-    return Where(f"level({number})", lambda site, grid, level: level == number)
+    return Where(f"level({number})", partial(_is_on, whole("level", number, 0)))
+
+
+def read_sites(name: str, sites: object) -> Where | frozenset[Site]:
+    """Sites as a caller gives them: a choice, a site, a name, or several. ValueError, by `name`, for others."""
+    if isinstance(sites, Where):
+        return sites
+    several = (sites,) if isinstance(sites, str | Site) else sites
+    if not isinstance(several, Iterable) or isinstance(several, Mapping | bytes):
+        several = ()
+    found = tuple(several)
+    if not found or not all(isinstance(one, str | Site) for one in found):
+        raise ValueError(
+            f"{name} is {shown(sites)}; expected a choice such as minidiff.cross & minidiff.at_most(16), or some sites"
+        )
+    return frozenset(Site.named(one) if isinstance(one, str) else one for one in found)
 
 
 def choose(where: Where | Iterable[Site], sites: Mapping[Site, Position]) -> frozenset[Site]:

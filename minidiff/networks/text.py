@@ -38,49 +38,14 @@ SIZES = (
 
 
 @dataclass(frozen=True, eq=False)
-class TextEncoder:
-    """A frozen CLIP text encoder with its tokenizer."""
+class Phrases:
+    """A tokenizer, and where the words of a prompt are among its tokens.
+
+    length: L, the positions of a context, 77 in SD 1.5.
+    """
 
     tokenizer: PreTrainedTokenizerFast
-    model: CLIPTextModel
-
-    @property
-    def length(self) -> int:
-        """L, positions of a context: 77 in SD 1.5. A tokenizer without a limit claims 1e30; the encoder has one."""
-        return int(min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings))
-
-    @property
-    def width(self) -> int:
-        """D, width of a context: 768 in SD 1.5."""
-        return int(self.model.config.hidden_size)
-
-    @property
-    def words(self) -> frozenset[str] | None:
-        """All that the encoder was trained on, as `minidiff_words` in its tokenizer_config.json lists it; None: any."""
-        listed = self.tokenizer.init_kwargs.get("minidiff_words")
-        return None if listed is None else frozenset(listed)
-
-    def encode(self, prompts: Sequence[str], clip_skip: int | None = None) -> Tensor:
-        """Contexts [B,L,D] of B prompts in the model's dtype, equal to StableDiffusionPipeline.encode_prompt's.
-
-        Causal mask only: padding is attended to. `clip_skip` counts as diffusers does: n leaves out the last n layers
-        (A1111 calls that n + 1); the final layer norm is applied in any case. A prompt that is too long is cut, with a
-        warning that quotes what was lost; words that are not in `words` get a warning too. ValueError for a bare
-        string, an empty list, a clip_skip out of range.
-        """
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or len(prompts) == 0:
-            raise ValueError(f"prompts: got {prompts!r}, expected a non-empty list of strings; write [prompt] for one")
-        layers = int(self.model.config.num_hidden_layers)
-        if clip_skip is not None and not 0 <= clip_skip < layers:
-            raise ValueError(f"clip_skip: got {clip_skip}, expected 0 to {layers - 1}: the encoder has {layers} layers")
-        ids = torch.tensor(list(map(self._ids, prompts)), device=self.model.device)
-        self._warn_of_unknown_words(prompts)
-        output = self.model(input_ids=ids, output_hidden_states=clip_skip is not None)
-        context: Tensor = output.last_hidden_state
-        if clip_skip is not None:
-            # hidden_states[n] is what the first n layers make of the embeddings, without the final norm
-            context = _part(self.model, "final_layer_norm")(output.hidden_states[layers - clip_skip])
-        return context
+    length: int
 
     def num_tokens(self, prompt: str) -> int:
         """How many of the prompt's own tokens fit; they stand at positions 1 to this number, the end marker follows."""
@@ -141,6 +106,46 @@ class TextEncoder:
             row[0, list(self.all_spans(prompt, phrase))] = weight
         return row
 
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder(Phrases):
+    """A frozen CLIP text encoder with its tokenizer."""
+
+    model: CLIPTextModel
+
+    @property
+    def width(self) -> int:
+        """D, width of a context: 768 in SD 1.5."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def words(self) -> frozenset[str] | None:
+        """All that the encoder was trained on, as `minidiff_words` in its tokenizer_config.json lists it; None: any."""
+        listed = self.tokenizer.init_kwargs.get("minidiff_words")
+        return None if listed is None else frozenset(listed)
+
+    def encode(self, prompts: Sequence[str], clip_skip: int | None = None) -> Tensor:
+        """Contexts [B,L,D] of B prompts in the model's dtype, equal to StableDiffusionPipeline.encode_prompt's.
+
+        Causal mask only: padding is attended to. `clip_skip` counts as diffusers does: n leaves out the last n layers
+        (A1111 calls that n + 1); the final layer norm is applied in any case. A prompt that is too long is cut, with a
+        warning that quotes what was lost; words that are not in `words` get a warning too. ValueError for a bare
+        string, an empty list, a clip_skip out of range.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or len(prompts) == 0:
+            raise ValueError(f"prompts: got {prompts!r}, expected a non-empty list of strings; write [prompt] for one")
+        layers = int(self.model.config.num_hidden_layers)
+        if clip_skip is not None and not 0 <= clip_skip < layers:
+            raise ValueError(f"clip_skip: got {clip_skip}, expected 0 to {layers - 1}: the encoder has {layers} layers")
+        ids = torch.tensor(list(map(self._ids, prompts)), device=self.model.device)
+        self._warn_of_unknown_words(prompts)
+        output = self.model(input_ids=ids, output_hidden_states=clip_skip is not None)
+        context: Tensor = output.last_hidden_state
+        if clip_skip is not None:
+            # hidden_states[n] is what the first n layers make of the embeddings, without the final norm
+            context = _part(self.model, "final_layer_norm")(output.hidden_states[layers - clip_skip])
+        return context
+
     def _warn_of_unknown_words(self, prompts: Sequence[str]) -> None:
         if self.words is None:
             return
@@ -187,7 +192,9 @@ def load_text_encoder(
     positions = torch.arange(_size(config, "max_position_embeddings"), device=model.device)[None]
     _part(model, "embeddings").register_buffer("position_ids", positions, persistent=False)  # was on the meta device
     model.eval()  # type: ignore[no-untyped-call, unused-ignore]
-    return TextEncoder(reader, model.requires_grad_(False))
+    # a tokenizer without a limit claims 1e30; the encoder has one
+    length = int(min(reader.model_max_length, model.config.max_position_embeddings))
+    return TextEncoder(reader, length, model.requires_grad_(False))
 
 
 def text_encoder_shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:

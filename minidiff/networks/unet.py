@@ -6,15 +6,16 @@ Shapes: x [B,C,h,w] latents, emb [B,4*C0] time embedding, context [B,L,D] text.
 """
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import NO_HOOKS, Attention, Edit, Hooks, Inputs, Place, Record, Site
+from .attention import NO_HOOKS, Attention, Edit, Hooks, Inputs, Record
 from .config import UNetConfig
-from .sites import Position, Where
+from .sites import Place, Position, Site, Where
 
 Maps = dict[Site, Tensor]
 
@@ -39,8 +40,7 @@ class UNet(nn.Module):
             self.down_blocks.append(Block(config, "down", i, i, inputs, config.down_attention[i], down))
             skips += [widths[i]] * (layers + (down is not None))
 
-        mid = Block(config, "mid", 0, levels - 1, [widths[-1]] * 2, True, None) if config.mid_block else None
-        self.mid_block: Block | None = mid
+        self.mid_block = Block(config, "mid", 0, levels - 1, [widths[-1]] * 2, True, None)
 
         self.up_blocks = nn.ModuleList()
         channels = widths[-1]
@@ -62,7 +62,7 @@ class UNet(nn.Module):
         t: Tensor | float,
         context: Tensor,
         record: Record | None = None,
-        edit: Edit | None = None,
+        edits: Sequence[Edit] = (),
         inputs: Inputs | None = None,
     ) -> tuple[Tensor | None, Maps]:
         """Predict the noise (or v) in latents.
@@ -70,10 +70,10 @@ class UNet(nn.Module):
         x [B,C,h,w], variance-preserving (scaled by 1/sqrt(1+sigma^2)); t a number or [B], in training timesteps (0 to
         999); context [B,L,D].
         Returns (eps [B,C,h,w], maps). maps is empty without `record`; eps is None when `record.stop` ended the pass.
-        ValueError where x or context has the wrong width, or where `record` or `edit` name sites that this UNet does
-        not have.
+        inputs: tensors that keeps and edits read, on x's device. ValueError where x or context has the wrong width, or
+        where `record` or `edits` name sites that this UNet does not have.
         """
-        hooks = NO_HOOKS if record is None and edit is None else self._hooks(record, edit, inputs)
+        hooks = NO_HOOKS if record is None and not edits else self._hooks(record, edits, inputs)
         self._check(x, context)
         emb = self.time_embedding(self._timesteps(x, t).to(x.dtype))
         y = self.conv_in(x)
@@ -89,9 +89,8 @@ class UNet(nn.Module):
             if block.downsamplers is not None:
                 y = block.downsamplers[0](y)
                 skips.append(y)
-        mid = self.mid_block
-        for i in range(len(mid.resnets) if mid is not None else 0):
-            y, kept = cast(Block, mid).layer(i, y, emb, context, hooks)
+        for i in range(len(self.mid_block.resnets)):
+            y, kept = self.mid_block.layer(i, y, emb, context, hooks)
             maps.update(kept)
             if y is None:
                 return None, maps
@@ -110,25 +109,26 @@ class UNet(nn.Module):
         t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(len(x))
         return sinusoids(t, self.config.block_out_channels[0], self.config.flip_sin_to_cos, self.config.freq_shift)
 
-    def _hooks(self, record: Record | None, edit: Edit | None, inputs: Inputs | None) -> Hooks:
-        recorded = self._named("record", None if record is None else record.sites)
-        edited = self._named("edit", None if edit is None else edit.sites)
+    def _hooks(self, record: Record | None, edits: Sequence[Edit], inputs: Inputs | None) -> Hooks:
+        if record is not None:
+            for sites in (record.sites, *(sites for sites, _ in record.more)):
+                self._check_sites("record", sites)
+        for edit in edits:
+            self._check_sites("edit", edit.sites)
+        kinds = {} if record is None else record.kinds()
         stop = None
         if record is not None and record.stop:
-            stop = [site for site in self.sites if site in recorded][-1]
-        return Hooks(record, edit, {} if inputs is None else inputs, recorded, edited, stop)
+            stop = [site for site in self.sites if site in kinds][-1]
+        return Hooks(kinds, "all" if record is None else record.rows, tuple(edits), inputs or {}, stop)
 
-    def _named(self, name: str, sites: frozenset[Site] | Where | None) -> frozenset[Site]:
-        if sites is None:
-            return frozenset()
+    def _check_sites(self, name: str, sites: frozenset[Site] | Where) -> None:
         if isinstance(sites, Where):
             raise ValueError(
                 f"{name}.sites is {sites}; the UNet expects a set: frozenset(minidiff.sites(model, {sites}))"
             )
-        if not sites or not sites.issubset(self.sites):
-            wrong = sorted(site.name for site in sites.difference(self.sites)) or "no sites"
+        if not sites.issubset(self.sites):
+            wrong = sorted(site.name for site in sites.difference(self.sites))
             raise ValueError(f"{name}.sites holds {wrong}; expected some of {[site.name for site in self.sites]}")
-        return sites
 
     def positions(self, height: int, width: int) -> dict[Site, Position]:
         """The grid and the level of every site, for latents of h x w cells."""

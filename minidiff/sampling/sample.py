@@ -14,10 +14,10 @@ from minidiff.sampling.samplers._sampler import Draw, Sampler, predict
 from minidiff.sampling.spacing import Schedule
 
 if TYPE_CHECKING:
-    from minidiff.networks.attention import Site
+    from minidiff.networks.sites import Site
 
-    # (x, variance preserving, [B,C,h,w]; t, float32 []; step) -> (network output [B,C,h,w], recorded maps)
-    Denoise = Callable[[Tensor, Tensor, int], tuple[Tensor, dict[Site, Tensor]]]
+    # (x, variance preserving, [B,C,h,w]; t, float32 []; sigma; step) -> (network output [B,C,h,w], recorded maps)
+    Denoise = Callable[[Tensor, Tensor, float, int], tuple[Tensor, dict[Site, Tensor]]]
     # (x, variance preserving, [B,C,h,w]; t, float32 []; abar; step) -> moved x, a new tensor
     Refine = Callable[[Tensor, Tensor, float, int], Tensor]
 
@@ -89,7 +89,7 @@ def _steps(
         if refine is not None:
             moved = _like(refine(x_vp, t, schedule.abar(call), index), x_vp, "refine")
             x, x_vp = x + (moved.to(work) - x_vp.to(work)) * growth, moved
-        output, maps = denoise(x_vp, t, index)
+        output, maps = denoise(x_vp, t, sigma, index)
         output = _like(output, x_vp, "denoise").to(work)
         seen.append((call, x_vp, output, maps))
         return x, output

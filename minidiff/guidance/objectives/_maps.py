@@ -1,0 +1,119 @@
+"""What objectives are made of: pure functions of recorded maps.
+
+Shapes: B images, O objects, h x w cells, L tokens. Maps of different grids are never averaged: a loss is computed on
+each grid, and those are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ...networks.sites import Grid
+    from ..layout import Layout
+    from ._objective import Maps
+
+TINY = 1e-8
+
+
+def grids(maps: Maps) -> dict[Grid, Tensor]:
+    """Head means [B,h,w,L], averaged over the sites of each grid."""
+    found: dict[Grid, list[Tensor]] = {}
+    for kept in maps.values():
+        found.setdefault((kept.shape[1], kept.shape[2]), []).append(kept)
+    return {grid: torch.stack(some).mean(dim=0) for grid, some in found.items()}
+
+
+def object_maps(maps: Maps, layout: Layout) -> dict[Grid, Tensor]:
+    """[B,O,h,w]: probabilities sharpened over all tokens but the start marker (100 times, softmax), and smoothed.
+
+    As Attend-and-Excite has it, for SD 1.x (their code also leaves out the last place, which is padding).
+    """
+    found = {}
+    for grid, kept in grids(maps).items():
+        sharp = (100 * kept[..., 1:]).softmax(dim=-1)
+        found[grid] = smoothed(torch.einsum("byxl,bol->boyx", sharp, layout.token_weights[..., 1:]), 0.5)
+    return found
+
+
+def over_grids(losses: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(losses)).mean(dim=0)
+
+
+def smoothed(maps: Tensor, sigma: float) -> Tensor:
+    """3x3 blur. The published code divides by (2 sigma)^2, so its sigma of 0.5 is a Gaussian's of 0.71."""
+    side = torch.exp(torch.tensor(-1 / (2 * sigma) ** 2, dtype=maps.dtype, device=maps.device))
+    line = torch.stack([side, torch.ones_like(side), side])
+    line = line / line.sum()
+    return filtered(maps, line[:, None] * line)
+
+
+def filtered(maps: Tensor, kernel: Tensor) -> Tensor:
+    """[B,O,h,w] under a 3x3 kernel, mirrored at the border (one cell wide, a grid has nothing to mirror)."""
+    flat = maps.flatten(0, 1)[:, None]
+    padded = F.pad(flat, (1, 1, 1, 1), mode="reflect" if min(maps.shape[2:]) > 1 else "replicate")
+    return F.conv2d(padded, kernel[None, None].to(maps))[:, 0].unflatten(0, maps.shape[:2])
+
+
+def mean_of_top(maps: Tensor, count: Tensor) -> Tensor:
+    """Mean of the `count` [B,O] largest cells, a number that need not be whole, of at least one."""
+    ranked = maps.flatten(2).sort(dim=2, descending=True).values
+    rank = torch.arange(ranked.shape[2], device=maps.device)
+    share = (count.clamp_min(1)[..., None] - rank).clamp(0, 1)
+    return (share * ranked).sum(dim=2) / share.sum(dim=2)
+
+
+def near_edges(line: Tensor) -> Tensor:
+    """1 for the cells beside an edge of a projected mask [B,O,n], and for one more on its far side."""
+    edges = F.pad(line, (1, 1)).diff(dim=2).ne(0).to(line.dtype)  # [B,O,n+1], between the cells and at both ends
+    return F.max_pool1d(F.pad(edges, (1, 0)), 3, stride=1)
+
+
+def mean_under(maps: Tensor, mask: Tensor) -> Tensor:
+    """[B,O,1,1]; 0 where the mask is empty."""
+    whole = mask.sum(dim=(2, 3), keepdim=True)
+    return (maps * mask).sum(dim=(2, 3), keepdim=True) / whole.clamp_min(TINY)
+
+
+def bounding(found: Tensor) -> Tensor:
+    """The box around the True cells of each map [B,O,h,w], as zeros and ones."""
+
+    def between(line: Tensor) -> Tensor:
+        line = line.to(torch.uint8)
+        return line.cummax(dim=2).values & line.flip(2).cummax(dim=2).values.flip(2)
+
+    rows, columns = between(found.any(dim=3)), between(found.any(dim=2))
+    return (rows[..., :, None] * columns[..., None, :]).float()
+
+
+def centre_and_spread(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """[B,O,h,w] >= 0 -> centre and standard deviation along x and y, each [B,O,2] in shares of the picture's edge."""
+    share = maps / maps.sum(dim=(2, 3), keepdim=True).clamp_min(TINY)
+    centres, spreads = [], []
+    for axis in (2, 3):  # summed over y, what is left is along x
+        line = share.sum(dim=axis)
+        cells = line.shape[2]
+        at = (torch.arange(cells, dtype=maps.dtype, device=maps.device) + 0.5) / cells
+        centre = (line * at).sum(dim=2)
+        # what is in a cell is spread evenly in it, so that no map and no mask is a point
+        within = 1 / (12 * cells**2)
+        centres.append(centre)
+        spreads.append(((line * (at - centre[..., None]).square()).sum(dim=2) + within).sqrt())
+    return torch.stack(centres, dim=2), torch.stack(spreads, dim=2)
+
+
+def ratio(part: Tensor, whole: Tensor) -> Tensor:
+    return part.sum(dim=(2, 3)) / whole.sum(dim=(2, 3)).clamp_min(TINY)
+
+
+def steepness(maps: Tensor) -> Tensor:
+    """Steepness (Sobel) of smoothed maps, each brought to a largest value of one."""
+    smooth = smoothed(maps / maps.detach().amax(dim=(2, 3), keepdim=True).clamp_min(TINY), 3.0)
+    sobel = smooth.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+    across, down = filtered(smooth, sobel), filtered(smooth, sobel.T)
+    return (across.square() + down.square() + TINY).sqrt()

@@ -1,0 +1,28 @@
+"""Attend-and-Excite: every object is seen somewhere."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...networks.attention import HEAD_MEAN
+from ..layout import Layout
+from ._maps import object_maps, over_grids
+from ._objective import SECOND_COARSEST, Maps, Settings, objective
+
+EXCITE = Settings(
+    scale=tuple(20 * (1 - 0.5 * i / 49) ** 0.5 for i in range(25)),
+    threshold=tuple({0: 0.95, 10: 0.5, 20: 0.2}.get(i, 0.0) for i in range(25)),
+    iterations=tuple(20 if i in (0, 10, 20) else 1 for i in range(25)),
+    steps=25,
+    step_rule="plain",
+)
+
+
+@objective(sites=SECOND_COARSEST, keep=HEAD_MEAN, reduce="max", settings=EXCITE, needs_boxes=False)
+def attend_and_excite_loss(maps: Maps, layout: Layout) -> Tensor:
+    """1 - the largest value of an object's map, for the object that is worst off. It reads no boxes.
+
+    Chefer et al. 2023 ("Attend-and-Excite"), eq. 1. Where their code refines (steps 0, 10 and 20) it makes one update
+    more, whatever the loss; here the loss decides.
+    """
+    return over_grids([1 - excited.amax(dim=(2, 3)) for excited in object_maps(maps, layout).values()])

@@ -1,0 +1,21 @@
+"""Layout guidance: the attention to an object belongs into its mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...networks.attention import BOX_MASS
+from ...networks.sites import block, cross, place
+from ..layout import Layout
+from ._objective import Maps, objective
+
+
+@objective(sites=cross & (place("mid") | block("up", 1)), keep=BOX_MASS)
+def layout_loss(maps: Maps, layout: Layout) -> Tensor:
+    """How much of its tokens' attention an object has outside of its mask, squared; the mean over sites, heads, tokens.
+
+    Chen, Laina and Vedaldi 2024 ("Training-free layout control with cross-attention guidance"), eq. 4.
+    """
+    missed = torch.stack([(1 - mass).square().mean(dim=1) for mass in maps.values()]).mean(dim=0)  # [B,O,L]
+    return (missed * layout.token_weights).sum(dim=2)

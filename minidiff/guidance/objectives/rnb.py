@@ -1,0 +1,46 @@
+"""R&B: region and boundary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...networks.attention import HEAD_MEAN
+from ...networks.sites import cross, level
+from ..layout import Layout
+from ._maps import TINY, bounding, grids, mean_under, over_grids, ratio, steepness
+from ._objective import Maps, Settings, objective
+
+
+@objective(
+    sites=cross & (level(0) | level(1)),
+    keep=HEAD_MEAN,
+    settings=Settings(scale=70.0, threshold=0.0, iterations=5, steps=10, step_rule="plain"),
+)
+def rnb_loss(maps: Maps, layout: Layout) -> Tensor:
+    """The box around what is bright, moved onto the object's box. Xiao et al. 2024 ("R&B"), eq. 4 to 9.
+
+    Its gradient goes straight through the box that a threshold finds, so it is no slope of the value. Deviations: each
+    grid for itself where their code scales all to 64x64, and the bright box has its last row and column. An object has
+    loss 0 once the two boxes agree (IoU of 0.85), and a boundary term only beside others and while the brightest cell
+    is outside.
+    """
+    several = ((layout.weights > 0).sum(dim=1, keepdim=True) > 1).to(layout.weights.dtype)
+    losses = []
+    for grid, kept in grids(maps).items():
+        mask, raw = layout.masks[grid], torch.einsum("byxl,bol->boyx", kept, layout.token_weights)
+        sharp = torch.einsum("byxl,bol->boyx", (120 * kept[..., 1:]).softmax(dim=-1), layout.token_weights[..., 1:])
+        low, high = raw.amin(dim=(2, 3), keepdim=True), raw.amax(dim=(2, 3), keepdim=True)
+        found = (raw - low) / (high - low + TINY)
+        threshold = 0.4 * mean_under(found, mask) + 0.6 * mean_under(found, 1 - mask)
+        bright = bounding(found.detach() > threshold.detach())
+        iou = (bright * mask).sum(dim=(2, 3)) / torch.maximum(bright, mask).sum(dim=(2, 3)).clamp_min(TINY)
+        straight = bright + found - found.detach()
+        both = bright * mask + found - found.detach()
+        soft = (20 * (found - threshold)).sigmoid()
+        region = 2 - (1 - iou) * ratio(mask * both, straight) - 0.5 * (1 - iou) * ratio(mask * soft, soft)
+        outside = (mask * raw).amax(dim=(2, 3)) < ((1 - mask) * raw).amax(dim=(2, 3))
+        edges = steepness(sharp)
+        boundary = 1 - (1 - iou) * ratio(mask * edges, edges)
+        losses.append((iou < 0.85) * (region + several * outside * boundary))
+    return over_grids(losses)
