@@ -1,12 +1,14 @@
 """Pictures about pictures (Pillow and numpy)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from .guidance.layout import Boxes, read_regions
 
 Corners: TypeAlias = tuple[int, int, int, int]  # the leftmost, topmost, rightmost and bottommost pixel
 
@@ -18,48 +20,28 @@ _COLOURS = ("#e6194b", "#2a6ff0", "#1a8a3c", "#d9600a", "#7b2cbf", "#00838f", "#
 _HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 
 
-def boxes(image: Image.Image, layout: Mapping[Any, object], labels: bool = True) -> Image.Image:
+def boxes(image: Image.Image, layout: Boxes, labels: bool = True) -> Image.Image:
     """A copy of an image with the boxes of a layout, as generate() takes it, each object in a colour of its own.
 
     A phrase's mask is drawn by its outline. Small images are enlarged, so that the labels can be read; without labels
-    the size stays. ValueError for what is neither box nor mask.
+    the size stays. A phrase without a place is left out. ValueError for what is neither box nor mask.
     """
-    if not isinstance(layout, Mapping):
-        raise ValueError(f'the layout is {layout!r}; expected a mapping such as {{"ball": (0.55, 0.4, 0.95, 0.8)}}')
+    regions = read_regions(layout)
     whole = _enlarged(image) if labels else image.convert("RGB")
     width = max(1, min(whole.size) // 128)
     places: list[tuple[Corners, str, str]] = []
-    for i, (key, value) in enumerate(layout.items()):
+    for i, region in enumerate(regions):
         colour = _COLOURS[i % len(_COLOURS)]
-        name = key if isinstance(key, str) else f"tokens:{str(key).strip('(,)').replace(' ', '')}"
-        value = value.get("boxes", value.get("mask")) if isinstance(value, Mapping) else value
-        if isinstance(value, Image.Image | np.ndarray | Tensor):
-            places.append((_outline(whole, _inside(name, value, whole.size), colour, width), name, colour))
-            continue
-        for box in _boxes(name, value):
+        if region.mask is not None:
+            places.append((_outline(whole, _inside(region.mask, whole.size), colour, width), region.name, colour))
+        for box in region.boxes:
             corners = _pixels(box, whole.size)
             _rectangle(ImageDraw.Draw(whole), corners, colour, width)
-            places.append((corners, name, colour))
+            places.append((corners, region.name, colour))
     taken: list[Corners] = []
     for corners, name, colour in places if labels else ():  # after all lines, so that none runs through a label
         taken.append(_label(whole, corners[0], corners[1], name, colour, taken))
     return whole
-
-
-def _boxes(name: str, value: object) -> list[tuple[float, float, float, float]]:
-    several = value if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple) else [value]
-    found = []
-    for box in several:
-        if isinstance(box, list | tuple) and len(box) == 4 and all(isinstance(edge, int | float) for edge in box):
-            x0, y0, x1, y1 = box
-            if 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1:  # so NaN is refused as well
-                found.append((x0, y0, x1, y1))
-                continue
-        raise ValueError(
-            f"the layout has {value!r} for {name!r}; expected (x0, y0, x1, y1), a list of them or a mask, with "
-            "x0 < x1 and y0 < y1 in [0,1]. Divide pixels by the picture's width and height"
-        )
-    return found
 
 
 def _pixels(box: Sequence[float], size: tuple[int, int]) -> Corners:
@@ -76,15 +58,9 @@ def _rectangle(pen: ImageDraw.ImageDraw, corners: Corners, colour: str, width: i
     pen.rectangle(corners, outline=colour, width=width)
 
 
-def _inside(name: str, value: Tensor | NDArray[Any] | Image.Image, size: tuple[int, int]) -> NDArray[np.bool_]:
+def _inside(mask: Tensor, size: tuple[int, int]) -> NDArray[np.bool_]:
     """A mask at the picture's size: where it is above half of its largest value."""
-    mask = np.asarray(value.convert("L")) if isinstance(value, Image.Image) else _array(value)
-    if mask.ndim != 2 or mask.dtype.kind not in "biuf" or not np.isfinite(mask).all() or not (mask > 0).any():
-        raise ValueError(
-            f"the mask of {name!r} has shape {list(mask.shape)} and dtype {mask.dtype}; expected (x0, y0, x1, y1), "
-            "a list of them or a mask: [H,W] of finite numbers, some of them above 0"
-        )
-    filled = Image.fromarray((mask > mask.max() / 2).astype(np.uint8))
+    filled = Image.fromarray((mask > mask.max() / 2).numpy().astype(np.uint8))
     return np.asarray(filled.resize(size, Image.Resampling.NEAREST)) > 0
 
 

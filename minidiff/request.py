@@ -208,7 +208,7 @@ class Request:
 
             for one in self.layouts:
                 if one is not None:
-                    read_regions(one, lambda phrase: (1,), length=1 << 30)  # phrases and positions wait for the model
+                    read_regions(one)
         self._check_guidance()
         if not isinstance(self.edits, tuple) or self.edits or self.attention is not False or self.inputs is not None:
             self._check_attention()

@@ -198,6 +198,6 @@ def plain_boxes(regions: Sequence[Region]) -> dict[str, object]:
     """Regions as a request takes them."""
     return {
         region.name: {"weight": region.weight}
-        | ({"boxes": region.boxes} if region.mask is None else {"mask": region.mask})
+        | ({"boxes": region.boxes or None} if region.mask is None else {"mask": region.mask})
         for region in regions
     }

@@ -92,12 +92,18 @@ def test_a_mask_is_drawn_by_its_outline() -> None:
 
 
 def test_a_mask_of_any_kind_is_drawn_alike() -> None:
-    mask = torch.zeros(4, 4)
+    mask = torch.zeros(5, 5)
     mask[1:3, 1:3] = 1
     image = Image.new("RGB", (401, 399), "white")
     first, *others = (
         np.asarray(boxes(image, {"cat": value}))
-        for value in (mask, mask.bfloat16(), mask.bool(), mask.clone().requires_grad_(), mask.numpy() * 255)
+        for value in (
+            mask,
+            mask.bfloat16(),
+            mask.bool(),
+            mask.clone().requires_grad_(),
+            mask.bool().numpy().astype(np.uint8) * 255,
+        )
     )
     assert all(np.array_equal(first, other) for other in others)
 
@@ -147,7 +153,6 @@ def test_token_positions_have_a_name() -> None:
     [
         (0, 0, 1),
         "left",
-        None,
         [],
         [(0, 0, 1, 1), 3],
         ("a", 0, 1, 1),
@@ -155,6 +160,7 @@ def test_token_positions_have_a_name() -> None:
         (0, 0, 20, 1),
         (0, 0, 1, float("nan")),
         {"weight": 2.0},
+        {"boxes": (0, 0, 1, 1), "colour": "red"},
         np.zeros((3, 3)),
         np.full((3, 3), np.nan),
         -np.ones((3, 3)),
@@ -163,12 +169,19 @@ def test_token_positions_have_a_name() -> None:
     ],
 )
 def test_what_is_neither_box_nor_mask_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match=r"'cat'.* expected .x0, y0, x1, y1., a list of them or a mask"):
+    with pytest.raises(ValueError, match=r"'cat'.* expected "):
         boxes(Image.new("RGB", (400, 400)), {"cat": value})
 
 
+def test_a_layout_is_read_as_generate_reads_it() -> None:
+    image, box = Image.new("RGB", (400, 400)), (0.1, 0.1, 0.9, 0.9)
+    expected = np.asarray(boxes(image, {"cat": box}))
+    for value in (np.array(box), torch.tensor([box], dtype=torch.float64), {"boxes": [np.array(box)]}):
+        assert np.array_equal(np.asarray(boxes(image, {"cat": value, "dog": None})), expected)
+
+
 def test_what_is_no_layout_is_refused() -> None:
-    with pytest.raises(ValueError, match="the layout is .* expected a mapping"):
+    with pytest.raises(ValueError, match="boxes is .* expected a mapping"):
         boxes(Image.new("RGB", (400, 400)), [(0, 0, 1, 1)])  # type: ignore[arg-type]
 
 

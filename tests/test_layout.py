@@ -1,6 +1,7 @@
 """Boxes and masks cover cells exactly, and what is wrong with them is named."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff.guidance.layout import Box, Region, box_coverage, make_layout, read_regions
+from minidiff.guidance.layout import Box, Layout, Region, box_coverage, make_layout, read_regions
 from minidiff.model import Model
 from minidiff.networks.attention import mask_name
+from minidiff.resolve import plain_boxes
 
 GRIDS = [(1, 1), (2, 3), (7, 5), (8, 8), (3, 16)]
 BOXES: list[Box] = [
@@ -198,7 +200,6 @@ def test_regions_are_read_from_every_way_to_write_them() -> None:
         ("ball", (0.1, "0.2", 0.5, 0.6), "holds .*'0.2'"),
         ("ball", (False, 0.2, True, 0.6), "holds .*False"),
         ("ball", [], r"is \[\]; expected \(x0, y0, x1, y1\) in \[0,1\]"),
-        ("ball", None, "is None; expected"),
         ("ball", "middle", "is 'middle'; expected"),
         ("ball", {"boxes": (0, 0, 1, 1), "mask": np.ones((2, 2))}, r'expected \{"boxes": ..., "weight": 1.0\} or'),
         ("ball", {"weight": 2.0}, r'expected \{"boxes": ...'),
@@ -209,17 +210,28 @@ def test_regions_are_read_from_every_way_to_write_them() -> None:
         ("ball", {"boxes": (0, 0, 1, 1), "weight": math.nan}, "has the weight nan"),
         ("ball", {"boxes": (0, 0, 1, 1), "weight": True}, "has the weight True"),
         ("ball", {"boxes": (0, 0, 1, 1), "weight": "2"}, "has the weight '2'"),
-        ("ball", np.zeros((4, 4)), "the mask of 'ball' is empty; expected some of it above 0"),
-        ("ball", np.zeros((4, 4), dtype=bool), "the mask of 'ball' is empty"),
-        ("ball", np.full((4, 4), 1.5), "the mask of 'ball' holds values from 1.5 to 1.5; expected 0 to 1"),
-        ("ball", np.full((4, 4), -0.5), "holds values from -0.5 to -0.5"),
-        ("ball", np.full((4, 4), math.nan), "holds values from nan"),
+        ("ball", np.zeros((4, 5)), "the mask of .*'ball'.* is empty; expected some of it above 0"),
+        ("ball", np.zeros((4, 4), dtype=bool), "the mask of .*'ball'.* is empty"),
+        ("ball", np.full((4, 5), 1.5), "the mask of .*'ball'.* holds values from 1.5 to 1.5; expected 0 to 1"),
+        ("ball", np.full((4, 5), -0.5), "holds values from -0.5 to -0.5"),
+        ("ball", np.full((4, 5), math.nan), "holds values from nan"),
         ("ball", np.array([[0, 128], [200, 255]], np.uint8), "holds values from 0 to 255"),
-        ("ball", np.ones((4, 4, 3)), r"the mask of 'ball' has shape \[4, 4, 3\] .* expected \[H,W\] of booleans"),
-        ("ball", np.ones(4), r"has shape \[4\]"),
-        ("ball", np.ones((0, 4)), r"has shape \[0, 4\]"),
-        ("ball", torch.ones(2, 2, dtype=torch.complex64), "dtype torch.complex64"),
-        ("ball", np.array([["a", "b"]]), "the mask of 'ball'"),
+        (
+            "ball",
+            np.ones((4, 4, 3)),
+            r"the mask of boxes\['ball'\] is a ndarray of shape \[4, 4, 3\] .* expected \[H,W\] of num",
+        ),
+        ("ball", np.ones(5), r"of shape \[5\]"),
+        ("ball", np.ones((0, 5)), r"of shape \[0, 5\]"),
+        ("ball", torch.ones(2, 2, dtype=torch.complex64), "dtype complex64"),
+        ("ball", np.ones(4), r"holds \(1.0, 1.0, 1.0, 1.0\), which has no area"),
+        ("ball", np.ones((2, 4)), r'has no area; .* or a mask \(of 2 x 4 cells as {"mask": ...}\)'),
+        ("ball", torch.ones(0, 4), r"is \[\]; expected"),
+        ("ball", torch.ones(2, 4) * 1j, "holds .*expected"),
+        ("ball", {"mask": None}, r"the mask of boxes\['ball'\] is None; expected"),
+        ("ball", [(0, 0, 1, 1)] * 257, "holds 257 boxes; expected at most 256"),
+        ("ball", (0, 0, 1, 10**400), "holds .*expected"),
+        ("ball", np.array([["a", "b"]]), "the mask of .*'ball'.*"),
         (
             0,
             (0, 0, 1, 1),
@@ -240,6 +252,84 @@ def test_regions_are_read_from_every_way_to_write_them() -> None:
 def test_what_is_wrong_is_named(key: object, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         one(value, key)
+
+
+BOX = (0.125, 0.25, 0.5, 0.75)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array(BOX),
+        np.array(BOX, np.float32),
+        torch.tensor(BOX),
+        torch.tensor(BOX).bfloat16().requires_grad_(),
+        tuple(np.float32(BOX)),
+        list(torch.tensor(BOX)),
+        np.array([BOX]),
+        torch.tensor([BOX]),
+        [np.array(BOX)],
+        (torch.tensor(BOX),),
+        [list(np.float32(BOX))],
+    ],
+    ids=repr,
+)
+def test_a_box_is_a_box_whatever_holds_it(value: object) -> None:
+    assert one(value).boxes == one({"boxes": value}).boxes == (BOX,)
+    assert one([BOX, BOX]).boxes == one(np.array([BOX, BOX])).boxes == one(torch.tensor([BOX, BOX])).boxes == (BOX, BOX)
+
+
+def test_a_mask_of_four_columns_is_named_as_one() -> None:
+    cells = np.array([BOX, BOX])
+    assert one(cells).mask is None
+    assert torch.equal(one({"mask": cells}).coverage((2, 4)), torch.tensor(cells))
+    assert one(cells > 0.2).mask is not None  # booleans are no numbers
+
+
+def test_a_mask_may_be_a_view_and_read_only() -> None:
+    mask = np.eye(5)
+    mask.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(one(mask[::-1]).coverage((5, 5)), torch.eye(5).flip(0).double())
+
+
+def test_token_positions_are_numbers_of_any_kind_and_count_once() -> None:
+    for key in (np.int64(3), torch.tensor(3), (np.int32(3),), (3, 3), "tokens:3,3"):
+        assert one(BOX, key).tokens == (3,)
+        assert one(BOX, key).name == "tokens:3"
+
+
+def test_a_target_without_a_place_covers_nothing() -> None:
+    for value in (None, {"boxes": None}, {"boxes": None, "weight": 2}):
+        region = one(value)
+        assert region.boxes == () and region.mask is None
+        assert torch.equal(region.coverage((3, 5)), torch.zeros(3, 5).double())
+        assert one(plain_boxes([region])["ball"]).weight == region.weight
+
+
+def test_a_layout_has_a_limit() -> None:
+    with pytest.raises(ValueError, match="boxes holds 257 phrases; expected at most 256"):
+        read_regions({(i,): BOX for i in range(1, 258)})
+
+
+def test_torchs_defaults_change_no_layout() -> None:
+    mask = torch.eye(5)
+
+    def made() -> Layout:
+        return make_layout([[one(BOX), one(np.eye(3), 3), one(mask, 4)], []], [3, 4], 8, [(2, 3), (8, 8)])
+
+    expected = made()
+    dtype = torch.get_default_dtype()
+    try:
+        for name in ("float64", "bfloat16"):
+            torch.set_default_dtype(getattr(torch, name))
+            with torch.device("meta"):
+                found = made()
+            for mine, theirs in zip(found.inputs().values(), expected.inputs().values(), strict=True):
+                assert mine.dtype == theirs.dtype == torch.float32 and torch.equal(mine, theirs)
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 @pytest.mark.parametrize("value", ["ball", [("ball", (0, 0, 1, 1))], 3, (0, 0, 1, 1)], ids=str)

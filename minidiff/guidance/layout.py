@@ -5,18 +5,18 @@ Shapes: B images, O objects (of the image that has most), h x w cells of an atte
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ..checks import is_number, shown, whole
 from ..networks.attention import mask_name
 
 if TYPE_CHECKING:
@@ -24,18 +24,19 @@ if TYPE_CHECKING:
     from ..networks.sites import Grid
 
 Box: TypeAlias = tuple[float, float, float, float]
-Mask: TypeAlias = Tensor | NDArray[np.generic] | Image.Image
 Boxes: TypeAlias = Mapping[Any, object]  # Any: a mapping's type of keys is invariant, and callers have dict[str, ...]
-"""A phrase of the prompt, or token positions, to a box (x0, y0, x1, y1) in [0,1] (from the left, from the top), a list
-of boxes or a mask; or to {"boxes": ..., "weight": 2.0} or {"mask": ..., "weight": ...}.
+"""A phrase of the prompt, or token positions, to a box (x0, y0, x1, y1) in [0,1] (from the left, from the top), several
+boxes (a list, or an array [n,4]), a mask (an image, or an array [H,W] in [0,1]), or None for a phrase without a place;
+or to {"boxes": ..., "weight": 2.0} or {"mask": ..., "weight": ...}.
 """
 
-_TOKENS = re.compile(r"tokens:(\d+(?:,\d+)*)")  # token positions where a key must be a text, as in JSON
+_TOKENS = re.compile(r"tokens:(\d{1,9}(?:,\d{1,9})*)")  # token positions where a key must be a text, as in JSON
+_MOST = 256  # phrases, and boxes of each: to find what n boxes cover together takes 4 n^3 bytes, here 67 MB
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """One object: the positions of its tokens, and its boxes or its mask [H,W] in [0,1].
+    """One object: the positions of its tokens, and its boxes or its mask [H,W] in [0,1]; without both it has no place.
 
     `name` is the phrase, or such as "tokens:2,3". `weight` is its share in an objective beside the other objects.
     """
@@ -47,12 +48,15 @@ class Region:
     weight: float = 1.0
 
     def coverage(self, grid: Grid) -> Tensor:
-        """How much of each cell is inside, exactly, [h,w] in [0,1]: never empty, however small the box."""
+        """How much of each cell is inside, exactly, [h,w] in [0,1]: never empty, however small the box, where it has
+        a place. On the CPU in float64, whatever torch's defaults, as all here."""
         if self.mask is not None:
-            rows, columns = (torch.arange(n + 1, dtype=torch.float64) / n for n in self.mask.shape)
+            rows, columns = (torch.arange(n + 1, dtype=torch.float64, device="cpu") / n for n in self.mask.shape)
             inside = self.mask.double()
+        elif not self.boxes:
+            return torch.zeros(grid, dtype=torch.float64, device="cpu")
         else:  # boxes of one object may overlap: cut the picture at every edge of every box
-            boxes = torch.tensor(self.boxes, dtype=torch.float64)
+            boxes = torch.tensor(self.boxes, dtype=torch.float64, device="cpu")
             columns, rows = (boxes[:, axis::2].flatten().unique() for axis in (0, 1))
             x, y = (columns[1:] + columns[:-1]) / 2, (rows[1:] + rows[:-1]) / 2
             x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
@@ -95,10 +99,11 @@ def make_layout(
 ) -> Layout:
     """Tensors of B images' regions. num_tokens: of each image's prompt, without start and end; length: L."""
     objects = max((len(some) for some in regions), default=0)
-    token_weights = torch.zeros(len(regions), objects, length)
-    words = torch.zeros(len(regions), length)
-    weights = torch.zeros(len(regions), objects)
-    masks = {grid: torch.zeros(len(regions), objects, *grid) for grid in grids}
+    zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
+    token_weights = zeros(len(regions), objects, length)
+    words = zeros(len(regions), length)
+    weights = zeros(len(regions), objects)
+    masks = {grid: zeros(len(regions), objects, *grid) for grid in grids}
     for i, some in enumerate(regions):
         words[i, 1 : num_tokens[i] + 1] = 1
         for o, region in enumerate(some):
@@ -110,102 +115,115 @@ def make_layout(
     return Layout(on_device, token_weights.to(device), words.to(device), weights.to(device))
 
 
-def read_regions(boxes: Boxes, find: Callable[[str], tuple[int, ...]], length: int) -> tuple[Region, ...]:
-    """What a caller wrote, checked. find: a phrase to the positions of its tokens; ValueError where it has none."""
+def read_regions(
+    boxes: Boxes, find: Callable[[str], tuple[int, ...]] = lambda phrase: (1,), length: int = 1 << 30
+) -> tuple[Region, ...]:
+    """What a caller wrote, checked. find: a phrase to the positions of its tokens; ValueError where it has none.
+
+    Without find and length, phrases and token positions wait for the model that knows them.
+    """
     if not isinstance(boxes, Mapping):
         raise ValueError(
-            f"boxes is {boxes!r}; expected a mapping of phrases of the prompt to boxes, such as "
+            f"boxes is {shown(boxes)}; expected a mapping of phrases of the prompt to boxes, such as "
             '{"ball": (0.55, 0.4, 0.95, 0.8)}'
         )
+    if len(boxes) > _MOST:
+        raise ValueError(f"boxes holds {len(boxes):,} phrases; expected at most {_MOST}")
     return tuple(_region(key, value, find, length) for key, value in boxes.items())
 
 
 def _region(key: object, value: object, find: Callable[[str], tuple[int, ...]], length: int) -> Region:
     named = _TOKENS.fullmatch(key) if isinstance(key, str) else None
     if named is not None:
-        key = tuple(int(number) for number in named[1].split(","))
+        key = tuple(int(position) for position in named[1].split(","))
     if isinstance(key, str):
         name, tokens = key, find(key)
     else:
         tokens = _tokens(key, length)
         name = f"tokens:{','.join(map(str, tokens))}"
-    weight = 1.0
+    where, weight, masked = f"boxes[{shown(key)}]", 1.0, False
     if isinstance(value, Mapping):
         if not value.keys() <= {"boxes", "mask", "weight"} or len(value.keys() & {"boxes", "mask"}) != 1:
-            raise ValueError(
-                f'boxes[{key!r}] is {dict(value)!r}; expected {{"boxes": ..., "weight": 1.0}} or {{"mask": ...}}'
-            )
-        weight = _weight(key, value.get("weight", 1.0))
-        value = value["boxes"] if "boxes" in value else value["mask"]
-    if isinstance(value, Image.Image | np.ndarray | Tensor):
-        return Region(name, tokens, mask=_mask(key, value), weight=weight)
-    return Region(name, tokens, boxes=_boxes(key, value), weight=weight)
+            raise ValueError(f'{where} is {shown(value)}; expected {{"boxes": ..., "weight": 1.0}} or {{"mask": ...}}')
+        weight, masked = value.get("weight", 1.0), "mask" in value
+        if not is_number(weight) or not float(weight) > 0:
+            raise ValueError(f"{where} has the weight {shown(weight)}; expected a number above 0")
+        value = value["mask"] if masked else value["boxes"]
+    if value is None and not masked:
+        return Region(name, tokens, weight=float(weight))
+    if masked or _is_mask(value):
+        return Region(name, tokens, mask=_mask(where, value), weight=float(weight))
+    return Region(name, tokens, boxes=_boxes(where, value), weight=float(weight))
 
 
 def _tokens(key: object, length: int) -> tuple[int, ...]:
-    tokens = (key,) if isinstance(key, int) and not isinstance(key, bool) else key
-    if (
-        not isinstance(tokens, tuple)
-        or not tokens
-        or not all(isinstance(token, int) and not isinstance(token, bool) and 0 < token < length for token in tokens)
-    ):
+    try:
+        tokens = tuple(whole("", token, 1, length - 1) for token in (key if isinstance(key, tuple) else (key,)))
+    except ValueError:
+        tokens = ()
+    if not tokens:
         raise ValueError(
-            f"boxes has the key {key!r}; expected a phrase of the prompt, or token positions from 1 to {length - 1} "
-            "(position 0 is the start marker) as a number or a tuple"
+            f"boxes has the key {shown(key)}; expected a phrase of the prompt, or token positions from 1 to "
+            f"{length - 1} (position 0 is the start marker) as a number or a tuple"
         )
-    return tokens
+    return tuple(dict.fromkeys(tokens))
 
 
-def _weight(key: object, weight: object) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise ValueError(f"boxes[{key!r}] has the weight {weight!r}; expected a number above 0")
-    return float(weight)
+def _is_mask(value: object) -> bool:
+    """Whether it is an image or an array that holds no boxes: those are [4] or [n,4] of numbers."""
+    if not isinstance(value, np.ndarray | Tensor):
+        return isinstance(value, Image.Image)
+    return value.ndim not in (1, 2) or value.shape[-1] != 4 or "bool" in str(value.dtype)
 
 
-def _boxes(key: object, value: object) -> tuple[Box, ...]:
+def _boxes(where: str, value: Any) -> tuple[Box, ...]:
+    """One box or several, in any container."""
     expected = "expected (x0, y0, x1, y1) in [0,1] with x0 < x1 and y0 < y1, a list of such boxes, or a mask"
+    array = isinstance(value, np.ndarray | Tensor)
+    if array and value.ndim == 2:
+        expected = f'{expected} (of {len(value)} x 4 cells as {{"mask": ...}})'
+    value = value.tolist() if array else value
     if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"boxes[{key!r}] is {value!r}; {expected}")
-    boxes = value if isinstance(value[0], list | tuple) else (value,)
-    for box in boxes:
-        if not isinstance(box, list | tuple) or len(box) != 4 or not all(_is_number(edge) for edge in box):
-            raise ValueError(f"boxes[{key!r}] holds {box!r}; {expected}")
-        x0, y0, x1, y1 = box
+        raise ValueError(f"{where} is {shown(value)}; {expected}")
+    several = value if not is_number(value[0]) and not isinstance(value[0], str | bool) else (value,)
+    if len(several) > _MOST:
+        raise ValueError(f"{where} holds {len(several):,} boxes; expected at most {_MOST}")
+    found = []
+    for row in several:
+        box = row.tolist() if isinstance(row, np.ndarray | Tensor) else row
+        if not isinstance(box, list | tuple) or len(box) != 4 or not all(is_number(edge) for edge in box):
+            raise ValueError(f"{where} holds {shown(box)}; {expected}")
+        x0, y0, x1, y1 = box = tuple(float(edge) for edge in box)
         if min(box) < 0 or max(box) > 1:
             raise ValueError(
-                f"boxes[{key!r}] holds {box!r}, which reaches outside of the picture; {expected}. "
+                f"{where} holds {shown(box)}, which reaches outside of the picture; {expected}. "
                 "Divide pixels by the picture's width and height"
             )
         if x1 <= x0 or y1 <= y0:
             why = "has no area" if x1 == x0 or y1 == y0 else "has its corners out of order (is it x, y, width, height?)"
-            raise ValueError(f"boxes[{key!r}] holds {box!r}, which {why}; {expected}")
-    return tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
+            raise ValueError(f"{where} holds {shown(box)}, which {why}; {expected}")
+        found.append((x0, y0, x1, y1))
+    return tuple(found)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _mask(key: object, value: Mask) -> Tensor:
-    """[H,W] in [0,1]."""
+def _mask(where: str, value: object) -> Tensor:
+    """[H,W] float64 in [0,1], on the CPU."""
     if isinstance(value, Image.Image):
         value = np.asarray(value.convert("L"), dtype=np.float32) / 255
-    mask = torch.as_tensor(value if isinstance(value, Tensor) or value.dtype.kind in "biuf" else np.zeros(0))
-    whole = not mask.is_floating_point() and not mask.is_complex()
-    if mask.ndim != 2 or mask.is_complex() or mask.numel() == 0:
-        raise ValueError(
-            f"the mask of {key!r} has shape {list(mask.shape)} and dtype {mask.dtype}; expected [H,W] of booleans, "
-            "of numbers from 0 to 1, or an image"
-        )
-    mask = mask.double()
-    if whole and mask.max() == 255 and mask.unique().tolist() in ([255.0], [0.0, 255.0]):
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = (value.double() if value.is_floating_point() else value).numpy()  # numpy has no bfloat16
+    if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind not in "biuf" or value.size == 0:
+        raise ValueError(f"the mask of {where} is {shown(value)}; expected [H,W] of numbers from 0 to 1, or an image")
+    mask = torch.from_numpy(np.array(value, dtype=np.float64, order="C"))
+    if value.dtype.kind in "iu" and mask.max() == 255 and ((mask == 0) | (mask == 255)).all():
         mask = mask / 255  # a mask as image files hold it
     if not mask.isfinite().all() or mask.min() < 0 or mask.max() > 1:
         raise ValueError(
-            f"the mask of {key!r} holds values from {mask.min():g} to {mask.max():g}; expected 0 to 1 (or 0 and 255)"
+            f"the mask of {where} holds values from {mask.min():g} to {mask.max():g}; expected 0 to 1 (or 0 and 255)"
         )
     if mask.max() == 0:
-        raise ValueError(f"the mask of {key!r} is empty; expected some of it above 0")
+        raise ValueError(f"the mask of {where} is empty; expected some of it above 0")
     return mask
 
 
