@@ -33,9 +33,11 @@ NEEDED = sorted(CONFIGS + TOKENIZER + VAE + WEIGHTS)
 
 @dataclass
 class Asked:
-    """Stands for snapshot_download: notes what is asked for and answers with a folder."""
+    """Stands for snapshot_download: notes what is asked for and answers with a folder, or with a cache that has as much
+    of it as was asked for."""
 
     folder: Path
+    cache: Path | None = None
     files: list[str] = field(default_factory=list)
     repos: list[tuple[str, str | None]] = field(default_factory=list)
 
@@ -43,7 +45,12 @@ class Asked:
         assert not any("*" in name or name.endswith(".bin") for name in allow_patterns)
         self.repos.append((repo, revision))
         self.files += [name for name in allow_patterns if (self.folder / name).is_file() and name not in self.files]
-        return str(self.folder)
+        if self.cache is None:
+            return str(self.folder)
+        for name in self.files:
+            (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.folder / name, self.cache / name)
+        return str(self.cache)
 
 
 @pytest.fixture
@@ -70,13 +77,27 @@ def test_only_what_is_needed(asked: Asked) -> None:
     assert set(asked.repos) == {("a/model", None)}
 
 
-def test_a_revision_and_a_variant(asked: Asked) -> None:
-    with pytest.raises(ValueError, match="a/model at revision v2 holds no .* of the variant 'fp16'"):
-        fetch_model("a/model", "v2", "fp16")
+def test_a_revision_and_a_variant(asked: Asked, tmp_path: Path) -> None:
+    asked.cache = tmp_path / "cache"
+    assert fetch_model("a/model", "v2", "fp16") == asked.cache
     assert set(asked.repos) == {("a/model", "v2")}
-    assert [name for name in asked.files if name.endswith(".safetensors")] == [
-        "vae/diffusion_pytorch_model.fp16.safetensors"
-    ]
+    weights = ["vae/diffusion_pytorch_model.fp16.safetensors", *WEIGHTS]  # one part has it, the others take the plain
+    assert sorted(name for name in asked.files if name.endswith(".safetensors")) == sorted(weights)
+    with pytest.raises(ValueError, match="a/model at revision v2 holds no .* of the variant 'bf16'"):
+        fetch_model("a/model", "v2", "bf16")
+
+
+def test_shards(asked: Asked, tmp_path: Path) -> None:
+    asked.cache = tmp_path / "cache"
+    unet, names = asked.folder / "unet", ["a.safetensors", "b.safetensors"]
+    (unet / "diffusion_pytorch_model.safetensors").rename(unet / names[0])
+    (unet / names[1]).touch()
+    index = {"weight_map": dict(zip("xy", names, strict=True))}
+    (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    fetch_model("a/model", None, None)
+    index_file = "diffusion_pytorch_model.safetensors.index.json"
+    expected = [f"unet/{name}" for name in (names[0], names[1], "config.json", index_file)]
+    assert sorted(name for name in asked.files if name.startswith("unet/")) == expected
 
 
 def test_what_the_caller_brings_is_not_fetched(asked: Asked, tiny_folder: Path) -> None:

@@ -131,6 +131,38 @@ def test_a_variant(folder: Path, tiny_model: minidiff.Model) -> None:
         torch.testing.assert_close(ours.state_dict(), expected, rtol=0, atol=0)
 
 
+def test_a_variant_that_one_part_has(folder: Path, tiny_model: minidiff.Model) -> None:
+    """As Stable Diffusion 1.5's own repository has non_ema in unet/ alone. The others take the plain files."""
+    unet = load_file(folder / UNET_FILE)
+    put(folder / UNET_FILE.replace(".safetensors", ".non_ema.safetensors"), {k: v + 1 for k, v in unet.items()})
+    model = load(folder, variant="non_ema")
+    assert torch.equal(model.unet.conv_in.weight, tiny_model.unet.conv_in.weight + 1)
+    torch.testing.assert_close(model.vae.state_dict(), tiny_model.vae.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"model.fp16.safetensors is not there; there is .*; variant="):
+        load(folder, variant="fp16")
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_sharded_weights(variant: str | None, folder: Path, tiny_model: minidiff.Model) -> None:
+    from diffusers import UNet2DConditionModel
+
+    whole = (folder / UNET_FILE).stat().st_size
+    UNet2DConditionModel.from_pretrained(folder / "unet").save_pretrained(
+        folder / "unet", max_shard_size=whole // 3, variant=variant
+    )
+    (folder / UNET_FILE).unlink(missing_ok=True)
+    shards = sorted((folder / "unet").glob("*-of-*"))
+    assert len(shards) > 2
+    assert_same_weights(load(folder, variant=variant), tiny_model)
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=f"{shards[1].name} is not there"):
+        load(folder, variant=variant)
+    (index,) = (folder / "unet").glob("*.index*.json")
+    put(index, '{"weight_map": {"conv_in.weight": "../../elsewhere.safetensors"}}')
+    with pytest.raises(ValueError, match="weight_map must name the file, in the same folder, of every tensor"):
+        load(folder, variant=variant)
+
+
 def test_corrupt_position_ids_and_a_projection_do_not_matter(folder: Path, tiny_model: minidiff.Model) -> None:
     text = load_file(folder / TEXT_FILE)
     text["text_model.embeddings.position_ids"] = torch.full((1, 77), 3)
@@ -204,6 +236,24 @@ def test_averages_are_ignored_and_foreign_keys_named(
         model = minidiff.load(path, tokenizer=tiny_folder / "tokenizer", dtype="float32")
     assert warned[0].filename == __file__
     assert_same_weights(model, tiny_model)
+
+
+@pytest.mark.parametrize("mark", ["tensor", "metadata", "yaml", "yaml of epsilon"])
+def test_what_a_single_file_says_of_its_prediction(mark: str, single: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(single) | ({"v_pred": torch.zeros(0)} if mark == "tensor" else {})
+    path = tmp_path / "v.safetensors"
+    save_file(tensors, path, {"modelspec.prediction_type": "v" if mark == "metadata" else "epsilon"})
+    if "yaml" in mark:
+        kind = "eps" if mark == "yaml of epsilon" else "v"
+        path.with_suffix(".yaml").write_text(
+            f'model:\n  params:\n    parameterization: "{kind}"\n    linear_end: 0.012'
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = load(path, tokenizer=tiny_folder / "tokenizer")
+    assert model.noise.prediction_type == ("epsilon" if mark == "yaml of epsilon" else "v_prediction")
+    other = load(path, tokenizer=tiny_folder / "tokenizer", prediction_type="epsilon")
+    assert other.noise.prediction_type == "epsilon"
 
 
 def test_a_single_file_without_an_autoencoder(tiny_folder: Path, tiny_model: minidiff.Model, tmp_path: Path) -> None:

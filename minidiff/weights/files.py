@@ -54,6 +54,12 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
         raise ValueError(_damage(path, error)) from error
 
 
+def file_metadata(path: Path) -> dict[str, str]:
+    """What the header of a .safetensors file says besides its tensors."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
 def _pickle(path: Path) -> str:
     return f"{path} is a pickle, which can run code when it is read; expected .safetensors. {how_to_convert(path)}"
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .sources import CLIP_TOKENIZER, TOKENIZER_FILES, folder_unet_config, weight_file
+from .sources import CLIP_TOKENIZER, TOKENIZER_FILES, folder_unet_config, index_file, weight_file, weight_files
 
 
 def fetch_model(
@@ -15,15 +15,15 @@ def fetch_model(
     """
     parts = ["unet", "text_encoder", *(["vae"] if vae else [])]
     configs = [f"{part}/config.json" for part in parts]
-    weights = [f"{part}/{weight_file(_BASE[part], variant)}" for part in parts]
     small = ["model_index.json", "scheduler/scheduler_config.json", *configs]
     if tokenizer:
         small += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
     folder = _fetch(repo, revision, small)
     if (folder / "unet").is_dir():
         folder_unet_config(folder)
-    folder = _fetch(repo, revision, [*small, *weights])
-    missing = [name for name in (*configs, *weights) if not (folder / name).is_file()]
+    folder, lacking = _fetch_weights(repo, revision, variant, folder, parts, small)
+    missing = [name for name in configs if not (folder / name).is_file()]
+    missing += [f"{part}/{weight_file(_BASE[part], variant)}" for part in lacking]
     if missing:
         raise ValueError(
             f"{_at(repo, revision)} holds no {', '.join(missing)}; expected a Stable Diffusion 1.x folder with "
@@ -32,6 +32,24 @@ def fetch_model(
             "cache may hold a part only"
         )
     return folder
+
+
+def _fetch_weights(
+    repo: str, revision: str | None, variant: str | None, folder: Path, parts: list[str], wanted: list[str]
+) -> tuple[Path, list[str]]:
+    """Fetch one set of weights for each part, its shards if need be: the folder, and the parts that have none."""
+    lacking = parts
+    for name in dict.fromkeys((variant, None)):
+        wanted = wanted + [
+            f"{part}/{file(_BASE[part], name)}" for part in lacking for file in (weight_file, index_file)
+        ]
+        folder = _fetch(repo, revision, wanted)
+        found = {part: weight_files(folder / part, _BASE[part], variant) for part in parts}
+        lacking = [part for part in parts if not found[part]]
+        if not lacking or len(lacking) == len(parts):
+            break
+    shards = [f"{part}/{file.name}" for part in parts for file in found[part] if not file.is_file()]
+    return _fetch(repo, revision, wanted + shards) if shards else folder, lacking
 
 
 def fetch_vae(repo: str, variant: str | None) -> Path:

@@ -37,6 +37,7 @@ from .sources import (
     Source,
     VAESource,
     check_fit,
+    file_scheduler,
     file_source,
     folder_source,
     folder_tensors,
@@ -148,7 +149,8 @@ def _describe_file(path: Path) -> Description:
         # Of foreign keys the loader warns; here they are listed. A missing autoencoder must not hide the other parts.
         mine = {key: tensor for key, tensor in tensors.items() if key.startswith(_KNOWN)}
         try:
-            source = file_source(path, mine, Path(), None if kind.problem is None else VAESource(VAEConfig(), {}))
+            vae = None if kind.problem is None else VAESource(VAEConfig(), {})
+            source = file_source(path, mine, Path(), vae, file_scheduler(path, tensors))
         except ValueError as error:
             return _counted(path, tensors, kind, _problem(error))
         return _checkpoint(path, tensors, kind, source)

@@ -25,6 +25,7 @@ from .sources import (
     Source,
     VAESource,
     check_fit,
+    file_scheduler,
     file_source,
     folder_source,
     vae_from_file,
@@ -59,8 +60,8 @@ def load(
     tokenizer: a folder with CLIP's tokenizer; a single file carries none, and without this argument it comes from the
         hub's cache.
     vae: another autoencoder: a hub id, a folder or a .safetensors file.
-    prediction_type: "epsilon" or "v_prediction", where the source's scheduler config is silent or wrong (a single file
-        always means epsilon).
+    prediction_type: "epsilon" or "v_prediction", where the source is silent or wrong. A folder says it in its scheduler
+        config; a single file in its tensors, its metadata or a .yaml beside it, or it means epsilon.
     dtype: what the networks compute in: a torch dtype or "float32", "bfloat16", "float16". None chooses bfloat16 on a
         CPU with instructions for it, float16 on CUDA, else float32.
     device: None is CUDA where there is one, else the CPU.
@@ -131,7 +132,7 @@ def _find(
         return folder_source(path, path.resolve().name, variant, folder, vae)
     if _is_local(path):
         tensors = stored_tensors(path)  # a bad file is named before the tokenizer is looked for
-        return file_source(path, tensors, folder or fetch_tokenizer, vae)
+        return file_source(path, tensors, folder or fetch_tokenizer, vae, file_scheduler(path, tensors))
     if local:
         raise ValueError(f"{source} is not there; expected a model folder or a .safetensors file")
     fetched = fetch_model(str(source), revision, variant, vae=vae is None, tokenizer=folder is None)

@@ -26,9 +26,11 @@ IGNORED = (
     "sqrt_",
     "lvlb_weights",
     "scale_factor",
+    "v_pred",
+    "ztsnr",
 )
-"""Beginnings of keys that hold no weight of a network: the schedule (recomputed exactly), the trainer's state and a
-second, averaged copy of the UNet."""
+"""Beginnings of keys that hold no weight of a network: the schedule (recomputed exactly) and marks of it, the trainer's
+state and a second, averaged copy of the UNet."""
 
 TEXT_IGNORED = ("position_ids", "text_projection.weight", "logit_scale")
 """Ends of keys beside a text encoder's weights: 0, 1, ... (corrupted in some merged files), and what CLIP needs to

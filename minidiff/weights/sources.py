@@ -2,14 +2,15 @@
 weight is read here."""
 
 import json
+import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..networks.config import UNetConfig, VAEConfig
 from ..sampling import SD15_SCHEDULER_CONFIG
-from .files import PICKLES, Stored, how_to_convert, stored_tensors
+from .files import PICKLES, Stored, file_metadata, how_to_convert, stored_tensors
 from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED, VAE_OLD_ATTENTION, rename, unet_ldm, vae_ldm
 from .recognise import (
     CHECKPOINT,
@@ -96,7 +97,11 @@ def _class_name(folder: Path) -> str:
 
 
 def file_source(
-    path: Path, tensors: Mapping[str, Stored], tokenizer: Path | Callable[[], Path], vae: VAESource | None
+    path: Path,
+    tensors: Mapping[str, Stored],
+    tokenizer: Path | Callable[[], Path],
+    vae: VAESource | None,
+    scheduler: Mapping[str, object] = SD15_SCHEDULER_CONFIG,
 ) -> Source:
     """A single .safetensors file in LDM names, of which the header was read; `tokenizer` is a folder or how to get one.
 
@@ -126,8 +131,25 @@ def file_source(
         text=text_config(_shapes(text_tensors)),
         text_tensors=text_tensors,
         tokenizer=tokenizer() if callable(tokenizer) else tokenizer,
-        scheduler=SD15_SCHEDULER_CONFIG,
+        scheduler=scheduler,
     )
+
+
+def file_scheduler(path: Path, keys: Container[str]) -> dict[str, object]:
+    """What a single file says of its training: by marker tensors, in its metadata or in a .yaml beside it; else SD 1.5.
+
+    The tensors `v_pred` and `ztsnr` are ComfyUI's and A1111's markers, `modelspec.prediction_type` is sd-scripts', the
+    .yaml that of the original code.
+    """
+    beside = path.with_suffix(".yaml")
+    yaml = beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else ""
+    v = (
+        "v_pred" in keys
+        or file_metadata(path).get("modelspec.prediction_type", "").startswith("v")
+        or re.search(r"""^\s*parameterization\s*:\s*["']?v["']?\s*(#|$)""", yaml, re.MULTILINE) is not None
+    )
+    changes = {"prediction_type": "v_prediction"} if v else {}
+    return {**SD15_SCHEDULER_CONFIG, **changes, "rescale_betas_zero_snr": "ztsnr" in keys}
 
 
 def check_fit(found: Source, length: int, width: int) -> None:
@@ -196,9 +218,10 @@ def hub_text_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
 
 def folder_tensors(folder: Path, base: str, variant: str | None) -> dict[str, Stored]:
     """The tensors of one part of a model folder. ValueError that says what is there instead."""
+    files = weight_files(folder, base, variant)
+    if files:
+        return {key: tensor for path in files for key, tensor in stored_tensors(path).items()}
     path = folder / weight_file(base, variant)
-    if path.is_file():
-        return stored_tensors(path)
     found = sorted(file.name for file in folder.glob("*")) if folder.is_dir() else []
     others = [name for name in found if name.endswith(".safetensors")]
     pickles = [name for name in found if name.endswith(PICKLES)]
@@ -218,6 +241,30 @@ def folder_tensors(folder: Path, base: str, variant: str | None) -> dict[str, St
 def weight_file(base: str, variant: str | None) -> str:
     """The file name of a network's weights, such as model.fp16.safetensors."""
     return f"{base}.safetensors" if variant is None else f"{base}.{variant}.safetensors"
+
+
+def index_file(base: str, variant: str | None) -> str:
+    """The file that says which shard of the weights holds which tensor."""
+    return f"{base}.safetensors.index.json" if variant is None else f"{base}.safetensors.index.{variant}.json"
+
+
+def weight_files(folder: Path, base: str, variant: str | None) -> list[Path]:
+    """Where a part's weights are: one file, or the shards that its index names, there or not; empty without either.
+
+    As in diffusers, a part without files of the variant takes the plain ones where another part has some.
+    """
+    plain = variant is not None and any(folder.parent.glob(f"*/*.{variant}[.-]*safetensors"))
+    for name in (variant, None) if plain else (variant,):
+        path, index = folder / weight_file(base, name), folder / index_file(base, name)
+        if path.is_file():
+            return [path]
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            names = {str(file) for file in shards.values()} if isinstance(shards, dict) else set()
+            if not names or any(Path(file).name != file for file in names):
+                raise ValueError(f"{index}: weight_map must name the file, in the same folder, of every tensor")
+            return [folder / file for file in sorted(names)]
+    return []
 
 
 def read_json(path: Path) -> dict[str, object]:
