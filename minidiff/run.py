@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -48,8 +49,7 @@ class Step(SamplerStep):
 def generate(request: Request) -> Result:
     """Make images from text."""
     run = sample_steps(request)
-    for _ in _with_progress(run) if request.progress else run:
-        pass
+    deque(_with_progress(run) if request.progress else run, maxlen=0)  # a loop would hold each step's maps in the next
     return run.result()
 
 
@@ -140,11 +140,11 @@ class Run(Iterator[Step]):
         # what the caller does between two steps does not count as sampling
         self._timings["sampling"] = self._timings.get("sampling", 0.0) + time.perf_counter() - before
         looks = () if self._guide is None else tuple(self._guide.seen.get(found.index, ()))
-        self._last = Step(
-            found.index, found.t, found.sigma, found.latents, found.denoised, Maps(found.maps), looks, self._model
-        )
+        maps = Maps(found.maps)
+        step = Step(found.index, found.t, found.sigma, found.latents, found.denoised, maps, looks, self._model)
+        self._last = replace(step, maps=Maps({}))  # maps are large, and the next step makes new ones
         self._kept = self._reduce(self._kept, found.maps, found.index) if found.maps else None
-        return self._last
+        return step
 
     def result(self) -> Result:
         """The images after the last step that was taken, decoded.

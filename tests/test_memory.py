@@ -102,7 +102,7 @@ def test_nothing_grows_with_the_steps(tiny_folder: Path) -> None:
         )
 
     run(2)  # what is packed at its first use
-    few, many = run(2), run(8)
+    few, many = run(5), run(11)  # both have the four outputs that PNDM keeps
     assert few > 1e5
     latents = 4 * 4 * 8 * 8
     assert many - few < 6 * latents / 2  # the six more leave numbers in the report, nothing of an image's size

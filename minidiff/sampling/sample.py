@@ -98,13 +98,15 @@ def _steps(
         assert noise is not None  # checked by sample()
         return _like(noise(), x, "noise").to(x.device, work)
 
-    for latents in sampler.run(ask, x.to(work) * schedule.init_scale, schedule, fresh):
+    def finished(latents: Tensor) -> SamplerStep:  # apart: nothing of a step is held while the caller looks
         (first, _, _, maps), (last, x_vp, output, _) = seen[0], seen[-1]
         clean, _ = predict(x_vp.to(work), output, float(schedule.sigmas[last]), schedule.prediction_type)
         began = float(schedule.timesteps[first]), float(schedule.sigmas[first])
         seen.clear()
-        del x_vp, output  # nothing of a step is held while the caller looks at it
-        yield SamplerStep(index, *began, latents.to(given), clean.to(given), maps)
+        return SamplerStep(index, *began, latents.to(given), clean.to(given), maps)
+
+    for latents in sampler.run(ask, x.to(work) * schedule.init_scale, schedule, fresh):
+        yield finished(latents)
         index += 1
 
 
