@@ -208,7 +208,7 @@ def sampler_rows(name: str, steps: int = STEPS) -> Iterator[Row]:
     start = torch.randn(2, 4, 9, 16, generator=torch.Generator().manual_seed(0))
     draws = torch.Generator().manual_seed(5)
     run = sample(
-        lambda x, t, index: (analytic(x, t), {}),
+        lambda x, t, sigma, index: (analytic(x, t), {}),
         start,
         schedule,
         sampler,

@@ -32,7 +32,7 @@ SHAPE = (2, 4, 6, 5)
 SD15 = NoiseSchedule.from_config(SD15_SCHEDULER_CONFIG)
 
 
-def network(x: Tensor, t: Tensor, index: int = 0) -> tuple[Tensor, dict[Site, Tensor]]:
+def network(x: Tensor, t: Tensor, sigma: float = 0.0, index: int = 0) -> tuple[Tensor, dict[Site, Tensor]]:
     return torch.tanh(0.7 * x + t / 800) + 0.2 * torch.cos(3 * x - t / 300), {}
 
 
@@ -68,7 +68,7 @@ def test_one_step_for_each_step(name: str) -> None:
     sampler = sampler_by_name(name)
     schedule, calls = sampler.schedule(SD15, 50), []
 
-    def counted(x: Tensor, t: Tensor, index: int) -> tuple[Tensor, dict[Site, Tensor]]:
+    def counted(x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, dict[Site, Tensor]]:
         calls.append((x.shape, t.shape, t.dtype, t.item(), index))
         return network(x, t)
 
@@ -88,7 +88,7 @@ def test_the_network_sees_variance_preserving_latents(name: str) -> None:
     """With a first sigma of 14.6 the scaled latents have a deviation of 14.6, what the network sees about 1."""
     sampler, seen = sampler_by_name(name), []
 
-    def watched(x: Tensor, t: Tensor, index: int) -> tuple[Tensor, dict[Site, Tensor]]:
+    def watched(x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, dict[Site, Tensor]]:
         seen.append(x)
         return network(x, t)
 
@@ -163,7 +163,7 @@ def test_guidance_moves_every_sampler_alike() -> None:
 def test_nothing_is_computed_ahead_or_after_a_break() -> None:
     calls = []
 
-    def counted(x: Tensor, t: Tensor, index: int) -> tuple[Tensor, dict[Site, Tensor]]:
+    def counted(x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, dict[Site, Tensor]]:
         calls.append(t)
         return network(x, t)
 
@@ -187,7 +187,7 @@ def test_no_torch_mode_leaks_into_the_callers_loop() -> None:
 def test_maps_are_those_of_the_call_where_the_step_began(sampler: Sampler) -> None:
     site = Site("up", 1, 0, "cross")
 
-    def recording(x: Tensor, t: Tensor, index: int) -> tuple[Tensor, dict[Site, Tensor]]:
+    def recording(x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, dict[Site, Tensor]]:
         return network(x, t)[0], {site: t}
 
     for step in sample(recording, start(), sampler.schedule(SD15, 5), sampler):
@@ -239,7 +239,11 @@ def test_latents_that_are_no_floats() -> None:
 def test_wrong_shapes_are_named() -> None:
     schedule, wanted = EulerAncestral().schedule(SD15, 3), r"expected the latents' \[2, 4, 6, 5\]"
     with pytest.raises(ValueError, match=r"denoise returned a tensor of shape \[2, 8, 6, 5\]; " + wanted):
-        next(sample(lambda x, t, index: (torch.cat([x, x], 1), {}), start(), schedule, EulerAncestral(), None, start))
+        next(
+            sample(
+                lambda x, t, sigma, index: (torch.cat([x, x], 1), {}), start(), schedule, EulerAncestral(), None, start
+            )
+        )
     with pytest.raises(ValueError, match=r"refine returned a tensor of shape \[1, 4, 6, 5\]; " + wanted):
         next(sample(network, start(), schedule, EulerAncestral(), lambda x, t, abar, index: x[:1], start))
     with pytest.raises(ValueError, match=r"noise returned a tensor of shape \[1, 4, 6, 5\]; " + wanted):
@@ -252,7 +256,7 @@ def test_sampling_imports_nothing_of_the_package_but_names_checks_and_the_type_s
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in names:
-                if name == "minidiff.networks.attention":
+                if name == "minidiff.networks.sites":
                     assert [alias.name for alias in node.names] == ["Site"]  # type: ignore[attr-defined]
                 elif name is not None and name.startswith("minidiff"):
                     assert name.startswith(("minidiff.sampling", "minidiff.vocabulary", "minidiff.checks"))

@@ -97,7 +97,7 @@ def at_the_ends(path: list[Tensor], name: str) -> list[Tensor]:
 
 
 def ours(sampler: Sampler, schedule: Schedule) -> list[Tensor]:
-    steps = sample(lambda x, t, index: (network(x, t), {}), start(), schedule, sampler, noise=fresh_noise())
+    steps = sample(lambda x, t, sigma, index: (network(x, t), {}), start(), schedule, sampler, noise=fresh_noise())
     return [step.latents for step in steps]
 
 
@@ -316,7 +316,7 @@ def test_a_sampler_keeps_nothing(name: str) -> None:
     long, short = sampler.schedule(SD15, 9), sampler.schedule(SD15, 6)
     alone = ours(sampler, long), ours(sampler, short)
     runs = [
-        sample(lambda x, t, index: (network(x, t), {}), start(), schedule, sampler, noise=fresh_noise())
+        sample(lambda x, t, sigma, index: (network(x, t), {}), start(), schedule, sampler, noise=fresh_noise())
         for schedule in (long, short)
     ]
     turns: tuple[list[Tensor], list[Tensor]] = ([], [])
