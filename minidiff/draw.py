@@ -1,6 +1,6 @@
 """Pictures about pictures (Pillow and numpy)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -8,11 +8,14 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .checks import number, shown, whole as whole_number
 from .guidance.layout import Boxes, read_regions
 
+Picture: TypeAlias = "Image.Image | NDArray[Any] | Tensor"
+Heat: TypeAlias = "Tensor | ArrayLike"
 Corners: TypeAlias = tuple[int, int, int, int]  # the leftmost, topmost, rightmost and bottommost pixel
 
-_MARGIN, _LINE = 6, 14  # pixels
+_MARGIN = 6  # pixels
 _SMALLEST = 384  # the shorter edge that a picture is brought to before anything is written on it
 _LARGEST = 4096  # but a long, narrow picture is not made longer than that
 _COLOURS = ("#e6194b", "#2a6ff0", "#1a8a3c", "#d9600a", "#7b2cbf", "#00838f", "#d61fc4", "#6d5200")
@@ -20,17 +23,18 @@ _COLOURS = ("#e6194b", "#2a6ff0", "#1a8a3c", "#d9600a", "#7b2cbf", "#00838f", "#
 _HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 
 
-def boxes(image: Image.Image, layout: Boxes, labels: bool = True) -> Image.Image:
-    """A copy of an image with the boxes of a layout, as generate() takes it, each object in a colour of its own.
+def boxes(picture: Picture, layout: Boxes, labels: bool = True) -> Image.Image:
+    """A copy of a picture with the boxes of a layout, as generate() takes it, each object in a colour of its own.
 
-    A phrase's mask is drawn by its outline. Small images are enlarged, so that the labels can be read; without labels
-    the size stays. A phrase without a place is left out. ValueError for what is neither box nor mask.
+    A phrase's mask is drawn by its outline. Small pictures are enlarged, so that the labels can be read; without labels
+    the size stays. A phrase without a place is left out. ValueError for what is no picture, and for what is neither box
+    nor mask.
     """
-    regions = read_regions(layout)
-    whole = _enlarged(image) if labels else image.convert("RGB")
+    image = to_image(picture)
+    whole = _enlarged(image) if labels else image
     width = max(1, min(whole.size) // 128)
     places: list[tuple[Corners, str, str]] = []
-    for i, region in enumerate(regions):
+    for i, region in enumerate(read_regions(layout)):
         colour = _COLOURS[i % len(_COLOURS)]
         if region.mask is not None:
             places.append((_outline(whole, _inside(region.mask, whole.size), colour, width), region.name, colour))
@@ -78,7 +82,7 @@ def _outline(whole: Image.Image, filled: NDArray[np.bool_], colour: str, width: 
 
 def _label(whole: Image.Image, x: int, y: int, text: str, colour: str, taken: Sequence[Corners] = ()) -> Corners:
     """White on the object's colour, from a corner, but inside of the picture and below what is taken there."""
-    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(size=max(12, min(whole.size) // 28))
+    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(size=_font_size(whole))
     text = " ".join(text.split())
     if font.getlength(text) > whole.width - 8:
         while text and font.getlength(f"{text}...") > whole.width - 8:
@@ -96,12 +100,38 @@ def _label(whole: Image.Image, x: int, y: int, text: str, colour: str, taken: Se
     return x, y, x + width - 1, y + height - 1
 
 
-def heatmap(image: Image.Image, heat: Tensor | ArrayLike, caption: str = "") -> Image.Image:
-    """A map [h,w] laid over an image: grey where it is 0, bright where it is largest, whatever that value is.
+def heatmap(picture: Picture, heat: Heat, caption: str = "", vmax: float | None = None) -> Image.Image:
+    """A map [h,w] laid over a picture: grey where it is 0, bright at `vmax` and above, with a bar that names both.
 
-    heat: not negative, of any range, such as `result.attention["ball"][0]`. Small images are enlarged, as for boxes().
-    ValueError for another shape, or values that are negative or not finite.
+    heat: not negative, such as `result.attention["ball"][0]`. vmax: its own largest value, unless given: maps are
+    comparable where they share one. Small pictures are enlarged, as for boxes(). ValueError for another shape, values
+    that are negative or not finite, and a vmax that is not above 0.
     """
+    values = _heat(heat)
+    top = max(float(values.max()), 1e-30) if vmax is None else number("vmax", vmax, 1e-30, expected="a number above 0")
+    whole = _enlarged(to_image(picture))
+    share = (values / top).clip(0, 1)
+    smooth = np.asarray(Image.fromarray(share).resize(whole.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    grey = np.asarray(whole.convert("L"), dtype=np.float32)[..., None]
+    cover = 0.25 + 0.6 * smooth[..., None]
+    mixed = Image.fromarray(((1 - cover) * grey + cover * _colours(smooth)).round().astype(np.uint8))
+    if caption:
+        _label(mixed, 0, 0, caption, "black")
+    _bar(mixed, top if values.max() > 0 or vmax is not None else 0.0)
+    return mixed
+
+
+def heatmaps(picture: Picture, maps: Mapping[str, Heat], vmax: float | None = None, columns: int = 4) -> Image.Image:
+    """A sheet of heat maps over one picture, each under its caption, all on one scale.
+
+    vmax: the largest value of all maps, unless given.
+    """
+    largest = max((float(_heat(heat).max()) for heat in maps.values()), default=0.0)
+    top = (largest or None) if vmax is None else vmax
+    return sheet([heatmap(picture, heat, name, top) for name, heat in maps.items()], columns=columns)
+
+
+def _heat(heat: Heat) -> NDArray[np.float32]:
     found = _array(heat)
     values = found.astype(np.float32) if found.dtype.kind in "biuf" else np.full(found.shape, np.nan, np.float32)
     if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all() or values.min() < 0:
@@ -110,46 +140,82 @@ def heatmap(image: Image.Image, heat: Tensor | ArrayLike, caption: str = "") -> 
             f"to {values.max(initial=-np.inf):g}; expected [h,w] of finite numbers of at least 0, one map such as "
             'result.attention["ball"][0]'
         )
-    whole = _enlarged(image)
-    share = values / max(float(values.max()), 1e-30)
-    smooth = np.asarray(Image.fromarray(share).resize(whole.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    return values
+
+
+def _colours(share: NDArray[np.float32]) -> NDArray[np.float64]:
+    """[...] in [0,1] -> [...,3] in [0,255]."""
     points = np.linspace(0, 1, len(_HEAT))
-    colours = np.stack([np.interp(smooth, points, channel) for channel in zip(*_HEAT, strict=True)], axis=2)
-    grey = np.asarray(whole.convert("L"), dtype=np.float32)[..., None]
-    cover = 0.25 + 0.6 * smooth[..., None]
-    mixed = Image.fromarray(((1 - cover) * grey + cover * colours).round().astype(np.uint8))
-    if caption:
-        _label(mixed, 0, 0, caption, "black")
-    return mixed
+    return np.stack([np.interp(share, points, channel) for channel in zip(*_HEAT, strict=True)], axis=-1)
+
+
+def _bar(whole: Image.Image, top: float) -> None:
+    """The colours from 0 to `top`, with both numbers, at the lower right."""
+    width, height = whole.width // 4, max(6, min(whole.size) // 40)
+    font = ImageFont.load_default(size=_font_size(whole))
+    names = [(text, round(font.getlength(text))) for text in ("0", f"{top:.2g}")]
+    x, y = whole.width - width - names[1][1] - 8, whole.height - _font_size(whole) - 8
+    left = x - names[0][1] - 8
+    pen = ImageDraw.Draw(whole)
+    pen.rectangle((left, y, whole.width, whole.height), fill="black")
+    steps = np.broadcast_to(np.linspace(0, 1, max(width, 1), dtype=np.float32), (height, max(width, 1)))
+    middle = (y + whole.height) // 2
+    whole.paste(Image.fromarray(_colours(steps).round().astype(np.uint8)), (x, middle - height // 2))
+    for at, (text, _) in zip((left + 4, x + width + 4), names, strict=True):
+        pen.text((at, middle), text, fill="white", font=font, anchor="lm")
+
+
+def to_image(picture: Picture) -> Image.Image:
+    """A copy in RGB of a PIL image, an array [H,W,3] or a tensor [3,H,W]: whole numbers to 255, or floats in [0,1]."""
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB").copy()
+    found = _array(picture) if isinstance(picture, Tensor | np.ndarray) else np.zeros(0)
+    pixels = found.transpose(1, 2, 0) if isinstance(picture, Tensor) and found.ndim == 3 else found
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape or pixels.dtype.kind not in "uf":
+        raise ValueError(
+            f"the picture is {shown(picture)}; expected one PIL image, array [H,W,3] or tensor [3,H,W], of uint8 or of "
+            "floats in [0,1], such as result.images[0]"
+        )
+    if pixels.dtype.kind == "f":
+        pixels = (np.nan_to_num(pixels).clip(0, 1) * 255).round()
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def _array(value: Tensor | ArrayLike) -> NDArray[Any]:
     if isinstance(value, Tensor):
-        return value.detach().float().cpu().numpy()  # float: numpy has no bfloat16
+        value = value.detach().cpu()
+        return (value.float() if value.is_floating_point() else value).numpy()  # numpy has no bfloat16
     return np.asarray(value)
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    """A copy in RGB whose shorter edge is at least `_SMALLEST`, by a whole factor so that pixels stay square."""
+    """Brought to a shorter edge of at least `_SMALLEST`, by a whole factor so that pixels stay square."""
     factor = max(1, min(-(-_SMALLEST // min(image.size)), _LARGEST // max(image.size)))
     size = (image.width * factor, image.height * factor)
-    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC) if factor > 1 else image.convert("RGB")
+    return image.resize(size, Image.Resampling.BICUBIC) if factor > 1 else image
 
 
-def sheet(images: Sequence[Image.Image], captions: Sequence[str] = (), columns: int = 4) -> Image.Image:
-    """A contact sheet: images of one size in rows of `columns`, each with its caption below.
+def _font_size(image: Image.Image) -> int:
+    return max(12, min(image.size) // 26)
 
-    captions: none, or one per image; a long one is broken over lines. ValueError for other counts and mixed sizes.
+
+def sheet(pictures: Sequence[Picture], captions: Sequence[str] = (), columns: int = 4) -> Image.Image:
+    """A contact sheet: pictures of one size in rows of `columns`, each with its caption below.
+
+    captions: none, or one per picture; a long one is broken over lines, in letters that grow with the pictures.
+    ValueError for other counts and mixed sizes.
     """
+    columns, images = whole_number("columns", columns, 1), [to_image(picture) for picture in pictures]
     if not images or len({image.size for image in images}) != 1:
         sizes = sorted({image.size for image in images})
         raise ValueError(f"images have sizes {sizes}; expected at least one image, all of one size")
     if captions and len(captions) != len(images):
         raise ValueError(f"got {len(captions)} captions for {len(images)} images; expected one for each, or none")
-    font = ImageFont.load_default(size=11)
     width, height = images[0].size
+    size = _font_size(images[0])
+    font, line = ImageFont.load_default(size=size), round(1.3 * size)
     broken = [_broken(caption, font, width) for caption in captions]
-    below = _LINE * max((len(lines) for lines in broken), default=0)
+    below = line * max((len(lines) for lines in broken), default=0)
     rows = -(-len(images) // columns)
     across, down = width + _MARGIN, height + below + _MARGIN
     whole = Image.new("RGB", (min(columns, len(images)) * across + _MARGIN, rows * down + _MARGIN), "white")
@@ -157,8 +223,8 @@ def sheet(images: Sequence[Image.Image], captions: Sequence[str] = (), columns: 
     for i, image in enumerate(images):
         x, y = _MARGIN + i % columns * across, _MARGIN + i // columns * down
         whole.paste(image, (x, y))
-        for number, line in enumerate(broken[i] if broken else []):
-            pen.text((x, y + height + number * _LINE), line, fill="black", font=font)
+        for n, text in enumerate(broken[i] if broken else []):
+            pen.text((x, y + height + n * line), text, fill="black", font=font)
     return whole
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checks import whole
+from .draw import sheet, to_image
 from .png.chunk import Plain, plain
 from .png.write import check_output_path, file_name, png_bytes, write_png
 
@@ -134,8 +135,6 @@ class Result:
 
     def _repr_png_(self) -> bytes | None:
         """For a notebook: the image, or a sheet of several."""
-        from .draw import sheet
-
         if not len(self) or self._holds_latents():
             return None
         images = self._pil()
@@ -176,5 +175,4 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 def _array_to_pil(array: NDArray[np.float32]) -> list[Image.Image]:
     if array.ndim != 4 or array.shape[3] != 3:
         raise ValueError(f"expected images [B,H,W,3], got an array of shape {list(array.shape)}")
-    # Unclipped, 1.01 would wrap round to black; generate's images are in range, a caller's may not be.
-    return [Image.fromarray(pixels) for pixels in (array.clip(0, 1) * 255).round().astype("uint8")]
+    return [to_image(pixels) for pixels in array]

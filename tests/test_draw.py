@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minidiff.draw import boxes, heatmap, sheet
+from minidiff.draw import boxes, heatmap, heatmaps, sheet
 
 
 def images(count: int, size: tuple[int, int] = (40, 30)) -> list[Image.Image]:
@@ -83,8 +83,8 @@ def test_small_images_are_enlarged_for_their_labels() -> None:
 
 
 def test_a_mask_is_drawn_by_its_outline() -> None:
-    mask = np.zeros((4, 4), dtype=bool)
-    mask[1:3, 1:3] = True
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[2:6, 2:6] = True
     for value in (mask, Image.fromarray(mask), {"mask": mask}):
         drawn = np.asarray(boxes(Image.new("RGB", (400, 400), "white"), {"cat": value}, labels=False))
         found = (drawn == RED).all(axis=2)
@@ -97,13 +97,7 @@ def test_a_mask_of_any_kind_is_drawn_alike() -> None:
     image = Image.new("RGB", (401, 399), "white")
     first, *others = (
         np.asarray(boxes(image, {"cat": value}))
-        for value in (
-            mask,
-            mask.bfloat16(),
-            mask.bool(),
-            mask.clone().requires_grad_(),
-            mask.bool().numpy().astype(np.uint8) * 255,
-        )
+        for value in (mask, mask.bfloat16(), mask.bool(), mask.clone().requires_grad_(), mask.byte() * 255)
     )
     assert all(np.array_equal(first, other) for other in others)
 
@@ -160,8 +154,6 @@ def test_token_positions_have_a_name() -> None:
         (0, 0, 20, 1),
         (0, 0, 1, float("nan")),
         {"weight": 2.0},
-        {"boxes": (0, 0, 1, 1), "colour": "red"},
-        np.zeros((3, 3)),
         np.full((3, 3), np.nan),
         -np.ones((3, 3)),
         np.ones((3, 3, 3)),
@@ -193,7 +185,7 @@ def test_a_heat_map_is_brightest_where_the_map_is() -> None:
     heat[6, 1] = 0.003  # its own largest value counts
     drawn = heatmap(Image.new("RGB", (401, 801), (90, 90, 90)), heat)
     assert drawn.size == (401, 801)
-    brightness = np.asarray(drawn, dtype=float).sum(axis=2)
+    brightness = np.asarray(drawn, dtype=float).sum(axis=2)[:-40]  # without the bar
     row, column = np.unravel_index(brightness.argmax(), brightness.shape)
     assert abs(row - 801 * 6.5 / 8) < 20 and abs(column - 401 * 1.5 / 4) < 20
     assert np.ptp(brightness[:300]) == 0  # nothing there
@@ -209,18 +201,68 @@ def test_the_image_can_be_seen_beneath() -> None:
 def test_a_caption_is_written_and_a_map_of_zeros_is_drawn() -> None:
     image = Image.new("RGB", (400, 400), "white")
     plain, named = heatmap(image, np.zeros((2, 2))), heatmap(image, np.zeros((2, 2)), "ball")
-    assert np.ptp(np.asarray(plain), axis=(0, 1)).max() == 0
+    assert np.ptp(np.asarray(plain)[:-40], axis=(0, 1)).max() == 0
     assert (np.asarray(plain) != np.asarray(named)).any(axis=2)[:30, :80].any()
 
 
 def test_a_map_of_any_dtype_and_range_is_drawn_alike() -> None:
     image, heat = Image.new("RGB", (385, 401), "white"), torch.tensor([[0, 1], [2, 4]])
     first, *others = (
-        np.asarray(heatmap(image, value))
+        np.asarray(heatmap(image, value))[:-40]  # without the bar, which says what the colours mean
         for value in (heat, heat.bfloat16() / 1024, heat.double().requires_grad_() * 1e6, heat.numpy(), heat.tolist())
     )
-    assert first.shape == (401, 385, 3)
+    assert first.shape == (361, 385, 3)
     assert all(np.array_equal(first, other) for other in others)
+
+
+def test_maps_on_one_scale_can_be_compared() -> None:
+    image = Image.new("RGB", (400, 400), "grey")
+    bright, half, dim = (np.full((2, 2), value) for value in (0.8, 0.4, 0.01))
+    alone = [np.asarray(heatmap(image, heat))[200, 200] for heat in (bright, half)]
+    together = [np.asarray(heatmap(image, heat, vmax=0.8), dtype=int)[200, 200].sum() for heat in (bright, half, dim)]
+    assert np.array_equal(*alone) and together[0] > together[1] > together[2]
+    assert np.array_equal(heatmap(image, 2 * bright, vmax=0.8), heatmap(image, bright, vmax=0.8))  # above is as bright
+    assert not np.array_equal(heatmap(image, bright), heatmap(image, 10 * bright))  # the bar says so
+    drawn = heatmaps(image, {"a": bright, "b": half})
+    tiles = [heatmap(image, heat, name, 0.8) for name, heat in (("a", bright), ("b", half))]
+    assert np.array_equal(drawn, sheet(tiles))
+    with pytest.raises(ValueError, match="vmax is 0; expected a number above 0"):
+        heatmap(image, bright, vmax=0)
+
+
+@pytest.mark.parametrize("kind", ["array", "float array", "tensor", "float tensor", "bfloat16"])
+def test_pictures_may_be_arrays_and_tensors(kind: str) -> None:
+    pixels = np.arange(400 * 390 * 3, dtype=np.uint8).reshape(400, 390, 3)
+    tensor = torch.tensor(pixels).permute(2, 0, 1)
+    half = np.where(pixels > 127, 255, 0).astype(np.uint8)  # which bfloat16 holds exactly
+    forms = {
+        "array": pixels,
+        "float array": pixels / 255,
+        "tensor": tensor,
+        "float tensor": (tensor / 255).requires_grad_(),
+        "bfloat16": torch.tensor(half / 255).permute(2, 0, 1).bfloat16(),
+    }
+    image = Image.fromarray(half if kind == "bfloat16" else pixels)
+    layout, heat = {"cat": (0.1, 0.1, 0.9, 0.9)}, np.eye(3)
+    assert np.array_equal(boxes(forms[kind], layout), boxes(image, layout))
+    assert np.array_equal(heatmap(forms[kind], heat), heatmap(image, heat))
+    assert np.array_equal(sheet([forms[kind]] * 2), sheet([image] * 2))
+
+
+@pytest.mark.parametrize(
+    "picture", [np.zeros((1, 8, 8, 3)), torch.zeros(4, 8, 8), np.zeros((8, 8)), "x.png", None, [1]]
+)
+def test_what_is_no_picture_is_refused(picture: object) -> None:
+    with pytest.raises(ValueError, match="the picture is .* expected one PIL image, array"):
+        boxes(picture, {})  # type: ignore[arg-type]
+
+
+def test_captions_grow_with_their_pictures() -> None:
+    def letters(edge: int) -> int:
+        below = np.asarray(sheet(images(1, (edge, edge)), ["H"]).convert("L"))[edge + 7 :]
+        return int((below < 128).any(axis=1).sum())
+
+    assert letters(1024) > 2 * letters(384) >= 2 * letters(64) > 10
 
 
 def test_a_long_narrow_picture_is_not_enlarged_without_end() -> None:

