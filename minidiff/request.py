@@ -234,7 +234,7 @@ class Request:
         if not any(self.layouts):
             raise ValueError(
                 f"guidance is {shown(self.guidance)} but there are no boxes to follow; expected "
-                'boxes={"phrase": (x0, y0, x1, y1)} beside it'
+                'boxes={"phrase": (x0, y0, x1, y1)} beside it, or {"phrase": None} for an objective that needs no place'
             )
 
     def _check_attention(self) -> None:

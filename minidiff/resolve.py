@@ -194,6 +194,16 @@ def check_latents(request: Request, shape: tuple[int, int, int]) -> Tensor:
     return request.latents.detach().float().cpu()
 
 
+def check_places(how: Guidance, regions: Sequence[Sequence[Region]]) -> None:
+    """ValueError where guidance needs a place that a phrase has not."""
+    for region in (region for some in regions for region in some):
+        if how.objective.needs_boxes and region.mask is None and not region.boxes:
+            raise ValueError(
+                f"boxes[{region.name!r}] has no place, and guidance follows boxes; expected one, or an objective that "
+                'needs none, such as guidance="attend_and_excite"'
+            )
+
+
 def plain_boxes(regions: Sequence[Region]) -> dict[str, object]:
     """Regions as a request takes them."""
     return {

@@ -128,7 +128,7 @@ class Result:
         """
         reports = self.reports or (None,) * len(self)
         images: list[Plain] = [
-            {"seed": seed, "parameters": arguments, "report": plain(report)}
+            {"seed": seed, "parameters": arguments, "report": None if report is None else plain(report.plain())}
             for seed, arguments, report in zip(self.seeds, self.parameters, reports, strict=True)
         ]
         return {"images": images, "timings": plain(self.timings), "info": self.info}

@@ -22,7 +22,7 @@ from .networks.text import Phrases
 from .png.chunk import Plain, plain
 from .recorded import LAST, MEAN, PER_STEP, Attention, Kept, Maps, Reduce
 from .request import Request, asked
-from .resolve import Texts, check_latents, plain_boxes, resolve
+from .resolve import Texts, check_latents, check_places, plain_boxes, resolve
 from .result import Images, Result, to_numpy, to_pil
 from .sampling import SamplerStep, Schedule, sample
 from .speed.accelerate import compile_whole, is_compiled
@@ -86,6 +86,7 @@ def sample_steps(request: Request) -> Run:
         layout = texts.layout(model, regions, encoded.shape[1], there)
         given = {**layout.inputs(), **own}
         if how is not None:
+            check_places(how, regions)
             bound = replace(how.of_run(schedule.steps), objective=how.objective.bound(there, how.sites))
             guide = _guide(model, bound, encoded[-texts.images :], layout, regions, edits, own)
     denoise = Denoise(model, encoded, scale, request.guidance_rescale, record, edits, given)

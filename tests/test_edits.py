@@ -322,6 +322,25 @@ def test_inputs_go_along_with_the_images_that_are_left(tiny_model: Model) -> Non
         assert alone.reports[0].iterations == counts[i]
 
 
+@pytest.mark.parametrize("name", EDITS)
+def test_a_phrase_without_a_place_is_left_as_it_is(tiny_model: Model, name: str) -> None:
+    shared = {
+        "model": tiny_model,
+        "steps": 1,
+        "spacing": "trailing",
+        "seed": 1,
+        "guidance": "none",
+        "output": "latents",
+    }
+    placed, mixed, none = (
+        minidiff.generate(PROMPT, boxes=boxes, edits=EDITS[name], **shared).latents
+        for boxes in (BOXES, {**BOXES, "and": None}, {"cat": None})
+    )
+    assert relative_error(mixed, placed) < 1e-5
+    assert relative_error(none, minidiff.generate(PROMPT, **shared).latents) < 1e-5
+    assert relative_error(none, placed) > 1e-4
+
+
 def test_an_edit_that_needs_boxes_says_so(tiny_model: Model) -> None:
     for edit in EDITS.values():
         with pytest.raises(ValueError, match="boxes"):

@@ -518,6 +518,31 @@ def test_an_image_without_boxes_in_a_batch_is_not_moved(tiny_model: Model) -> No
     assert relative_error(found.latents[:1], plain.latents[:1]) > 1e-2
 
 
+def test_a_phrase_without_a_place_is_enough_where_no_box_is_read(tiny_model: Model) -> None:
+    shared = {
+        "model": tiny_model,
+        "steps": 1,
+        "spacing": "trailing",
+        "seed": 1,
+        "output": "latents",
+        "boxes": {"cat": None},
+    }
+    found = minidiff.generate(
+        "a cat", guidance=Guidance(minidiff.attend_and_excite_loss, scale=500.0, threshold=0.0), **shared
+    )
+    assert relative_error(found.latents, minidiff.generate("a cat", guidance="none", **shared).latents) > 1e-4
+    (report,) = found.reports
+    assert report.mass.isnan().all() and "inside" not in str(report) and "guidance moved" in str(report)
+    said = found.plain()["images"][0]["report"]
+    assert said["names"] == ["cat"] and said["mass"][0] == [None] and said["loss"] == report.loss.tolist()
+    assert json.loads(json.dumps(found.plain(), allow_nan=False)) == found.plain()
+    assert found.parameters[0]["boxes"] == {"cat": {"weight": 1.0, "boxes": None}}
+    with pytest.raises(
+        ValueError, match=r"boxes\['cat'\] has no place, and guidance follows boxes; .*attend_and_excite"
+    ):
+        minidiff.generate("a cat", guidance="layout", **shared)
+
+
 # ---- samplers, sizes, options
 
 

@@ -36,7 +36,7 @@ class _Forward:
 
     def __call__(self, site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
         """probs [B,H,h,w,L]."""
-        masks, owned = _masks(probs, inputs)
+        masks, owned = (found.to(probs) for found in _masks((probs.shape[2], probs.shape[3]), inputs))
         kernel = probs.new_tensor([0.25, 0.5, 0.25])
         flat = F.pad(masks.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
         smooth = F.conv2d(flat, (kernel[:, None] * kernel)[None, None])[:, 0].unflatten(0, masks.shape[:2])
@@ -60,11 +60,8 @@ class _Regional:
 
     def __call__(self, site: Site, grid: Grid, inputs: Inputs) -> Tensor:
         """[B,1,h,w,L]."""
-        weights = _layout_input(inputs, "token_weights")
-        owned = (weights > 0).to(weights.dtype)
-        inside = (_layout_input(inputs, mask_name(grid))[..., None] * owned[:, :, None, None]).amax(
-            dim=1
-        )  # of any that owns it
+        masks, owned = _masks(grid, inputs)
+        inside = (masks[..., None] * owned[:, :, None, None]).amax(dim=1)  # of any that owns it
         return (self.strength * (inside - 1) * owned.amax(dim=1)[:, None, None])[:, None]
 
 
@@ -81,10 +78,11 @@ def _reweighted(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
     return probs * _input(inputs, "word_weights", 'inputs={"word_weights": ...}').to(probs)[:, None, None, None]
 
 
-def _masks(probs: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Of the objects: masks [B,O,h,w], and which tokens are theirs [B,O,L]."""
-    masks = _layout_input(inputs, mask_name((probs.shape[2], probs.shape[3]))).to(probs)
-    return masks, (_layout_input(inputs, "token_weights") > 0).to(probs)
+def _masks(grid: Grid, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Of the objects: masks [B,O,h,w], and which tokens are theirs [B,O,L], 1 or 0. One without a place owns none."""
+    masks = _layout_input(inputs, mask_name(grid))
+    placed = (masks > 0).flatten(2).any(dim=2, keepdim=True)
+    return masks, ((_layout_input(inputs, "token_weights") > 0) & placed).to(masks.dtype)
 
 
 def _layout_input(inputs: Inputs, name: str) -> Tensor:

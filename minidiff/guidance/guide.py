@@ -188,7 +188,7 @@ class Report:
 
     steps: the guided steps; iterations: the moves in each. loss [S], and object_loss and mass [S,O] where each step
     ended: at its last look, which is before its last move if that was the last iteration. first_mass [O] is the share
-    of each object's attention inside its mask before anything was moved.
+    of each object's attention inside its mask before anything was moved, NaN for one without a place.
     """
 
     names: tuple[str, ...]
@@ -209,6 +209,11 @@ class Report:
             if not math.isnan(before):  # where only self-attention was read
                 said.append(f"{name}: {before:.0%} -> {after:.0%} of its attention inside")
         return "; ".join(said)
+
+    def plain(self) -> dict[str, object]:
+        """The fields as JSON holds them: tensors as lists, null for what is not a number."""
+        values = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        return tree_map_only(float, lambda number: None if math.isnan(number) else number, values)
 
 
 def _times(count: int, noun: str) -> str:
@@ -280,6 +285,8 @@ class Guide:
         self.inputs = inputs or {}
         self.whole_batch, self.evaluate = whole_batch, evaluate
         self.seen: dict[int, list[Evaluation]] = {}
+        placed = [(mask > 0).flatten(2).any(dim=2) for mask in layout.masks.values()][:1]
+        self._placeless = [(~some & (layout.weights > 0)).cpu() for some in placed]
 
     def refine(self, x: Tensor, t: Tensor, abar: float, index: int) -> Tensor:
         """x [B,4,h,w], variance preserving -> moved x; x itself where nothing is to be moved."""
@@ -330,6 +337,8 @@ class Guide:
             value.new_full((batch, *value.shape[1:]), math.nan).index_copy(0, rows, value).float().cpu()
             for value in found
         )
+        for objects in self._placeless:  # no mask to have any mass in
+            mass = mass.masked_fill(objects, math.nan)
         moved = torch.zeros(batch, dtype=torch.bool, device="cpu").index_copy(0, rows.cpu(), going.cpu())
         self.seen.setdefault(index, []).append(Evaluation(loss, object_loss, mass, moved))
 
