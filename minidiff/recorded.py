@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -88,6 +88,16 @@ class Attention:
         tokens = list(self._tokens(image, phrase, occurrence))
         found = self._on_grid(image, "cross", grid)
         return torch.stack([kept[..., tokens].mean(dim=-1) for kept in found]).mean(dim=0)
+
+    def alone(self, image: int) -> Attention:
+        """The maps of one image. What a recorder of one's own kept in another shape stays whole."""
+        steps = int(self.per_step)
+        own = {
+            site: kept.narrow(steps, image, 1) if kept.ndim > steps and kept.shape[steps] == self.images else kept
+            for site, kept in self.maps.items()
+        }
+        prompts = None if self.prompts is None else self.prompts[image : image + 1]
+        return replace(self, maps=Maps(own), images=1, prompts=prompts)
 
     def from_pixel(self, image: int, x: float, y: float, grid: Grid | None = None) -> Tensor:
         """Where the pixel at (x, y) in [0,1] looks in the picture, [h,w] (or [S,h,w]): the mean over heads and the

@@ -65,18 +65,19 @@ class Result:
         return len(self.seeds)
 
     def __getitem__(self, i: int) -> Result:
-        """The Result of image i alone, without the run's attention maps (result.attention.of(i, phrase))."""
+        """The Result of image i alone."""
         i = whole("index", i)
         if not -len(self) <= i < len(self):
             raise IndexError(f"index {i} of a Result of {len(self)} images")
-        one = slice(i % len(self), i % len(self) + 1)
+        i %= len(self)
+        one = slice(i, i + 1)
         return replace(
             self,
             images=self.images[one],
             latents=self.latents[one],
             seeds=self.seeds[one],
             parameters=self.parameters[one],
-            attention=None,
+            attention=None if self.attention is None else self.attention.alone(i),
             reports=None if self.reports is None else self.reports[one],
         )
 

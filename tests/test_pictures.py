@@ -1,13 +1,16 @@
 """The pictures beside an image: which are written, where, and what happens when that fails."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import minidiff
 import minidiff.cli.pictures
+import minidiff.draw
 from minidiff.cli.pictures import write_pictures
 
 PROMPT = "a cat playing with a ball"
@@ -37,6 +40,25 @@ def test_each_image_has_its_boxes_and_the_maps_of_its_phrases_or_words(
     pictures = [np.asarray(Image.open(path)) for path in written]
     assert all(picture.shape == (384, 384, 3) for picture in pictures)
     assert not np.array_equal(pictures[2], pictures[3])
+
+
+def test_the_maps_of_an_image_share_a_scale(tiny_model: minidiff.Model, tmp_path: Path) -> None:
+    result = made(tiny_model)
+    *_, two, dogs = write_pictures(result, result.save(tmp_path / "x.png"), [LAYOUT, {}])
+    assert result.attention is not None and isinstance(result.images, list)
+    maps = {word: result.attention.of(1, word) for word in ("two", "dogs")}
+    top = max(float(heat.max()) for heat in maps.values())
+    for path, (word, heat) in zip((two, dogs), maps.items(), strict=True):
+        assert np.array_equal(Image.open(path), minidiff.draw.heatmap(result.images[1], heat, word, top))
+
+
+def test_an_image_of_a_result_keeps_its_maps_and_a_result_can_be_pickled(tiny_model: minidiff.Model) -> None:
+    result = made(tiny_model)
+    for whole in (result, pickle.loads(pickle.dumps(result))):
+        one = whole[1]
+        assert one.attention is not None and result.attention is not None
+        assert torch.equal(one.attention["dogs"][0], result.attention.of(1, "dogs"))
+        assert len(one.attention["dogs"]) == len(one) == 1
 
 
 def test_without_attention_there_are_boxes_alone(tiny_model: minidiff.Model, tmp_path: Path) -> None:

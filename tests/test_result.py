@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import tempfile
 import warnings
@@ -73,6 +74,48 @@ def test_result_is_frozen_short_in_print_and_counted() -> None:
         made.seeds = ()  # type: ignore[misc]
     with pytest.raises(ValueError, match="2 images, 2 latents, 1 seeds and 2 parameters"):
         Result(made.images, made.latents, (1,), made.parameters, {})
+
+
+def test_a_result_has_a_length_and_its_images_are_results() -> None:
+    made = result(3)
+    assert len(made) == 3 and [one.seeds for one in made] == [(42,), (43,), (44,)]
+    assert isinstance(made.images, list) and made[1].image is made.images[1]
+    assert made[-1].parameters == made.parameters[2:] and made[-1].latents.shape == (1, 4, 1, 2)
+    for bad in (3, -4):
+        with pytest.raises(IndexError, match=f"index {bad} of a Result of 3 images"):
+            made[bad]
+    with pytest.raises(ValueError, match="holds 3 images; expected one: take result"):
+        _ = made.image
+
+
+@pytest.mark.parametrize("output", ["pil", "numpy", "tensor"])
+def test_one_image_whatever_the_output(output: str) -> None:
+    assert np.array_equal(np.asarray(result(output=output).image), np.asarray(result().image))
+
+
+def test_a_png_in_memory_is_the_file(tmp_path: Path) -> None:
+    made = result(2)
+    files = [path.read_bytes() for path in made.save(tmp_path / "x.png")]
+    assert [made.png_bytes(i) for i in (0, 1)] == files
+    buffer = io.BytesIO()
+    assert made[1].save(buffer) == [] and buffer.getvalue() == files[1]
+    with pytest.raises(ValueError, match="holds 2 images; expected one"):
+        made.save(io.BytesIO())
+    assert b"minidiff" not in made.png_bytes(0, metadata=False)
+
+
+def test_a_result_is_json_without_its_pixels() -> None:
+    values = json.loads(json.dumps(result(2).plain()))
+    assert values["images"][1] == {"seed": 43, "parameters": {**ARGUMENTS, "seed": 43}, "report": None}
+    assert values["timings"] == {"sampling": 0.5} and values["info"] == {}
+
+
+def test_a_notebook_shows_the_images() -> None:
+    def shown(made: Result) -> tuple[int, int]:
+        return Image.open(io.BytesIO(made._repr_png_() or b"")).size
+
+    assert shown(result()) == (16, 8) and shown(result(2))[0] > 32
+    assert result(output="latents")._repr_png_() is None
 
 
 # ---- pixels

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from ..checks import warn
 from ..draw import boxes, heatmap
 from ..png.write import png_bytes, slug, write_png
+from ..recorded import Attention
 from ..result import Result
 
 
@@ -29,7 +31,7 @@ def write_pictures(result: Result, written: Sequence[Path], layouts: Sequence[Ma
             try:
                 found.append(write_png(png_bytes(picture()), path.with_name(f"{path.stem}-{name}.png")))
             except Exception as error:
-                warnings.warn(f"{path} is written, but not its picture {name}: {error}", stacklevel=2)
+                warn(f"{path} is written, but not its picture {name}: {error}")
     return found
 
 
@@ -44,8 +46,19 @@ def _pictures(
         return
     prompt = result.parameters[i].get("prompt")
     words = dict.fromkeys(re.findall(r"\w+(?:['-]\w+)*", prompt.lower())) if isinstance(prompt, str) else {}
-    for phrase in [str(name) for name in layout] or words:
+    phrases = [str(name) for name in layout] or list(words)
+    top = _largest(attention, i, phrases)
+    for phrase in phrases:
         yield (
             f"attention-{slug(phrase)}",
-            lambda phrase=phrase: heatmap(image, attention.of(i, phrase), phrase),  # type: ignore[misc]
+            lambda phrase=phrase: heatmap(image, attention.of(i, phrase), phrase, top),  # type: ignore[misc]
         )
+
+
+def _largest(attention: Attention, i: int, phrases: Sequence[str]) -> float | None:
+    """Of an image's maps, which share a scale; a phrase without a map is reported where it is drawn."""
+    found = []
+    for phrase in phrases:
+        with suppress(ValueError):
+            found.append(float(attention.of(i, phrase).max()))
+    return max(found, default=0.0) or None
