@@ -472,7 +472,7 @@ def test_info_of_models(cli: Cli, tiny_folder: Path, tmp_path: Path) -> None:
         ("x.ckpt", b"\x80\x02}q\x00.", "is a pickle, which can run code"),
         ("x.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{}", "cut short or damaged"),
         ("x.png", b"no", "is no PNG, JPEG or WebP file"),
-        ("x.jpg", b"\xff\xd8\xff", "as a picture: "),
+        ("x.jpg", b"\xff\xd8\xff", "is no PNG, JPEG or WebP file"),
         ("x.txt", b"hello, world", "cannot be read as safetensors"),
     ],
 )

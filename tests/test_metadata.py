@@ -207,6 +207,7 @@ def test_an_a1111_file_is_read_into_our_names(tmp_path: Path) -> None:
         ({"minidiff": '{"format": 1, "arguments": [], "info": {}}'}, "objects 'arguments' and 'info'"),
         ({"minidiff": '{"format": 1, "arguments": {"a": NaN}, "info": {}}'}, "NaN is not JSON"),
         ({"minidiff": "[" * 100_000}, "metadata cannot be read: the chunk is nested too deep"),
+        ({"minidiff": '{"format": 1, "info": {"a": ' + "[" * 300 + "]" * 300 + "}}"}, "the chunk is nested too deep"),
         ({"minidiff": '{"a": [' + "1," * 600_000 + "1]}"}, "has 1,200,0.. characters; expected at most"),
         ({"minidiff": '{"format": 1, "arguments": {"eta": 1e999}, "info": {}}'}, "1e999 is too large"),
     ],

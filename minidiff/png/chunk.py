@@ -26,6 +26,8 @@ from ..checks import shown
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 
 FORMAT = 1  # a reader refuses any other
+_DEEPEST = 50  # levels of nesting; guidance takes six
+_TOO_DEEP = f"the chunk is nested too deep; expected at most {_DEEPEST} levels"
 _LONGEST = 1_000_000  # characters; a layout of 256 boxes takes 20,000
 
 
@@ -55,7 +57,8 @@ def parse_chunk(text: str) -> tuple[dict[str, Plain], dict[str, Plain]]:
     try:
         chunk = json.loads(text, object_hook=revive, parse_constant=refuse, parse_float=finite)
     except RecursionError:
-        raise ValueError("the chunk is nested too deep") from None
+        raise ValueError(_TOO_DEEP) from None
+    _check_depth(chunk)
     known = isinstance(chunk, dict) and chunk.get("format") == FORMAT
     if not (known and isinstance(chunk.get("arguments"), dict) and isinstance(chunk.get("info"), dict)):
         raise ValueError(
@@ -63,6 +66,13 @@ def parse_chunk(text: str) -> tuple[dict[str, Plain], dict[str, Plain]]:
             f"got {shown(text)}; a newer minidiff may read it"
         )
     return chunk["arguments"], chunk["info"]
+
+
+def _check_depth(value: Plain, left: int = _DEEPEST) -> None:
+    if left == 0:
+        raise ValueError(_TOO_DEEP)
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_depth(item, left - 1)
 
 
 def plain(value: object) -> Plain:
