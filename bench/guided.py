@@ -163,7 +163,7 @@ def our_image(size: Size, weights: Weights, inputs: Inputs) -> Tensor:
     noise = NoiseSchedule.from_config(SD15_SCHEDULER_CONFIG)
 
     @torch.no_grad()
-    def denoise(x: Tensor, t: Tensor, index: int) -> tuple[Tensor, dict[Any, Tensor]]:
+    def denoise(x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, dict[Any, Tensor]]:
         eps, maps = unet(torch.cat([x, x]).to(inputs.x.dtype), t, inputs.context)
         assert eps is not None
         return guided(*eps.float().chunk(2), SCALE), maps

@@ -172,7 +172,7 @@ def guided_pass(guide: Guide, inputs: Inputs) -> Callable[[], tuple[Tensor, Tens
     rows = torch.arange(len(inputs.x), device=inputs.x.device)
 
     def look() -> tuple[Tensor, Tensor]:
-        gradient, found = guide.look(inputs.x.float(), inputs.t, rows, 0)
+        gradient, found = guide.look(inputs.x.float(), inputs.t, 0.5, rows, 0)
         return gradient, found[0]
 
     return look
@@ -189,7 +189,7 @@ def guided_run(unet: UNet, inputs: Inputs, steps: int) -> Callable[[], Maps | No
     noise = NoiseSchedule.from_config(SD15_SCHEDULER_CONFIG)
 
     @torch.no_grad()
-    def denoise(x: Tensor, t: Tensor, index: int) -> tuple[Tensor, Maps]:
+    def denoise(x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, Maps]:
         eps, maps = unet(torch.cat([x, x]).to(inputs.x.dtype), t, inputs.context, record)
         assert eps is not None
         return eps.float()[1:], maps
