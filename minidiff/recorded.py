@@ -43,6 +43,9 @@ def PER_STEP(kept: Kept | None, maps: Kept, n: int) -> Kept:
 class Maps(dict["Site", Tensor]):
     """What was kept of each site; a site's name ("up.1.0.cross") finds it too."""
 
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or any(site.name == key for site in self)
+
     def __missing__(self, key: object) -> Tensor:
         named = {site.name: kept for site, kept in self.items()}
         if key in named:
@@ -113,15 +116,15 @@ class Attention:
 
     def _tokens(self, image: int, phrase: str, occurrence: int | None) -> tuple[int, ...]:
         whole("image", image, 0, self.images - 1)
-        named = re.fullmatch(r"tokens:(\d+(?:,\d+)*)", phrase) if isinstance(phrase, str) else None
+        named = re.fullmatch(r"tokens:(\d{1,9}(?:,\d{1,9})*)", phrase) if isinstance(phrase, str) else None
         if named is not None:
-            return tuple(int(number) for number in named[1].split(","))
+            return tuple(whole("tokens", int(token), 0, self.text.length - 1) for token in named[1].split(","))
         if self.prompts is None:
             raise ValueError(f'there is no prompt to find {shown(phrase)} in; expected positions such as "tokens:2,3"')
         prompt = self.prompts[image]
-        return (
-            self.text.all_spans(prompt, phrase) if occurrence is None else self.text.spans(prompt, phrase, occurrence)
-        )
+        if occurrence is None:
+            return self.text.all_spans(prompt, phrase)
+        return self.text.spans(prompt, phrase, whole("occurrence", occurrence, 0))
 
     def _on_grid(self, image: int, kind: str, grid: Grid | None) -> list[Tensor]:
         """Head means [(S,)h,w,L] of an image, of one kind of site, all on one grid."""
@@ -143,10 +146,10 @@ class Attention:
             own = kept.select(steps, image)
             own = own.mean(dim=steps) if heads else own
             grids.setdefault((own.shape[-3], own.shape[-2]), []).append(own)
-        chosen = max(grids, key=lambda size: size[0] * size[1]) if grid is None else tuple(grid)
-        if chosen not in grids:
+        chosen = max(grids, key=lambda size: size[0] * size[1]) if grid is None else grid
+        if not isinstance(chosen, tuple | list) or tuple(chosen) not in grids:
             raise ValueError(
                 f"no {kind}-attention was recorded on a grid {shown(grid)}; expected one of "
                 f"{', '.join(map(str, grids))}"
             )
-        return grids[chosen]
+        return grids[chosen[0], chosen[1]]

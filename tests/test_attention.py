@@ -259,7 +259,12 @@ def test_records_unite_and_each_site_is_recorded_once(unet: UNet, batch: tuple[T
         (lambda: Edit(minidiff.cross), "none of bias, logits, probs and kv"),
         (lambda: Edit(minidiff.cross, bias=2.0), "bias is 2.0; expected a function"),
         (lambda: Edit(minidiff.cross, bias=add_bias, steps=-1), "steps is -1"),
-        (lambda: Edit(minidiff.cross, bias=add_bias, steps=(1, 2, 3)), "steps is "),
+        (lambda: Edit(minidiff.cross, bias=add_bias, steps=(1, 2, 3)), "steps is .*; expected None, how many of the"),
+        (
+            lambda: Edit(minidiff.cross, bias=add_bias, steps=(3, 1)),
+            "steps is 1; expected a whole number of at least 3",
+        ),
+        (lambda: Record(minidiff.cross, more=5), "more is 5"),
     ],
 )
 def test_records_and_edits_check_themselves(make: Callable[[], object], message: str) -> None:
@@ -281,6 +286,12 @@ def flat(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
         ({"bias": nothing}, "nothing returned None; expected a tensor broadcastable to"),
         ({"probs": flat}, r"flat returned a Tensor of shape .*; expected a tensor of shape \[2, 4, 3, 5, 7\]"),
         ({"logits": nothing}, "nothing returned None"),
+        (
+            {"bias": lambda site, grid, inputs: torch.ones(3, 4, 7)},
+            r"expected a tensor broadcastable to \[2, 4, 3, 5, 7\]",
+        ),
+        ({"kv": nothing}, r"nothing returned None; expected a tensor of shape \[2, 4, any, 16\]"),
+        ({"kv": lambda site, k, v, inputs: (k[:, :, :3], v)}, r"shape \[2, 4, 7, 16\] .*; expected .* \[2, 4, 3, 16\]"),
         ({"keep": nothing}, "nothing returned None; expected a tensor"),
     ],
 )

@@ -84,6 +84,7 @@ def test_guidance_knows_whether_it_can_act(options: dict, acts: bool) -> None:
         ({"iterations": (1, 2)}, "iterations holds 2 values for 10 guided steps"),
         ({"steps": -1}, "steps is -1; expected how many of the first steps are guided"),
         ({"steps": 2.0}, "steps is 2.0"),
+        ({"steps": 10**12}, "steps is 1000000000000; expected how many of the first steps are guided, 0 to 1000"),
         ({"steps": True}, "steps is True"),
         ({"step_rule": "sigma"}, "step_rule is 'sigma'; expected one of variance"),
     ],

@@ -196,6 +196,15 @@ def test_occurrences_and_names(tiny_model: Model) -> None:
     assert (first - second).abs().max() > 1e-6
     site = next(iter(found.maps))
     assert torch.equal(found.maps[site.name], found.maps[site])  # type: ignore[index]
+    assert site.name in found.maps
+    for wrong, message in (
+        ({"occurrence": "first"}, "occurrence is 'first'"),
+        ({"grid": 3}, r"on a grid 3; expected one of \("),
+        ({"phrase": "tokens:900"}, "tokens is 900; expected a whole number from 0 to"),
+        ({"image": 1}, "image is 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            found.of(**{"image": 0, "phrase": "a"} | wrong)  # type: ignore[arg-type]
     with pytest.raises(KeyError, match="down.9.9.cross was not recorded; what was: "):
         found.maps["down.9.9.cross"]  # type: ignore[index]
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     ]
     Evaluated: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, Tensor]]
 
-MOST_ITERATIONS = 1000  # of one step: each is a pass through the network and back
+MOST_STEPS = MOST_ITERATIONS = 1000  # no model has more timesteps; an iteration is a pass through the network and back
 STEP_RULES = ("variance", "plain", "unit")
 
 
@@ -71,8 +71,8 @@ class Guidance:
         if isinstance(self.steps, float) and 0 < self.steps < 1:
             steps = None
         else:
-            expected = "how many of the first steps are guided, 0 or more, or a share of them between 0 and 1"
-            steps = whole("steps", self.steps, 0, expected=expected)
+            expected = "how many of the first steps are guided, 0 to 1000, or a share of them between 0 and 1"
+            steps = whole("steps", self.steps, 0, MOST_STEPS, expected)
             object.__setattr__(self, "steps", steps)
         choice("step_rule", self.step_rule, STEP_RULES)
         if self.sites is not None:

@@ -48,7 +48,9 @@ class Keep:
     def __call__(self, site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
         """What is kept of probs [B,H,h,w,L]."""
         kept = self.function(site, probs, inputs)
-        return kept if isinstance(kept, Tensor) else _refuse(self.function, kept, "a tensor")
+        if not isinstance(kept, Tensor):
+            raise ValueError(f"{self.name} returned {shown(kept)}; expected a tensor")
+        return kept
 
     def __str__(self) -> str:
         return self.name
@@ -141,6 +143,8 @@ class Record:
         choice("rows", self.rows, ROWS)
         if not isinstance(self.stop, bool):
             raise ValueError(f"stop is {shown(self.stop)}; expected True or False")
+        if not isinstance(self.more, tuple):
+            raise ValueError(f"more is {shown(self.more)}; expected what `record | record` makes of it")
 
     def __or__(self, other: Record) -> Record:
         if not isinstance(other, Record):
@@ -202,12 +206,12 @@ class Edit:
                 raise ValueError(f"{name} is {shown(function)}; expected a function")
         if not any(functions.values()):
             raise ValueError("an Edit has none of bias, logits, probs and kv; expected at least one of them")
-        if self.steps is not None:
-            first, last = (
-                self.steps if isinstance(self.steps, tuple | list) and len(self.steps) == 2 else (0, self.steps)
-            )
-            found = whole("steps", first, 0), whole("steps", last, 0)
-            object.__setattr__(self, "steps", found if isinstance(self.steps, tuple | list) else found[1])
+        if isinstance(self.steps, tuple | list) and len(self.steps) == 2:
+            first = whole("steps", self.steps[0], 0)
+            object.__setattr__(self, "steps", (first, whole("steps", self.steps[1], first)))
+        elif self.steps is not None:
+            expected = "None, how many of the first steps, or (start, stop)"
+            object.__setattr__(self, "steps", whole("steps", self.steps, 0, expected=expected))
 
     def acts_in(self, step: int) -> bool:
         """Whether it is for that step of a run, counted from 0."""
@@ -217,9 +221,15 @@ class Edit:
         return first <= step < last
 
 
-def _refuse(function: Callable[..., object], got: object, expected: str) -> Tensor:
+def _returned(function: Callable[..., object], found: object, *shape: int | None, broadcast: bool = False) -> Tensor:
+    """What a caller's function returned, of this shape (None is any length), or broadcastable to it."""
+    if isinstance(found, Tensor) and (found.ndim == len(shape) or (broadcast and 3 <= found.ndim < len(shape))):
+        lengths = zip(reversed(found.shape), reversed(shape), strict=False)
+        if all(n == most or most is None or (broadcast and n == 1) for n, most in lengths):
+            return found
     name = getattr(function, "__qualname__", type(function).__name__)
-    raise ValueError(f"{name} returned {shown(got)}; expected {expected}")
+    how, of = "broadcastable to" if broadcast else "of shape", ", ".join(str(most or "any") for most in shape)
+    raise ValueError(f"{name} returned {shown(found)}; expected a tensor {how} [{of}]")
 
 
 class Hooks(NamedTuple):
@@ -333,40 +343,28 @@ def _attend(
     bias = None
     for edit in edits:
         if edit.kv is not None:
-            k, v = edit.kv(site, k, v, inputs)
+            found = edit.kv(site, k, v, inputs)
+            k, v = found if isinstance(found, tuple) and len(found) == 2 else (found, found)
+            k = _returned(edit.kv, k, *q.shape[:2], None, q.shape[3])
+            v = _returned(edit.kv, v, *k.shape)
+    for edit in edits:
         if edit.bias is not None:
-            added = _bias(edit.bias, site, grid, inputs, q)
+            added = _returned(edit.bias, edit.bias(site, grid, inputs), *q.shape[:2], *grid, k.shape[2], broadcast=True)
+            added = added.to(q.dtype).expand(*added.shape[:-3], *grid, -1).flatten(-3, -2)  # [..,h,w,L] -> [..,N,L]
             bias = added if bias is None else bias + added
     if not any(edit.logits or edit.probs for edit in edits):
-        return (
-            (attention(q, k, v, bias), None)
-            if keep is None
-            else recorded_attention(site, q, k, v, grid, keep, inputs, bias)
-        )
+        if keep is None:
+            return attention(q, k, v, bias), None
+        return recorded_attention(site, q, k, v, grid, keep, inputs, bias)
     logits = attention_logits(q, k, bias).unflatten(2, grid)
     for edit in edits:
-        logits = logits if edit.logits is None else _like(edit.logits, edit.logits(site, logits, inputs), logits)
+        if edit.logits is not None:
+            logits = _returned(edit.logits, edit.logits(site, logits, inputs), *logits.shape)
     probs = logits.softmax(dim=-1)
     for edit in edits:
-        probs = probs if edit.probs is None else _like(edit.probs, edit.probs(site, probs, inputs), probs)
+        if edit.probs is not None:
+            probs = _returned(edit.probs, edit.probs(site, probs, inputs), *probs.shape)
     return probs.flatten(2, 3).to(v.dtype) @ v, None if keep is None else keep(site, probs, inputs)
-
-
-def _bias(
-    function: Callable[[Site, Grid, Inputs], Tensor], site: Site, grid: Grid, inputs: Inputs, q: Tensor
-) -> Tensor:
-    """What an edit adds to the logits, [..,N,L]."""
-    bias = function(site, grid, inputs)
-    if not isinstance(bias, Tensor) or bias.ndim < 3:
-        _refuse(function, bias, "a tensor broadcastable to [B,H,h,w,L]")
-    bias = bias.to(q.dtype)
-    return bias.expand(*bias.shape[:-3], *grid, -1).flatten(-3, -2)  # [..,h,w,L] -> [..,N,L]
-
-
-def _like(function: Callable[..., object], got: Tensor, expected: Tensor) -> Tensor:
-    if not isinstance(got, Tensor) or got.shape != expected.shape:
-        _refuse(function, got, f"a tensor of shape {list(expected.shape)}")
-    return got
 
 
 AT_ONCE = 2**24
@@ -374,14 +372,7 @@ AT_ONCE = 2**24
 
 
 def recorded_attention(
-    site: Site,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grid: Grid,
-    keep: Keep,
-    inputs: Inputs,
-    bias: Tensor | None = None,
+    site: Site, q: Tensor, k: Tensor, v: Tensor, grid: Grid, keep: Keep, inputs: Inputs, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(output [B,H,N,D], what `keep` keeps of the probabilities); bias broadcastable to [B,H,N,L], N not broadcast.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -65,7 +66,12 @@ class Term:
     needs_boxes: bool = True
 
     def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ValueError(f"function is {shown(self.function)}; expected one (maps, layout) -> loss")
+        object.__setattr__(self, "sites", read_sites("sites", self.sites))
         object.__setattr__(self, "keep", Keep.read(self.keep))
+        choice("reduce", self.reduce, ("mean", "sum", "max"))
+        number("weight", self.weight)
 
     @property
     def record(self) -> Record:
@@ -95,6 +101,12 @@ class Objective:
 
     terms: tuple[Term, ...]
     settings: Settings = Settings()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.terms, tuple) or not self.terms or not all(isinstance(one, Term) for one in self.terms):
+            raise ValueError(f"terms is {shown(self.terms)}; expected a tuple of minidiff's terms, as @objective makes")
+        if not isinstance(self.settings, Settings):
+            raise ValueError(f"settings is {shown(self.settings)}; expected a minidiff.Settings")
 
     @property
     def record(self) -> Record:
@@ -227,15 +239,13 @@ def objective(
     `maps` holds {site: what `keep` keeps}, by default all probabilities [B,H,h,w,L] of the cross-attention sites on the
     second coarsest grid (16x16 in SD 1.5 at 512 pixels). See `Layout` for the other argument, `Term` for the others.
     """
-    where, kept = read_sites("sites", sites), Keep.read(keep)
-    choice("reduce", reduce, ("mean", "sum", "max"))
 
     def made(function: Loss) -> Objective:
-        if not callable(function):
-            raise ValueError(f"objective got {shown(function)}; expected a function (maps, layout) -> loss")
         name = getattr(function, "__name__", type(function).__name__)
-        # The decorated name is the objective's: so named, pickle finds the function inside of it.
-        function.__qualname__ = f"{getattr(function, '__qualname__', name)}.function"
-        return Objective((Term(name, function, where, kept, reduce, needs_boxes=needs_boxes),), settings)
+        found = Objective((Term(name, function, sites, keep, reduce, needs_boxes=needs_boxes),), settings)
+        if inspect.isfunction(function):
+            # The decorated name is the objective's: so named, pickle finds the function inside of it.
+            function.__qualname__ += ".function"
+        return found
 
     return made if function is None else made(function)
