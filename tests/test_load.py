@@ -623,7 +623,14 @@ def test_a_bad_config(part: str, content: str | bytes | None, message: str, fold
 
 def test_sizes_that_no_memory_holds(folder: Path) -> None:
     change_json(folder / "unet/config.json", block_out_channels=[32 * 10**9] * 3)
-    with pytest.raises(ValueError, match="a network of these sizes cannot be built: UNetConfig"):
+    with pytest.raises(ValueError, match="block_out_channels is 32000000000; expected a whole number from 1 to 65536"):
+        load(folder)
+
+
+@pytest.mark.parametrize("factor", [0, -1, float("nan"), True])
+def test_scaling_factors_that_give_no_image(factor: float, folder: Path) -> None:
+    change_json(folder / "vae/config.json", scaling_factor=factor)
+    with pytest.raises(ValueError, match="vae/config.json: scaling_factor is .*; expected a number from 0.0001"):
         load(folder)
 
 

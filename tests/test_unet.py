@@ -35,6 +35,7 @@ CONFIGS = {
     },
     "no attention but in the middle": SMALL
     | {"down_block_types": (PLAIN, PLAIN), "up_block_types": (PLAIN_UP, PLAIN_UP)},
+    "no middle block": SMALL | {"mid_block_type": None},
     "linear projections, sin first": SMALL | {"use_linear_projection": True, "flip_sin_to_cos": False, "freq_shift": 1},
     "one level": SMALL | {"block_out_channels": (32,), "down_block_types": (CROSS,), "up_block_types": (CROSS_UP,)},
 }
@@ -98,7 +99,23 @@ def test_config_reads_what_the_hub_says() -> None:
     }
     assert UNetConfig.from_dict(hub) == UNetConfig()
     assert UNetConfig.from_dict(hub | {"sample_size": None}) == UNetConfig()
+    assert (
+        UNetConfig.from_dict(hub | {"sample_size": 32, "_diffusers_version": "0.4.0"}) == UNetConfig()
+    )  # as diffusers
+    assert UNetConfig.from_dict(hub | {"sample_size": 32, "_diffusers_version": "0.11.1"}).sample_size == 32
     assert UNetConfig.from_dict(hub | {"sample_size": 96}) == replace(UNetConfig(), sample_size=96)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"upcast_attention": True, "dropout": 0.1, "my_note": "trained by me", "optimization_step": 5000},
+        {"transformer_layers_per_block": [1, 1], "only_cross_attention": [False, False], "sample_size": [16, 16]},
+        {"cross_attention_dim": [24, 24], "class_embed_type": None, "dual_cross_attention": False},
+    ],
+)
+def test_config_keys_without_an_effect_are_taken(change: dict[str, object]) -> None:
+    assert UNetConfig.from_dict(SMALL | change) == UNetConfig.from_dict(SMALL)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +132,12 @@ def test_config_reads_what_the_hub_says() -> None:
         ({"norm_num_groups": 7}, "norm_num_groups is 7"),
         ({"in_channels": "four"}, "in_channels is 'four'; expected a whole number"),
         ({"block_out_channels": 32}, "block_out_channels is 32; expected a list"),
-        ({"a_key_of_next_year": "on"}, "a_key_of_next_year is 'on'"),
+        ({"layers_per_block": 10**8}, "layers_per_block is 100000000; expected a whole number from 1 to 32"),
+        ({"block_out_channels": [32] * 20_000}, "expected a list of 1 to 8 whole numbers"),
+        ({"sample_size": 20_000}, "sample_size is 20000; expected a whole number from 1 to 8192"),
+        ({"freq_shift": 16}, "freq_shift is 16; expected a number from 0 to 15"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"cross_attention_dim": [24, 32]}, r"cross_attention_dim is \[24, 32\]; expected a whole number"),
     ],
 )
 def test_config_refuses_by_name(change: dict[str, object], message: str) -> None:

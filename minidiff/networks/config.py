@@ -1,34 +1,43 @@
 """Frozen descriptions of the networks, read from the config.json of a model folder."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-# What a config.json may say besides the keys read below. Any other value asks for a network that Stable Diffusion 1.x
-# does not have.
+from ..checks import number, shown, whole
+
+_MID_BLOCK = "UNetMidBlock2DCrossAttn"
+
+# Keys that change what diffusers computes, and the one value that Stable Diffusion 1.x has; a list holds it once for
+# each level. Keys that are not here (notes, a trainer's own, dropout) change nothing and may hold anything.
+_UNET_OFF = """addition_embed_type center_input_sample class_embed_type cross_attention_norm dual_cross_attention
+encoder_hid_dim encoder_hid_dim_type mid_block_only_cross_attention num_class_embeds only_cross_attention
+resnet_skip_time_act time_cond_proj_dim time_embedding_act_fn time_embedding_dim timestep_post_act"""
 _UNET_FIXED: dict[str, object] = {
+    **dict.fromkeys(_UNET_OFF.split()),
     "act_fn": "silu",
-    "addition_embed_type_num_heads": 64,
     "attention_type": "default",
-    "center_input_sample": False,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
     "downsample_padding": 1,
-    "dropout": 0.0,
     "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "resnet_out_scale_factor": 1.0,
+    "resnet_out_scale_factor": 1,
     "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
     "transformer_layers_per_block": 1,
 }
 _VAE_FIXED: dict[str, object] = {
     "act_fn": "silu",
-    "force_upcast": True,  # says how diffusers casts in half precision; minidiff detects an overflow instead
+    "latents_mean": None,
+    "latents_std": None,
     "mid_block_add_attention": True,
+    "shift_factor": None,
     "use_post_quant_conv": True,
     "use_quant_conv": True,
 }
+# What a config may claim: more than any Stable Diffusion has, little enough to be laid out at once.
+MOST_LEVELS, MOST_LAYERS, MOST_CHANNELS, MOST_EDGE = 8, 32, 2**16, 2**13
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class UNetConfig:
 
     `down_attention` and `up_attention` say which blocks hold transformers, in the order in which they run.
     `num_heads` has one value per level, from the outermost in; the folder format calls it `attention_head_dim`,
-    although it counts heads.
+    although it counts heads. `mid_block` is False in distilled models that leave it out (BK-SDM small).
     """
 
     in_channels: int = 4
@@ -45,6 +54,7 @@ class UNetConfig:
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     down_attention: tuple[bool, ...] = (True, True, True, False)
     up_attention: tuple[bool, ...] = (False, True, True, True)
+    mid_block: bool = True
     layers_per_block: tuple[int, ...] = (2, 2, 2, 2)
     num_heads: tuple[int, ...] = (8, 8, 8, 8)
     cross_attention_dim: int = 768
@@ -61,7 +71,7 @@ class UNetConfig:
         read = _Reader("unet/config.json", config)
         widths = read.ints("block_out_channels", cls.block_out_channels)
         levels = len(widths)
-        if read.plain("num_attention_heads", None) is not None:
+        if config.get("num_attention_heads") is not None:
             raise ValueError(
                 "unet/config.json: num_attention_heads is set, which the folder format does not define; "
                 "expected the number of heads in attention_head_dim"
@@ -74,21 +84,19 @@ class UNetConfig:
                 "down_block_types", "DownBlock2D", "CrossAttnDownBlock2D", cls.down_attention, levels
             ),
             up_attention=read.blocks("up_block_types", "UpBlock2D", "CrossAttnUpBlock2D", cls.up_attention, levels),
-            layers_per_block=read.per_level("layers_per_block", 2, levels),
+            mid_block=read.mid_block(),
+            layers_per_block=read.per_level("layers_per_block", 2, levels, MOST_LAYERS),
             num_heads=read.per_level("attention_head_dim", 8, levels),
             # diffusers' own default when the key is missing
-            cross_attention_dim=read.whole("cross_attention_dim", 1280),
+            cross_attention_dim=read.whole("cross_attention_dim", 1280, MOST_CHANNELS),
             norm_num_groups=read.whole("norm_num_groups", cls.norm_num_groups),
-            norm_eps=read.number("norm_eps", cls.norm_eps),
+            norm_eps=read.number("norm_eps", cls.norm_eps, 0, 1),
             flip_sin_to_cos=bool(read.plain("flip_sin_to_cos", True)),
-            freq_shift=read.number("freq_shift", cls.freq_shift),
+            freq_shift=read.number("freq_shift", cls.freq_shift, 0, max(widths[0] // 2 - 1, 0)),
             use_linear_projection=bool(read.plain("use_linear_projection", False)),
-            # null in some folders: the size of the image then comes from the call, or from SD 1.5's 64
-            sample_size=cls.sample_size
-            if config.get("sample_size") is None
-            else read.whole("sample_size", cls.sample_size),
+            sample_size=read.sample_size(cls.sample_size),
         )
-        read.refuse_the_rest(_UNET_FIXED, known=("sample_size",))
+        read.refuse_other_kinds(_UNET_FIXED)
         _check_groups("unet/config.json", found.norm_num_groups, widths)
         if any(width % heads for width, heads in zip(widths, found.num_heads, strict=True)):
             raise ValueError(
@@ -131,65 +139,63 @@ class VAEConfig:
             out_channels=read.whole("out_channels", cls.out_channels),
             latent_channels=read.whole("latent_channels", cls.latent_channels),
             block_out_channels=widths,
-            layers_per_block=read.whole("layers_per_block", 1),
+            layers_per_block=read.whole("layers_per_block", 1, MOST_LAYERS),
             norm_num_groups=read.whole("norm_num_groups", cls.norm_num_groups),
-            scaling_factor=read.number("scaling_factor", cls.scaling_factor),
+            scaling_factor=read.number("scaling_factor", cls.scaling_factor, 1e-4, 1e4),
         )
-        # sample_size: the size it was trained at, which nothing depends on
-        read.refuse_the_rest({**_VAE_FIXED, "force_upcast": config.get("force_upcast")}, known=("sample_size",))
+        read.refuse_other_kinds(_VAE_FIXED)
         _check_groups("vae/config.json", found.norm_num_groups, widths)
         return found
 
 
 class _Reader:
-    """Typed access to a config dict that remembers which keys were read, so that the rest can be refused."""
+    """Typed access to a config dict; its messages name the file and the key."""
 
     def __init__(self, file: str, config: Mapping[str, object]) -> None:
-        self.file, self.config, self.seen = file, config, set[str]()
+        self.file, self.config = file, config
 
     def plain(self, key: str, default: object) -> object:
-        self.seen.add(key)
-        return self.config.get(key, default)
-
-    def whole(self, key: str, default: int) -> int:
-        value = self.plain(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{self.file}: {key} is {value!r}; expected a whole number of at least 1")
+        """The value; of a list that holds it for every level, the value itself."""
+        value = self.config.get(key, default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            return value[0]
         return value
 
-    def number(self, key: str, default: float) -> float:
-        value = self.plain(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ValueError(f"{self.file}: {key} is {value!r}; expected a number")
-        return value
+    def whole(self, key: str, default: int, most: int = MOST_CHANNELS) -> int:
+        return whole(f"{self.file}: {key}", self.plain(key, default), 1, most)
+
+    def number(self, key: str, default: float, least: float, most: float) -> float:
+        return number(f"{self.file}: {key}", self.plain(key, default), least, most)
 
     def ints(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        value = self.plain(key, default)
-        if not isinstance(value, list | tuple) or not value or not all(isinstance(v, int) and v > 0 for v in value):
-            raise ValueError(f"{self.file}: {key} is {value!r}; expected a list of whole numbers, one per level")
-        return tuple(value)
-
-    def per_level(self, key: str, default: int, levels: int) -> tuple[int, ...]:
         value = self.config.get(key, default)
-        if isinstance(value, list | tuple):
-            if len(value) != levels:
-                raise ValueError(
-                    f"{self.file}: {key} has {len(value)} values; "
-                    f"expected {levels}, one per level of block_out_channels"
-                )
-            return self.ints(key, ())
-        return (self.whole(key, default),) * levels
+        if not isinstance(value, list | tuple) or not 1 <= len(value) <= MOST_LEVELS:
+            raise ValueError(
+                f"{self.file}: {key} is {shown(value)}; expected a list of 1 to {MOST_LEVELS} whole numbers, one per "
+                "level"
+            )
+        return tuple(whole(f"{self.file}: {key}", item, 1, MOST_CHANNELS) for item in value)
+
+    def per_level(self, key: str, default: int, levels: int, most: int = MOST_CHANNELS) -> tuple[int, ...]:
+        value = self.config.get(key, default)
+        if not isinstance(value, list | tuple):
+            return (self.whole(key, default, most),) * levels
+        if len(value) != levels:
+            raise ValueError(
+                f"{self.file}: {key} has {len(value)} values; expected {levels}, one per level of block_out_channels"
+            )
+        return tuple(whole(f"{self.file}: {key}", item, 1, most) for item in value)
 
     def blocks(
         self, key: str, plain: str, cross: str | None, default: tuple[bool, ...], levels: int
     ) -> tuple[bool, ...]:
-        value = self.plain(key, None)
+        value = self.config.get(key)
         if value is None:
             value = [cross if has else plain for has in default]
         if not isinstance(value, list | tuple) or any(kind not in (plain, cross) for kind in value):
             kinds = plain if cross is None else f"{plain} or {cross}"
             raise ValueError(
-                f"{self.file}: {key} is {value!r}; expected a list of {kinds}, the blocks of Stable Diffusion 1.x"
+                f"{self.file}: {key} is {shown(value)}; expected a list of {kinds}, the blocks of Stable Diffusion 1.x"
             )
         if len(value) != levels:
             raise ValueError(
@@ -197,20 +203,32 @@ class _Reader:
             )
         return tuple(kind == cross for kind in value)
 
-    def refuse_the_rest(self, fixed: Mapping[str, object], known: tuple[str, ...]) -> None:
-        """Keys that were not read must hold their one supported value; keys unknown here must be off."""
-        for key, value in self.config.items():
-            if key.startswith("_") or key in self.seen or key in known:
-                continue
-            if key in fixed and value == fixed[key]:
-                continue
-            if key not in fixed and (value is None or value is False):
-                continue
-            expected = fixed.get(key, "null or false")
-            raise ValueError(
-                f"{self.file}: {key} is {value!r}; Stable Diffusion 1.x needs {expected!r}. "
-                "This is another kind of model"
-            )
+    def mid_block(self) -> bool:
+        kind = self.config.get("mid_block_type", _MID_BLOCK)
+        if kind not in (_MID_BLOCK, None):
+            raise self._other_kind("mid_block_type", kind, f"{_MID_BLOCK!r} or null")
+        return kind is not None
+
+    def sample_size(self, default: int) -> int:
+        """The edge of the latents it was trained on; null in some folders, where the size comes from the call."""
+        if self.config.get("sample_size") is None:
+            return default
+        size, version = self.whole("sample_size", default, MOST_EDGE), str(self.config.get("_diffusers_version"))
+        numbers = re.match(r"0\.(\d+)\.", version)
+        # Before diffusers 0.9 fine-tuning scripts wrote 32 by mistake; StableDiffusionPipeline reads 64 instead.
+        return max(size, default) if numbers is not None and int(numbers[1]) < 9 else size
+
+    def refuse_other_kinds(self, fixed: Mapping[str, object]) -> None:
+        """Keys with an effect must have the value that they have in Stable Diffusion 1.x."""
+        for key, needed in fixed.items():
+            value = self.plain(key, needed)
+            if value != needed and (needed is not None or value):
+                raise self._other_kind(key, self.config[key], repr("null or false" if needed is None else needed))
+
+    def _other_kind(self, key: str, value: object, needed: str) -> ValueError:
+        return ValueError(
+            f"{self.file}: {key} is {shown(value)}; Stable Diffusion 1.x needs {needed}. This is another kind of model"
+        )
 
 
 def _check_groups(file: str, groups: int, widths: tuple[int, ...]) -> None:

@@ -40,7 +40,8 @@ class UNet(nn.Module):
             self.down_blocks.append(Block(config, "down", i, i, inputs, config.down_attention[i], down))
             skips += [widths[i]] * (layers + (down is not None))
 
-        self.mid_block = Block(config, "mid", 0, levels - 1, [widths[-1]] * 2, True, None)
+        mid = Block(config, "mid", 0, levels - 1, [widths[-1]] * 2, True, None) if config.mid_block else None
+        self.mid_block: Block | None = mid
 
         self.up_blocks = nn.ModuleList()
         channels = widths[-1]
@@ -89,8 +90,9 @@ class UNet(nn.Module):
             if block.downsamplers is not None:
                 y = block.downsamplers[0](y)
                 skips.append(y)
-        for i in range(len(self.mid_block.resnets)):
-            y, kept = self.mid_block.layer(i, y, emb, context, hooks)
+        mid = self.mid_block
+        for i in range(len(mid.resnets) if mid is not None else 0):
+            y, kept = cast(Block, mid).layer(i, y, emb, context, hooks)
             maps.update(kept)
             if y is None:
                 return None, maps

@@ -132,6 +132,7 @@ def unet_config(shapes: Shapes) -> UNetConfig:
         block_out_channels=widths,
         down_attention=tuple(_has(shapes, f"down_blocks.{i}.attentions.") for i in range(levels)),
         up_attention=tuple(_has(shapes, f"up_blocks.{i}.attentions.") for i in range(levels)),
+        mid_block=_has(shapes, "mid_block."),
         layers_per_block=tuple(_count(shapes, f"down_blocks.{i}.resnets.{{}}.") for i in range(levels)),
         num_heads=(8,) * levels,
         cross_attention_dim=_context(shapes),
