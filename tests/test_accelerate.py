@@ -92,6 +92,7 @@ class Small(nn.Module):
         return self.linear(self.conv_in(x).sin().flatten(2).mT)
 
 
+@pytest.mark.slow
 def test_each_network_is_compiled_with_its_own_weights() -> None:
     """The compiler knows graphs by their code."""
     x = torch.randn(1, 4, 8, 8)
@@ -110,6 +111,7 @@ def test_compiled_layers_are_packed_whatever_their_size_and_have_numbers_of_thei
     assert second == [number + 2**16 for number in first]
 
 
+@pytest.mark.slow
 def test_a_second_process_finds_the_graphs_but_not_those_of_layers_of_other_sizes(tmp_path: Path) -> None:
     code = """
 import sys, torch
@@ -155,6 +157,7 @@ def test_callers_with_and_without_gradients_share_a_graph() -> None:
     assert call(x).requires_grad
 
 
+@pytest.mark.slow
 def test_graphs_hold_no_weights() -> None:
     """Each of the compiler's own making held them all once more, for as long as the process lived."""
     code = """

@@ -20,7 +20,7 @@ from minidiff.shapes.measure import matched, measure
 from minidiff.shapes.world import Thing
 from minidiff.weights.sources import BUNDLED, BUNDLED_FOLDER
 
-SINGLE = ("red circle", "blue square", "yellow ring", "pink cross", "lime heart", "orange triangle", "cyan diamond")
+SINGLE = ("red circle", "blue square", "yellow ring", "lime heart", "orange triangle")
 ROOT = Path(__file__).parents[1]
 
 
@@ -103,13 +103,13 @@ def test_its_defaults_are_in_its_folder(model: minidiff.Model) -> None:
 def test_it_draws_what_it_is_told(model: minidiff.Model) -> None:
     """More is said by `python -m bench layout`; here a model that is broken must show."""
     prompts = [f"an {name}" if name[0] == "o" else f"a {name}" for name in SINGLE]
-    images = minidiff.generate(prompts, model=model, seed=0).images
+    images = minidiff.generate(prompts, model=model, steps=10, seed=0).images
     right = 0
     for image, name in zip(images, SINGLE, strict=True):
         colour, shape = name.split()
         found = measure(torch.from_numpy(np.asarray(image).copy()).movedim(-1, 0))
         right += matched(found.things, [Thing(shape, colour, (0, 0, 1, 1))]) != [None]
-    assert right >= len(SINGLE) - 2
+    assert right >= len(SINGLE) - 1
 
 
 @pytest.mark.parametrize(

@@ -425,6 +425,7 @@ def test_rescaling_equals_the_formula() -> None:
         torch.testing.assert_close(found[i], expected)
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager(tiny_folder: Path, tiny_model: Model) -> None:
     compiled = minidiff.load(tiny_folder, dtype="float32", device="cpu", compile=True)
     shared = {"steps": 2, "seed": 1, "sampler": "ddim", "output": "tensor"}

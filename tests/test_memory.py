@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 import torch
 from live import peak, shapes_only
 from torch import nn
@@ -67,6 +68,7 @@ def test_what_is_counted() -> None:
     assert peak(lambda: torch.autograd.grad(x.exp().exp().sum(), x)) >= 8004  # both are kept for the gradient
 
 
+@pytest.mark.slow
 def test_guided_passes() -> None:
     """The published way takes 5.2 GB for one."""
     one = guided(1)
@@ -83,12 +85,14 @@ def test_steps() -> None:
     assert step(1, keep=HEAD_MEAN) <= 2**27 + 5 * 4 * 4096**2 + one  # what is kept of five layers, and a part of one
 
 
+@pytest.mark.slow
 def test_decoding() -> None:
     whole, large = decode(64), decode(128)
     assert whole <= 0.62e9
     assert large <= 4 * whole
 
 
+@pytest.mark.slow
 def test_nothing_grows_with_the_steps(tiny_folder: Path) -> None:
     model = minidiff.load(tiny_folder)
     every = minidiff.Guidance(threshold=0.0, iterations=1, steps=100)
@@ -108,6 +112,7 @@ def test_nothing_grows_with_the_steps(tiny_folder: Path) -> None:
     assert many - few < 6 * latents / 2  # the six more leave numbers in the report, nothing of an image's size
 
 
+@pytest.mark.slow
 def test_images_of_a_batch_are_decoded_one_by_one(tiny_folder: Path) -> None:
     model = minidiff.load(tiny_folder)
 
