@@ -5,7 +5,7 @@ import importlib
 import sys
 
 BENCHES = {
-    "parity": "every part against diffusers on the same weights: the largest relative error",
+    "parity": "every part against diffusers on the same weights, random ones or (--model) those of a model of yours",
     "layout": "what the bundled model draws: objects, colours and shapes right, measured without a network",
     "kernels": "convolutions and attention, shape by shape: what is taken beside what could be",
     "throughput": "one step with classifier-free guidance, against diffusers and OpenVINO",
