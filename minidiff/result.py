@@ -36,7 +36,7 @@ class Result:
     `images` follows generate's `output`: "pil" a list, "numpy" [B,H,W,3] float32 in [0,1], "tensor" [B,3,H,W] in [0,1],
     "latents" [B,4,h,w]. `latents` [B,4,h,w] float32 on the CPU are the last step's, whatever the output.
     `parameters[i]` are the arguments of generate() that make image i alone, as plain() writes them; `info` is what is
-    true of the run and no argument: {"versions": {"minidiff": "0.1.0", ...}, "model_hash": ..., "device": ...}.
+    true of the run and no argument: {"versions": {"minidiff": "0.1.0", ...}, "model": {"kind", "name", "sha256"}, ...}.
     `timings` are seconds by phase. `attention` are the maps that were asked for, `reports` what guidance did to each
     image where there were boxes. ValueError when the counts differ.
 

@@ -21,7 +21,7 @@ from .networks.sites import Position, Site, choose, cross, level
 from .networks.text import Phrases
 from .png.chunk import Plain, plain
 from .recorded import LAST, MEAN, PER_STEP, Attention, Kept, Maps, Reduce
-from .request import Request, asked
+from .request import BUNDLED, Request, asked
 from .resolve import Texts, check_latents, check_places, plain_boxes, resolve
 from .result import Images, Result, to_numpy, to_pil
 from .sampling import SamplerStep, Schedule, sample
@@ -317,6 +317,13 @@ def _pixels(model: Model, latents: Tensor) -> Tensor:
     return (images.nan_to_num(-1, -1, -1) / 2 + 0.5).clamp(0, 1)
 
 
+def _kind(model: Model) -> str:
+    """What load took: "bundled", "hub", "file" or "folder". Only hub ids and the bundled name have a slash."""
+    if model.name == BUNDLED:
+        return "bundled"
+    return "hub" if "/" in model.name else "file" if model.origin.is_file() else "folder"
+
+
 def _info(model: Model) -> dict[str, Plain]:
     """What is true of a run and no argument of it."""
     return {
@@ -324,5 +331,6 @@ def _info(model: Model) -> dict[str, Plain]:
         "dtype": plain(model.dtype),
         "device": model.device.type,
         "load": dict(model.options),
-        "model_hash": None if model.sha256 is None else model.sha256[:10],
+        "model": {"kind": _kind(model), "name": model.name, "sha256": model.sha256},
+        "model_hash": None if model.sha256 is None else model.sha256[:10],  # A1111's
     }

@@ -354,7 +354,7 @@ def test_a_picture_does_not_decide_which_model_is_fetched(
     path = ours(tmp_path / "x.png", info, model="owner/name")
     code, _, err = cli("generate", "--from", path)
     assert (code, len(err)) == (2, 1)
-    assert "names its model 'owner/name'; a picture does not decide what is loaded: expected it" in err[0]
+    assert "made with a model named 'owner/name'; a picture does not decide what is loaded: expected it" in err[0]
     cli("generate", "--from", path, "--model", "owner/name")
     load = asked.load
     assert (load["source"], load["vae"], load["variant"], load["revision"]) == ("owner/name", None, "fp16", "r")
@@ -379,6 +379,8 @@ def test_another_file_of_the_same_name_is_noticed(
     flags = (*tiny, "--model", model, "--tokenizer", tiny_folder / "tokenizer", "--width", 16, "--height", 16)
     _, (png,), _ = cli("generate", "a cat", *flags)
     assert cli("generate", "--from", png, *flags)[2] == []
+    _, _, (error,) = cli("generate", "--from", png)
+    assert f"{png} was made with a file named '{model.stem}" in error and "of sha256 " in error
     write_single_file(tiny_folder, model, dtype=torch.float16)
     code, _, (note,) = cli("generate", "--from", png, *flags)
     assert code == 0

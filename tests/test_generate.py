@@ -252,6 +252,7 @@ def test_parameters_say_everything_and_no_path(tiny_model: Model, tmp_path: Path
     }
     assert result.info["dtype"] == "float32"
     assert result.info["device"] == "cpu"
+    assert result.info["model"] == {"kind": "folder", "name": "tiny", "sha256": None}
     assert set(result.info["versions"]) == {"minidiff", "torch", "transformers"}
     (path,) = result.save(tmp_path / "cat.png")
     assert str(tmp_path) not in path.read_bytes().decode("latin-1")

@@ -102,8 +102,8 @@ def _model(
     if model is None:
         if named != BUNDLED and not _is_cached(named):
             raise ValueError(
-                f"{picture} names its model {shown(named)}; a picture does not decide what is loaded: expected it, or "
-                "where it is, with --model"
+                f"{picture} was made with {_described(named, found.info.get('model'))}; a picture does not decide what "
+                "is loaded: expected it, or where it is, with --model"
             )
         model = named
     same = named in (model, Path(str(model)).stem, Path(str(model)).resolve().name)
@@ -118,6 +118,14 @@ def _model(
         else:
             left.append(name)
     return model, taken, left
+
+
+def _described(named: object, made: object) -> str:
+    """The model that a picture names, in words. made: what our own pictures know of it."""
+    known: dict[object, object] = made if isinstance(made, dict) else {}
+    kind, sha256 = known.get("kind"), known.get("sha256")
+    what = f"a {kind}" if kind in ("file", "folder") else "a model"
+    return f"{what} named {shown(named)}{f' of sha256 {sha256[:10]}...' if isinstance(sha256, str) else ''}"
 
 
 def _is_cached(name: object) -> bool:
