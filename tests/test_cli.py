@@ -736,7 +736,7 @@ def test_a_layout_stands_instead_of_the_boxes_of_a_png(cli: Cli, asked: Asked, t
         ({"boxes": {"cat": {"boxes": [[0, 0, 2, 1]]}}}, r"x.png: boxes\['cat'\] holds .* outside of the picture"),
         ({"guidance": 3}, "x.png: guidance is 3"),
         ({"guidance": "magic"}, "x.png: (guidance|objective) is 'magic'; expected one of"),
-        ({"guidance": {"objective": {"magic": 1.0}}}, "objective is 'magic'; expected one of"),
+        ({"guidance": {"objective": {"magic": 1.0}}}, "(guidance|objective) is 'magic'; expected one of"),
         ({"guidance": {"objective": {"layout": "x"}}}, "weight is 'x'"),
         ({"guidance": {"objective": {"layout": 1.0}, "scale": "x"}}, "scale is 'x'; expected a number"),
     ],
