@@ -21,13 +21,12 @@ def hidden_text(image: Image.Image) -> dict[str, str]:
     if image.format != "PNG" or image.mode not in ("RGB", "RGBA"):
         return {}
     for channels in [[3]] * (image.mode == "RGBA") + [[0, 1, 2]]:
-        pixels = np.asarray(image)[..., channels].swapaxes(0, 1).reshape(-1)
-        mark = np.packbits(pixels[: 15 * 8] & 1).tobytes()
-        if mark not in _MARKS:
+        head = _lowest_bits(image, channels, 19)
+        if head[:15] not in _MARKS:
             continue
-        count = int.from_bytes(np.packbits(pixels[15 * 8 : 19 * 8] & 1).tobytes(), "big") // 8
-        data = np.packbits(pixels[19 * 8 : 19 * 8 + min(count, _LONGEST) * 8] & 1).tobytes()
-        if _MARKS[mark]:
+        count = min(int.from_bytes(head[15:], "big") // 8, _LONGEST)
+        data = _lowest_bits(image, channels, 19 + count)[19:]
+        if _MARKS[head[:15]]:
             data = zlib.decompressobj(31).decompress(data, _LONGEST)  # 31: gzip
         text = data.decode()
         if text.lstrip().startswith("{"):
@@ -36,3 +35,10 @@ def hidden_text(image: Image.Image) -> dict[str, str]:
                 return {str(key): str(value) for key, value in values.items()}
         return {"parameters": text}
     return {}
+
+
+def _lowest_bits(image: Image.Image, channels: list[int], count: int) -> bytes:
+    """The first bytes that the channels hold, from no more columns than they take."""
+    columns = -(-count * 8 // (image.height * len(channels)))
+    pixels = np.asarray(image)[:, :columns, channels].swapaxes(0, 1).reshape(-1)
+    return np.packbits(pixels[: count * 8] & 1).tobytes()
