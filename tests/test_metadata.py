@@ -200,6 +200,7 @@ def test_an_a1111_file_is_read_into_our_names(tmp_path: Path) -> None:
         ({"parameters": "x\nSteps: many"}, "'Steps' is 'many'; expected a whole number"),
         ({"prompt": '{"3": {}}', "workflow": '{"nodes": []}'}, "written by ComfyUI, .* open it there"),
         ({"prompt": '{"3": {}}'}, "written by ComfyUI"),
+        ({f"key {n:03}": "x" for n in range(300)}, "it has text chunks key 000, .*key 007, which are not ours"),
         ({"Software": "gimp", "Comment": "x"}, "it has text chunks Comment, Software, which are not ours"),
         ({"minidiff": "{"}, "metadata cannot be read"),
         ({"minidiff": "[1]"}, "should be an object with 'format' 1"),

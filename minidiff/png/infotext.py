@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TypeAlias
 
 from ..checks import number, shown, whole
@@ -38,17 +39,20 @@ _NUMBERS: tuple[tuple[str, str, Callable[[str, object, float, float], float], fl
 
 
 def to_infotext(arguments: Mapping[str, object], *, model_hash: object = None, version: object = None) -> str:
-    """generate()'s arguments in A1111's grammar. Leaves out what A1111 has no word for, and values that are neither
+    """generate()'s arguments in A1111's grammar. What A1111 has no word for is left out, as are values that are neither
     numbers nor text.
 
     One thing does not come back from parse_infotext: a negative prompt with a line that starts with `Negative prompt:`.
     """
-    prompt, negative = (_text(arguments.get(name)) for name in ("prompt", "negative_prompt"))
+    texts = (arguments.get(name) for name in ("prompt", "negative_prompt"))
+    prompt, negative = (text if isinstance(text, str) else "" for text in texts)
     lines = [prompt]
     if negative or any(line.startswith(NEGATIVE) for line in prompt.split("\n")):
         lines.append(f"{NEGATIVE} {negative}")
     settings = _settings(arguments) | {"Model hash": model_hash, "Version": version}
-    lines.append(", ".join(f"{key}: {_quote(value)}" for key, value in settings.items() if _is_value(value)))
+    lines.append(
+        ", ".join(f"{key}: {_quote(value)}" for key, value in settings.items() if isinstance(value, int | float | str))
+    )
     return "\n".join(lines)
 
 
@@ -141,14 +145,10 @@ def _take_numbers(rest: dict[str, str]) -> dict[str, Value]:
 
 def _number(text: str) -> float | str:
     """A number where it is one. "20.0" is 20, as some programs write it."""
-    try:
-        return int(re.sub(r"\.0+$", "", text))
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(re.sub(r"\.0+$", "", text))
+    return text
 
 
 def _quote(value: object) -> str:
@@ -167,11 +167,3 @@ def _unquote(text: str) -> str:
         return str(json.loads(text)) if text.startswith('"') else text
     except ValueError:
         return text
-
-
-def _is_value(value: object) -> bool:
-    return isinstance(value, (int, float, str))
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from .infotext import parse_infotext
 from .stealth import hidden_text
 
 _PIXELS = 2**26  # 8192 x 8192: Pillow decodes a PNG to find the text behind its pixels
-_USER_COMMENT, _DESCRIPTION, _MAKE, _MODEL = 0x9286, 0x010E, 0x010F, 0x0110  # of EXIF
+_USER_COMMENT, _NAMES = 0x9286, (0x010E, 0x010F, 0x0110)  # of EXIF; the latter are description, make and model
 # A text chunk's keyword -> the program that writes it, in an order in which the surest come first.
 _WRITERS = {
     "invokeai_metadata": "InvokeAI",
@@ -80,7 +81,7 @@ def read_metadata(picture: str | Path) -> Metadata:
             f"{picture} was written by {program}, in a form that minidiff does not read; open it there, or copy prompt "
             "and settings by hand"
         )
-    found = f"text chunks {', '.join(sorted(texts))}, which are not ours" if texts else "no text chunk"
+    found = f"text chunks {', '.join(sorted(texts)[:8])}, which are not ours" if texts else "no text chunk"
     raise ValueError(
         f"{picture} holds no parameters that minidiff can read: it has {found}; it was saved without metadata, lost "
         "it on the way (many sites remove it), or is another program's"
@@ -100,16 +101,11 @@ def _writer(texts: Mapping[str, str]) -> str | None:
     if texts.get("Software", "").startswith("NovelAI"):
         return "NovelAI"
     text = texts.get("parameters", "").strip()
-    if text.startswith(("{", "[")):  # a prompt may, too
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError):
-            values = None
-        if values is not None:
-            keys = values if isinstance(values, dict) else {}
-            return next(
-                (name for key, name in _JSON_WRITERS.items() if key in keys), "a program that minidiff does not know"
-            )
+    if text.startswith(("{", "[")) and len(text) < 1_000_000:  # a prompt may start so, too
+        with suppress(ValueError, RecursionError):
+            keys = json.loads(text)
+            known = (name for key, name in _JSON_WRITERS.items() if isinstance(keys, dict) and key in keys)
+            return next(known, "a program that minidiff does not know")
     if text:
         return None
     there = (key for key, name in _WRITERS.items() if name != "ComfyUI" or texts.get(key, "").lstrip().startswith("{"))
@@ -127,10 +123,9 @@ def _texts(picture: str | Path) -> dict[str, str]:
                 )
             image.load()
             found = {str(key): str(text) for key, text in getattr(image, "text", {}).items()}
-            if not found.keys() & {"minidiff", "parameters", *_WRITERS}:
-                found |= dict(_exif_texts(image))
-            if not found:
-                found |= hidden_text(image)
+            for more in (_exif_texts, hidden_text):
+                if not found.keys() & {"minidiff", "parameters", *_WRITERS}:
+                    found |= more(image)
             return found
     except FileNotFoundError as error:
         raise ValueError(f"no such file: {picture}") from error
@@ -140,18 +135,16 @@ def _texts(picture: str | Path) -> dict[str, str]:
         raise ValueError(f"cannot read {picture} as a picture: {error}") from error
 
 
-def _exif_texts(image: Image.Image) -> Iterator[tuple[str, str]]:
+def _exif_texts(image: Image.Image) -> dict[str, str]:
     """A1111's text is the user comment; ComfyUI's savers write "workflow:{...}" into other fields."""
     exif = image.getexif()
-    comment = exif.get_ifd(0x8769).get(_USER_COMMENT)
-    if isinstance(comment, bytes | str):
-        text = _decoded(comment) if isinstance(comment, bytes) else comment
-        if "Steps: " in text or text.strip().startswith("{"):  # and not "Screenshot"
-            yield "parameters", text
-    for tag in (_DESCRIPTION, _MAKE, _MODEL):
-        key, _, text = str(exif.get(tag, "")).partition(":")
-        if key.lower() in ("prompt", "workflow"):
-            yield key.lower(), text
+    fields = (str(exif.get(tag, "")).partition(":") for tag in _NAMES)
+    found = {key.lower(): text for key, _, text in fields if key.lower() in ("prompt", "workflow")}
+    comment = exif.get_ifd(0x8769).get(_USER_COMMENT, b"")
+    text = _decoded(comment) if isinstance(comment, bytes) else str(comment)
+    if "Steps: " in text or text.strip().startswith("{"):  # and not "Screenshot"
+        found["parameters"] = text
+    return found
 
 
 def _decoded(comment: bytes) -> str:
