@@ -6,6 +6,7 @@ import random
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -91,11 +92,30 @@ def test_the_recipe_for_a_pickle_works(tmp_path: Path) -> None:
         torch.testing.assert_close(load_file(path), state, rtol=0, atol=0)
 
 
+def test_a_pickle_is_named_by_the_texts_in_it_and_converts(tmp_path: Path) -> None:
+    vectors = torch.nn.Parameter(torch.randn(4, 768))  # as A1111 saves a textual inversion
+    path = tmp_path / "bad-hands.pt"
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "x"}, path)
+    with pytest.raises(ValueError, match=r"is a pickle \(by its names: textual inversion embedding\)") as error:
+        stored_tensors(path)
+    exec(str(error.value).split("in Python: ")[1], {})
+    assert torch.equal(load_file(tmp_path / "bad-hands.safetensors")["*"], vectors)
+    torch.save({"nothing": {"deeper": vectors}}, path)
+    (tmp_path / "bad-hands.safetensors").unlink()
+    with pytest.raises(AssertionError, match="no tensors"):
+        exec(how_to_convert(path).split("in Python: ")[1], {})
+    assert not (tmp_path / "bad-hands.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "is a Git LFS pointer.*git lfs pull"),
         (b"<!DOCTYPE html><html><body>Sign in", "is a web page"),
+        (b'{"error": "Invalid credentials"}', "is JSON text, such as an error message"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(100), "is a GGUF file, whose quantised weights"),
+        (b"\x1f\x8b\x08\x00\x00\x00\x00\x00" + bytes(100), "is a gzip archive"),
+        (b"Rar!\x1a\x07\x01\x00" + bytes(100), "is a RAR archive"),
         (b"", r"\(0 bytes\) cannot be read as safetensors"),
         (b"\x08\x00", "cannot be read as safetensors"),
         (struct.pack("<Q", 2**62) + b"{}" * 40, "cannot be read as safetensors"),
@@ -105,7 +125,22 @@ def test_the_recipe_for_a_pickle_works(tmp_path: Path) -> None:
         (bytes(range(256)) * 8, "cannot be read as safetensors"),
         (bytes(1000), "cannot be read as safetensors"),
     ],
-    ids=["LFS", "HTML", "empty", "two bytes", "huge header", "long header", "no JSON", "a list", "noise", "zeros"],
+    ids=[
+        "LFS",
+        "HTML",
+        "JSON",
+        "GGUF",
+        "gzip",
+        "rar",
+        "empty",
+        "two bytes",
+        "huge header",
+        "long header",
+        "no JSON",
+        "a list",
+        "noise",
+        "zeros",
+    ],
 )
 def test_damage_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.safetensors"
@@ -132,8 +167,15 @@ def test_a_truncated_file_whose_first_byte_is_that_of_a_pickle(tmp_path: Path) -
 
 def test_a_longer_file(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"x")
-    with pytest.raises(ValueError, match="cut short or damaged"):
+    with pytest.raises(ValueError, match="bytes: 1 too many. It was cut short or damaged"):
         stored_tensors(file)
+
+
+def test_a_zip_that_holds_no_pickle(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.safetensors", "w") as archive:
+        archive.writestr("model.safetensors", "x")
+    with pytest.raises(ValueError, match="is a zip archive; unpack it first"):
+        stored_tensors(tmp_path / "x.safetensors")
 
 
 def test_a_header_of_random_changes_raises_nothing_but_value_errors(file: Path) -> None:

@@ -662,7 +662,7 @@ CONV_IN, TEXT_IN = (
     ("tensors", "message"),
     [
         ({CONV_IN: (32, 9, 3, 3)}, "it is a Stable Diffusion inpainting model"),
-        ({CONV_IN: (32, 8, 3, 3)}, "it is an InstructPix2Pix model"),
+        ({CONV_IN: (32, 8, 3, 3)}, "it is an image-conditioned model, such as an InstructPix2Pix model"),
         ({TEXT_IN: (32, 1024)}, "it is a Stable Diffusion 2 model"),
         ({"cond_stage_model.model.ln_final.bias": (8,)}, "it is a Stable Diffusion 2 checkpoint"),
         ({TEXT_IN: (32, 2048), "conditioner.embedders.0.x": (8,)}, "it is a Stable Diffusion XL checkpoint"),

@@ -14,7 +14,7 @@ from minidiff.networks.text import text_encoder_shapes
 from minidiff.networks.unet import UNet
 from minidiff.networks.vae import VAE
 from minidiff.weights.files import Stored
-from minidiff.weights.names import LDM_PREFIX
+from minidiff.weights.names import LDM_PREFIX, unwrap
 from minidiff.weights.recognise import CHECKPOINT, Kind, recognise, unet_config, vae_config
 from minidiff.weights.sources import Source, file_source
 
@@ -115,7 +115,10 @@ REFUSED = {
     "SD 2 by width": (lambda s: s | {WIDE_TEXT: (320, 1024)}, "Stable Diffusion 2 model .its text is 1024 wide"),
     "SDXL by width": (lambda s: s | {WIDE_TEXT: (320, 2048)}, "Stable Diffusion XL model .its text is 2048 wide"),
     "inpainting": (inpainting, "Stable Diffusion inpainting model .its UNet takes 9 channels"),
-    "pix2pix": (lambda s: s | {CONV_IN: (320, 8, 3, 3)}, "InstructPix2Pix model .its UNet takes 8 channels"),
+    "pix2pix": (
+        lambda s: s | {CONV_IN: (320, 8, 3, 3)},
+        "InstructPix2Pix model or GeoWizard .its UNet takes 8 channels",
+    ),
     "SD 3": (lambda s: {f"{UNET}joint_blocks.0.x_block.attn.proj.weight": (8, 8)}, "Stable Diffusion 3"),
     "Flux": (lambda s: {"double_blocks.0.img_attn.proj.weight": (8, 8)}, "Flux"),
     "ControlNet": (lambda s: s | {"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)}, "ControlNet"),
@@ -154,6 +157,24 @@ REFUSED = {
     "no text encoder": (lambda s: {k: v for k, v in s.items() if not k.startswith("cond")}, "no text encoder"),
     "UNet only": (lambda s: {k: v for k, v in s.items() if k.startswith(UNET)}, "holds no text encoder"),
     "nothing": (lambda s: {}, "first keys: none"),
+    "SVD": (lambda s: s | {f"{UNET}input_blocks.1.1.time_stack.0.x": (8,), "conditioner.x": (1,)}, "Stable Video"),
+    "LCM": (lambda s: s | {f"{UNET}time_embed.cond_proj.weight": (320, 256)}, "latent consistency model"),
+    "fp8 with scales": (lambda s: s | {"scaled_fp8": (0,)}, "scaled fp8 weights; use the float16"),
+    "Control-LoRA": (lambda s: {"lora_controlnet": (0,), "input_blocks.0.0.weight": (320, 4, 3, 3)}, "Control-LoRA"),
+    "AnimateDiff": (lambda s: {"down_blocks.0.motion_modules.0.temporal_transformer.x": (8,)}, "AnimateDiff motion"),
+    "GLIGEN": (lambda s: s | {f"{UNET}input_blocks.1.1.transformer_blocks.0.fuser.linear.weight": (8, 8)}, "GLIGEN"),
+    "T2I-Adapter": (lambda s: {"adapter.body.0.resnets.0.block1.weight": (8, 8)}, "T2I-Adapter"),
+    "hypernetwork": (lambda s: {"768.0.linear.0.weight": (768, 768)}, "hypernetwork"),
+    "TAESD": (lambda s: {"decoder.layers.0.weight": (64, 4, 3, 3)}, "tiny autoencoder"),
+    "CLIP image encoder": (lambda s: {"vision_model.embeddings.class_embedding": (1024,)}, "CLIP image encoder"),
+    "upscaler": (lambda s: {"body.0.rdb1.conv1.weight": (8, 8, 3, 3)}, "ESRGAN upscaler"),
+    "LoRA, cloneofsimo": (lambda s: {"unet:0:up": (4, 8), "unet:0:down": (4, 8)}, "cloneofsimo"),
+    "EMA alone": (
+        lambda s: {"model_ema.diffusion_modelinput_blocks00weight": (320, 4, 3, 3)},
+        "averaged weights .EMA. al",
+    ),
+    "folder in one file": (lambda s: {"unet.conv_in.weight": (320, 4, 3, 3)}, "model folder's networks in one file"),
+    "UNet alone, LDM": (lambda s: {"input_blocks.0.0.weight": (320, 4, 3, 3)}, "a UNet in LDM names alone"),
     "another network": (lambda s: {"fc.weight": (3, 3), "fc.bias": (3,)}, "first keys: fc.weight, fc.bias"),
 }
 
@@ -163,6 +184,23 @@ def test_other_kinds_are_refused_by_name(sd15: Shapes, make: Callable[[Shapes], 
     found = recognise(make(sd15)).problem
     assert found is not None
     assert re.search(problem, found), found
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda key: f"state_dict.{key}",
+        lambda key: f"module.{key}",
+        lambda key: f"model.{key}",
+        lambda key: f"state_dict.module.{key}",
+        lambda key: key.removeprefix("model."),
+        lambda key: key.removeprefix(UNET),
+        lambda key: key.replace("cond_stage_model.transformer.", "cond_stage_model.clip_l.transformer."),
+    ],
+    ids=["state_dict", "module", "model", "two", "diffusion_model", "bare UNet", "clip_l"],
+)
+def test_wrapped_names_are_unwrapped(sd15: Shapes, wrap: Callable[[str], str]) -> None:
+    assert unwrap({wrap(key): shape for key, shape in sd15.items()}) == sd15
 
 
 @pytest.mark.parametrize("foreign", ["lora_unet_mid_block.lora_up.weight", "embeddings.cat", "model_ema.decay"])

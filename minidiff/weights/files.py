@@ -1,5 +1,9 @@
 """Safetensors files, header first: what a file holds costs no reading, and its tensors are the memory map itself."""
 
+import io
+import json
+import pickletools
+import zipfile
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,8 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .recognise import name_of
+
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _CHUNK = 128 * 2**20  # bytes of a mapped file that may at most be resident while its tensors are converted
+_MOST_PICKLE = 16 * 2**20  # bytes of a pickle that are looked at; SD 1.5's names take less than one
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -61,28 +68,88 @@ def file_metadata(path: Path) -> dict[str, str]:
 
 
 def _pickle(path: Path) -> str:
-    return f"{path} is a pickle, which can run code when it is read; expected .safetensors. {how_to_convert(path)}"
+    kind = _pickled(path)
+    return (
+        f"{path} is a pickle{'' if kind is None else f' (by its names: {kind})'}, which can run code when it is read; "
+        f"expected .safetensors. {how_to_convert(path)}"
+    )
+
+
+def _pickled(path: Path) -> str | None:
+    """What a pickle holds, told by the texts in it. Its instructions are listed, none is carried out."""
+    texts: list[str] = []
+    try:
+        with path.open("rb") as file:
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                    content = archive.open(name).read(_MOST_PICKLE)
+            else:
+                content = file.read(_MOST_PICKLE)
+        stream = io.BytesIO(content)
+        while stream.tell() < len(content):  # torch's old format: several pickles, then the numbers
+            texts += [value for _, value, _ in pickletools.genops(stream) if isinstance(value, str)]
+    except Exception:  # cut short, or no pickle at all: what was read before it tells
+        pass
+    return name_of(texts) or (
+        "checkpoint" if any(text.startswith("model.diffusion_model.") for text in texts) else None
+    )
+
+
+# (first bytes, what a file that begins with them is)
+_FORMATS = (
+    (b"GGUF", "a GGUF file, whose quantised weights are not read"),
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (b"Rar!", "a RAR archive; unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
+)
 
 
 def _damage(path: Path, error: Exception) -> str:
     """Why safetensors cannot read a file, by the first bytes of what people store under that name by mistake."""
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(64)
     except OSError:
         return f"{path} cannot be read: {error}"
+    kind = next((kind for magic, kind in _FORMATS if head.startswith(magic)), None)
     # A safetensors file begins with the length of its header in 8 bytes, of which the last four are 0 in any real one.
-    if len(head) > 8 and any(head[4:8]):
-        if head.startswith(b"PK") or head[0] == 0x80:
+    if kind is None and len(head) > 8 and any(head[4:8]):
+        if head.startswith(b"PK") and not _holds_pickle(path):
+            kind = "a zip archive; unpack it first"
+        elif head.startswith(b"PK") or head[0] == 0x80:
             return _pickle(path)
-        if head.startswith(b"version https://git-lfs"):
-            return f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
-        if head.lstrip()[:1] == b"<":
-            return f"{path} is a web page, not a .safetensors file; the download needs another address or an account"
+        elif head.lstrip()[:1] == b"<":
+            kind = "a web page, not a .safetensors file; the download needs another address or an account"
+        elif head.lstrip()[:1] in (b"{", b"["):
+            kind = "JSON text, such as an error message of the server, not a .safetensors file; download it again"
+    if kind is not None:
+        return f"{path} is {kind}"
     return (
-        f"{path} ({path.stat().st_size:,} bytes) cannot be read as safetensors: {error}. It was cut short or damaged, "
-        "or is something else under that name; download it again and compare its sha256 with weights.md"
+        f"{path} ({size:,} bytes) cannot be read as safetensors: {error}. {_length(path, size)}It was cut short or "
+        "damaged, or is something else under that name; download it again and compare its sha256 with weights.md"
     )
+
+
+def _holds_pickle(path: Path) -> bool:
+    try:
+        return any(name.endswith(".pkl") for name in zipfile.ZipFile(path).namelist())
+    except (zipfile.BadZipFile, OSError):
+        return True
+
+
+def _length(path: Path, size: int) -> str:
+    """How the file's length differs from what its header says; nothing where it has none."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < 10**8 else {}
+        need = 8 + length + max(value["data_offsets"][1] for key, value in header.items() if key != "__metadata__")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        return ""
+    return f"Its header asks for {need:,} bytes: {abs(size - need):,} too {'few' if size < need else 'many'}. "
 
 
 def how_to_convert(path: Path, target: str | None = None) -> str:
@@ -91,8 +158,9 @@ def how_to_convert(path: Path, target: str | None = None) -> str:
     return (
         "If you trust its origin, convert it once in Python: from safetensors.torch import save_file; import torch; "
         f"d = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
-        "save_file({k: v.contiguous() for k, v in d.get('state_dict', d).items() if hasattr(v, 'shape')}, "
-        f"{save!r})"
+        "d = d.get('state_dict') or d.get('string_to_param') or d; "
+        "t = {str(k): v.detach().contiguous() for k, v in d.items() if hasattr(v, 'shape')}; "
+        f"assert t, 'no tensors'; save_file(t, {save!r})"
     )
 
 

@@ -16,7 +16,7 @@ from ..networks.vae import VAE
 from ..sampling import NoiseSchedule, choose_sampler
 from .files import PICKLES, Stored, stored_tensors
 from .hub import fetch_model
-from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED
+from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED, unwrap
 from .recognise import (
     AUTOENCODER,
     CHECKPOINT,
@@ -143,7 +143,7 @@ def describe(source: str | Path, *, variant: str | None = None, revision: str | 
 
 
 def _describe_file(path: Path) -> Description:
-    tensors = stored_tensors(path)
+    tensors = unwrap(stored_tensors(path))
     kind = recognise(_shapes(tensors))
     if kind.name in (CHECKPOINT, WITHOUT_VAE):
         # Of foreign keys the loader warns; here they are listed. A missing autoencoder must not hide the other parts.
@@ -244,8 +244,8 @@ def _folder_part(folder: Path, part: str, variant: str | None) -> Part:
             return _vae(folder, vae_from_folder(folder / "vae", variant))
         config = read_json(folder / part / "config.json")
         if part == "unet":
-            tensors = folder_tensors(folder / part, "diffusion_pytorch_model", variant)
-            return _unet(folder, UNetConfig.from_dict(config), tensors)
+            made = UNetConfig.from_dict(config)  # before the weights: a model of another kind needs no recipe for them
+            return _unet(folder, made, folder_tensors(folder / part, "diffusion_pytorch_model", variant))
         return _text(folder, config, hub_text_tensors(folder_tensors(folder / part, "model", variant)))
     except ValueError as error:
         return Part(_NAMES[part], None, {}, _content(()), _problem(error))

@@ -19,6 +19,7 @@ from ..sampling import NoiseSchedule
 from ..speed.accelerate import compile_unet, prepare
 from .files import PICKLES, Stored, read_tensors, stored_tensors
 from .hub import fetch_model, fetch_tokenizer, fetch_vae
+from .names import unwrap
 from .sources import (
     BUNDLED,
     BUNDLED_FOLDER,
@@ -131,7 +132,7 @@ def _find(
     if path.is_dir():
         return folder_source(path, path.resolve().name, variant, folder, vae)
     if _is_local(path):
-        tensors = stored_tensors(path)  # a bad file is named before the tokenizer is looked for
+        tensors = unwrap(stored_tensors(path))  # a bad file is named before the tokenizer is looked for
         return file_source(path, tensors, folder or fetch_tokenizer, vae, file_scheduler(path, tensors))
     if local:
         raise ValueError(f"{source} is not there; expected a model folder or a .safetensors file")

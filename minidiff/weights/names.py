@@ -6,6 +6,9 @@ network; see weights.md.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 LDM_PREFIX = {
     "unet": "model.diffusion_model.",
@@ -35,6 +38,8 @@ state and a second, averaged copy of the UNet."""
 TEXT_IGNORED = ("position_ids", "text_projection.weight", "logit_scale")
 """Ends of keys beside a text encoder's weights: 0, 1, ... (corrupted in some merged files), and what CLIP needs to
 compare a text with an image."""
+
+_BARE_UNET = ("diffusion_model.", "input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "out.")
 
 _RESNET = {
     "in_layers.0": "norm1",
@@ -106,6 +111,31 @@ def vae_ldm(levels: int = 4, layers: int = 2) -> dict[str, str]:
             resnets[f"decoder.up.{level}.block.{layer}"] = f"decoder.up_blocks.{ours}.resnets.{layer}"
         table[f"decoder.up.{level}.upsample.conv"] = f"decoder.up_blocks.{ours}.upsamplers.0.conv"
     return table | resnets | _within(resnets, {"nin_shortcut": "conv_shortcut"})
+
+
+def unwrap(tensors: Mapping[str, T]) -> dict[str, T]:
+    """A single file's tensors by the names of Stable Diffusion's own code, where a program put others around them.
+
+    What training frameworks put in front of every key goes away; a UNet and a text encoder that merging programs wrote
+    under a shorter or longer name than the rest get theirs back.
+    """
+    found = dict(tensors)
+    for wrapper in ("state_dict.", "module.", "model.") * 2:
+        if any(key.startswith(wrapper) and LDM_PREFIX["unet"] in key[len(wrapper) :] for key in found):
+            found = {key.removeprefix(wrapper): tensor for key, tensor in found.items()}
+    if _any(found, ("first_stage_model.", "cond_stage_model.")) and not _any(found, LDM_PREFIX["unet"]):
+        found = {
+            LDM_PREFIX["unet"] + key.removeprefix("diffusion_model.") if key.startswith(_BARE_UNET) else key: tensor
+            for key, tensor in found.items()
+        }
+    return {
+        key.replace("cond_stage_model.clip_l.transformer.", LDM_PREFIX["text_encoder"]): tensor
+        for key, tensor in found.items()
+    }
+
+
+def _any(keys: Iterable[str], front: str | tuple[str, ...]) -> bool:
+    return any(key.startswith(front) for key in keys)
 
 
 def rename(key: str, table: Mapping[str, str]) -> str:

@@ -2,7 +2,7 @@
 name."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..networks.config import UNetConfig, VAEConfig
@@ -16,19 +16,47 @@ UNET = "UNet in the folder format"
 AUTOENCODER = "autoencoder (VAE)"
 TEXT_ENCODER = "CLIP text encoder"
 
-# (beginning of a key, what a file with such a key is), in the order in which they are tried
-_BY_PREFIX = (
-    ("conditioner.", "Stable Diffusion XL checkpoint"),
-    ("cond_stage_model.model.", "Stable Diffusion 2 checkpoint (OpenCLIP text encoder)"),
-    ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3 checkpoint"),
-    ("model.diffusion_model.double_blocks.", "Flux checkpoint"),
-    ("double_blocks.", "Flux checkpoint"),
-    ("control_model.", "ControlNet"),
-    ("ip_adapter.", "IP-Adapter"),
-    ("image_proj.", "IP-Adapter"),
-    ("emb_params", "textual inversion embedding"),
-    ("string_to_param", "textual inversion embedding"),
+# (what some key looks like, what a file with such a key is), in the order in which they are tried. These have a UNet in
+# LDM names, or are told from one by a single key:
+_RELATIVES = (
+    (r"time_stack\.|time_mixer", "Stable Video Diffusion checkpoint"),
+    (r"^conditioner\.", "Stable Diffusion XL checkpoint"),
+    (r"^cond_stage_model\.model\.", "Stable Diffusion 2 checkpoint (OpenCLIP text encoder)"),
+    (r"joint_blocks\.", "Stable Diffusion 3 checkpoint"),
+    (r"double_blocks\.", "Flux checkpoint"),
+    (r"^lora_controlnet|^(control_model\.)?input_blocks\..*\.(up|down)$", "Control-LoRA"),
+    (r"^control_model\.|^controlnet_|^(input|zero)_(hint_block|convs)\.", "ControlNet"),
+    (r"motion_modules\.", "AnimateDiff motion module"),
+    (r"position_net\.|\.fuser\.", "GLIGEN model"),
+    (r"time_embed(ding)?\.cond_proj\.", "latent consistency model (LCM)"),
+    (r"(^|\.)(scaled_fp8|scale_weight)$", "checkpoint with scaled fp8 weights"),
 )
+_OTHERS = (
+    (r"^(unet|text_encoder):\d+:(up|down)$", "LoRA in cloneofsimo's first format"),
+    (r"lora|^lycoris_|\.hada_|\.lokr_", "LoRA"),
+    (r"^(ip_adapter|image_proj)\.", "IP-Adapter"),
+    (r"^(emb_params|string_to_param)", "textual inversion embedding"),
+    (r"^model_ema\.diffusion_model", "checkpoint with averaged weights (EMA) alone"),
+    (r"^unet\.(conv_in|down_blocks)\.", "model folder's networks in one file"),
+    (r"^(input_blocks|diffusion_model\.input_blocks)\.", "UNet in LDM names alone"),
+    (r"^(cond_stage_model|transformer)\.", "text encoder in LDM names alone"),
+    (r"\.rdb\d|RRDB_trunk|^model\.1\.sub\.", "ESRGAN upscaler"),
+    (r"^(adapter\.)?body\.\d+\.", "T2I-Adapter"),
+    (r"^\d+\.\d\.linear", "hypernetwork"),
+    (r"^taesd_|^(en|de)coder\.layers\.\d+\.(conv\.\d|weight$)|^\d+\.conv\.\d\.weight$", "tiny autoencoder (TAESD)"),
+    (r"^(vision_model|visual)\.", "CLIP image encoder, or a whole CLIP"),
+)
+
+
+_WANTED = {
+    "LoRA": "it changes a model; load the model itself",
+    "LoRA in cloneofsimo's first format": "it changes a model; load the model itself",
+    "checkpoint with averaged weights (EMA) alone": "use the complete checkpoint, or its non-EMA part",
+    "model folder's networks in one file": "load the folder that they belong to",
+    "UNet in LDM names alone": "use the complete checkpoint, or load the model folder that it belongs to",
+    "text encoder in LDM names alone": "use the complete checkpoint",
+    "checkpoint with scaled fp8 weights": "use the float16 or bfloat16 file",
+}
 
 
 @dataclass(frozen=True)
@@ -41,17 +69,14 @@ class Kind:
 
 def recognise(shapes: Shapes) -> Kind:
     """The kind of a weight file, from the shapes of its tensors by their keys in the file."""
-    for prefix, name in _BY_PREFIX:
-        if any(key.startswith(prefix) for key in shapes):
-            return Kind(name, f"it is {_a(name)}; minidiff makes images with Stable Diffusion 1.x")
     unet = LDM_PREFIX["unet"]
-    if _has(shapes, f"{unet}input_blocks."):
+    checkpoint = _has(shapes, f"{unet}input_blocks.")
+    name = name_of(shapes, _RELATIVES if checkpoint else _RELATIVES + _OTHERS)
+    if name is not None:
+        return Kind(name, f"it is {_a(name)}; {_WANTED.get(name, 'minidiff makes images with Stable Diffusion 1.x')}")
+    if checkpoint:
         return _refuse_unet(shapes, f"{unet}input_blocks.0.0.weight") or _checkpoint(shapes)
-    if any("lora" in key or key.startswith("lycoris_") for key in shapes):
-        return Kind("LoRA", "it is a LoRA, which changes a model; load the model itself")
     if "conv_in.weight" in shapes and "time_embedding.linear_1.weight" in shapes:
-        if any(key.startswith("controlnet_") for key in shapes):
-            return Kind("ControlNet", "it is a ControlNet; minidiff makes images with Stable Diffusion 1.x")
         return _refuse_unet(shapes, "conv_in.weight") or Kind(UNET, _alone("a UNet"))
     if any(key.endswith("encoder.conv_in.weight") for key in shapes):
         return Kind(AUTOENCODER, _alone("an autoencoder") + ", or pass it as vae=")
@@ -66,6 +91,12 @@ def recognise(shapes: Shapes) -> Kind:
     return Kind("unknown", f"its tensors are not those of a Stable Diffusion 1.x checkpoint (the first keys: {some})")
 
 
+def name_of(keys: Iterable[str], table: Iterable[tuple[str, str]] = _RELATIVES + _OTHERS) -> str | None:
+    """What a file with these keys is by the tables above; None where no key tells."""
+    lines = "\n".join(keys)
+    return next((name for pattern, name in table if re.search(pattern, lines, re.MULTILINE)), None)
+
+
 def refuse_widths(in_channels: int, latent_channels: int, context: int) -> Kind | None:
     """The relatives of SD 1.x that differ in the widths of the UNet's inputs alone; None for SD 1.x itself."""
     if in_channels == latent_channels + 5:
@@ -74,7 +105,10 @@ def refuse_widths(in_channels: int, latent_channels: int, context: int) -> Kind 
             f"its UNet takes {in_channels} channels: latents, mask and masked image",
         )
     elif in_channels == 2 * latent_channels:
-        name, why = "InstructPix2Pix model", f"its UNet takes {in_channels} channels: latents and the image to change"
+        name, why = (
+            "image-conditioned model, such as an InstructPix2Pix model or GeoWizard",
+            f"its UNet takes {in_channels} channels: latents and those of an image",
+        )
     elif context == 1024:
         name, why = "Stable Diffusion 2 model", "its text is 1024 wide"
     elif context == 2048:
@@ -97,7 +131,7 @@ def _checkpoint(shapes: Shapes) -> Kind:
 
 
 def _a(name: str) -> str:
-    return f"an {name}" if name[0] == "I" else f"a {name}"
+    return f"an {name}" if name[0] in "IAEi" else f"a {name}"
 
 
 def _alone(part: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..networks.config import UNetConfig, VAEConfig
 from ..sampling import SD15_SCHEDULER_CONFIG
 from .files import PICKLES, Stored, file_metadata, how_to_convert, stored_tensors
-from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED, VAE_OLD_ATTENTION, rename, unet_ldm, vae_ldm
+from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED, VAE_OLD_ATTENTION, rename, unet_ldm, unwrap, vae_ldm
 from .recognise import (
     CHECKPOINT,
     ldm_levels,
@@ -188,7 +188,7 @@ def vae_from_folder(folder: Path, variant: str | None) -> VAESource:
 
 def vae_from_file(path: Path) -> VAESource:
     """An autoencoder in a file: LDM names with or without prefix, a whole checkpoint, or the folder's names."""
-    tensors = stored_tensors(path)
+    tensors = unwrap(stored_tensors(path))
     inside = _under(tensors, LDM_PREFIX["vae"]) or tensors
     if not any(key.startswith("decoder.") for key in inside):
         raise ValueError(
@@ -208,11 +208,12 @@ def _vae_by_shape(tensors: Mapping[str, Stored]) -> VAESource:
 
 
 def hub_text_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """With the prefix that merged files and transformers >= 5.6 leave out, without what is no weight of the encoder."""
+    """With the prefix that merged files and transformers >= 5.6 leave out, without what is no weight of the encoder,
+    a whole CLIP's image encoder for one."""
     return {
         key if key.startswith("text_model.") else f"text_model.{key}": tensor
         for key, tensor in tensors.items()
-        if not key.endswith(TEXT_IGNORED)
+        if not key.endswith(TEXT_IGNORED) and not key.startswith(("vision_model.", "visual_projection."))
     }
 
 
