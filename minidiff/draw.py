@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .checks import number, shown, whole as whole_number
-from .guidance.layout import Boxes, read_regions
+from .guidance.layout import Boxes, read_regions, to_array
 
 Picture: TypeAlias = "Image.Image | NDArray[Any] | Tensor"
 Heat: TypeAlias = "Tensor | ArrayLike"
@@ -132,7 +132,7 @@ def heatmaps(picture: Picture, maps: Mapping[str, Heat], vmax: float | None = No
 
 
 def _heat(heat: Heat) -> NDArray[np.float32]:
-    found = _array(heat)
+    found = np.asarray(to_array("heat", heat))
     values = found.astype(np.float32) if found.dtype.kind in "biuf" else np.full(found.shape, np.nan, np.float32)
     if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all() or values.min() < 0:
         raise ValueError(
@@ -169,7 +169,7 @@ def to_image(picture: Picture) -> Image.Image:
     """A copy in RGB of a PIL image, an array [H,W,3] or a tensor [3,H,W]: whole numbers to 255, or floats in [0,1]."""
     if isinstance(picture, Image.Image):
         return picture.convert("RGB").copy()
-    found = _array(picture) if isinstance(picture, Tensor | np.ndarray) else np.zeros(0)
+    found = to_array("the picture", picture) if isinstance(picture, Tensor | np.ndarray) else np.zeros(0)
     pixels = found.transpose(1, 2, 0) if isinstance(picture, Tensor) and found.ndim == 3 else found
     if pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape or pixels.dtype.kind not in "uf":
         raise ValueError(
@@ -179,13 +179,6 @@ def to_image(picture: Picture) -> Image.Image:
     if pixels.dtype.kind == "f":
         pixels = (np.nan_to_num(pixels).clip(0, 1) * 255).round()
     return Image.fromarray(pixels.astype(np.uint8))
-
-
-def _array(value: Tensor | ArrayLike) -> NDArray[Any]:
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        return (value.float() if value.is_floating_point() else value).numpy()  # numpy has no bfloat16
-    return np.asarray(value)
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

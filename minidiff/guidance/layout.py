@@ -149,11 +149,24 @@ def _region(key: object, value: object, find: Callable[[str], tuple[int, ...]], 
         if not is_number(weight) or not float(weight) > 0:
             raise ValueError(f"{where} has the weight {shown(weight)}; expected a number above 0")
         value = value["mask"] if masked else value["boxes"]
+    value, weight = to_array(where, value), float(weight)
     if value is None and not masked:
-        return Region(name, tokens, weight=float(weight))
+        return Region(name, tokens, weight=weight)
     if masked or _is_mask(value):
-        return Region(name, tokens, mask=_mask(where, value), weight=float(weight))
-    return Region(name, tokens, boxes=_boxes(where, value), weight=float(weight))
+        return Region(name, tokens, mask=_mask(where, value), weight=weight)
+    return Region(name, tokens, boxes=_boxes(where, value), weight=weight)
+
+
+def to_array(name: str, value: Any) -> Any:
+    """A tensor as an array, on the CPU; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    try:
+        found = value.detach().cpu()  # numpy has neither bfloat16 nor float8
+        exact = found.dtype in (torch.float32, torch.float64) or not found.is_floating_point()
+        return (found if exact else found.float()).numpy()
+    except (NotImplementedError, RuntimeError, TypeError) as error:  # on device "meta", sparse or quantized
+        raise ValueError(f"{name} is {shown(value)}, which cannot be read as an array: {error}") from error
 
 
 def _tokens(key: object, length: int) -> tuple[int, ...]:
@@ -171,18 +184,17 @@ def _tokens(key: object, length: int) -> tuple[int, ...]:
 
 def _is_mask(value: object) -> bool:
     """Whether it is an image or an array that holds no boxes: those are [4] or [n,4] of numbers."""
-    if not isinstance(value, np.ndarray | Tensor):
+    if not isinstance(value, np.ndarray):
         return isinstance(value, Image.Image)
-    return value.ndim not in (1, 2) or value.shape[-1] != 4 or "bool" in str(value.dtype)
+    return value.ndim not in (1, 2) or value.shape[-1] != 4 or value.dtype.kind == "b"
 
 
 def _boxes(where: str, value: Any) -> tuple[Box, ...]:
     """One box or several, in any container."""
     expected = "expected (x0, y0, x1, y1) in [0,1] with x0 < x1 and y0 < y1, a list of such boxes, or a mask"
-    array = isinstance(value, np.ndarray | Tensor)
-    if array and value.ndim == 2:
-        expected = f'{expected} (of {len(value)} x 4 cells as {{"mask": ...}})'
-    value = value.tolist() if array else value
+    if isinstance(value, np.ndarray):
+        expected = f'{expected} (of n x 4 cells as {{"mask": ...}})'
+        value = value.tolist()
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"{where} is {shown(value)}; {expected}")
     several = value if not is_number(value[0]) and not isinstance(value[0], str | bool) else (value,)
@@ -190,7 +202,8 @@ def _boxes(where: str, value: Any) -> tuple[Box, ...]:
         raise ValueError(f"{where} holds {len(several):,} boxes; expected at most {_MOST}")
     found = []
     for row in several:
-        box = row.tolist() if isinstance(row, np.ndarray | Tensor) else row
+        box = to_array(where, row)
+        box = box.tolist() if isinstance(box, np.ndarray) else box
         if not isinstance(box, list | tuple) or len(box) != 4 or not all(is_number(edge) for edge in box):
             raise ValueError(f"{where} holds {shown(box)}; {expected}")
         x0, y0, x1, y1 = box = tuple(float(edge) for edge in box)
@@ -210,9 +223,6 @@ def _mask(where: str, value: object) -> Tensor:
     """[H,W] float64 in [0,1], on the CPU."""
     if isinstance(value, Image.Image):
         value = np.asarray(value.convert("L"), dtype=np.float32) / 255
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        value = (value.double() if value.is_floating_point() else value).numpy()  # numpy has no bfloat16
     if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind not in "biuf" or value.size == 0:
         raise ValueError(f"the mask of {where} is {shown(value)}; expected [H,W] of numbers from 0 to 1, or an image")
     mask = torch.from_numpy(np.array(value, dtype=np.float64, order="C"))
