@@ -203,6 +203,14 @@ def twice(site: Site, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, Ten
     return torch.cat([k, k], dim=2), torch.cat([v, 2 * v], dim=2)
 
 
+def square(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
+    return probs**2
+
+
+def raise_first(site: Site, logits: Tensor, inputs: Inputs) -> Tensor:
+    return torch.cat([logits[..., :1] + 1, logits[..., 1:]], dim=-1)
+
+
 def test_edits_of_a_site_act_in_order(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
     (site,) = sites = by_name(unet, "mid.0.0.cross")
     bias = torch.randn(2, 1, 3, 5, 7)
@@ -213,6 +221,15 @@ def test_edits_of_a_site_act_in_order(unet: UNet, batch: tuple[Tensor, float, Te
     torch.testing.assert_close(found, double_first(site, ((plain + bias) / 2).softmax(-1), inputs))
     two = [Edit(sites, bias=add_bias), Edit(sites, bias=add_bias)]
     torch.testing.assert_close(unet(*batch, record, two, inputs)[1][site], (plain + 2 * bias).softmax(-1))
+    first, squared = Edit(sites, probs=double_first), Edit(sites, probs=square)
+    for pair, expected in (
+        ([first, squared], square(site, double_first(site, plain.exp(), inputs), inputs)),
+        ([squared, first], double_first(site, square(site, plain.exp(), inputs), inputs)),
+    ):
+        torch.testing.assert_close(unet(*batch, record, pair, inputs)[1][site], expected)
+    halved, raised = Edit(sites, logits=halve), Edit(sites, logits=raise_first)
+    found = unet(*batch, record, [halved, raised], inputs)[1][site]
+    torch.testing.assert_close(found, raise_first(site, plain / 2, inputs).softmax(-1))
 
 
 def test_keys_and_values_stay_on_the_fused_kernel(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
