@@ -282,6 +282,8 @@ def test_records_unite_and_each_site_is_recorded_once(unet: UNet, batch: tuple[T
             "steps is 1; expected a whole number of at least 3",
         ),
         (lambda: Record(minidiff.cross, more=5), "more is 5"),
+        (lambda: Record(torch.ones(())), "sites is 1.0; expected a choice"),
+        (lambda: Keep(add_bias, "mine"), r"got Keep\(<function add_bias.*, 'mine'\); expected Keep\("),
     ],
 )
 def test_records_and_edits_check_themselves(make: Callable[[], object], message: str) -> None:

@@ -542,7 +542,7 @@ def test_another_programs_prompt_syntax_is_pointed_out(tiny_model: Model, text: 
         minidiff.generate("a cat (small), 1:2", **shared)
 
 
-@pytest.mark.parametrize("setting", ["float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("setting", ["float64", "bfloat16", "float16", "meta"])
 def test_torchs_defaults_change_no_bit(tiny_model: Model, setting: str) -> None:
     shared = {"model": tiny_model, "steps": 2, "seed": 1, "output": "latents", "boxes": {"cat": (0, 0, 0.5, 0.5)}}
     expected = minidiff.generate("a cat", sampler="euler_ancestral", **shared)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import number
-from ..networks.attention import Edit, Inputs, mask_name
+from ..networks.attention import Edit, Inputs, mask_name, read_input
 from ..networks.sites import Grid, Site, Where, cross
 
 Sites = Where | frozenset[Site]
@@ -75,21 +75,11 @@ def reweight(sites: Sites = cross, steps: int | tuple[int, int] | None = None) -
 
 
 def _reweighted(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
-    return probs * _input(inputs, "word_weights", 'inputs={"word_weights": ...}').to(probs)[:, None, None, None]
+    return probs * read_input(inputs, "word_weights", 'inputs={"word_weights": ...}').to(probs)[:, None, None, None]
 
 
 def _masks(grid: Grid, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Of the objects: masks [B,O,h,w], and which tokens are theirs [B,O,L], 1 or 0. One without a place owns none."""
-    masks = _layout_input(inputs, mask_name(grid))
+    masks = read_input(inputs, mask_name(grid))
     placed = (masks > 0).flatten(2).any(dim=2, keepdim=True)
-    return masks, ((_layout_input(inputs, "token_weights") > 0) & placed).to(masks.dtype)
-
-
-def _layout_input(inputs: Inputs, name: str) -> Tensor:
-    return _input(inputs, name, 'boxes={"phrase": (x0, y0, x1, y1)}')
-
-
-def _input(inputs: Inputs, name: str, expected: str) -> Tensor:
-    if name not in inputs:
-        raise ValueError(f"the edit reads {name!r}, which is not among the inputs; expected {expected}")
-    return inputs[name]
+    return masks, ((read_input(inputs, "token_weights") > 0) & placed).to(masks.dtype)

@@ -45,6 +45,10 @@ class Keep:
     sums: Callable[[Tensor, Tensor], Tensor] | None = None
     finish: Callable[[Tensor], Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not callable(self.function):
+            raise ValueError(f'got Keep({shown(self.name)}, {shown(self.function)}); expected Keep("name", function)')
+
     def __call__(self, site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
         """What is kept of probs [B,H,h,w,L]."""
         kept = self.function(site, probs, inputs)
@@ -74,12 +78,12 @@ def _head_mean(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _columns(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
-    weights = _input(inputs, "token_weights").to(probs)
+    weights = read_input(inputs, "token_weights").to(probs)
     return (probs.flatten(2, 3) @ weights.mT[:, None]).unflatten(2, probs.shape[2:4])
 
 
 def _box_mass(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
-    return _share(_box_sums(probs, _input(inputs, mask_name((probs.shape[2], probs.shape[3])))))
+    return _share(_box_sums(probs, read_input(inputs, mask_name((probs.shape[2], probs.shape[3])))))
 
 
 def _box_sums(probs: Tensor, masks: Tensor) -> Tensor:
@@ -109,9 +113,10 @@ def mask_name(grid: Grid) -> str:
     return f"masks.{grid[0]}x{grid[1]}"
 
 
-def _input(inputs: Inputs, name: str) -> Tensor:
+def read_input(inputs: Inputs, name: str, expected: str = 'boxes={"phrase": (x0, y0, x1, y1)}') -> Tensor:
+    """One of a pass's inputs. ValueError, with what brings it, where it is not there."""
     if name not in inputs:
-        raise ValueError(f'{name!r} is not among the inputs; expected boxes={{"phrase": (x0, y0, x1, y1)}}')
+        raise ValueError(f"{name!r} is not among the inputs; expected {expected}")
     return inputs[name]
 
 
@@ -242,9 +247,6 @@ class Hooks(NamedTuple):
     edits: tuple[Edit, ...]
     inputs: Inputs
     stop: Site | None = None
-
-
-NO_HOOKS = Hooks({}, "all", (), {})
 
 
 # ---- attention
@@ -393,8 +395,7 @@ def recorded_attention(
         if keep.sums is None:
             kept.append(keep(site, probs, inputs))
         else:
-            kept.append(keep.sums(probs, _input(inputs, mask_name(grid))[:, :, top : top + rows]))
-    if keep.sums is None or keep.finish is None:
-        assert keep.rows is not None
-        return cat(outs, dim=2), cat(kept, dim=keep.rows)
-    return cat(outs, dim=2), keep.finish(sum(kept[1:], kept[0]))
+            kept.append(keep.sums(probs, read_input(inputs, mask_name(grid))[:, :, top : top + rows]))
+    if keep.finish is not None:
+        return cat(outs, dim=2), keep.finish(sum(kept[1:], kept[0]))
+    return cat(outs, dim=2), cat(kept, dim=keep.rows or 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, cast
@@ -167,9 +167,7 @@ def read_sites(name: str, sites: object) -> Where | frozenset[Site]:
     if isinstance(sites, Where):
         return sites
     several = (sites,) if isinstance(sites, str | Site) else sites
-    if not isinstance(several, Iterable) or isinstance(several, Mapping | bytes):
-        several = ()
-    found = tuple(several)
+    found = tuple(several) if isinstance(several, Set | list | tuple) else ()
     if not found or not all(isinstance(one, str | Site) for one in found):
         raise ValueError(
             f"{name} is {shown(sites)}; expected a choice such as minidiff.cross & minidiff.at_most(16), or some sites"

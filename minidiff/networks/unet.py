@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import NO_HOOKS, Attention, Edit, Hooks, Inputs, Record
+from .attention import Attention, Edit, Hooks, Inputs, Record
 from .config import UNetConfig
 from .sites import Place, Position, Site, Where
 
@@ -74,7 +74,7 @@ class UNet(nn.Module):
         inputs: tensors that keeps and edits read, on x's device. ValueError where x or context has the wrong width, or
         where `record` or `edits` name sites that this UNet does not have.
         """
-        hooks = NO_HOOKS if record is None and not edits else self._hooks(record, edits, inputs)
+        hooks = self._hooks(record, edits, inputs)
         self._check(x, context)
         emb = self.time_embedding(self._timesteps(x, t).to(x.dtype))
         y = self.conv_in(x)
