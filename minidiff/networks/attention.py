@@ -312,9 +312,7 @@ def hooked_attention(
     edits: Sequence[Edit],
     inputs: Inputs,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of a site that is recorded, edited or both; the half of the batch that none names stays on the fused
-    kernel.
-    """
+    """Attention of a recorded or edited site; the half of the batch that nothing names stays on the fused kernel."""
     outs: list[Tensor] = []
     kept: list[Tensor] = []
     named = {edit.rows for edit in edits} | (set() if keep is None else {rows})

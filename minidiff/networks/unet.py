@@ -80,28 +80,21 @@ class UNet(nn.Module):
         y = self.conv_in(x)
         skips: list[Tensor] = [y]
         maps: Maps = {}
-        for block in cast("list[Block]", self.down_blocks):
+        mid = () if self.mid_block is None else (self.mid_block,)
+        for block in cast("list[Block]", [*self.down_blocks, *mid, *self.up_blocks]):
             for i in range(len(block.resnets)):
-                y, kept = block.layer(i, y, emb, context, hooks)
+                # The concatenation gets no name, so that the layer can let go of it.
+                y, kept = block.layer(
+                    i, torch.cat([y, skips.pop()], dim=1) if block.place == "up" else y, emb, context, hooks
+                )
                 maps.update(kept)
                 if y is None:
                     return None, maps
-                skips.append(y)
+                if block.place == "down":
+                    skips.append(y)
             if block.downsamplers is not None:
                 y = block.downsamplers[0](y)
                 skips.append(y)
-        mid = self.mid_block
-        for i in range(len(mid.resnets) if mid is not None else 0):
-            y, kept = cast(Block, mid).layer(i, y, emb, context, hooks)
-            maps.update(kept)
-            if y is None:
-                return None, maps
-        for block in cast("list[Block]", self.up_blocks):
-            for i in range(len(block.resnets)):
-                y, kept = block.layer(i, torch.cat([y, skips.pop()], dim=1), emb, context, hooks)
-                maps.update(kept)
-                if y is None:
-                    return None, maps
             if block.upsamplers is not None:
                 # An odd grid is halved upwards (65 -> 33): the skip connection tells the way back, not doubling.
                 y = block.upsamplers[0](y, skips[-1].shape[-2:])
@@ -172,7 +165,7 @@ class Block(nn.Module):
         resample: str | None,
     ) -> None:
         super().__init__()
-        out = config.block_out_channels[level]
+        self.place, out = place, config.block_out_channels[level]
         self.attentions: nn.ModuleList | None = None
         if attention:
             count = len(inputs) - (place == "mid")
