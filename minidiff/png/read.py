@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from ..checks import shown
 from .chunk import Plain, parse_chunk, reproducible
 from .infotext import parse_infotext
 from .stealth import hidden_text
@@ -81,7 +82,8 @@ def read_metadata(picture: str | Path) -> Metadata:
             f"{picture} was written by {program}, in a form that minidiff does not read; open it there, or copy prompt "
             "and settings by hand"
         )
-    found = f"text chunks {', '.join(sorted(texts)[:8])}, which are not ours" if texts else "no text chunk"
+    names = ", ".join(name if name.isprintable() else shown(name) for name in sorted(texts)[:8])
+    found = f"text chunks {names}, which are not ours" if texts else "no text chunk"
     raise ValueError(
         f"{picture} holds no parameters that minidiff can read: it has {found}; it was saved without metadata, lost "
         "it on the way (many sites remove it), or is another program's"
