@@ -11,10 +11,10 @@ from torch import Tensor
 from minidiff.guidance.guide import Guidance, Guide, evaluate, evaluate_whole
 from minidiff.guidance.layout import Region, make_layout
 from minidiff.guidance.objectives.layout import layout_loss
-from minidiff.networks.attention import HEAD_MEAN, Record
+from minidiff.networks.attention import HEAD_MEAN, Maps, Record
 from minidiff.networks.config import UNetConfig, VAEConfig
 from minidiff.networks.sites import choose, cross, level
-from minidiff.networks.unet import Maps, UNet
+from minidiff.networks.unet import UNet
 from minidiff.networks.vae import VAE
 from minidiff.recorded import MEAN
 from minidiff.sampling import SD15_SCHEDULER_CONFIG, Euler, NoiseSchedule, sample

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.networks.attention import HEAD_MEAN, Record
+from minidiff.networks.attention import HEAD_MEAN, Maps, Record
 from minidiff.networks.sites import block, choose, cross, place
-from minidiff.networks.unet import Maps, UNet
+from minidiff.networks.unet import UNet
 from minidiff.recorded import MEAN
 
 from . import openvino

@@ -13,34 +13,33 @@ from torch import Tensor
 from .checks import number, shown, whole
 
 if TYPE_CHECKING:
-    from .networks.attention import Keep
+    from .networks.attention import Keep, Maps
     from .networks.sites import Grid, Site
     from .networks.text import Phrases
 
-Kept: TypeAlias = "dict[Site, Tensor]"
-Reduce: TypeAlias = "Callable[[Kept | None, Kept, int], Kept]"
+Reduce: TypeAlias = "Callable[[Maps | None, Maps, int], Maps]"
 """How maps are kept over steps: (what is kept so far or None, the maps of step n, n) -> what is kept."""
 
 
-def MEAN(kept: Kept | None, maps: Kept, n: int) -> Kept:
+def MEAN(kept: Maps | None, maps: Maps, n: int) -> Maps:
     """The mean over steps: one map per site, however long the run."""
     if kept is None:
         return maps
     return {site: kept[site] + (found - kept[site]) / (n + 1) for site, found in maps.items()}
 
 
-def LAST(kept: Kept | None, maps: Kept, n: int) -> Kept:
+def LAST(kept: Maps | None, maps: Maps, n: int) -> Maps:
     """The last step's: one map per site, however long the run."""
     return maps
 
 
-def PER_STEP(kept: Kept | None, maps: Kept, n: int) -> Kept:
+def PER_STEP(kept: Maps | None, maps: Maps, n: int) -> Maps:
     """Every step's, [S,...]: grows with the run, so it is kept on the CPU."""
     new = {site: found.cpu()[None] for site, found in maps.items()}
     return new if kept is None else {site: torch.cat([kept[site], found]) for site, found in new.items()}
 
 
-class Maps(dict["Site", Tensor]):
+class SiteMaps(dict["Site", Tensor]):
     """What was kept of each site; a site's name ("up.1.0.cross") finds it too."""
 
     def __contains__(self, key: object) -> bool:
@@ -62,7 +61,7 @@ class Attention:
     one where the unconditional rows were recorded); prompts None where there was none.
     """
 
-    maps: Maps
+    maps: SiteMaps
     kinds: Mapping[Site, Keep]
     images: int
     text: Phrases = field(repr=False)
@@ -100,7 +99,7 @@ class Attention:
             for site, kept in self.maps.items()
         }
         prompts = None if self.prompts is None else self.prompts[image : image + 1]
-        return replace(self, maps=Maps(own), images=1, prompts=prompts)
+        return replace(self, maps=SiteMaps(own), images=1, prompts=prompts)
 
     def from_pixel(self, image: int, x: float, y: float, grid: Grid | None = None) -> Tensor:
         """Where the pixel at (x, y) in [0,1] looks in the picture, [h,w] (or [S,h,w]): the mean over heads and the

@@ -16,11 +16,11 @@ from .checks import warn
 from .guidance.guide import Guidance, Guide, evaluate, evaluate_whole
 from .guidance.layout import Layout, Region
 from .model import Model
-from .networks.attention import HEAD_MEAN, Edit, Inputs, Record
+from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
 from .networks.sites import Position, Site, choose, cross, level
 from .networks.text import Phrases
 from .png.chunk import Plain, plain
-from .recorded import LAST, MEAN, PER_STEP, Attention, Kept, Maps, Reduce
+from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
 from .request import BUNDLED, Request, asked
 from .resolve import Texts, check_latents, check_places, plain_boxes, resolve
 from .result import Images, Result, to_numpy, to_pil
@@ -129,7 +129,7 @@ class Run(Iterator[Step]):
         self._names = [[region.name for region in some] for some in regions]
         self._reduce = request.reduce if callable(request.reduce) else _REDUCTIONS[request.reduce]
         self._last: Step | None = None
-        self._kept: Kept | None = None
+        self._kept: Maps | None = None
 
     def __len__(self) -> int:
         """The number of steps, those already taken included."""
@@ -141,9 +141,9 @@ class Run(Iterator[Step]):
         # what the caller does between two steps does not count as sampling
         self._timings["sampling"] = self._timings.get("sampling", 0.0) + time.perf_counter() - before
         looks = () if self._guide is None else tuple(self._guide.seen.get(found.index, ()))
-        maps = Maps(found.maps)
+        maps = SiteMaps(found.maps)
         step = Step(found.index, found.t, found.sigma, found.latents, found.denoised, maps, looks, self._model)
-        self._last = replace(step, maps=Maps({}))  # maps are large, and the next step makes new ones
+        self._last = replace(step, maps=SiteMaps({}))  # maps are large, and the next step makes new ones
         self._kept = self._reduce(self._kept, found.maps, found.index) if found.maps else None
         return step
 
@@ -178,10 +178,10 @@ class Run(Iterator[Step]):
             reports=reports,
         )
 
-    def _attention(self, kept: Kept) -> Attention:
+    def _attention(self, kept: Maps) -> Attention:
         texts, record = self._texts, self._record
         assert record is not None
-        maps = Maps({site: found.detach().float().cpu() for site, found in kept.items()})
+        maps = SiteMaps({site: found.detach().float().cpu() for site, found in kept.items()})
         asked = texts.negatives if record.rows == "uncond" else texts.prompts
         prompts = None if asked is None else tuple(text for text in asked for _ in range(texts.repeats))
         text = Phrases(self._model.text.tokenizer, self._model.text.length)
@@ -211,7 +211,7 @@ class Denoise:
         self.record, self.edits, self.inputs = record, edits, inputs
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, Kept]:
+    def __call__(self, x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, Maps]:
         """Predict from variance-preserving x in step `index`; float32 whatever the networks compute in."""
         halves = x if self.scale == 1 else torch.cat([x, x])
         edits = tuple(edit for edit in self.edits if edit.acts_in(index))

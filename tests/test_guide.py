@@ -16,9 +16,8 @@ import minidiff
 from minidiff.guidance.guide import Guidance, Guide, evaluate, evaluate_whole
 from minidiff.guidance.layout import Layout, Region, make_layout
 from minidiff.guidance.objectives import OBJECTIVES
-from minidiff.guidance.objectives._objective import Maps
 from minidiff.model import Model
-from minidiff.networks.attention import Inputs, Record
+from minidiff.networks.attention import Inputs, Maps, Record
 from minidiff.networks.sites import Site
 
 SITE = Site("mid", 0, 0, "cross")

@@ -15,9 +15,8 @@ import minidiff
 from minidiff.guidance.guide import evaluate
 from minidiff.guidance.layout import Layout, Region, make_layout
 from minidiff.guidance.objectives import OBJECTIVES, Objective
-from minidiff.guidance.objectives._objective import Maps
 from minidiff.guidance.objectives.extent import SPREAD
-from minidiff.networks.attention import ALL, BOX_MASS, COLUMNS, HEAD_MEAN, Inputs, Keep, Record, mask_name
+from minidiff.networks.attention import ALL, BOX_MASS, COLUMNS, HEAD_MEAN, Inputs, Keep, Maps, Record, mask_name
 from minidiff.networks.config import UNetConfig
 from minidiff.networks.sites import Site
 from minidiff.networks.unet import UNet

@@ -9,10 +9,10 @@ from torch import Tensor
 
 import minidiff
 from minidiff.model import Model
-from minidiff.networks.attention import Record
+from minidiff.networks.attention import Maps, Record
 from minidiff.networks.sites import Site
 from minidiff.networks.text import Phrases
-from minidiff.recorded import LAST, MEAN, PER_STEP, Attention, Maps, Reduce
+from minidiff.recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
 
 PROMPTS = ["a cat and a red ball", "the red ball by a red ball"]
 RECORD = Record(minidiff.cross & (minidiff.level(0) | minidiff.level(1)), minidiff.ALL)
@@ -138,7 +138,7 @@ def test_a_runs_result_holds_the_maps_of_the_steps_taken(tiny_model: Model) -> N
 # ---- errors
 
 
-def hand_made(maps: Maps, per_step: bool = False, maps_are_per_head: bool = False) -> Attention:
+def hand_made(maps: SiteMaps, per_step: bool = False, maps_are_per_head: bool = False) -> Attention:
     keep = minidiff.ALL if maps_are_per_head else minidiff.HEAD_MEAN
     text = Phrases(None, 7)  # type: ignore[arg-type]
     return Attention(maps, dict.fromkeys(maps, keep), 2, text, per_step=per_step)

@@ -18,6 +18,7 @@ from .sites import Grid, Site, Where, read_sites
 
 Rows = Literal["cond", "uncond", "all"]
 Inputs = Mapping[str, Tensor]
+Maps = dict[Site, Tensor]  # what was kept of each site
 KeepFunction = Callable[[Site, Tensor, Inputs], Tensor]
 ROWS = ("cond", "uncond", "all")
 
@@ -271,7 +272,7 @@ def attention_probs(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
     return attention_logits(q, k, bias).softmax(dim=-1)
 
 
-class Attention(nn.Module):
+class AttentionLayer(nn.Module):
     """Multi-head attention of pixels to text (`context` given) or to each other.
 
     Weight names as in the folder format.

@@ -13,11 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention, Edit, Hooks, Inputs, Record
+from .attention import AttentionLayer, Edit, Hooks, Inputs, Maps, Record
 from .config import UNetConfig
 from .sites import Place, Position, Site, Where
-
-Maps = dict[Site, Tensor]
 
 
 class UNet(nn.Module):
@@ -55,7 +53,7 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-        self.sites: tuple[Site, ...] = tuple(m.site for m in self.modules() if isinstance(m, Attention))
+        self.sites: tuple[Site, ...] = tuple(m.site for m in self.modules() if isinstance(m, AttentionLayer))
 
     def forward(
         self,
@@ -239,9 +237,9 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(Site(place, block, layer, "self"), channels, channels, num_heads)
+        self.attn1 = AttentionLayer(Site(place, block, layer, "self"), channels, channels, num_heads)
         self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = Attention(Site(place, block, layer, "cross"), channels, context_channels, num_heads)
+        self.attn2 = AttentionLayer(Site(place, block, layer, "cross"), channels, context_channels, num_heads)
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from ..guidance.layout import box_coverage
-from ..networks.attention import ALL, Record
-from ..networks.unet import Maps, UNet
+from ..networks.attention import ALL, Maps, Record
+from ..networks.unet import UNet
 from ..sampling import NoiseSchedule
 from .folder import SCHEDULER
 from .world import COLOURS, SHAPES, Scene

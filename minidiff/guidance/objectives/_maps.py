@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ...networks.attention import Maps
     from ...networks.sites import Grid
     from ..layout import Layout
-    from ._objective import Maps
 
 TINY = 1e-8
 

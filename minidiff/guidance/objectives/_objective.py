@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from ...checks import choice, number, shown
-from ...networks.attention import ALL, BOX_MASS, Inputs, Keep, Record
+from ...networks.attention import ALL, BOX_MASS, Inputs, Keep, Maps, Record
 from ...networks.sites import Position, Site, Where, choose, cross, level, read_sites
 from ._maps import TINY
 
 if TYPE_CHECKING:
     from ..layout import Layout
 
-Maps: TypeAlias = "dict[Site, Tensor]"
 Loss: TypeAlias = "Callable[[Maps, Layout], Tensor]"
 Reduction = Literal["mean", "sum", "max"]
 StepRule = Literal["variance", "plain", "unit"]

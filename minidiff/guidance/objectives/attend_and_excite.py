@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...networks.attention import HEAD_MEAN
+from ...networks.attention import HEAD_MEAN, Maps
 from ..layout import Layout
 from ._maps import object_maps, over_grids
-from ._objective import SECOND_COARSEST, Maps, Settings, objective
+from ._objective import SECOND_COARSEST, Settings, objective
 
 EXCITE = Settings(
     scale=tuple(20 * (1 - 0.5 * i / 49) ** 0.5 for i in range(25)),

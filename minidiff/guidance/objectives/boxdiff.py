@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ...networks.attention import HEAD_MEAN
+from ...networks.attention import HEAD_MEAN, Maps
 from ..layout import Layout
 from ._maps import mean_of_top, near_edges, object_maps, over_grids
-from ._objective import SECOND_COARSEST, Maps, objective
+from ._objective import SECOND_COARSEST, objective
 from .attend_and_excite import EXCITE
 
 

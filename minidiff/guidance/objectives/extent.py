@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from ...networks.attention import HEAD_MEAN
+from ...networks.attention import HEAD_MEAN, Maps
 from ...networks.sites import block, cross
 from ..layout import Layout
 from ._maps import centre_and_spread, grids, over_grids
-from ._objective import OWN, Maps, objective
+from ._objective import OWN, objective
 
 SPREAD = 0.62  # of a map beside its object's box: maps are bright in the middle (measured on the bundled model)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...networks.attention import BOX_MASS
+from ...networks.attention import BOX_MASS, Maps
 from ...networks.sites import block, cross, place
 from ..layout import Layout
-from ._objective import OWN, Maps, objective
+from ._objective import OWN, objective
 
 LEAST = 1e-12  # of a share, before its logarithm
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...networks.attention import HEAD_MEAN
+from ...networks.attention import HEAD_MEAN, Maps
 from ...networks.sites import cross, level
 from ..layout import Layout
 from ._maps import TINY, bounding, grids, mean_under, over_grids, ratio, steepness
-from ._objective import Maps, Settings, objective
+from ._objective import Settings, objective
 
 
 @objective(
