@@ -321,6 +321,24 @@ def test_parts_that_do_not_fit(folder: Path) -> None:
     assert "the UNet reads text 48 wide, the text encoder gives 64" in problem
 
 
+@pytest.mark.parametrize(("key", "loads"), [("mid_block.resnets.0.norm1.bias", False), ("conv_in.weight", True)])
+def test_weights_that_are_not_finite(key: str, loads: bool, folder: Path) -> None:
+    """Vectors are looked at always, the others when asked."""
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[key].view(-1)[0] = torch.nan
+
+    edit(folder / UNET_FILE, spoil)
+    found = describe(folder)
+    assert found.loads == loads
+    assert describe(folder, check=True).all_problems() == [f"1 tensors hold NaN or infinity: {key}"]
+    if loads:
+        load(folder, dtype="float32", device="cpu")
+    else:
+        with pytest.raises(ValueError, match=f"weights are not finite .*: {key}; .*--check"):
+            load(folder, dtype="float32", device="cpu")
+
+
 # ---- what cannot be described
 
 
@@ -382,10 +400,10 @@ def test_sources_that_are_not_there(tmp_path: Path, tiny_folder: Path) -> None:
 def test_hub_id_is_described_as_the_folder_that_it_becomes(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def fetch(repo: str, revision: str | None, variant: str | None) -> Path:
+    def fetch(repo: str, revision: str | None, variant: str | None, **_: bool) -> Path:
         asked.append((repo, revision, variant))
         return tiny_folder
 
-    monkeypatch.setattr("minidiff.weights.inspect.fetch_model", fetch)
+    monkeypatch.setattr("minidiff.weights.open.fetch_model", fetch)
     found = describe("owner/name", revision="v1")
     assert (found.name, found.loads, asked) == ("owner/name", True, [("owner/name", "v1", None)])

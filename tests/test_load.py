@@ -609,9 +609,10 @@ def test_a_damaged_single_file(damage: str, single: Path, tmp_path: Path) -> Non
         ("{", "cannot be read as JSON"),
         (b"\xff\xfe{}", "cannot be read as JSON"),
         ("[1]", "holds list; expected a JSON object"),
+        ("[" * 100_000, "cannot be read as JSON"),
         (None, "(is not there; expected|has no config.json: this model comes without an autoencoder; .*vae=)"),
     ],
-    ids=["broken", "encoding", "list", "missing"],
+    ids=["broken", "encoding", "list", "deep", "missing"],
 )
 def test_a_bad_config(part: str, content: str | bytes | None, message: str, folder: Path) -> None:
     (folder / part).unlink()
@@ -697,10 +698,28 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
             load(path)
 
 
-@pytest.mark.parametrize("source", [None, 3, ["a/b"]])
+@pytest.mark.parametrize("source", [None, 3, ["a/b"], ""])
 def test_a_source_of_another_type(source: object) -> None:
     with pytest.raises(ValueError, match="source is .*; expected a hub id, a model folder or a .safetensors file"):
         minidiff.load(source)
+
+
+def test_other_ways_to_name_a_source(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    put(folder / "unet/config.json", b"\xef\xbb\xbf" + (folder / "unet/config.json").read_bytes())  # Notepad's BOM
+    assert load("~/copy").origin == folder
+    with pytest.raises(ValueError, match="source is an address; expected the hub id in it: 'a/b'"):
+        load("https://huggingface.co/a/b/tree/main")
+    shutil.copytree(folder, tmp_path / "models--a--b/snapshots/123")
+    with pytest.raises(ValueError, match="is a repository in the hub's cache; the model is .*snapshots.123"):
+        load(tmp_path / "models--a--b")
+
+
+def test_a_token_that_the_encoder_does_not_have(folder: Path) -> None:
+    vocabulary = json.loads((folder / "tokenizer/vocab.json").read_text())
+    put(folder / "tokenizer/vocab.json", json.dumps(vocabulary | {"cat</w>": 60_000}))
+    with pytest.raises(ValueError, match="has 60001 tokens, the text encoder knows 49408"):
+        load(folder)
 
 
 def test_a_revision_of_something_local(tiny_folder: Path) -> None:

@@ -26,7 +26,7 @@ def info(args: argparse.Namespace) -> Iterator[str]:
     else:
         from ..weights.inspect import describe
 
-        description = describe(args.source, variant=args.variant, revision=args.revision)
+        description = describe(args.source, variant=args.variant, revision=args.revision, check=args.check)
         values, lines = asdict(description), _description(description)
     if args.json:
         yield from json.dumps(values, indent=2).splitlines()

@@ -181,11 +181,7 @@ def load_text_encoder(
     weights = {key: value for key, value in state.items() if not key.endswith("position_ids")}
     check_state("text encoder", expected, weights)
     reader = load_tokenizer(tokenizer)
-    if len(reader) > _size(config, "vocab_size"):
-        raise ValueError(
-            f"tokenizer {tokenizer} has {len(reader)} tokens, the text encoder knows {config['vocab_size']}: "
-            "they do not belong together; take the tokenizer from where the weights come from"
-        )
+    check_vocabulary(reader, tokenizer, _size(config, "vocab_size"))
     model = _empty_model(config)
     strip = 0 if next(iter(model.state_dict())).startswith(PREFIX) else len(PREFIX)
     model.load_state_dict({key[strip:]: weights[key].to(dtype=dtype) for key in expected}, strict=True, assign=True)
@@ -222,6 +218,16 @@ def text_encoder_shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:
     for name, shape in modules.items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return {PREFIX + key: torch.Size(shape) for key, shape in shapes.items()}
+
+
+def check_vocabulary(reader: PreTrainedTokenizerFast, folder: Path, known: int) -> None:
+    """ValueError where the tokenizer gives an id that the text encoder, which knows so many tokens, does not have."""
+    tokens = max(len(reader), 1 + max(reader.get_vocab().values(), default=0))
+    if tokens > known:
+        raise ValueError(
+            f"tokenizer {folder} has {tokens} tokens, the text encoder knows {known}: "
+            "they do not belong together; take the tokenizer from where the weights come from"
+        )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

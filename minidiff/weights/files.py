@@ -5,7 +5,7 @@ import json
 import pickletools
 import zipfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,6 +179,29 @@ def read_tensors(
             for name in part:
                 found[name] = file.get_tensor(wanted[name].key).to(device=device, dtype=dtype).reshape(shapes[name])
     return found
+
+
+def not_finite(tensors: Iterable[Stored], every: bool = False) -> list[str]:
+    """Keys in the file of the tensors that hold NaN or infinity: of `every` one, or of vectors (norms and biases)."""
+    files: dict[Path, list[str]] = defaultdict(list)
+    for stored in tensors:
+        if every or len(stored.shape) <= 1:
+            files[stored.path].append(stored.key)
+    found = []
+    for path, keys in files.items():
+        with safe_open(path, framework="pt") as file:
+            found += [key for key in keys if not file.get_tensor(key).float().isfinite().all()]
+    return found
+
+
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """ValueError that names the vectors (norms and biases) with NaN or infinity; to look at all would read the file."""
+    bad = [key for key, tensor in state.items() if tensor.ndim <= 1 and not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"weights are not finite (NaN or infinity): {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}; such a "
+            "model makes black images. Take another file of it; `minidiff info --check` names all its bad tensors"
+        )
 
 
 def _parts(wanted: Mapping[str, Stored], dtype: torch.dtype, device: torch.device) -> list[list[str]]:

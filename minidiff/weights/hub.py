@@ -105,17 +105,36 @@ def _fetch(repo: str, revision: str | None, files: list[str]) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"there is no model {repo!r} on the hub, and no such file or folder here; check the spelling (owner/name)."
+            f"there is no model {repo!r} on the hub, and no such file or folder here; check the spelling (owner/name)"
+            + ("; runwayml's are at stable-diffusion-v1-5/ now." if repo.startswith("runwayml/") else ".")
         ) from error
     except RevisionNotFoundError as error:
         raise ValueError(f"the hub has no {at}; leave revision out for the newest one.") from error
     except HFValidationError as error:
         raise ValueError(f"{repo!r} is neither a file or folder here nor a hub id (owner/name): {error}") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        staged = _staged(repo, revision)
+        if staged is not None:
+            return staged
+        moved = ". It moved to stable-diffusion-v1-5/" + repo.partition("/")[2] if repo.startswith("runwayml/") else ""
         raise ValueError(
             f"{at} is not in the hub's cache and the hub cannot be reached (or HF_HUB_OFFLINE is set); "
-            "go online once to fetch it, or give a folder or a .safetensors file."
+            f"go online once to fetch it, or give a folder or a .safetensors file{moved}."
         ) from error
     except Exception as error:  # of an HTTP library, which one depends on the version, or of the disk
         problem = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"the hub did not give {at}: {problem}. Try again; what was fetched is kept") from error
+
+
+def _staged(repo: str, revision: str | None) -> Path | None:
+    """The snapshot of a cache that was filled by hand, which huggingface_hub takes with its own refs/ alone."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    root, name = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}", revision or "main"
+    ref = root / "refs" / name
+    commit = ref.read_text(errors="replace").strip() if ref.is_file() else name
+    snapshots = [folder for folder in sorted((root / "snapshots").glob("*")) if folder.is_dir()]
+    exact = [folder for folder in snapshots if folder.name == commit]
+    if exact:
+        return exact[0]
+    return snapshots[0] if revision is None and len(snapshots) == 1 else None

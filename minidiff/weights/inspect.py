@@ -1,8 +1,9 @@
 """What a model source holds and whether it would load, from configs and headers alone: 4 GB answer at once."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,13 +11,13 @@ from torch import nn
 
 from ..model import Defaults
 from ..networks.config import UNetConfig, VAEConfig, state_problems
-from ..networks.text import load_tokenizer, text_encoder_shapes
+from ..networks.text import check_vocabulary, load_tokenizer, text_encoder_shapes
 from ..networks.unet import UNet
 from ..networks.vae import VAE
 from ..sampling import NoiseSchedule, choose_sampler
-from .files import PICKLES, Stored, stored_tensors
-from .hub import fetch_model
+from .files import Stored, not_finite, stored_tensors
 from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED, unwrap
+from .open import open_source
 from .recognise import (
     AUTOENCODER,
     CHECKPOINT,
@@ -30,8 +31,6 @@ from .recognise import (
     unet_config,
 )
 from .sources import (
-    BUNDLED,
-    BUNDLED_FOLDER,
     CLIP_TOKENIZER,
     TOKENIZER_FILES,
     Source,
@@ -116,27 +115,35 @@ class Description:
         return [str(p) for p in self.problems] + [f"{part.name}: {p}" for part in self.parts for p in part.problems]
 
 
-def describe(source: str | Path, *, variant: str | None = None, revision: str | None = None) -> Description:
-    """Describe a folder, a .safetensors file or a hub id, each as `minidiff.load` would read it; no tensor is read.
+def describe(
+    source: str | Path, *, variant: str | None = None, revision: str | None = None, check: bool = False
+) -> Description:
+    """Describe a folder, a .safetensors file or a hub id, each as `minidiff.load` would read it, from headers alone.
 
-    A hub id is fetched first where the cache has it not. Values are not looked at, so NaN goes unseen.
+    A hub id is fetched first where the cache has it not. check: read every weight too, and name those that hold NaN or
+    infinity; without it vectors (norms and biases) alone are looked at, as load does.
     ValueError where there is nothing to describe: no such source, a pickle, a damaged file, a folder of another kind.
     What is whole but cannot be loaded is described, with its problems.
     """
-    path = Path(source)
-    bundled = source == BUNDLED
-    local = bundled or isinstance(source, Path) or path.exists() or path.suffix.lower() in (".safetensors", *PICKLES)
-    if local and revision is not None:
-        raise ValueError(f"revision is {revision!r}, but {source} is no hub id; only the hub keeps revisions")
-    if bundled:
-        return _describe_folder(BUNDLED_FOLDER, BUNDLED, variant)
-    if path.is_dir():
-        return _describe_folder(path, path.resolve().name, variant)
-    if path.is_file() or path.suffix.lower() in (".safetensors", *PICKLES):
-        return _describe_file(path)
-    if local:
-        raise ValueError(f"{source} is not there; expected a model folder or a .safetensors file")
-    return _describe_folder(fetch_model(str(source), revision, variant), str(source), variant)
+    path, name = open_source(source, variant, revision)
+    found = _describe_folder(path, name, variant) if path.is_dir() else _describe_file(path)
+    bad = not_finite(_weights(path, variant), every=check)
+    if not bad:
+        return found
+    return replace(found, loads=False, problems=(*found.problems, Problem("tensors hold NaN or infinity", tuple(bad))))
+
+
+def _weights(path: Path, variant: str | None) -> list[Stored]:
+    """The tensors of a model's networks, or of a file that is none all that it holds; none that cannot be read."""
+    if path.is_file():
+        tensors = unwrap(stored_tensors(path))
+        return [tensors[key] for key in tensors if key.startswith(tuple(LDM_PREFIX.values()))] or list(tensors.values())
+    bases = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+    found: list[Stored] = []
+    for part, base in bases.items():
+        with contextlib.suppress(ValueError):  # named by its part
+            found += folder_tensors(path / part, base, variant).values()
+    return found
 
 
 # ---- a single file
@@ -266,11 +273,8 @@ def _folder_kind(folder: Path) -> Kind:
 def _tokenizer(folder: Path, text: Mapping[str, object]) -> dict[str, object]:
     reader = load_tokenizer(folder)
     vocabulary = text.get("vocabulary")
-    if isinstance(vocabulary, int) and len(reader) > vocabulary:
-        raise ValueError(
-            f"tokenizer {folder} has {len(reader)} tokens, the text encoder knows {vocabulary}: "
-            "they do not belong together; take the tokenizer from where the weights come from"
-        )
+    if isinstance(vocabulary, int):
+        check_vocabulary(reader, folder, vocabulary)
     files = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     positions = text.get("positions")  # a tokenizer without a limit claims 1e30
     length = int(reader.model_max_length)

@@ -15,14 +15,14 @@ from ..networks.config import check_state
 from ..networks.text import load_text_encoder, text_encoder_shapes
 from ..networks.unet import UNet
 from ..networks.vae import VAE
+from ..request import BUNDLED
 from ..sampling import NoiseSchedule
 from ..speed.accelerate import compile_unet, prepare
-from .files import PICKLES, Stored, read_tensors, stored_tensors
-from .hub import fetch_model, fetch_tokenizer, fetch_vae
+from .files import Stored, check_finite, read_tensors, stored_tensors
+from .hub import fetch_tokenizer, fetch_vae
 from .names import unwrap
+from .open import local_path, open_source
 from .sources import (
-    BUNDLED,
-    BUNDLED_FOLDER,
     Source,
     VAESource,
     check_fit,
@@ -90,6 +90,7 @@ def load(
         ("text encoder", text_shapes, found.text_tensors),
     )
     text_tensors = read_tensors(found.text_tensors, text_shapes, dtype, device)
+    check_finite(text_tensors)
     text = load_text_encoder(found.text, text_tensors, found.tokenizer)
     check_fit(found, text.length, text.width)
     _fill(unet, found.unet_tensors, dtype, device)
@@ -121,41 +122,25 @@ def load(
 def _find(
     source: str | Path, tokenizer: str | Path | None, vae: VAESource | None, variant: str | None, revision: str | None
 ) -> Source:
-    if not isinstance(source, str | Path):
-        raise ValueError(f"source is {source!r}; expected a hub id, a model folder or a .safetensors file")
-    path, folder = Path(source), None if tokenizer is None else Path(tokenizer)
-    local = isinstance(source, Path) or source == BUNDLED or _is_local(path)
-    if local and revision is not None:
-        raise ValueError(f"revision is {revision!r}, but {source} is no hub id; only the hub keeps revisions")
-    if source == BUNDLED:
-        return folder_source(BUNDLED_FOLDER, BUNDLED, variant, folder, vae)
+    folder = None if tokenizer is None else Path(tokenizer).expanduser()
+    path, name = open_source(source, variant, revision, vae=vae is None, tokenizer=folder is None)
     if path.is_dir():
-        return folder_source(path, path.resolve().name, variant, folder, vae)
-    if _is_local(path):
-        tensors = unwrap(stored_tensors(path))  # a bad file is named before the tokenizer is looked for
-        return file_source(path, tensors, folder or fetch_tokenizer, vae, file_scheduler(path, tensors))
-    if local:
-        raise ValueError(f"{source} is not there; expected a model folder or a .safetensors file")
-    fetched = fetch_model(str(source), revision, variant, vae=vae is None, tokenizer=folder is None)
-    return folder_source(fetched, str(source), variant, folder, vae)
-
-
-def _is_local(path: Path) -> bool:
-    """Whether it is here, or can only be meant to be a file, not a hub id."""
-    return path.exists() or path.suffix.lower() in (".safetensors", *PICKLES)
+        return folder_source(path, name, variant, folder, vae)
+    tensors = unwrap(stored_tensors(path))  # a bad file is named before the tokenizer is looked for
+    return file_source(path, tensors, folder or fetch_tokenizer, vae, file_scheduler(path, tensors))
 
 
 def _vae(source: str | Path, variant: str | None) -> VAESource:
     """Another autoencoder. `variant` is the model's: this one need not have it."""
-    path = Path(source)
-    if path.is_dir():
+    path = local_path(source)
+    if path is None:
+        folder = fetch_vae(str(source), variant)
+    elif path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
-    elif _is_local(path):
+    elif path.is_file() or path.suffix:
         return vae_from_file(path)
-    elif isinstance(source, Path):
-        raise ValueError(f"vae {source} is not there; expected an autoencoder's folder or .safetensors file")
     else:
-        folder = fetch_vae(source, variant)
+        raise ValueError(f"vae {source} is not there; expected an autoencoder's folder or .safetensors file")
     has = variant is not None and (folder / weight_file("diffusion_pytorch_model", variant)).is_file()
     return vae_from_folder(folder, variant if has else None)
 
@@ -187,6 +172,7 @@ def _check_states(*networks: tuple[str, Mapping[str, torch.Size], Mapping[str, S
 
 def _fill(network: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype, device: torch.device) -> None:
     state = read_tensors(tensors, _shapes(network), dtype, device)
+    check_finite(state)
     network.load_state_dict(state, strict=True, assign=True)
     network.eval().requires_grad_(False)
 

@@ -23,8 +23,6 @@ from .recognise import (
     vae_config,
 )
 
-BUNDLED = "minidiff/shapes"
-"""The name of the model that ships inside the package."""
 BUNDLED_FOLDER = Path(__file__).parents[1] / "shapes" / "model"
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -271,12 +269,12 @@ def weight_files(folder: Path, base: str, variant: str | None) -> list[Path]:
 def read_json(path: Path) -> dict[str, object]:
     """A config file. ValueError where it is not there or holds no JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # Notepad writes a BOM
     except FileNotFoundError:
         raise ValueError(
             f"{path} is not there; expected a Stable Diffusion folder with a config in each of its parts"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}; expected a JSON object")
