@@ -74,3 +74,4 @@ from .sampling import (
 from .weights.load import load as load
 
 __version__: str
+from .speed.replace import with_weights as with_weights

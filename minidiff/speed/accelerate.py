@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..networks.unet import UNet
 from .packed import ONEDNN, Packed, PackedConv2d, PackedLinear
 
 T = TypeVar("T")
@@ -71,17 +70,17 @@ def keep_memory() -> None:
         adjust(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def compile_unet(unet: UNet) -> UNet:
+def compile_unet(unet: Network) -> Network:
     """The same UNet, its forward compiled on first use: one graph for each kind of record and edit, batch and size.
 
     On the CPU its layers are packed, and the graphs call them by number. They hold no weights, so they cost no memory,
     and the next process, which numbers its layers alike, finds them in the compiler's cache.
     """
-    if unet.conv_in.weight.device.type != "cpu" or not ONEDNN:
+    if next(unet.parameters()).device.type != "cpu" or not ONEDNN:
         return compile_network(unet.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     number = next(_compiled) * 2**16
     for layer in _pack(unet, 0).modules():
-        if isinstance(layer, Packed):
+        if isinstance(layer, Packed) and layer.number is None:  # with_weights shares layers that have one
             layer.take_number(number)
             number += 1
     return compile_network(unet)
@@ -97,7 +96,7 @@ def compile_network(network: Network) -> Network:
 
 
 def is_compiled(network: nn.Module) -> bool:
-    """Whether `compile_network` had it."""
+    """True once compile_network() has been applied."""
     return network._compiled_call_impl is not None  # torch has no public question for it
 
 
@@ -130,8 +129,10 @@ def _called(call: Callable[..., T], network: nn.Module, device: torch.device) ->
     def called(*args: Any, **kwargs: Any) -> T:
         from torch._dynamo import config  # here, since importing the compiler takes a second
 
-        given = itertools.chain(tree_leaves((args, kwargs)), network.parameters())
-        recorded = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in given)
+        recorded = torch.is_grad_enabled() and (
+            any(isinstance(one, Tensor) and one.requires_grad for one in tree_leaves((args, kwargs)))
+            or any(parameter.requires_grad for parameter in network.parameters())
+        )
         limits = config.patch(recompile_limit=_GRAPHS, accumulated_recompile_limit=_GRAPHS)
         with limits, torch.set_grad_enabled(recorded):
             if device.type != "cuda":

@@ -111,6 +111,11 @@ class Packed(nn.Module):
         self.number = number
         _numbered[number] = self
 
+    def forget(self) -> None:
+        """Be a layer of its own, with the weights it now has: what was derived of others, and their number, go."""
+        self.derived, self.number = {}, None
+        self._known()
+
     def dense(self) -> Tensor:
         """The weights as numbers."""
         weight = self.weight.detach()
