@@ -1,4 +1,4 @@
-"""Pictures about pictures (Pillow and numpy)."""
+"""Boxes and heat maps drawn over pictures, and contact sheets (Pillow and numpy)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -171,12 +171,14 @@ def to_image(picture: Picture) -> Image.Image:
         return picture.convert("RGB").copy()
     found = to_array("the picture", picture) if isinstance(picture, Tensor | np.ndarray) else np.zeros(0)
     pixels = found.transpose(1, 2, 0) if isinstance(picture, Tensor) and found.ndim == 3 else found
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape or pixels.dtype.kind not in "uf":
+    floats = pixels.dtype.kind == "f"
+    fits = pixels.ndim == 3 and pixels.shape[2] == 3 and 0 not in pixels.shape
+    if not fits or not (floats or pixels.dtype == np.uint8) or (floats and np.nanmax(pixels, initial=0) > 2):
         raise ValueError(
             f"the picture is {shown(picture)}; expected one PIL image, array [H,W,3] or tensor [3,H,W], of uint8 or of "
             "floats in [0,1], such as result.images[0]"
         )
-    if pixels.dtype.kind == "f":
+    if floats:  # a little beyond [0,1] is clipped, since it would wrap round to black
         pixels = (np.nan_to_num(pixels).clip(0, 1) * 255).round()
     return Image.fromarray(pixels.astype(np.uint8))
 

@@ -250,7 +250,8 @@ def test_pictures_may_be_arrays_and_tensors(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "picture", [np.zeros((1, 8, 8, 3)), torch.zeros(4, 8, 8), np.zeros((8, 8)), "x.png", None, [1]]
+    "picture",
+    [np.zeros((1, 8, 8, 3)), torch.zeros(4, 8, 8), np.zeros((8, 8)), "x.png", None, [1], np.full((8, 8, 3), 255.0)],
 )
 def test_what_is_no_picture_is_refused(picture: object) -> None:
     with pytest.raises(ValueError, match="the picture is .* expected one PIL image, array"):
