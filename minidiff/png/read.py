@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,27 +17,19 @@ from .stealth import hidden_text
 
 _PIXELS = 2**26  # 8192 x 8192: Pillow decodes a PNG to find the text behind its pixels
 _USER_COMMENT, _NAMES = 0x9286, (0x010E, 0x010F, 0x0110)  # of EXIF; the latter are description, make and model
-# A text chunk's keyword -> the program that writes it, in an order in which the surest come first.
-_WRITERS = {
-    "invokeai_metadata": "InvokeAI",
-    "invokeai_graph": "InvokeAI",
-    "sd-metadata": "InvokeAI",
-    "Dream": "InvokeAI",
-    "fooocus_scheme": "Fooocus",
-    "use_stable_diffusion_model": "Easy Diffusion",
-    "workflow": "ComfyUI",
-    "prompt": "ComfyUI",
+# Programs that do not write as A1111 does, by the keywords of their text chunks, the surest first; and by the keys of
+# the JSON that some write where A1111's text would stand.
+_CHUNKS = {
+    "InvokeAI": ("invokeai_metadata", "invokeai_graph", "sd-metadata", "Dream"),
+    "Fooocus": ("fooocus_scheme",),
+    "Easy Diffusion": ("use_stable_diffusion_model",),
+    "ComfyUI": ("workflow", "prompt"),
 }
-# A key of the JSON that stands where A1111's text would -> the program.
-_JSON_WRITERS = {
-    "sui_image_params": "SwarmUI",
-    "Performance": "Fooocus",
-    "performance": "Fooocus",
-    "base_model": "Fooocus",
-    "Resolution": "Fooocus",
-    "full_negative_prompt": "Fooocus",
-    "class_type": "ComfyUI",
+_JSON = {
+    "SwarmUI": ("sui_image_params",),
+    "Fooocus": ("Performance", "performance", "Resolution", "base_model", "full_negative_prompt"),
 }
+_KNOWN = {"minidiff", "parameters"}.union(*_CHUNKS.values())
 
 
 @dataclass(frozen=True)
@@ -105,13 +97,16 @@ def _writer(texts: Mapping[str, str]) -> str | None:
     text = texts.get("parameters", "").strip()
     if text.startswith(("{", "[")) and len(text) < 1_000_000:  # a prompt may start so, too
         with suppress(ValueError, RecursionError):
-            keys = json.loads(text)
-            known = (name for key, name in _JSON_WRITERS.items() if isinstance(keys, dict) and key in keys)
-            return next(known, "a program that minidiff does not know")
+            return _named(json.loads(text), _JSON) or "a program that minidiff does not know"
     if text:
         return None
-    there = (key for key, name in _WRITERS.items() if name != "ComfyUI" or texts.get(key, "").lstrip().startswith("{"))
-    return next((_WRITERS[key] for key in there if key in texts), None)
+    graphs = ("workflow", "prompt")  # a prompt of words is another's
+    return _named({key for key in texts if key not in graphs or texts[key].lstrip().startswith("{")}, _CHUNKS)
+
+
+def _named(keys: object, programs: Mapping[str, Sequence[str]]) -> str | None:
+    there = keys if isinstance(keys, dict | set) else ()
+    return next((name for name, own in programs.items() if any(key in there for key in own)), None)
 
 
 def _texts(picture: str | Path) -> dict[str, str]:
@@ -126,7 +121,7 @@ def _texts(picture: str | Path) -> dict[str, str]:
             image.load()
             found = {str(key): str(text) for key, text in getattr(image, "text", {}).items()}
             for more in (_exif_texts, hidden_text):
-                if not found.keys() & {"minidiff", "parameters", *_WRITERS}:
+                if not found.keys() & _KNOWN:
                     found |= more(image)
             return found
     except FileNotFoundError as error:
