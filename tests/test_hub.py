@@ -170,6 +170,8 @@ def test_offline_with_an_empty_cache() -> None:
         minidiff.load("nobody/nothing", revision="1")
     with pytest.raises(ValueError, match=message):
         fetch_vae("nobody/nothing", None)
+    with pytest.raises(ValueError, match=r"no 'tiny-sd' lies here; .* a picture records the last name alone"):
+        minidiff.load("tiny-sd")
 
 
 @pytest.mark.parametrize("ref", [None, COMMIT + "\n", "0" * 40], ids=["no refs", "a line's end", "another commit"])

@@ -117,6 +117,8 @@ def _fetch(repo: str, revision: str | None, files: list[str]) -> Path:
         if staged is not None:
             return staged
         moved = ". It moved to stable-diffusion-v1-5/" + repo.partition("/")[2] if repo.startswith("runwayml/") else ""
+        if "/" not in repo:
+            moved = f" (no {repo!r} lies here; of a model's folder or file, a picture records the last name alone)"
         raise ValueError(
             f"{at} is not in the hub's cache and the hub cannot be reached (or HF_HUB_OFFLINE is set); "
             f"go online once to fetch it, or give a folder or a .safetensors file{moved}."
