@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import reduce as fold
+from operator import add
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -19,7 +21,7 @@ from ..checks import choice, is_number, number, shown, whole
 from ..networks.attention import Edit, Inputs, Record
 from ..networks.sites import Site, Where, read_sites
 from ..vocabulary import OBJECTIVES as NAMES
-from .objectives import OBJECTIVES, Objective
+from .objectives import OBJECTIVES, Objective, Settings
 from .objectives._objective import PerStep, StepRule
 from .objectives.layout import layout_loss
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 MOST_STEPS = MOST_ITERATIONS = 1000  # no model has more timesteps; an iteration is a pass through the network and back
 STEP_RULES = ("variance", "plain", "unit")
+_SETTINGS = tuple(field.name for field in fields(Settings))
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Guidance:
                 f"objective is {shown(self.objective)}; expected one such as minidiff.layout_loss, a sum of several, "
                 "or your own function under @minidiff.objective"
             )
-        for name in ("scale", "threshold", "iterations", "steps", "step_rule"):
+        for name in _SETTINGS:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self.objective.settings, name))
         if isinstance(self.steps, float) and 0 < self.steps < 1:
@@ -114,25 +117,18 @@ class Guidance:
             return cls(value)
         if isinstance(value, str):
             return cls(_named(value))
-        fields = ("objective", "scale", "threshold", "iterations", "steps", "step_rule")
-        if not isinstance(value, Mapping) or not value.keys() <= set(fields):
+        if not isinstance(value, Mapping) or not value.keys() <= {"objective", *_SETTINGS}:
             hint = ". For classifier-free guidance use guidance_scale" if is_number(value) else ""
             raise ValueError(
                 f"guidance is {shown(value)}; expected a minidiff.Guidance, an objective, one of {', '.join(NAMES)}, "
-                f"or a mapping with some of {', '.join(fields)}{hint}"
+                f"or a mapping with some of objective, {', '.join(_SETTINGS)}{hint}"
             )
         given = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
         names = given.pop("objective", "layout")
-        if isinstance(names, Mapping):
-            parts = [_named(name) * weight for name, weight in names.items()]
-            if not parts:
-                raise ValueError("guidance has an empty objective; expected a name, or names with weights")
-            whole = parts[0]
-            for part in parts[1:]:
-                whole = whole + part
-        else:
-            whole = _named(names)
-        return cls(whole, **given)  # type: ignore[arg-type]  # checked in there
+        weighted = names.items() if isinstance(names, Mapping) else [(names, 1.0)]
+        if not weighted:
+            raise ValueError("guidance has an empty objective; expected a name, or names with weights")
+        return cls(fold(add, [_named(name) * weight for name, weight in weighted]), **given)  # type: ignore[arg-type]
 
     def plain(self) -> dict[str, object] | Guidance:
         """As a mapping that `read` reads, where that can say it all; itself otherwise."""
@@ -143,7 +139,7 @@ class Guidance:
         weights = [term.weight for term in self.objective.terms]
         return {
             "objective": {names[term]: weight for term, weight in zip(terms, weights, strict=True)},
-            **{name: getattr(self, name) for name in ("scale", "threshold", "iterations", "steps", "step_rule")},
+            **{name: getattr(self, name) for name in _SETTINGS},
         }
 
 
