@@ -18,9 +18,10 @@ import diffusers  # noqa: E402
 
 import minidiff  # noqa: E402
 from minidiff.networks.config import UNetConfig, VAEConfig  # noqa: E402
-from minidiff.networks.text import TextEncoder, load_text_encoder, text_encoder_shapes  # noqa: E402
+from minidiff.networks.text import TextEncoder, text_encoder_shapes  # noqa: E402
 from minidiff.networks.unet import UNet  # noqa: E402
 from minidiff.networks.vae import VAE  # noqa: E402
+from minidiff.weights.text import load_text_encoder  # noqa: E402
 
 from .models import TOKENIZER, Config, random_weights, unet_shapes, vae_shapes  # noqa: E402
 

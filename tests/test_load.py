@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minidiff
-from minidiff.networks.config import VAEConfig, check_state
+from minidiff.networks.config import VAEConfig
 from minidiff.networks.text import text_encoder_shapes
 from minidiff.networks.vae import VAE
 from minidiff.weights import load as loading
 from minidiff.weights.names import LDM_PREFIX, VAE_OLD_ATTENTION, invert, rename
+from minidiff.weights.state import check_state
 
 UNET_FILE, VAE_FILE, TEXT_FILE = (
     "unet/diffusion_pytorch_model.safetensors",

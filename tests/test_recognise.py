@@ -9,7 +9,7 @@ import pytest
 import torch
 from ldm import SD15_TEXT, sd15_shapes
 
-from minidiff.networks.config import UNetConfig, VAEConfig, check_state
+from minidiff.networks.config import UNetConfig, VAEConfig
 from minidiff.networks.text import text_encoder_shapes
 from minidiff.networks.unet import UNet
 from minidiff.networks.vae import VAE
@@ -17,6 +17,7 @@ from minidiff.weights.files import Stored
 from minidiff.weights.names import LDM_PREFIX, unwrap
 from minidiff.weights.recognise import CHECKPOINT, Kind, recognise, unet_config, vae_config
 from minidiff.weights.sources import Source, file_source
+from minidiff.weights.state import check_state
 
 Shapes = dict[str, tuple[int, ...]]
 UNET = LDM_PREFIX["unet"]

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff.networks.text import TextEncoder, load_text_encoder, load_tokenizer, text_encoder_shapes
+from minidiff.networks.text import TextEncoder, text_encoder_shapes
+from minidiff.weights.text import load_text_encoder, load_tokenizer
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"
 SD15 = {
@@ -162,6 +163,8 @@ def test_truncation_warns_with_the_lost_words(encoder: TextEncoder) -> None:
         warning.message
     )
     assert warning.filename == __file__
+    with pytest.warns(UserWarning, match="prompt 'catcatcat"):  # without a space to cut it at
+        encoder.encode(["catcat" * 60])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encoder.encode(["cat " * 75])

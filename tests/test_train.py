@@ -16,7 +16,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import minidiff
 from minidiff.networks.config import UNetConfig, VAEConfig
 from minidiff.networks.sites import Site
-from minidiff.networks.text import load_tokenizer
 from minidiff.networks.unet import UNet
 from minidiff.networks.vae import VAE
 from minidiff.shapes import autoencoder, folder, latents, optimise, train
@@ -25,6 +24,7 @@ from minidiff.shapes.denoising import ALPHAS_CUMPROD, GROUNDING, denoising_loss,
 from minidiff.shapes.latents import Latents
 from minidiff.shapes.optimise import Optimiser
 from minidiff.shapes.world import BACKGROUNDS, COLOURS, HELD_OUT, SHAPES, Scene, Thing, caption, random_scene
+from minidiff.weights.text import load_tokenizer
 
 VAE_DICT = {**folder.VAE, "block_out_channels": [8, 8, 8]}
 BOX = (0.3, 0.3, 0.35, 0.5)  # within one cell, across

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..checks import number, shown, whole
 
@@ -236,67 +235,3 @@ def _check_groups(file: str, groups: int, widths: tuple[int, ...]) -> None:
         raise ValueError(
             f"{file}: norm_num_groups is {groups}, which does not divide block_out_channels {list(widths)}"
         )
-
-
-class HasShape(Protocol):
-    """A tensor, or what a file's header says of one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> object: ...
-
-
-@dataclass(frozen=True)
-class StateProblems:
-    """What keeps weights from fitting a network: keys; for `wrong` ones a line that says what is and what should be."""
-
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    wrong: tuple[str, ...]
-
-
-def state_problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, HasShape]) -> StateProblems:
-    """Compare the tensors of a file with the shapes that a network needs.
-
-    Edges of length 1 at the end do not count: a 1x1 convolution and a linear layer hold the same numbers. Integers are
-    refused: what they stand for is told elsewhere, if anywhere.
-    """
-    both = [(key, shape, found[key]) for key, shape in expected.items() if key in found]
-    shapes = [
-        f"{key} has shape {list(tensor.shape)}, expected {list(shape)}"
-        for key, shape, tensor in both
-        if _trimmed(tensor.shape) != _trimmed(shape)
-    ]
-    dtypes = [
-        f"{key} has dtype {tensor.dtype}, expected floating-point numbers; quantised weights are not read"
-        for key, _, tensor in both
-        if not _floating(tensor.dtype)
-    ]
-    return StateProblems(
-        missing=tuple(key for key in expected if key not in found),
-        unexpected=tuple(key for key in found if key not in expected),
-        wrong=(*shapes, *dtypes),
-    )
-
-
-def check_state(name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, HasShape]) -> None:
-    """One ValueError that names every missing, unexpected and misshapen key of a network's weights."""
-    problems = state_problems(expected, found)
-    lines = [f"missing {key}" for key in problems.missing] + [f"unexpected {key}" for key in problems.unexpected]
-    lines += problems.wrong
-    if lines:
-        raise ValueError(f"the weights do not fit the {name} that its config describes:\n  " + "\n  ".join(lines))
-
-
-def _floating(dtype: object) -> bool:
-    """By its name, torch's ("torch.bfloat16") or that in a file ("BF16")."""
-    return str(dtype).removeprefix("torch.").upper().startswith(("F", "BF"))
-
-
-def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    end = len(shape)
-    while end > 1 and shape[end - 1] == 1:
-        end -= 1
-    return tuple(shape[:end])

@@ -9,18 +9,14 @@ from __future__ import annotations
 import difflib
 import re
 import string
-import textwrap
 import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-from .config import check_state
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerFast
@@ -143,7 +139,7 @@ class TextEncoder(Phrases):
         context: Tensor = output.last_hidden_state
         if clip_skip is not None:
             # hidden_states[n] is what the first n layers make of the embeddings, without the final norm
-            context = _part(self.model, "final_layer_norm")(output.hidden_states[layers - clip_skip])
+            context = part(self.model, "final_layer_norm")(output.hidden_states[layers - clip_skip])
         return context
 
     def _warn_of_unknown_words(self, prompts: Sequence[str]) -> None:
@@ -161,41 +157,17 @@ class TextEncoder(Phrases):
         room = self.length - 2
         if len(ids) > room:
             lost = prompt[offsets[room][0] :]
-            name = textwrap.shorten(prompt, 60, placeholder=" ...")
+            line = " ".join(prompt.split())
+            name = line if len(line) <= 60 else f"{line[:56]} ..."
             text = f"prompt {name!r} has {len(ids)} tokens, the text encoder reads {room}: lost {lost!r}"
             warnings.warn(text, stacklevel=3)  # _ids, encode, its caller
         ids = [self.tokenizer.bos_token_id, *ids[:room], self.tokenizer.eos_token_id]
         return ids + [self.tokenizer.pad_token_id] * (self.length - len(ids))
 
 
-def load_text_encoder(
-    config: Mapping[str, object], state: Mapping[str, Tensor], tokenizer: Path, dtype: torch.dtype | None = None
-) -> TextEncoder:
-    """A TextEncoder from the contents of its config.json, its weights and the folder of its tokenizer.
-
-    `state` has the hub file's keys, all with the prefix "text_model."; position_ids are ignored (merged files carry
-    corrupt ones). The weights are used as they are, not copied, unless `dtype` asks for another one.
-    One ValueError names every missing, unexpected and misshapen key; others, a bad config or tokenizer.
-    """
-    expected = text_encoder_shapes(config)
-    weights = {key: value for key, value in state.items() if not key.endswith("position_ids")}
-    check_state("text encoder", expected, weights)
-    reader = load_tokenizer(tokenizer)
-    check_vocabulary(reader, tokenizer, _size(config, "vocab_size"))
-    model = _empty_model(config)
-    strip = 0 if next(iter(model.state_dict())).startswith(PREFIX) else len(PREFIX)
-    model.load_state_dict({key[strip:]: weights[key].to(dtype=dtype) for key in expected}, strict=True, assign=True)
-    positions = torch.arange(_size(config, "max_position_embeddings"), device=model.device)[None]
-    _part(model, "embeddings").register_buffer("position_ids", positions, persistent=False)  # was on the meta device
-    model.eval()  # type: ignore[no-untyped-call, unused-ignore]
-    # a tokenizer without a limit claims 1e30; the encoder has one
-    length = int(min(reader.model_max_length, model.config.max_position_embeddings))
-    return TextEncoder(reader, length, model.requires_grad_(False))
-
-
 def text_encoder_shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:
     """Shape of every weight by its key in the hub's files: 196 in SD 1.5. ValueError if the config cannot be built."""
-    vocab, width, inner, layers, heads, positions = (_size(config, key) for key in SIZES)
+    vocab, width, inner, layers, heads, positions = (size(config, key) for key in SIZES)
     act, eps = config.get("hidden_act", ACTIVATIONS[0]), config.get("layer_norm_eps", 1e-5)
     if act not in ACTIVATIONS or not isinstance(eps, (int, float)):
         got = f"hidden_act {act!r} and layer_norm_eps {eps!r}"
@@ -220,65 +192,12 @@ def text_encoder_shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:
     return {PREFIX + key: torch.Size(shape) for key, shape in shapes.items()}
 
 
-def check_vocabulary(reader: PreTrainedTokenizerFast, folder: Path, known: int) -> None:
-    """ValueError where the tokenizer gives an id that the text encoder, which knows so many tokens, does not have."""
-    tokens = max(len(reader), 1 + max(reader.get_vocab().values(), default=0))
-    if tokens > known:
-        raise ValueError(
-            f"tokenizer {folder} has {tokens} tokens, the text encoder knows {known}: "
-            "they do not belong together; take the tokenizer from where the weights come from"
-        )
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder, read without the network. ValueError when its files are missing or cannot be read."""
-    choices = ("tokenizer.json",), ("vocab.json", "merges.txt")
-    if not any(all((folder / name).is_file() for name in names) for names in choices):
-        raise ValueError(
-            f"no tokenizer in {folder}: expected vocab.json and merges.txt, or tokenizer.json, with "
-            "tokenizer_config.json beside them; take the folder named tokenizer of a Stable Diffusion 1.5 model"
-        )
-    from transformers import CLIPTokenizerFast  # type: ignore[attr-defined, unused-ignore]  # 5.x: CLIPTokenizer's alias
-
-    try:
-        tokenizer: PreTrainedTokenizerFast = CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}; copy its files again") from error
-    return tokenizer
-
-
-def _empty_model(config: Mapping[str, object]) -> CLIPTextModel:
-    """The network without weights, on the meta device.
-
-    Only what shapes it is taken from the config: the other keys vary with the transformers version that wrote it.
-    """
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    vocab, width, inner, layers, heads, positions = (_size(config, key) for key in SIZES)
-    with torch.device("meta"):
-        return CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=vocab,
-                hidden_size=width,
-                intermediate_size=inner,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                max_position_embeddings=positions,
-                hidden_act=str(config.get("hidden_act", ACTIVATIONS[0])),
-                layer_norm_eps=float(str(config.get("layer_norm_eps", 1e-5))),
-                # CLIP's markers are its last two tokens; transformers warns of others, and the context needs neither
-                bos_token_id=max(vocab - 2, 0),
-                eos_token_id=vocab - 1,
-            )
-        )
-
-
-def _part(model: CLIPTextModel, name: str) -> torch.nn.Module:
+def part(model: CLIPTextModel, name: str) -> torch.nn.Module:
     """A module by its name in the weight file less the prefix, whether or not this transformers has the prefix."""
     return model.get_submodule((PREFIX if hasattr(model, "text_model") else "") + name)
 
 
-def _size(config: Mapping[str, object], key: str) -> int:
+def size(config: Mapping[str, object], key: str) -> int:
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"text encoder config: {key} is {value!r}, expected a positive number as a CLIPTextModel has")

@@ -24,11 +24,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..draw import sheet
 from ..networks.config import UNetConfig, VAEConfig
-from ..networks.text import load_tokenizer
 from ..networks.unet import UNet
 from ..networks.vae import VAE
 from ..run import generate
 from ..weights.load import load
+from ..weights.text import load_tokenizer
 from . import folder
 from .autoencoder import autoencoder_loss, fidelity, normalise
 from .denoising import denoising_loss

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..model import Defaults
-from ..networks.config import UNetConfig, VAEConfig, state_problems
-from ..networks.text import check_vocabulary, load_tokenizer, text_encoder_shapes
+from ..networks.config import UNetConfig, VAEConfig
+from ..networks.text import text_encoder_shapes
 from ..networks.unet import UNet
 from ..networks.vae import VAE
 from ..sampling import NoiseSchedule, choose_sampler
@@ -46,6 +46,8 @@ from .sources import (
     vae_from_file,
     vae_from_folder,
 )
+from .state import state_problems
+from .text import check_vocabulary, load_tokenizer
 
 Tensors = Mapping[str, Stored]
 Shapes = Mapping[str, tuple[int, ...]]

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from ..model import Defaults, Model
-from ..networks.config import check_state
-from ..networks.text import load_text_encoder, text_encoder_shapes
+from ..networks.text import text_encoder_shapes
 from ..networks.unet import UNet
 from ..networks.vae import VAE
 from ..request import BUNDLED
@@ -33,6 +32,8 @@ from .sources import (
     vae_from_folder,
     weight_file,
 )
+from .state import check_state
+from .text import load_text_encoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -148,6 +148,11 @@ def rename(key: str, table: Mapping[str, str]) -> str:
     return key
 
 
+def renamed(tensors: Mapping[str, T], table: Mapping[str, str]) -> dict[str, T]:
+    """All tensors by the names that a table gives them."""
+    return {rename(key, table): tensor for key, tensor in tensors.items()}
+
+
 def invert(table: Mapping[str, str], keys: Iterable[str]) -> dict[str, str]:
     """The table from our names to the file's, for the network that has these keys in our names.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..networks.config import UNetConfig, VAEConfig
 from ..sampling import SD15_SCHEDULER_CONFIG
 from .files import PICKLES, Stored, file_metadata, how_to_convert, stored_tensors
-from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED, VAE_OLD_ATTENTION, rename, unet_ldm, unwrap, vae_ldm
+from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED, VAE_OLD_ATTENTION, renamed, unet_ldm, unwrap, vae_ldm
 from .recognise import (
     CHECKPOINT,
     ldm_levels,
@@ -118,7 +118,7 @@ def file_source(
             stacklevel=4,  # load's caller
         )
     table = unet_ldm(*ldm_levels(_shapes(parts["unet"])))
-    unet_tensors = {rename(key, table): tensor for key, tensor in parts["unet"].items()}
+    unet_tensors = renamed(parts["unet"], table)
     text_tensors = hub_text_tensors(parts["text_encoder"])
     return Source(
         name=path.stem,
@@ -180,8 +180,8 @@ def vae_from_folder(folder: Path, variant: str | None) -> VAESource:
             "as vae="
         )
     tensors = folder_tensors(folder, "diffusion_pytorch_model", variant)
-    renamed = {rename(key, VAE_OLD_ATTENTION): tensor for key, tensor in tensors.items()}
-    return VAESource(VAEConfig.from_dict(read_json(folder / "config.json")), renamed)
+    config = VAEConfig.from_dict(read_json(folder / "config.json"))
+    return VAESource(config, renamed(tensors, VAE_OLD_ATTENTION))
 
 
 def vae_from_file(path: Path) -> VAESource:
@@ -201,8 +201,8 @@ def _vae_by_shape(tensors: Mapping[str, Stored]) -> VAESource:
     if not any(key.startswith("encoder.down_blocks.") for key in tensors):
         table = vae_ldm(*ldm_vae_levels(_shapes(tensors)))
     # Some carry the loss that they were trained with, a network of its own.
-    renamed = {rename(key, table): tensor for key, tensor in tensors.items() if not key.startswith(IGNORED)}
-    return VAESource(vae_config(_shapes(renamed)), renamed)
+    found = renamed({key: tensor for key, tensor in tensors.items() if not key.startswith(IGNORED)}, table)
+    return VAESource(vae_config(_shapes(found)), found)
 
 
 def hub_text_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:

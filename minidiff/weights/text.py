@@ -1,0 +1,94 @@
+"""The text encoder and its tokenizer out of their files. Importing transformers costs seconds: only where needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..networks.text import ACTIVATIONS, PREFIX, SIZES, TextEncoder, part, size, text_encoder_shapes
+from .state import check_state
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, PreTrainedTokenizerFast
+
+
+def load_text_encoder(
+    config: Mapping[str, object], state: Mapping[str, Tensor], tokenizer: Path, dtype: torch.dtype | None = None
+) -> TextEncoder:
+    """A TextEncoder from the contents of its config.json, its weights and the folder of its tokenizer.
+
+    `state` has the hub file's keys, all with the prefix "text_model."; position_ids are ignored (merged files carry
+    corrupt ones). The weights are used as they are, not copied, unless `dtype` asks for another one.
+    One ValueError names every missing, unexpected and misshapen key; others, a bad config or tokenizer.
+    """
+    expected = text_encoder_shapes(config)
+    weights = {key: value for key, value in state.items() if not key.endswith("position_ids")}
+    check_state("text encoder", expected, weights)
+    reader = load_tokenizer(tokenizer)
+    check_vocabulary(reader, tokenizer, size(config, "vocab_size"))
+    model = _empty_model(config)
+    strip = 0 if next(iter(model.state_dict())).startswith(PREFIX) else len(PREFIX)
+    model.load_state_dict({key[strip:]: weights[key].to(dtype=dtype) for key in expected}, strict=True, assign=True)
+    positions = torch.arange(size(config, "max_position_embeddings"), device=model.device)[None]
+    part(model, "embeddings").register_buffer("position_ids", positions, persistent=False)  # was on the meta device
+    model.eval()  # type: ignore[no-untyped-call, unused-ignore]
+    # a tokenizer without a limit claims 1e30; the encoder has one
+    length = int(min(reader.model_max_length, model.config.max_position_embeddings))
+    return TextEncoder(reader, length, model.requires_grad_(False))
+
+
+def check_vocabulary(reader: PreTrainedTokenizerFast, folder: Path, known: int) -> None:
+    """ValueError where the tokenizer gives an id that the text encoder, which knows so many tokens, does not have."""
+    tokens = max(len(reader), 1 + max(reader.get_vocab().values(), default=0))
+    if tokens > known:
+        raise ValueError(
+            f"tokenizer {folder} has {tokens} tokens, the text encoder knows {known}: "
+            "they do not belong together; take the tokenizer from where the weights come from"
+        )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a folder, read without the network. ValueError when its files are missing or cannot be read."""
+    choices = ("tokenizer.json",), ("vocab.json", "merges.txt")
+    if not any(all((folder / name).is_file() for name in names) for names in choices):
+        raise ValueError(
+            f"no tokenizer in {folder}: expected vocab.json and merges.txt, or tokenizer.json, with "
+            "tokenizer_config.json beside them; take the folder named tokenizer of a Stable Diffusion 1.5 model"
+        )
+    from transformers import CLIPTokenizerFast  # type: ignore[attr-defined, unused-ignore]  # 5.x: CLIPTokenizer's alias
+
+    try:
+        tokenizer: PreTrainedTokenizerFast = CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}; copy its files again") from error
+    return tokenizer
+
+
+def _empty_model(config: Mapping[str, object]) -> CLIPTextModel:
+    """The network without weights, on the meta device.
+
+    Only what shapes it is taken from the config: the other keys vary with the transformers version that wrote it.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    vocab, width, inner, layers, heads, positions = (size(config, key) for key in SIZES)
+    with torch.device("meta"):
+        return CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=vocab,
+                hidden_size=width,
+                intermediate_size=inner,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                max_position_embeddings=positions,
+                hidden_act=str(config.get("hidden_act", ACTIVATIONS[0])),
+                layer_norm_eps=float(str(config.get("layer_norm_eps", 1e-5))),
+                # CLIP's markers are its last two tokens; transformers warns of others, and the context needs neither
+                bos_token_id=max(vocab - 2, 0),
+                eos_token_id=vocab - 1,
+            )
+        )
