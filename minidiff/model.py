@@ -58,7 +58,8 @@ class Model:
     Weights are frozen (no gradients) and shared by all who hold it.
 
     `name` is the hub id, or the name of the folder or file; `origin` the folder or file that was read;
-    `options` the arguments of `load` that change the images (plain values), for the record.
+    `options` the arguments of `load` that change the images (plain values), for the record; `dtype_choice` why load
+    took its dtype, where it was not told.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Model:
     noise: NoiseSchedule
     defaults: Defaults = Defaults()
     options: Mapping[str, str] = field(default_factory=dict)
+    dtype_choice: str = ""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -329,6 +329,7 @@ def _info(model: Model) -> dict[str, Plain]:
     return {
         "versions": {name: version(name) for name in ("minidiff", "torch", "transformers")},
         "dtype": plain(model.dtype),
+        **({"dtype_choice": model.dtype_choice} if model.dtype_choice else {}),
         "device": model.device.type,
         "load": dict(model.options),
         "model": {"kind": _kind(model), "name": model.name, "sha256": model.sha256},

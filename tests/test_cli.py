@@ -485,6 +485,17 @@ def test_info_of_what_cannot_be_read(name: str, content: bytes, text: str, cli: 
     assert text in err[0]
 
 
+def test_info_of_the_machine(cli: Cli) -> None:
+    code, out, err = cli("info", "--machine")
+    assert (code, err) == (0, [])
+    assert [line.partition(":")[0] for line in out] == [
+        *("processor", "threads", "features", "rates", "accelerators", "dtype", "why")
+    ]
+    found = json.loads("\n".join(cli("info", "--machine", "--json")[1]))
+    assert found["dtype"] in ("float32", "bfloat16")
+    assert cli("info")[0] == cli("info", "--machine", "x.png")[0] == 2
+
+
 # ---- the program
 
 

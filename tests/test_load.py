@@ -22,7 +22,6 @@ import minidiff
 from minidiff.networks.config import VAEConfig
 from minidiff.networks.text import text_encoder_shapes
 from minidiff.networks.vae import VAE
-from minidiff.weights import load as loading
 from minidiff.weights.names import LDM_PREFIX, VAE_OLD_ATTENTION, invert, rename
 from minidiff.weights.state import check_state
 
@@ -415,7 +414,7 @@ def mapped(file: Path) -> list[tuple[int, int]]:
 def test_half_precision_computes_on_the_cpu(
     dtype: torch.dtype, tiny_folder: Path, tiny_model: minidiff.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_cpu_has_fp16", lambda: True)
+    monkeypatch.setattr("minidiff.speed.device._has_fp16", lambda: True)
     model = load(tiny_folder, dtype=dtype)
     for ours, full in zip(networks(model), networks(tiny_model), strict=True):
         expected = {key: value.to(dtype) for key, value in full.state_dict().items()}
@@ -430,69 +429,10 @@ def test_half_precision_computes_on_the_cpu(
     torch.testing.assert_close(eps.float(), full, rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize(
-    ("asked", "device", "bf16", "fp16", "chosen"),
-    [
-        (None, "cpu", True, False, torch.bfloat16),
-        (None, "cpu", False, True, torch.float32),
-        (None, "cuda", False, False, torch.float16),
-        (None, "mps", True, True, torch.float32),
-        ("float32", "cuda", True, True, torch.float32),
-        ("fp32", "cpu", True, True, torch.float32),
-        ("bf16", "cpu", False, False, torch.bfloat16),
-        (torch.bfloat16, "cpu", False, False, torch.bfloat16),
-        ("float16", "cuda", False, False, torch.float16),
-        ("float16", "cpu", False, True, torch.float16),
-    ],
-)
-def test_choice_of_the_dtype(
-    asked: str | torch.dtype | None,
-    device: str,
-    bf16: bool,
-    fp16: bool,
-    chosen: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(loading, "_cpu_has_bf16", lambda: bf16)
-    monkeypatch.setattr(loading, "_cpu_has_fp16", lambda: fp16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert loading._dtype(asked, torch.device(device)) == chosen
-
-
-@pytest.mark.parametrize(("bf16", "instead"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_float16_on_a_cpu_without_kernels(
-    bf16: bool, instead: torch.dtype, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loading, "_cpu_has_bf16", lambda: bf16)
-    monkeypatch.setattr(loading, "_cpu_has_fp16", lambda: False)
-    with pytest.warns(UserWarning, match="no float16 kernels; computing in " + str(instead)[6:]) as warned:
-        model = minidiff.load(tiny_folder, dtype="float16", device="cpu")
-    assert model.dtype == instead
-    assert [warning.filename for warning in warned] == [__file__]
-
-
-def test_the_capabilities_are_told_on_this_machine() -> None:
-    assert isinstance(loading._cpu_has_bf16(), bool)
-    assert isinstance(loading._cpu_has_fp16(), bool)
-
-
 @pytest.mark.parametrize("dtype", ["float8", "half", torch.float64, torch.int8, 16])
 def test_an_unknown_dtype(dtype: str | torch.dtype, tiny_folder: Path) -> None:
     with pytest.raises(ValueError, match=f"dtype .*{dtype}.* is (unknown|not supported); expected one of .*bfloat16"):
         load(tiny_folder, dtype=dtype)
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", 1.5])
-def test_an_unknown_device(device: str, tiny_folder: Path) -> None:
-    with pytest.raises(ValueError, match=f'device .*{device}.* cannot be used: .*Expected such as "cpu" or "cuda"'):
-        minidiff.load(tiny_folder, device=device)
-
-
-def test_cuda_is_chosen_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for there, device in ((True, "cuda"), (False, "cpu")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert loading._device(None) == torch.device(device)
 
 
 # ---- bad input

@@ -19,6 +19,13 @@ def info(args: argparse.Namespace) -> Iterator[str]:
     from ..png.read import read_metadata
     from ..png.write import OTHER_FORMATS
 
+    if args.machine or args.source is None:
+        if not args.machine or args.source is not None:
+            raise ValueError(
+                "expected a picture, a weight file or a model, or --machine alone; see minidiff info --help"
+            )
+        yield from _machine(args.json)
+        return
     path = Path(args.source)
     if path.suffix.lower() in (".png", *OTHER_FORMATS) and not path.is_dir():
         found = read_metadata(path)
@@ -32,6 +39,19 @@ def info(args: argparse.Namespace) -> Iterator[str]:
         yield from json.dumps(values, indent=2).splitlines()
     else:
         yield from lines
+
+
+def _machine(as_json: bool) -> Iterator[str]:
+    from ..speed.device import machine
+
+    found = machine()
+    values = {**asdict(found), "dtype": str(found.cpu_dtype).removeprefix("torch."), "why": str(found)}
+    if as_json:
+        yield from json.dumps(values, indent=2).splitlines()
+        return
+    values["rates"] = ", ".join(f"{name} {rate:.2f} TFLOP/s" for name, rate in found.rates.items()) or "not measured"
+    values["accelerators"] = list(found.accelerators) or "none"
+    yield from _pairs(values)
 
 
 def _metadata(found: Metadata) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """load(): a model from the hub, a folder or a single file. On the meta device first, then every weight assigned, none
 left over."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..networks.vae import VAE
 from ..request import BUNDLED
 from ..sampling import NoiseSchedule
 from ..speed.accelerate import compile_unet, prepare
+from ..speed.device import choose_device, choose_dtype, dtype_choice
 from .files import Stored, check_finite, read_tensors, stored_tensors
 from .hub import fetch_tokenizer, fetch_vae
 from .names import unwrap
@@ -34,9 +34,6 @@ from .sources import (
 )
 from .state import check_state
 from .text import load_text_encoder
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Network = TypeVar("Network", bound=nn.Module)
 Config = TypeVar("Config")
@@ -64,8 +61,8 @@ def load(
     vae: another autoencoder: a hub id, a folder or a .safetensors file.
     prediction_type: "epsilon" or "v_prediction", where the source is silent or wrong. A folder says it in its scheduler
         config; a single file in its tensors, its metadata or a .yaml beside it, or it means epsilon.
-    dtype: what the networks compute in: a torch dtype or "float32", "bfloat16", "float16". None chooses bfloat16 on a
-        CPU with instructions for it, float16 on CUDA, else float32.
+    dtype: what the networks compute in: a torch dtype or "float32", "bfloat16", "float16". None chooses what
+        runs faster: float16 on CUDA, bfloat16 on a CPU that is measured to be faster in it, else float32.
     device: None is CUDA where there is one, else the CPU.
     variant: of a folder's or the hub's files, such as "fp16" for model.fp16.safetensors.
     revision: of the hub's repository: a branch, a tag or a commit.
@@ -76,8 +73,8 @@ def load(
     Raises ValueError that says what is wrong with the source: missing, unexpected and misshapen keys by name, another
     kind of model, a damaged file, an unknown hub id, a model that is neither here nor reachable.
     """
-    device = _device(device)
-    dtype = _dtype(dtype, device)
+    device = choose_device(device)
+    why, dtype = dtype_choice(dtype, device), choose_dtype(dtype, device)
     found = _find(source, tokenizer, None if vae is None else _vae(vae, variant), variant, revision)
     # StableDiffusionPipeline takes 1 whatever the file says, since SD 1 was trained so; the same images need the same.
     noise = replace(NoiseSchedule.from_config(found.scheduler), steps_offset=1)
@@ -117,6 +114,7 @@ def load(
             for key, value in given.items()
             if value is not None
         },
+        dtype_choice=why,
     )
 
 
@@ -176,48 +174,3 @@ def _fill(network: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype,
     check_finite(state)
     network.load_state_dict(state, strict=True, assign=True)
     network.eval().requires_grad_(False)
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any of these, by the kind of device
-        raise ValueError(
-            f'device {str(device)!r} cannot be used: {str(error).splitlines()[0]}. Expected such as "cpu" or "cuda"'
-        ) from error
-    if chosen.type == "meta":
-        raise ValueError('device "meta" cannot be used: it holds no numbers. Expected such as "cpu" or "cuda"')
-    return chosen
-
-
-def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    fast_bf16 = device.type == "cpu" and _cpu_has_bf16()
-    if dtype is None:
-        return torch.bfloat16 if fast_bf16 else torch.float16 if device.type == "cuda" else torch.float32
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
-    if dtype not in DTYPES.values():
-        raise ValueError(
-            f"dtype {dtype} is not supported; expected one of {', '.join(sorted(set(map(str, DTYPES.values()))))}"
-        )
-    if dtype == torch.float16 and device.type == "cpu" and not _cpu_has_fp16():
-        instead = torch.bfloat16 if fast_bf16 else torch.float32
-        # Without kernels a float16 matrix product runs a thousand times slower than a float32 one.
-        warnings.warn(
-            f"this CPU has no float16 kernels; computing in {str(instead).removeprefix('torch.')}", stacklevel=3
-        )
-        return instead
-    return dtype
-
-
-def _cpu_has_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _cpu_has_fp16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
