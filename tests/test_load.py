@@ -22,6 +22,7 @@ import minidiff
 from minidiff.networks.config import VAEConfig
 from minidiff.networks.text import text_encoder_shapes
 from minidiff.networks.vae import VAE
+from minidiff.weights.inspect import describe
 from minidiff.weights.names import LDM_PREFIX, VAE_OLD_ATTENTION, invert, rename
 from minidiff.weights.state import check_state
 
@@ -93,6 +94,17 @@ def test_diffusers_loads_the_same_weights(tiny_folder: Path, tiny_model: minidif
     for ours, theirs in zip(networks(tiny_model), (pipe.unet, pipe.vae, pipe.text_encoder), strict=True):
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
     assert torch.equal(tiny_model.noise.alphas_cumprod, pipe.scheduler.alphas_cumprod)
+
+
+def test_a_whole_clip_is_its_text_encoder(tiny_folder: Path, tiny_model: minidiff.Model, tmp_path: Path) -> None:
+    """Its config has the text encoder's a level deeper, its file the image encoder and the projections beside."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "tiny")
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps({"text_config": json.loads(config.read_text()), "vision_config": {}}))
+    beside = {key: torch.ones(2) for key in ("vision_model.post_layernorm.bias", "logit_scale", "visual_projection.x")}
+    save_file(load_file(folder / TEXT_FILE) | beside, folder / TEXT_FILE)
+    assert describe(folder).loads
+    assert_same_weights(load(folder), tiny_model)
 
 
 def test_a_folder_that_diffusers_wrote(tiny_folder: Path, tiny_model: minidiff.Model, tmp_path: Path) -> None:

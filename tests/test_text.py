@@ -312,9 +312,13 @@ def test_load_names_every_bad_key(state: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": None}, "hidden_size is None, expected a positive number"),
+        ({"hidden_size": None}, "hidden_size is None; expected a whole number from 1"),
+        ({"hidden_size": 10**400}, "hidden_size is 1000.*; expected a whole number from 1"),
+        ({"num_hidden_layers": 10**8}, "num_hidden_layers is 100000000; expected a whole number from 1 to 200"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan; expected a number from 0 to 1"),
+        ({"layer_norm_eps": True}, "layer_norm_eps is True; expected a number from 0 to 1"),
         ({"num_attention_heads": 5}, "hidden_size is 32, expected a multiple of 5"),
-        ({"hidden_act": "swoosh"}, "hidden_act 'swoosh'"),
+        ({"hidden_act": "swoosh"}, "hidden_act is 'swoosh'"),
         ({"vocab_size": 1000}, "has 49408 tokens, the text encoder knows 1000"),
     ],
 )

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..checks import choice, number, whole
+
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
@@ -168,10 +170,8 @@ class TextEncoder(Phrases):
 def text_encoder_shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:
     """Shape of every weight by its key in the hub's files: 196 in SD 1.5. ValueError if the config cannot be built."""
     vocab, width, inner, layers, heads, positions = (size(config, key) for key in SIZES)
-    act, eps = config.get("hidden_act", ACTIVATIONS[0]), config.get("layer_norm_eps", 1e-5)
-    if act not in ACTIVATIONS or not isinstance(eps, (int, float)):
-        got = f"hidden_act {act!r} and layer_norm_eps {eps!r}"
-        raise ValueError(f"text encoder config: got {got}, expected one of {', '.join(ACTIVATIONS)} and such as 1e-05")
+    choice("text encoder config: hidden_act", config.get("hidden_act", ACTIVATIONS[0]), ACTIVATIONS)
+    norm_eps(config)
     if width % heads:
         raise ValueError(f"text encoder config: hidden_size is {width}, expected a multiple of {heads}, the heads")
     layer: dict[str, tuple[int, ...]] = {  # of the weights; a bias has the first of these sizes
@@ -198,10 +198,12 @@ def part(model: CLIPTextModel, name: str) -> torch.nn.Module:
 
 
 def size(config: Mapping[str, object], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"text encoder config: {key} is {value!r}, expected a positive number as a CLIPTextModel has")
-    return value
+    """A size within bounds far above those of any CLIP, so that a wrong one is refused before it is counted through."""
+    return whole(f"text encoder config: {key}", config.get(key), 1, 200 if key == "num_hidden_layers" else 2**20)
+
+
+def norm_eps(config: Mapping[str, object]) -> float:
+    return number("text encoder config: layer_norm_eps", config.get("layer_norm_eps", 1e-5), 0, 1)
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:

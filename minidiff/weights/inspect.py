@@ -43,6 +43,7 @@ from .sources import (
     folder_unet_config,
     hub_text_tensors,
     read_json,
+    text_encoder_config,
     vae_from_file,
     vae_from_folder,
 )
@@ -251,11 +252,14 @@ def _folder_part(folder: Path, part: str, variant: str | None) -> Part:
     try:
         if part == "vae":
             return _vae(folder, vae_from_folder(folder / "vae", variant))
-        config = read_json(folder / part / "config.json")
         if part == "unet":
-            made = UNetConfig.from_dict(config)  # before the weights: a model of another kind needs no recipe for them
+            made = UNetConfig.from_dict(
+                read_json(folder / part / "config.json")
+            )  # before the weights: a model of another kind needs no recipe for them
             return _unet(folder, made, folder_tensors(folder / part, "diffusion_pytorch_model", variant))
-        return _text(folder, config, hub_text_tensors(folder_tensors(folder / part, "model", variant)))
+        return _text(
+            folder, text_encoder_config(folder), hub_text_tensors(folder_tensors(folder / part, "model", variant))
+        )
     except ValueError as error:
         return Part(_NAMES[part], None, {}, _content(()), _problem(error))
 

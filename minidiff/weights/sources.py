@@ -61,11 +61,18 @@ def folder_source(
         unet=folder_unet_config(folder),
         unet_tensors=folder_tensors(folder / "unet", "diffusion_pytorch_model", variant),
         vae=vae or vae_from_folder(folder / "vae", variant),
-        text=read_json(folder / "text_encoder" / "config.json"),
+        text=text_encoder_config(folder),
         text_tensors=hub_text_tensors(folder_tensors(folder / "text_encoder", "model", variant)),
         tokenizer=tokenizer or folder / "tokenizer",
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
     )
+
+
+def text_encoder_config(folder: Path) -> dict[str, object]:
+    """What a folder's text encoder is; in the config of a whole CLIP it lies a level deeper."""
+    config = read_json(folder / "text_encoder" / "config.json")
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) and "vocab_size" not in config else config
 
 
 def folder_unet_config(folder: Path) -> UNetConfig:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..networks.text import ACTIVATIONS, PREFIX, SIZES, TextEncoder, part, size, text_encoder_shapes
+from ..networks.text import ACTIVATIONS, PREFIX, SIZES, TextEncoder, norm_eps, part, size, text_encoder_shapes
 from .state import check_state
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _empty_model(config: Mapping[str, object]) -> CLIPTextModel:
                 num_attention_heads=heads,
                 max_position_embeddings=positions,
                 hidden_act=str(config.get("hidden_act", ACTIVATIONS[0])),
-                layer_norm_eps=float(str(config.get("layer_norm_eps", 1e-5))),
+                layer_norm_eps=norm_eps(config),
                 # CLIP's markers are its last two tokens; transformers warns of others, and the context needs neither
                 bos_token_id=max(vocab - 2, 0),
                 eos_token_id=vocab - 1,
