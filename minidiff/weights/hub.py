@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .sources import CLIP_TOKENIZER, TOKENIZER_FILES, folder_unet_config, index_file, weight_file, weight_files
+from .sources import BASES, CLIP_TOKENIZER, TOKENIZER_FILES, folder_unet_config, index_file, weight_file, weight_files
 
 
 def fetch_model(
@@ -23,7 +23,7 @@ def fetch_model(
         folder_unet_config(folder)
     folder, lacking = _fetch_weights(repo, revision, variant, folder, parts, small)
     missing = [name for name in configs if not (folder / name).is_file()]
-    missing += [f"{part}/{weight_file(_BASE[part], variant)}" for part in lacking]
+    missing += [f"{part}/{weight_file(BASES[part], variant)}" for part in lacking]
     if missing:
         raise ValueError(
             f"{_at(repo, revision)} holds no {', '.join(missing)}; expected a Stable Diffusion 1.x folder with "
@@ -41,10 +41,10 @@ def _fetch_weights(
     lacking = parts
     for name in dict.fromkeys((variant, None)):
         wanted = wanted + [
-            f"{part}/{file(_BASE[part], name)}" for part in lacking for file in (weight_file, index_file)
+            f"{part}/{file(BASES[part], name)}" for part in lacking for file in (weight_file, index_file)
         ]
         folder = _fetch(repo, revision, wanted)
-        found = {part: weight_files(folder / part, _BASE[part], variant) for part in parts}
+        found = {part: weight_files(folder / part, BASES[part], variant) for part in parts}
         lacking = [part for part in parts if not found[part]]
         if not lacking or len(lacking) == len(parts):
             break
@@ -57,7 +57,7 @@ def fetch_vae(repo: str, variant: str | None) -> Path:
 
     Its weights are the variant's, or where it has none, the plain ones.
     """
-    for file in dict.fromkeys(weight_file(_BASE["vae"], name) for name in (variant, None)):
+    for file in dict.fromkeys(weight_file(BASES["vae"], name) for name in (variant, None)):
         folder = _fetch(repo, None, ["config.json", file, "vae/config.json", f"vae/{file}"])
         for found in (folder / "vae", folder):
             if (found / file).is_file():
@@ -73,9 +73,6 @@ def fetch_tokenizer() -> Path:
         raise ValueError(
             f"a single file carries no tokenizer, and {error} Or pass the folder of one with tokenizer="
         ) from error
-
-
-_BASE = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
 def _at(repo: str, revision: str | None) -> str:

@@ -1,6 +1,5 @@
 """What a model source holds and whether it would load, from configs and headers alone: 4 GB answer at once."""
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,6 @@ from .recognise import (
     WITHOUT_VAE,
     Kind,
     recognise,
-    refuse_widths,
     text_config,
     unet_config,
 )
@@ -38,10 +36,12 @@ from .sources import (
     check_fit,
     file_scheduler,
     file_source,
+    folder_refusal,
     folder_source,
     folder_tensors,
     folder_unet_config,
     hub_text_tensors,
+    network_tensors,
     read_json,
     text_encoder_config,
     vae_from_file,
@@ -130,23 +130,10 @@ def describe(
     """
     path, name = open_source(source, variant, revision)
     found = _describe_folder(path, name, variant) if path.is_dir() else _describe_file(path)
-    bad = not_finite(_weights(path, variant), every=check)
+    bad = not_finite(network_tensors(path, variant), every=check)
     if not bad:
         return found
     return replace(found, loads=False, problems=(*found.problems, Problem("tensors hold NaN or infinity", tuple(bad))))
-
-
-def _weights(path: Path, variant: str | None) -> list[Stored]:
-    """The tensors of a model's networks, or of a file that is none all that it holds; none that cannot be read."""
-    if path.is_file():
-        tensors = unwrap(stored_tensors(path))
-        return [tensors[key] for key in tensors if key.startswith(tuple(LDM_PREFIX.values()))] or list(tensors.values())
-    bases = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-    found: list[Stored] = []
-    for part, base in bases.items():
-        with contextlib.suppress(ValueError):  # named by its part
-            found += folder_tensors(path / part, base, variant).values()
-    return found
 
 
 # ---- a single file
@@ -265,15 +252,10 @@ def _folder_part(folder: Path, part: str, variant: str | None) -> Part:
 
 
 def _folder_kind(folder: Path) -> Kind:
-    """As the loader does, told by the UNet's widths."""
     try:
-        config = read_json(folder / "unet" / "config.json")
+        return folder_refusal(folder) or Kind(FOLDER)
     except ValueError:  # a problem of the UNet, named there
         return Kind(FOLDER)
-    channels, context = config.get("in_channels"), config.get("cross_attention_dim")
-    if isinstance(channels, int) and isinstance(context, int):
-        return refuse_widths(channels, 4, context) or Kind(FOLDER)
-    return Kind(FOLDER)
 
 
 def _tokenizer(folder: Path, text: Mapping[str, object]) -> dict[str, object]:

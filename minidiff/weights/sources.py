@@ -1,6 +1,7 @@
 """Where a model comes from: a folder, a single file or the hub, each laid out as the same description of parts. No
 weight is read here."""
 
+import contextlib
 import json
 import re
 import warnings
@@ -14,6 +15,7 @@ from .files import PICKLES, Stored, file_metadata, how_to_convert, stored_tensor
 from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED, VAE_OLD_ATTENTION, renamed, unet_ldm, unwrap, vae_ldm
 from .recognise import (
     CHECKPOINT,
+    Kind,
     ldm_levels,
     ldm_vae_levels,
     recognise,
@@ -24,6 +26,7 @@ from .recognise import (
 )
 
 BUNDLED_FOLDER = Path(__file__).parents[1] / "shapes" / "model"
+BASES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -82,13 +85,17 @@ def folder_unet_config(folder: Path) -> UNetConfig:
             f"{folder} has no unet/{_class_name(folder)}; "
             "expected a Stable Diffusion folder with unet, vae, text_encoder, tokenizer and scheduler"
         )
+    refusal = folder_refusal(folder)
+    if refusal is not None:
+        raise ValueError(f"{folder} cannot be loaded: {refusal.problem}")
+    return UNetConfig.from_dict(read_json(folder / "unet" / "config.json"))
+
+
+def folder_refusal(folder: Path) -> Kind | None:
+    """What a folder is, by its UNet's widths, where that is another kind of model."""
     config = read_json(folder / "unet" / "config.json")
     channels, context = config.get("in_channels"), config.get("cross_attention_dim")
-    if isinstance(channels, int) and isinstance(context, int):
-        refusal = refuse_widths(channels, 4, context)
-        if refusal is not None:
-            raise ValueError(f"{folder} cannot be loaded: {refusal.problem}")
-    return UNetConfig.from_dict(config)
+    return refuse_widths(channels, 4, context) if isinstance(channels, int) and isinstance(context, int) else None
 
 
 def _class_name(folder: Path) -> str:
@@ -242,6 +249,18 @@ def folder_tensors(folder: Path, base: str, variant: str | None) -> dict[str, St
     else:
         mend = f"the folder holds {', '.join(found) or 'nothing'}"
     raise ValueError(f"{path} is not there; {mend}")
+
+
+def network_tensors(path: Path, variant: str | None) -> list[Stored]:
+    """The tensors of a model's networks, or of a file that is none all that it holds; none that cannot be read."""
+    if path.is_file():
+        tensors = unwrap(stored_tensors(path))
+        return [tensors[key] for key in tensors if key.startswith(tuple(LDM_PREFIX.values()))] or list(tensors.values())
+    found: list[Stored] = []
+    for part, base in BASES.items():
+        with contextlib.suppress(ValueError):  # named by its part
+            found += folder_tensors(path / part, base, variant).values()
+    return found
 
 
 def weight_file(base: str, variant: str | None) -> str:
