@@ -15,6 +15,7 @@ from ldm import ldm_tensors, sd15_shapes, write_single_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import minidiff
 from minidiff.weights.inspect import FOLDER, Description, Part, Problem, describe
 from minidiff.weights.load import load
 from minidiff.weights.names import LDM_PREFIX
@@ -304,6 +305,35 @@ def test_broken_folder_is_described_with_the_problem_that_load_has(name: str, fo
     with pytest.raises(ValueError) as error:
         load(folder, dtype="float32", device="cpu")
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "loads"),
+    [
+        ("unet/config.json", {"dropout": 0.1, "upcast_attention": True, "decay": 0.9999}, True),
+        ("unet/config.json", {"only_cross_attention": [False] * 4, "own_note": "mine"}, True),
+        ("unet/config.json", {"mid_block_type": None}, False),  # the file has one
+        ("unet/config.json", {"norm_eps": float("nan")}, False),
+        ("unet/config.json", {"layers_per_block": 10**8}, False),
+        ("vae/config.json", {"scaling_factor": 0}, False),
+        ("text_encoder/config.json", {"layer_norm_eps": -1}, False),
+        ("text_encoder/config.json", {"num_hidden_layers": 10**8}, False),
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, True),
+        ("scheduler/scheduler_config.json", {"prediction_type": "other"}, False),
+    ],
+)
+def test_info_says_what_load_does(file: str, changes: dict[str, object], loads: bool, folder: Path) -> None:
+    edit_json(folder / file, **changes)
+    try:
+        found = describe(folder).loads
+    except ValueError:
+        found = False
+    try:
+        minidiff.load(folder, dtype="float32", device="cpu")
+        loaded = True
+    except ValueError:
+        loaded = False
+    assert (found, loaded) == (loads, loads)
 
 
 def test_parts_that_do_not_fit(folder: Path) -> None:
