@@ -322,19 +322,20 @@ class Request:
         """
         from .png.chunk import plain
 
-        found: dict[str, Plain] = {}
+        found: dict[str, object] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None or ((field.name in _QUIET and value is field.default) or value == ()):
+            if value is None or (field.name in _QUIET and (value is field.default or value == ())):
                 continue
             if field.name == "model":
                 value = value if isinstance(value, str) else str(value) if isinstance(value, Path) else value.name
-                found["model"] = value
             elif field.name == "guidance" and hasattr(value, "plain"):
-                found["guidance"] = plain(value.plain())
-            else:
-                found[field.name] = plain(value)
-        return found
+                value = value.plain()
+            found[field.name] = value
+        model = found.pop("model")
+        written = plain(found)
+        assert isinstance(written, dict)
+        return {**written, "model": str(model)}  # as it stands: plain takes the folders off a path
 
     @classmethod
     def from_plain(cls, values: Mapping[str, object], origin: str = "") -> Request:

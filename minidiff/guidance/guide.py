@@ -132,15 +132,11 @@ class Guidance:
 
     def plain(self) -> dict[str, object] | Guidance:
         """As a mapping that `read` reads, where that can say it all; itself otherwise."""
-        names = {objective.terms[0]: name for name, objective in OBJECTIVES.items()}
-        terms = [replace(term, weight=1.0) for term in self.objective.terms]
-        if self.sites is not None or len(set(terms)) < len(terms) or not names.keys() >= set(terms):
+        weights = {term.name.removesuffix("_loss"): term.weight for term in self.objective.terms}
+        named = [OBJECTIVES[name].terms[0] for name in weights if name in NAMES]
+        if self.sites is not None or [replace(term, weight=1.0) for term in self.objective.terms] != named:
             return self
-        weights = [term.weight for term in self.objective.terms]
-        return {
-            "objective": {names[term]: weight for term, weight in zip(terms, weights, strict=True)},
-            **{name: getattr(self, name) for name in _SETTINGS},
-        }
+        return {"objective": weights, **{name: getattr(self, name) for name in _SETTINGS}}
 
 
 def _named(name: object) -> Objective:

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce as fold
+from functools import cached_property, reduce as fold
 from operator import or_
 from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
@@ -72,7 +72,7 @@ class Term:
         choice("reduce", self.reduce, ("mean", "sum", "max"))
         number("weight", self.weight)
 
-    @property
+    @cached_property
     def record(self) -> Record:
         """What it needs. The mass inside the masks can be read from it too, for the report."""
         keep = self.keep if self.keep.heads is not None or self.keep.sums is not None else ALL
@@ -107,12 +107,12 @@ class Objective:
         if not isinstance(self.settings, Settings):
             raise ValueError(f"settings is {shown(self.settings)}; expected a minidiff.Settings")
 
-    @property
+    @cached_property
     def record(self) -> Record:
         """What a forward pass of conditional rows keeps for it, each site once."""
         return fold(or_, (term.record for term in self.terms))
 
-    @property
+    @cached_property
     def keep(self) -> Keep:
         """What is kept of each site where the terms' sites are not chosen yet."""
         kinds = {term.record.keep for term in self.terms}
