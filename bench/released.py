@@ -165,6 +165,10 @@ def _noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+OUR_NAMES = ("num_heads", "down_attention", "up_attention", "mid_block")
+"""Of UNetConfig, which the folder format says otherwise."""
+
+
 def _write_configs(folder: Path, model: minidiff.Model) -> None:
     """What diffusers wants beside a single file, which holds weights alone: configs and a tokenizer, as a folder."""
     unet, vae = model.unet.config, model.vae.config
@@ -173,7 +177,8 @@ def _write_configs(folder: Path, model: minidiff.Model) -> None:
     configs: dict[str, dict[str, object]] = {
         "unet/config.json": {
             "_class_name": "UNet2DConditionModel",
-            **{key: v for key, v in asdict(unet).items() if key not in ("num_heads", "down_attention", "up_attention")},
+            **{key: value for key, value in asdict(unet).items() if key not in OUR_NAMES},
+            "mid_block_type": "UNetMidBlock2DCrossAttn" if unet.mid_block else None,
             "attention_head_dim": unet.num_heads,
             "layers_per_block": unet.layers_per_block[0],  # of a single file it is the same at each level
             "down_block_types": [down[not has] for has in unet.down_attention],

@@ -11,7 +11,7 @@ from pathlib import Path
 
 __version__ = version("minidiff")
 _HOMES = {
-    alias.name: f".{node.module}"
+    alias.name: node.module
     for node in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
     if isinstance(node, ast.ImportFrom)
     for alias in node.names
@@ -22,7 +22,9 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+    home = _HOMES[name]  # None: a module of that name
+    module = import_module(f".{home or name}", __name__)
+    return getattr(module, name) if home else module
 
 
 def __dir__() -> list[str]:

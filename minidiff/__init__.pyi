@@ -1,5 +1,6 @@
 """The public names, by the module that each lives in: for type checkers, and for __init__.py, which reads this file."""
 
+from . import draw as draw
 from .guidance.edits import (
     forward_guidance as forward_guidance,
     regional_prompting as regional_prompting,

@@ -54,10 +54,11 @@ def number(name: str, value: object, least: float = -math.inf, most: float = mat
     return found
 
 
-def is_number(value: object) -> bool:
-    """Whether number() takes it, whatever the range."""
+def is_number(*values: object) -> bool:
+    """Whether number() takes all of them, whatever the range."""
     try:
-        number("", value)
+        for value in values:
+            number("", value)
     except ValueError:
         return False
     return True

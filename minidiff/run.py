@@ -185,7 +185,7 @@ class Run(Iterator[Step]):
         asked = texts.negatives if record.rows == "uncond" else texts.prompts
         prompts = None if asked is None else tuple(text for text in asked for _ in range(texts.repeats))
         text = Phrases(self._model.text.tokenizer, self._model.text.length)
-        return Attention(maps, record.kinds(), texts.images, text, prompts, self._reduce is PER_STEP)
+        return Attention(maps, record.kinds, texts.images, text, prompts, self._reduce is PER_STEP)
 
 
 class Denoise:

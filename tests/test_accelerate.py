@@ -44,17 +44,14 @@ if sys.argv[1] == "keep":
 def faults():
     torch.ones(2**24)  # 64 MB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-faults()
-before = faults()
-for _ in range(5):
-    after = faults()
-print(after - before)
+seen = [faults() for _ in range(10)]
+print(min(after - before for before, after in zip(seen, seen[1:])))
 """
     kept, given_back = (
         int(subprocess.run([sys.executable, "-c", code, how], check=True, capture_output=True, text=True).stdout)
         for how in ("keep", "not")
     )
-    assert kept < given_back / 2, (kept, given_back)
+    assert kept < 100 < 2**14 <= given_back, (kept, given_back)  # pages of 4 KB
 
 
 # ---- compilers

@@ -249,10 +249,10 @@ def test_records_unite_and_each_site_is_recorded_once(unet: UNet, batch: tuple[T
     shared, mine, yours = (by_name(unet, name) for name in ("mid.0.0.cross", "up.1.0.cross", "down.0.0.self"))
     inputs = {"token_weights": torch.rand(2, 3, 7)}
     one, two = Record(shared | mine, HEAD_MEAN), Record(shared | yours, COLUMNS)
-    kinds = (one | two).kinds()
+    kinds = (one | two).kinds
     expected = dict.fromkeys(shared, ALL) | dict.fromkeys(mine, HEAD_MEAN) | dict.fromkeys(yours, COLUMNS)
-    assert kinds == expected == (two | one).kinds()
-    assert (one | one).kinds() == one.kinds()
+    assert kinds == expected == (two | one).kinds
+    assert (one | one).kinds == one.kinds
     _, maps = unet(*batch, Record(shared | mine, ALL), (), inputs)
     _, both = unet(*batch, one | Record(shared, COLUMNS), (), inputs)
     (site,) = mine

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import minidiff
 from minidiff.cli.main import main
@@ -79,7 +80,8 @@ def test_it_is_the_default_everywhere(
     assert main(["generate", "a red circle", "--steps", "1", "--seed", "0", "--out", "one.png"]) == 0
     assert minidiff.read_parameters("one.png")["model"] == BUNDLED
     assert main(["generate", "--from", "one.png", "--out", "two.png"]) == 0  # found again by its name
-    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+    assert Image.open("one.png").tobytes() == Image.open("two.png").tobytes()
+    assert minidiff.read_parameters("one.png") == minidiff.read_parameters("two.png")
     capsys.readouterr()
     assert main(["info", BUNDLED]) == 0
     assert "loads: yes" in capsys.readouterr().out

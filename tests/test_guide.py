@@ -838,6 +838,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_one_graph_for_steps_and_one_for_guidance(
     tiny_folder: Path, tiny_model: Model, counter: CompileCounterWithBackend
 ) -> None:

@@ -625,7 +625,7 @@ def test_a_sum_records_what_both_can_be_read_from() -> None:
 
 def test_the_default_objective_records_each_site_once(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
     bound, record, layout, x, context = on_unet(unet, minidiff.inside_loss + minidiff.extent_loss)
-    kinds = {site.name: keep for site, keep in record.kinds().items()}
+    kinds = {site.name: keep for site, keep in record.kinds.items()}
     assert kinds == {"mid.0.0.cross": BOX_MASS, **{f"up.1.{n}.cross": ALL for n in range(3)}}
     calls: Counter[str] = Counter()
     keep, inputs = Keep.__call__, Layout.inputs

@@ -48,9 +48,9 @@ def changes_of(network: nn.Module) -> dict[str, Tensor]:
 
 
 def every_layer_packed(network: UNet) -> UNet:
-    from minidiff.speed.accelerate import _pack
+    from minidiff.speed.packed import pack
 
-    return _pack(network, 0)
+    return pack(network, 0)
 
 
 @pytest.mark.parametrize("make", [plain, prepare, every_layer_packed])
@@ -109,6 +109,7 @@ def test_gradients_copies_and_pickles(base: UNet, batch: tuple[Tensor, Tensor, T
     assert all(relative_error(grad, grads[1]) <= 1e-5 for grad in grads)
 
 
+@pytest.mark.slow
 def test_a_compiled_base_is_not_compiled_again(base: UNet, batch: tuple[Tensor, Tensor, Tensor]) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")

@@ -1,12 +1,12 @@
-"""networks/strips.py: what is done strip by strip is what is done whole."""
+"""speed/strips.py: what is done strip by strip is what is done whole."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.networks import strips
-from minidiff.networks.strips import grow_conv, norm_silu_conv
+from minidiff.speed import strips
+from minidiff.speed.strips import grow_conv, norm_silu_conv
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,7 @@ def test_sd15_has_the_published_size() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"latents_mean": [0.0]}, "latents_mean is"),
+        ({"latents_mean": [0.5]}, "latents_mean is"),
         ({"use_quant_conv": False}, "use_quant_conv is False"),
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "expected a list of DownEncoderBlock2D"),
         ({"norm_num_groups": 5}, "norm_num_groups is 5"),

@@ -204,7 +204,7 @@ def _boxes(where: str, value: Any) -> tuple[Box, ...]:
     for row in several:
         box = to_array(where, row)
         box = box.tolist() if isinstance(box, np.ndarray) else box
-        if not isinstance(box, list | tuple) or len(box) != 4 or not all(is_number(edge) for edge in box):
+        if not isinstance(box, list | tuple) or len(box) != 4 or not is_number(*box):
             raise ValueError(f"{where} holds {shown(box)}; {expected}")
         x0, y0, x1, y1 = box = tuple(float(edge) for edge in box)
         if min(box) < 0 or max(box) > 1:

@@ -166,6 +166,7 @@ class Record:
         """The same with every choice of sites made."""
         return replace(self, sites=choose(self.sites), more=tuple((choose(where), keep) for where, keep in self.more))
 
+    @property
     def kinds(self) -> dict[Site, Keep]:
         """What is kept of each site, once its sites are chosen."""
         found: dict[Site, Keep] = {}

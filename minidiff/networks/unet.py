@@ -108,7 +108,7 @@ class UNet(nn.Module):
                 self._check_sites("record", sites)
         for edit in edits:
             self._check_sites("edit", edit.sites)
-        kinds = {} if record is None else record.kinds()
+        kinds = {} if record is None else record.kinds
         stop = None
         if record is not None and record.stop:
             stop = [site for site in self.sites if site in kinds][-1]

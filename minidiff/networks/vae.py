@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from .attention import attention
 from .config import VAEConfig
-from .strips import grow_conv, norm_silu_conv
+
+
+def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(silu(norm(x))): [B,C,h,w] -> [B,C',h,w]."""
+    return conv(F.silu(norm(x)))
+
+
+def grow_conv(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of the grid doubled by nearest neighbours: [B,C,h,w] -> [B,C',2h,2w]."""
+    return conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
 
 _EPS = 1e-6  # of every norm, whatever the config says
 
@@ -65,6 +75,8 @@ class VAE(nn.Module):
 class Encoder(nn.Module):
     """Image to moments: levels of resnets, each but the last halving the grid, then the mid block."""
 
+    norm_silu_conv = staticmethod(norm_silu_conv)
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
@@ -82,11 +94,13 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B,3,H,W] -> [B,8,h,w]."""
         x = self.mid_block(_run(self.down_blocks, self.conv_in(x)))
-        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+        return self.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class Decoder(nn.Module):
     """Latents to image: the mid block, then levels of resnets, each but the last doubling the grid."""
+
+    norm_silu_conv = staticmethod(norm_silu_conv)
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -105,7 +119,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B,4,h,w] -> [B,3,H,W]."""
         x = _run(self.up_blocks, self.mid_block(self.conv_in(x)))
-        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+        return self.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class Level(nn.Module):
@@ -143,6 +157,8 @@ def _run(levels: nn.ModuleList, x: Tensor) -> Tensor:
 class ResBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
 
+    norm_silu_conv = staticmethod(norm_silu_conv)
+
     def __init__(self, groups: int, channels: int, out: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels, _EPS)
@@ -153,8 +169,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,h,w] -> [B,C',h,w]."""
-        y = norm_silu_conv(self.norm1, self.conv1, x)
-        y = norm_silu_conv(self.norm2, self.conv2, y)
+        y = self.norm_silu_conv(self.norm1, self.conv1, x)
+        y = self.norm_silu_conv(self.norm2, self.conv2, y)
         y += x if self.conv_shortcut is None else self.conv_shortcut(x)  # in place: these are the largest grids of all
         return y
 
@@ -206,10 +222,12 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double the grid by nearest neighbours, then a convolution."""
 
+    grow_conv = staticmethod(grow_conv)
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,h,w] -> [B,C,2h,2w]."""
-        return grow_conv(self.conv, x)
+        return self.grow_conv(self.conv, x)

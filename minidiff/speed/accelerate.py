@@ -9,13 +9,14 @@ import ctypes
 import itertools
 import sys
 from collections.abc import Callable
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .packed import ONEDNN, Packed, PackedConv2d, PackedLinear
+from .packed import ONEDNN, Packed, pack
+from .strips import by_strips
 
 T = TypeVar("T")
 Network = TypeVar("Network", bound=nn.Module)
@@ -35,25 +36,7 @@ def prepare(network: Network) -> Network:
     device = next(network.parameters()).device
     if device.type != "cpu" or not ONEDNN:
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return _pack(network, _LARGE)
-
-
-def _pack(network: Network, numbers: int) -> Network:
-    """The network with those of its layers packed that have so many weights."""
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child.weight.numel() >= numbers:
-                setattr(parent, name, PackedLinear(child))
-            elif _is_plain(child) and child.weight.numel() >= numbers:
-                setattr(parent, name, PackedConv2d(child))
-    return network
-
-
-def _is_plain(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether it is a convolution of the kind that is replaced: no groups, no dilation, zeros around."""
-    if type(layer) is not nn.Conv2d or isinstance(layer.padding, str):
-        return False
-    return layer.groups == 1 and layer.padding_mode == "zeros" and layer.dilation == (1, 1)
+    return by_strips(pack(network, _LARGE))
 
 
 def keep_memory() -> None:
@@ -79,7 +62,7 @@ def compile_unet(unet: Network) -> Network:
     if next(unet.parameters()).device.type != "cpu" or not ONEDNN:
         return compile_network(unet.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     number = next(_compiled) * 2**16
-    for layer in _pack(unet, 0).modules():
+    for layer in pack(unet, 0).modules():
         if isinstance(layer, Packed) and layer.number is None:  # with_weights shares layers that have one
             layer.take_number(number)
             number += 1

@@ -8,17 +8,16 @@ channels exchanged. Of 3x3 convolutions in float32, large grids take fewer multi
 import threading
 from collections.abc import Callable
 from functools import cache
-from typing import Any
-from weakref import WeakValueDictionary
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction
 
 from . import winograd
+from .operator import laid_out, numbered
 
+Network = TypeVar("Network", bound=nn.Module)
 ONEDNN = torch.backends.mkldnn.is_available()
 _ONES = [1, 1]
 _State = tuple[int, int]
@@ -30,8 +29,8 @@ class Packed(nn.Module):
 
     From the first call on oneDNN holds them in its own order: `weight` is then an opaque tensor of the same shape, and
     `dense()` its numbers. (Where winograd.py does the work `weight` stays as it was.) Packing waits for the first call,
-    so that loading stays a memory map. It is torch's own layer where the weights are not frozen, not for oneDNN, or
-    others than those it was made with. To train a network that has run, load it again.
+    so that loading stays a memory map. It falls back to torch's own layer when the weights require gradients,
+    oneDNN lacks the dtype, or the weights were replaced. To train a network that has run, load it again.
 
     A compiler that traces it sees an operator, which finds the layer by its number: its graphs hold no weights. There
     the weights have to be frozen and its own, so functional_call inside what is compiled does not change them.
@@ -88,8 +87,8 @@ class Packed(nn.Module):
         """A part of it, whose result has that size."""
         if self.weight is not self.made_with[0]:
             raise RuntimeError(
-                "a compiled layer has weights that were put in the place of its own, whose gradients it cannot take; "
-                "copy them into it with load_state_dict, or load without compile=True"
+                "this compiled layer's weights were replaced. Copy new values in with load_state_dict, make another "
+                "network with with_weights, or load without compile=True"
             )
         if x.dtype != self.weight.dtype or not self._is_frozen():
             state = "frozen" if self._is_frozen() else "trained"
@@ -102,14 +101,14 @@ class Packed(nn.Module):
             found = self.run_back(x, size) if packs else self.plain_back(x, size)
         else:
             found = self.run(x, bias) if packs else self.plain(x, self.weight, bias)
-        return _laid_out(found, self.channels_last)
+        return laid_out(found, self.channels_last)
 
     def take_number(self, number: int) -> None:
         """Be an operator in graphs from now on. Numbers that are alike in each process let them share a cache."""
-        if _numbered.get(number, self) is not self:
+        if numbered.get(number, self) is not self:
             raise ValueError(f"number is {number}, which another layer has; expected one of its own")
         self.number = number
-        _numbered[number] = self
+        numbered[number] = self
 
     def forget(self) -> None:
         """Be a layer of its own, with the weights it now has: what was derived of others, and their number, go."""
@@ -207,10 +206,6 @@ def _state(weight: Tensor) -> _State:
 def _transformed() -> bool:
     """Whether a tensor may carry more than its numbers: a batch, a tangent."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
-def _laid_out(y: Tensor, channels_last: bool) -> Tensor:
-    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 @cache
@@ -338,64 +333,6 @@ class _Apply(torch.autograd.Function):
         return out.unflatten(0, (info.batch_size, -1)), 0
 
 
-_numbered: WeakValueDictionary[int, Packed] = WeakValueDictionary()
-
-
-torch.library.define(
-    "minidiff::packed_layer", "(Tensor x, int number, str part, SymInt[] size, bool channels_last) -> Tensor"
-)
-"""A packed layer for a compiler, by its number. part: "all" of it, the "product" without the bias, or its "gradient".
-
-size: of the result, which the compiler has to know without the layer: another process, where a layer of other sizes has
-that number, must not take this graph for its own.
-"""
-
-
-class _Numbered(_SingleLevelFunction):
-    """Its gradient is the operator again. (What torch.library makes of a formula does not go with torch.func.)"""
-
-    @staticmethod
-    def forward(x: Tensor, number: int, part: str, size: list[int], channels_last: bool) -> Tensor:
-        # gradients on, for a torch.func.grad around the one that calls this
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.minidiff.packed_layer(x, number, part, size, channels_last)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int, str, list[int], bool], output: Tensor) -> None:
-        x, ctx.number, ctx.part, _, ctx.channels_last = inputs
-        ctx.size = list(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        part = "product" if ctx.part == "gradient" else "gradient"
-        back = torch.ops.minidiff.packed_layer(grad, ctx.number, part, ctx.size, ctx.channels_last)
-        return back, None, None, None, None
-
-
-@torch.library.impl("minidiff::packed_layer", "Autograd")
-def _differentiable_packed_layer(*args: Any) -> Tensor:
-    if not torch.is_grad_enabled():
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.minidiff.packed_layer(*args)
-    with enable_single_level_autograd_function():
-        return _Numbered.apply(*args)  # type: ignore[attr-defined]  # what torch.autograd.Function has, too
-
-
-@torch.library.impl("minidiff::packed_layer", "CPU")
-def _packed_layer(x: Tensor, number: int, part: str, size: list[int], channels_last: bool) -> Tensor:
-    layer = _numbered.get(number)
-    if layer is None:
-        raise RuntimeError("a compiled graph has lost its network; keep the network for as long as what it compiled")
-    return layer.from_graph(x, part, torch.Size(size))
-
-
-def _packed_layer_shape(x: Tensor, number: int, part: str, size: list[int], channels_last: bool) -> Tensor:
-    return _laid_out(x.new_empty(size), channels_last)
-
-
-torch.library.register_fake("minidiff::packed_layer", _packed_layer_shape)
-
-
 def _turned(weight: Tensor) -> Tensor:
     """The weights [C,C',k,k] of the gradient of a convolution whose own are [C',C,k,k]."""
     return weight.flip(2, 3).transpose(0, 1)
@@ -420,3 +357,24 @@ def _pack_conv(weight: Tensor, padding: list[int], stride: list[int], x: Tensor)
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], stride: list[int]) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, _ONES, 1, "none", [], "")
+
+
+# ---- a network of them
+
+
+def pack(network: Network, numbers: int) -> Network:
+    """The network with those of its layers packed that have so many weights."""
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child.weight.numel() >= numbers:
+                setattr(parent, name, PackedLinear(child))
+            elif _is_plain(child) and child.weight.numel() >= numbers:
+                setattr(parent, name, PackedConv2d(child))
+    return network
+
+
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a convolution of the kind that is replaced: no groups, no dilation, zeros around."""
+    if type(layer) is not nn.Conv2d or isinstance(layer.padding, str):
+        return False
+    return layer.groups == 1 and layer.padding_mode == "zeros" and layer.dilation == (1, 1)

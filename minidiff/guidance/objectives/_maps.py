@@ -91,22 +91,6 @@ def bounding(found: Tensor) -> Tensor:
     return (rows[..., :, None] * columns[..., None, :]).float()
 
 
-def centre_and_spread(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """[B,O,h,w] >= 0 -> centre and standard deviation along x and y, each [B,O,2] in shares of the picture's edge."""
-    share = maps / maps.sum(dim=(2, 3), keepdim=True).clamp_min(TINY)
-    centres, spreads = [], []
-    for axis in (2, 3):  # summed over y, what is left is along x
-        line = share.sum(dim=axis)
-        cells = line.shape[2]
-        at = (torch.arange(cells, dtype=maps.dtype, device=maps.device) + 0.5) / cells
-        centre = (line * at).sum(dim=2)
-        # what is in a cell is spread evenly in it, so that no map and no mask is a point
-        within = 1 / (12 * cells**2)
-        centres.append(centre)
-        spreads.append(((line * (at - centre[..., None]).square()).sum(dim=2) + within).sqrt())
-    return torch.stack(centres, dim=2), torch.stack(spreads, dim=2)
-
-
 def ratio(part: Tensor, whole: Tensor) -> Tensor:
     return part.sum(dim=(2, 3)) / whole.sum(dim=(2, 3)).clamp_min(TINY)
 

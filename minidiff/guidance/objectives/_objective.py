@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property, reduce as fold
+from dataclasses import dataclass, field, replace
+from functools import reduce as fold
 from operator import or_
 from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
@@ -72,7 +72,7 @@ class Term:
         choice("reduce", self.reduce, ("mean", "sum", "max"))
         number("weight", self.weight)
 
-    @cached_property
+    @property
     def record(self) -> Record:
         """What it needs. The mass inside the masks can be read from it too, for the report."""
         keep = self.keep if self.keep.heads is not None or self.keep.sums is not None else ALL
@@ -100,19 +100,17 @@ class Objective:
 
     terms: tuple[Term, ...]
     settings: Settings = Settings()
+    record: Record = field(init=False, compare=False, repr=False)
+    """What a forward pass of conditional rows keeps for it, each site once."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.terms, tuple) or not self.terms or not all(isinstance(one, Term) for one in self.terms):
             raise ValueError(f"terms is {shown(self.terms)}; expected a tuple of minidiff's terms, as @objective makes")
         if not isinstance(self.settings, Settings):
             raise ValueError(f"settings is {shown(self.settings)}; expected a minidiff.Settings")
+        object.__setattr__(self, "record", fold(or_, (term.record for term in self.terms)))
 
-    @cached_property
-    def record(self) -> Record:
-        """What a forward pass of conditional rows keeps for it, each site once."""
-        return fold(or_, (term.record for term in self.terms))
-
-    @cached_property
+    @property
     def keep(self) -> Keep:
         """What is kept of each site where the terms' sites are not chosen yet."""
         kinds = {term.record.keep for term in self.terms}
@@ -121,7 +119,7 @@ class Objective:
     @property
     def sites(self) -> frozenset[Site]:
         """Of all terms, once they are chosen."""
-        return frozenset(self.record.kinds())
+        return frozenset(self.record.kinds)
 
     @property
     def function(self) -> Loss:
@@ -156,7 +154,7 @@ class Objective:
         return *self._losses(views, layout), torch.stack(inside).mean(dim=0) if inside else nothing
 
     def _views(self, maps: Maps, inputs: Inputs) -> _Views:
-        return _Views(maps, self.record.kinds() or dict.fromkeys(maps, self.keep), inputs)
+        return _Views(maps, self.record.kinds or dict.fromkeys(maps, self.keep), inputs)
 
     def _losses(self, views: _Views, layout: Layout) -> tuple[Tensor, Tensor]:
         weights = layout.weights

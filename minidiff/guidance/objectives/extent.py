@@ -10,7 +10,7 @@ from torch import Tensor
 from ...networks.attention import HEAD_MEAN, Maps
 from ...networks.sites import block, cross
 from ..layout import Layout
-from ._maps import centre_and_spread, grids, over_grids
+from ._maps import TINY, grids, over_grids
 from ._objective import OWN, objective
 
 SPREAD = 0.62  # of a map beside its object's box: maps are bright in the middle (measured on the bundled model)
@@ -26,9 +26,25 @@ def extent_loss(maps: Maps, layout: Layout) -> Tensor:
     """
     losses = []
     for grid, kept in grids(maps).items():
-        found = centre_and_spread(torch.einsum("byxl,bol->boyx", kept, layout.token_weights))
-        wanted = centre_and_spread(layout.masks[grid])
+        found = _centre_and_spread(torch.einsum("byxl,bol->boyx", kept, layout.token_weights))
+        wanted = _centre_and_spread(layout.masks[grid])
         offset = (found[0] - wanted[0]) / (math.sqrt(12) * wanted[1])  # an even bar of length 1 spreads 1 / sqrt(12)
         size = (found[1] / (SPREAD * wanted[1])).log()
         losses.append(3 * offset.square().sum(dim=2) + size.square().sum(dim=2))
     return over_grids(losses)
+
+
+def _centre_and_spread(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """[B,O,h,w] >= 0 -> centre and standard deviation along x and y, each [B,O,2] in shares of the picture's edge."""
+    share = maps / maps.sum(dim=(2, 3), keepdim=True).clamp_min(TINY)
+    centres, spreads = [], []
+    for axis in (2, 3):  # summed over y, what is left is along x
+        line = share.sum(dim=axis)
+        cells = line.shape[2]
+        at = (torch.arange(cells, dtype=maps.dtype, device=maps.device) + 0.5) / cells
+        centre = (line * at).sum(dim=2)
+        # what is in a cell is spread evenly in it, so that no map and no mask is a point
+        within = 1 / (12 * cells**2)
+        centres.append(centre)
+        spreads.append(((line * (at - centre[..., None]).square()).sum(dim=2) + within).sqrt())
+    return torch.stack(centres, dim=2), torch.stack(spreads, dim=2)

@@ -5,15 +5,26 @@ strip's convolution sees the rows beside it.
 """
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Network = TypeVar("Network", bound=nn.Module)
 AT_ONCE = 2**22
 """So many numbers of a grid are worked on together (16 MB in float32)."""
 WHOLE = 2**24
 """So many are not worth dividing."""
+
+
+def by_strips(vae: Network) -> Network:
+    """The same autoencoder, which takes its largest grids strip by strip."""
+    for module in vae.modules():
+        for name, function in (("norm_silu_conv", norm_silu_conv), ("grow_conv", grow_conv)):
+            if hasattr(type(module), name):
+                setattr(module, name, function)
+    return vae
 
 
 def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
@@ -42,7 +53,10 @@ def grow_conv(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 def _divided(x: Tensor, growth: int = 1) -> bool:
-    """A gradient keeps all that strips would save, and only the CPU's norm gives its statistics in float32."""
+    """Whether to work in strips: large grids, on the CPU, without gradients.
+
+    A gradient keeps all that strips would save, and only the CPU's norm gives its statistics in float32.
+    """
     return growth * x.numel() > WHOLE and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
