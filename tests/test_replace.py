@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import minidiff
 from minidiff.networks.config import UNetConfig
 from minidiff.networks.unet import UNet
-from minidiff.speed.accelerate import compile_unet, is_compiled, prepare
+from minidiff.speed.accelerate import compile_network, compile_unet, is_compiled, prepare
 from minidiff.speed.packed import Packed
 from minidiff.speed.replace import with_weights
 
@@ -164,3 +164,80 @@ def test_half_precision_is_cast(base: UNet) -> None:
     new = with_weights(base, {"conv_in.bias": torch.ones(32, dtype=torch.float16)})
     assert new.conv_in.bias.dtype == torch.float32
     assert not new.conv_in.bias.requires_grad
+
+
+class Two(nn.Module):
+    """Two layers. (What torch itself defines, a compiler leaves alone.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+class Around(nn.Module):
+    """A network that holds another."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.fixture
+def uncompiled_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are made and not compiled, which takes long."""
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **flags: real(self, backend="eager", **flags))
+
+
+@pytest.mark.usefixtures("uncompiled_backend")
+@pytest.mark.parametrize("make", [compile_network, compile_unet])
+def test_layers_shared_with_a_compiled_base_stay_what_they_are(make: Callable[[nn.Module], nn.Module]) -> None:
+    network = make(Two())
+    layers, x = list(network.children()), torch.randn(3, 8)
+    numbers, before = [getattr(layer, "number", None) for layer in layers], network(x)
+    new = with_weights(network, {"a.bias": torch.zeros(8)})
+    assert new.b is layers[1]
+    assert type(new.a) is type(layers[0])
+    assert list(network.children()) == layers
+    assert [getattr(layer, "number", None) for layer in layers] == numbers
+    assert torch.equal(network(x), before)
+    expected = Two()
+    expected.load_state_dict(new.state_dict())
+    torch.testing.assert_close(new(x), expected(x))
+    assert torch.equal(network(x), before)
+
+
+@pytest.mark.usefixtures("uncompiled_backend")
+def test_a_compiled_network_inside_another_takes_the_change() -> None:
+    outer, x = Around(compile_unet(Two())), torch.randn(3, 8)
+    before = outer(x)
+    new = with_weights(outer, {"inner.b.bias": outer.state_dict()["inner.b.bias"] + 3})
+    assert is_compiled(new.inner)
+    torch.testing.assert_close(new(x), before + 3)
+    assert torch.equal(outer(x), before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "said"),
+    [
+        (torch.float16, torch.full((2,), 1e6), "not finite .* in float16"),  # finite before it is cast
+        (torch.float32, torch.ones(2, device="meta"), "expected floating-point numbers"),
+        (torch.float32, torch.ones(2).to_sparse(), "expected floating-point numbers"),
+        (torch.float32, torch.tensor([1.0, torch.inf]), "not finite .* in float32"),
+    ],
+)
+def test_values_that_the_layer_cannot_hold(dtype: torch.dtype, value: Tensor, said: str) -> None:
+    with pytest.raises(ValueError, match=f"bias .*{said}"):
+        with_weights(nn.Linear(2, 2, dtype=dtype), {"bias": value})
+
+
+def test_eight_bit_floats_are_cast() -> None:
+    new = with_weights(nn.Linear(2, 2), {"bias": torch.ones(2).to(torch.float8_e4m3fn)})
+    assert torch.equal(new.bias, torch.ones(2))

@@ -8,7 +8,7 @@ operators.
 import ctypes
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -61,12 +61,16 @@ def compile_unet(unet: Network) -> Network:
     """
     if next(unet.parameters()).device.type != "cpu" or not ONEDNN:
         return compile_network(unet.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
-    number = next(_compiled) * 2**16
+    numbers = free_numbers()
     for layer in pack(unet, 0).modules():
-        if isinstance(layer, Packed) and layer.number is None:  # with_weights shares layers that have one
-            layer.take_number(number)
-            number += 1
+        if isinstance(layer, Packed):
+            layer.take_number(next(numbers))
     return compile_network(unet)
+
+
+def free_numbers() -> Iterator[int]:
+    """For the layers of one network. Nothing is taken before the first is asked for."""
+    yield from itertools.count(next(_compiled) * 2**16)
 
 
 def compile_network(network: Network) -> Network:

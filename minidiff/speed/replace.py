@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import shown
-from .accelerate import compile_unet, is_compiled
+from .accelerate import compile_network, free_numbers, is_compiled
 from .packed import Packed
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -19,34 +19,41 @@ Network = TypeVar("Network", bound=nn.Module)
 def with_weights(network: Network, changes: Mapping[str, Tensor]) -> Network:
     """A network with other weights under some of the names in its state dict; it shares all else with the old one.
 
-    The old one does not change in any bit. Only modules on the way to a changed weight are new; of a compiled network
-    the old graphs stay as they are and the new one has its own. Packed layers are packed anew on their first call.
+    The old one does not change in any bit. Only modules on the way to a changed weight are new; those of them that were
+    compiled compile anew, and the old graphs stay as they are. Packed layers are packed anew on their first call.
     changes: tensors of the weights' shapes, of any floating-point dtype and device: a copy in the weight's is taken.
     ValueError that lists every name, shape, dtype or value that does not fit.
     """
     there = dict(network.named_parameters(remove_duplicate=False))
-    _check(there, changes)
-    new = _replaced(network, {name: _parameter(value, there[name]) for name, value in changes.items()})
-    if changes and is_compiled(network):
-        new._compiled_call_impl = None
-        new.__dict__.pop("_compiled_whole", None)
-        compile_unet(new)
-    return new
+    copies = _copies(there, changes)
+    return _replaced(network, copies, free_numbers())
 
 
-def _check(there: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> None:
-    problems = []
+def _copies(there: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The changes as parameters in the place of those that are there."""
+    copies, problems = {}, []
     for name, value in changes.items():
         if name not in there:
             problems.append(f"{name} is no weight of this network")
-        elif not isinstance(value, Tensor) or not value.is_floating_point() or value.shape != there[name].shape:
+        elif not _holds_numbers(value) or value.shape != there[name].shape:
             problems.append(
                 f"{name} is {shown(value)}; expected floating-point numbers of shape {list(there[name].shape)}"
             )
-        elif not value.isfinite().all():
-            problems.append(f"{name} holds values that are not finite (NaN or infinity)")
+        else:
+            copies[name] = _parameter(value, there[name])
+            if not copies[name].isfinite().all():  # of the copy: float16 ends at 65504
+                problems.append(
+                    f"{name} holds values that are not finite (NaN or infinity) in {str(there[name].dtype)[6:]}"
+                )
     if problems:
         raise ValueError("the weights do not fit:\n  " + "\n  ".join(problems))
+    return copies
+
+
+def _holds_numbers(value: object) -> bool:
+    return (
+        isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided and not value.is_meta
+    )
 
 
 def _parameter(value: Tensor, old: Tensor) -> nn.Parameter:
@@ -57,7 +64,7 @@ def _parameter(value: Tensor, old: Tensor) -> nn.Parameter:
     return nn.Parameter(copy, requires_grad=old.requires_grad)
 
 
-def _replaced(module: Network, changes: Mapping[str, nn.Parameter]) -> Network:
+def _replaced(module: Network, changes: Mapping[str, nn.Parameter], numbers: Iterator[int]) -> Network:
     """The module with some parameters, by their path, replaced; itself where there are none."""
     if not changes:
         return module
@@ -72,15 +79,19 @@ def _replaced(module: Network, changes: Mapping[str, nn.Parameter]) -> Network:
     for name, inner in below.items():
         child = module._modules[name]
         assert child is not None  # it has these parameters
-        new._modules[name] = _replaced(child, inner)
+        new._modules[name] = _replaced(child, inner, numbers)
     if isinstance(new, Packed):
         new.forget()
-    return new
+        if isinstance(module, Packed) and module.number is not None:
+            new.take_number(next(numbers))
+    return compile_network(new) if is_compiled(module) else new
 
 
 def _shell(module: Network) -> Network:
-    """A module of the same kind that holds the same things in containers of its own."""
+    """A module of the same kind that holds the same things in containers of its own, but none of its graphs."""
     new = module.__new__(type(module))
     held = vars(module)
     new.__dict__ = {name: value.copy() if isinstance(value, dict | set) else value for name, value in held.items()}
+    new.__dict__.pop("_compiled_whole", None)
+    new._compiled_call_impl = None
     return new
