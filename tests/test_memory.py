@@ -18,6 +18,7 @@ from minidiff.networks.config import UNetConfig, VAEConfig
 from minidiff.networks.sites import choose, self_
 from minidiff.networks.unet import UNet
 from minidiff.networks.vae import VAE
+from minidiff.speed.strips import by_strips
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -43,7 +44,7 @@ def step(images: int, edge: int = 64, keep: Keep | None = None) -> int:
 
 def decode(edge: int) -> int:
     """Of latents to an image."""
-    mode, vae = _network(lambda: VAE(VAEConfig()))
+    mode, vae = _network(lambda: by_strips(VAE(VAEConfig())))
     with mode, torch.no_grad():
         latents = torch.empty(1, 4, edge, edge)
         return peak(lambda: vae.decode(latents))

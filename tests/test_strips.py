@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.speed import strips
+from minidiff.networks.config import VAEConfig
+from minidiff.networks.vae import VAE
+from minidiff.speed import accelerate, strips
 from minidiff.speed.strips import grow_conv, norm_silu_conv
 
 
@@ -67,3 +69,15 @@ def test_what_is_small_or_has_a_gradient_stays_whole(monkeypatch: pytest.MonkeyP
         norm_silu_conv(norm, conv, x)
     assert seen == [11, 4, 5, 5, 3, 11]
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_prepared_autoencoder_works_in_strips(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no layers to pack, too: a Mac's CPU."""
+    monkeypatch.setattr(accelerate, "ONEDNN", onednn)
+    with torch.device("meta"):
+        vae = VAE(VAEConfig())
+    monkeypatch.setattr(vae, "parameters", lambda: iter([torch.empty(0)]))  # says that it is on the CPU
+    layers = [module for module in accelerate.prepare(vae).modules() if hasattr(module, "norm_silu_conv")]
+    assert layers
+    assert all(layer.norm_silu_conv is norm_silu_conv for layer in layers)

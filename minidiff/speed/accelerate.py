@@ -34,9 +34,10 @@ def prepare(network: Network) -> Network:
     It gives the same numbers up to rounding, has the same state dict, and may be moved, converted and copied as before.
     """
     device = next(network.parameters()).device
+    by_strips(network)
     if device.type != "cpu" or not ONEDNN:
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return by_strips(pack(network, _LARGE))
+    return pack(network, _LARGE)
 
 
 def keep_memory() -> None:
