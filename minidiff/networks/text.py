@@ -10,7 +10,6 @@ import difflib
 import re
 import string
 import unicodedata
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..checks import choice, number, whole
+from ..checks import choice, number, warn, whole
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerFast
@@ -151,7 +150,7 @@ class TextEncoder(Phrases):
         unknown = [part for part in dict.fromkeys(parts) if part not in self.words]
         if unknown:
             text = f"this model does not know {', '.join(map(repr, unknown))}; it knows {' '.join(sorted(self.words))}"
-            warnings.warn(text, stacklevel=3)  # this, encode, its caller
+            warn(text)
 
     def _ids(self, prompt: str) -> list[int]:
         """L token ids: BOS, the prompt's, EOS, padding. Warns about lost words."""
@@ -162,7 +161,7 @@ class TextEncoder(Phrases):
             line = " ".join(prompt.split())
             name = line if len(line) <= 60 else f"{line[:56]} ..."
             text = f"prompt {name!r} has {len(ids)} tokens, the text encoder reads {room}: lost {lost!r}"
-            warnings.warn(text, stacklevel=3)  # _ids, encode, its caller
+            warn(text)
         ids = [self.tokenizer.bos_token_id, *ids[:room], self.tokenizer.eos_token_id]
         return ids + [self.tokenizer.pad_token_id] * (self.length - len(ids))
 

@@ -4,11 +4,11 @@ weight is read here."""
 import contextlib
 import json
 import re
-import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checks import warn
 from ..networks.config import UNetConfig, VAEConfig
 from ..sampling import SD15_SCHEDULER_CONFIG
 from .files import PICKLES, Stored, file_metadata, how_to_convert, stored_tensors
@@ -127,10 +127,7 @@ def file_source(
     parts = {part: _under(tensors, prefix) for part, prefix in LDM_PREFIX.items()}
     foreign = [key for key in tensors if not key.startswith((*LDM_PREFIX.values(), *IGNORED))]
     if foreign:
-        warnings.warn(
-            f"{path.name} holds {len(foreign)} tensors that are no part of Stable Diffusion 1.x: {_some(foreign)}",
-            stacklevel=4,  # load's caller
-        )
+        warn(f"{path.name} holds {len(foreign)} tensors that are no part of Stable Diffusion 1.x: {_some(foreign)}")
     table = unet_ldm(*ldm_levels(_shapes(parts["unet"])))
     unet_tensors = renamed(parts["unet"], table)
     text_tensors = hub_text_tensors(parts["text_encoder"])
