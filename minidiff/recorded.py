@@ -105,7 +105,7 @@ class Attention:
         """Where the pixel at (x, y) in [0,1] looks in the picture, [h,w] (or [S,h,w]): the mean over heads and the
         self-attention sites on `grid`; it sums to one.
         """
-        x, y = number("x", x, 0, 1), number("y", y, 0, 1)
+        x, y, image = number("x", x, 0, 1), number("y", y, 0, 1), whole("image", image, 0, self.images - 1)
         maps = []
         for kept in self._on_grid(image, "self", grid):
             height, width = kept.shape[-3:-1]

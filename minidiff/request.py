@@ -331,7 +331,14 @@ class Request:
                 value = value if isinstance(value, str) else str(value) if isinstance(value, Path) else value.name
             elif field.name == "guidance" and hasattr(value, "plain"):
                 value = value.plain()
+            elif field.name == "boxes":
+                value = [_plain_boxes(one) for one in value] if isinstance(value, list | tuple) else _plain_boxes(value)
             found[field.name] = value
+        if self.sampler is not None and not isinstance(self.sampler, str):
+            from .sampling import sampler_fields
+
+            named = sampler_fields(self.sampler)  # by its name, where one gives it
+            found |= {name: value for name, value in named.items() if value is not None}
         model = found.pop("model")
         written = plain(found)
         assert isinstance(written, dict)
@@ -394,6 +401,12 @@ def asked(ask: Callable[P, Request]) -> Callable[[Callable[[Request], R]], Asked
 def listed(texts: str | Sequence[str]) -> Sequence[str]:
     """One text as a list of one."""
     return (texts,) if isinstance(texts, str) else texts
+
+
+def _plain_boxes(boxes: Any) -> dict[str, object] | None:
+    from .guidance.layout import plain_boxes, read_regions
+
+    return None if boxes is None else plain_boxes(read_regions(boxes, lambda phrase: (1,), length=1 << 30))
 
 
 def _unknown(name: str) -> str:

@@ -202,12 +202,3 @@ def check_places(how: Guidance, regions: Sequence[Sequence[Region]]) -> None:
                 f"boxes[{region.name!r}] has no place, and guidance follows boxes; expected one, or an objective that "
                 'needs none, such as guidance="attend_and_excite"'
             )
-
-
-def plain_boxes(regions: Sequence[Region]) -> dict[str, object]:
-    """Regions as a request takes them."""
-    return {
-        region.name: {"weight": region.weight}
-        | ({"boxes": region.boxes or None} if region.mask is None else {"mask": region.mask})
-        for region in regions
-    }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import warn
 from .guidance.guide import Guidance, Guide, evaluate, evaluate_whole
-from .guidance.layout import Layout, Region
+from .guidance.layout import Layout, Region, plain_boxes
 from .model import Model
 from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
 from .networks.sites import Position, Site, choose, cross, level
@@ -22,10 +22,11 @@ from .networks.text import Phrases
 from .png.chunk import Plain, plain
 from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
 from .request import BUNDLED, Request, asked
-from .resolve import Texts, check_latents, check_places, plain_boxes, resolve
+from .resolve import Texts, check_latents, check_places, resolve
 from .result import Images, Result, to_numpy, to_pil
 from .sampling import SamplerStep, Schedule, sample
 from .speed.accelerate import compile_whole, is_compiled
+from .speed.replace import changed_weights
 from .weights.load import load
 
 ATTENTION = Record(cross & level(1), HEAD_MEAN)
@@ -311,8 +312,8 @@ def _pixels(model: Model, latents: Tensor) -> Tensor:
     broken = [i for i, image in enumerate(images) if not image.isfinite().all()]
     if broken:
         warn(
-            f"images {broken} are black where they are not a number: the network overflowed in {model.dtype}. "
-            'Load the model with dtype="float32" (or "bfloat16")'
+            f"images {broken} are black where they are not a number: the network overflowed in {model.dtype} (load the "
+            'model with dtype="float32"), or an edit, an input or the weights hold NaN'
         )
     return (images.nan_to_num(-1, -1, -1) / 2 + 0.5).clamp(0, 1)
 
@@ -326,8 +327,10 @@ def _kind(model: Model) -> str:
 
 def _info(model: Model) -> dict[str, Plain]:
     """What is true of a run and no argument of it."""
+    changed = sum(len(changed_weights(network)) for network in (model.unet, model.vae, model.text.model))
     return {
         "versions": {name: version(name) for name in ("minidiff", "torch", "transformers")},
+        **({"changed_weights": changed} if changed else {}),
         "dtype": plain(model.dtype),
         **({"dtype_choice": model.dtype_choice} if model.dtype_choice else {}),
         "device": model.device.type,

@@ -279,7 +279,7 @@ def test_records_unite_and_each_site_is_recorded_once(unet: UNet, batch: tuple[T
         (lambda: Edit(minidiff.cross, bias=add_bias, steps=(1, 2, 3)), "steps is .*; expected None, how many of the"),
         (
             lambda: Edit(minidiff.cross, bias=add_bias, steps=(3, 1)),
-            "steps is 1; expected a whole number of at least 3",
+            "steps is 1; expected .start, stop. with stop at least start, 3",
         ),
         (lambda: Record(minidiff.cross, more=5), "more is 5"),
         (lambda: Record(torch.ones(())), "sites is 1.0; expected a choice"),

@@ -10,7 +10,7 @@ import math
 import struct
 import tempfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+import minidiff
 from minidiff.png.chunk import Plain, plain, reproducible
 from minidiff.png.infotext import NEGATIVE, parse_infotext
 from minidiff.png.read import read_metadata, read_parameters
@@ -496,3 +497,21 @@ def test_what_the_file_does_not_hold_is_not_reproducible(value: object) -> None:
 def test_plain_arguments_are_reproducible() -> None:
     assert reproducible(ARGUMENTS)
     assert reproducible({"objects": {"object": {"box": [0, 0, 1, 1]}, "tensor": "a phrase"}})
+
+
+def test_what_was_stopped_or_made_with_other_weights_is_not_reproducible(
+    tiny_model: minidiff.Model, tmp_path: Path
+) -> None:
+    shared = {"steps": 3, "seed": 1, "sampler": "euler"}
+    bias = tiny_model.unet.conv_out.bias
+    other = replace(tiny_model, unet=minidiff.with_weights(tiny_model.unet, {"conv_out.bias": bias + 0.5}))
+    run = minidiff.sample_steps("a cat", model=tiny_model, **shared)
+    next(run)
+    results = (
+        (minidiff.generate("a cat", model=tiny_model, **shared), True),
+        (minidiff.generate("a cat", model=other, **shared), False),
+        (run.result(), False),
+    )
+    for result, expected in results:
+        (path,) = result.save(tmp_path / "x.png")
+        assert minidiff.read_metadata(path).reproducible is expected

@@ -368,6 +368,8 @@ class Guide:
     def _why_not(self, names: Sequence[str]) -> str:
         if not names:
             return "there are no boxes"
+        if self.seen:
+            return "its loss was not a number (NaN)"
         return "iterations, steps or scale is 0" if not self.guidance.acts else "no step has been guided yet"
 
 

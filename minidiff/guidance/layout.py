@@ -248,3 +248,12 @@ def box_coverage(boxes: Tensor, height: int, width: int) -> Tensor:
     """Boxes [...,4] in [0,1] -> how much of each cell of a grid they cover, [...,height,width]."""
     x0, y0, x1, y1 = boxes.unbind(-1)
     return overlap(y0, y1, height)[..., :, None] * overlap(x0, x1, width)[..., None, :]
+
+
+def plain_boxes(regions: Sequence[Region]) -> dict[str, object]:
+    """Regions as a request takes them, in plain values but for masks."""
+    return {
+        region.name: {"weight": region.weight}
+        | ({"boxes": region.boxes or None} if region.mask is None else {"mask": region.mask})
+        for region in regions
+    }

@@ -215,7 +215,8 @@ class Edit:
             raise ValueError("an Edit has none of bias, logits, probs and kv; expected at least one of them")
         if isinstance(self.steps, tuple | list) and len(self.steps) == 2:
             first = whole("steps", self.steps[0], 0)
-            object.__setattr__(self, "steps", (first, whole("steps", self.steps[1], first)))
+            expected = f"(start, stop) with stop at least start, {first}"
+            object.__setattr__(self, "steps", (first, whole("steps", self.steps[1], first, expected=expected)))
         elif self.steps is not None:
             expected = "None, how many of the first steps, or (start, stop)"
             object.__setattr__(self, "steps", whole("steps", self.steps, 0, expected=expected))
@@ -230,7 +231,7 @@ class Edit:
 
 def _returned(function: Callable[..., object], found: object, *shape: int | None, broadcast: bool = False) -> Tensor:
     """What a caller's function returned, of this shape (None is any length), or broadcastable to it."""
-    if isinstance(found, Tensor) and (found.ndim == len(shape) or (broadcast and 3 <= found.ndim < len(shape))):
+    if isinstance(found, Tensor) and (found.ndim == len(shape) or (broadcast and found.ndim < len(shape))):
         lengths = zip(reversed(found.shape), reversed(shape), strict=False)
         if all(n == most or most is None or (broadcast and n == 1) for n, most in lengths):
             return found
@@ -352,6 +353,7 @@ def _attend(
     for edit in edits:
         if edit.bias is not None:
             added = _returned(edit.bias, edit.bias(site, grid, inputs), *q.shape[:2], *grid, k.shape[2], broadcast=True)
+            added = added[(None,) * (5 - added.ndim)]
             added = added.to(q.dtype).expand(*added.shape[:-3], *grid, -1).flatten(-3, -2)  # [..,h,w,L] -> [..,N,L]
             bias = added if bias is None else bias + added
     if not any(edit.logits or edit.probs for edit in edits):

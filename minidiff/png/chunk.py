@@ -33,7 +33,7 @@ _LONGEST = 1_000_000  # characters; a layout of 256 boxes takes 20,000
 
 def to_chunk(arguments: Mapping[str, Plain], info: Mapping[str, Plain]) -> str:
     """The chunk's text. ValueError for values that JSON cannot hold."""
-    chunk = {"format": FORMAT, "arguments": arguments, "info": info, "reproducible": reproducible(arguments)}
+    chunk = {"format": FORMAT, "arguments": arguments, "info": info, "reproducible": reproducible(arguments, info)}
     return json.dumps(_strict(chunk), ensure_ascii=False, allow_nan=False)
 
 
@@ -112,9 +112,12 @@ def plain(value: object) -> Plain:
     return {"object": _qualname(value)}
 
 
-def reproducible(parameters: Mapping[str, Plain]) -> bool:
-    """False when a value inside stands for a tensor or an object that the file does not hold."""
-    return not any(_marked(value) for value in parameters.values())
+def reproducible(parameters: Mapping[str, Plain], info: Mapping[str, Plain] | None = None) -> bool:
+    """False when a value inside stands for a tensor or an object that the file does not hold, or when the run was
+    stopped early or its model's weights were changed, as `info` says.
+    """
+    odd = not info or not info.keys() & {"stopped_after", "changed_weights"}
+    return odd and not any(_marked(value) for value in parameters.values())
 
 
 def _marked(value: Plain) -> bool:

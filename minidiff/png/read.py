@@ -63,7 +63,7 @@ def read_metadata(picture: str | Path) -> Metadata:
     try:
         if "minidiff" in texts:
             arguments, info = parse_chunk(texts["minidiff"])
-            return Metadata(arguments, info, reproducible(arguments), source="minidiff")
+            return Metadata(arguments, info, reproducible(arguments, info), source="minidiff")
         program = _writer(texts)
         if program is None and "parameters" in texts:
             return _a1111(texts["parameters"])

@@ -24,9 +24,19 @@ def with_weights(network: Network, changes: Mapping[str, Tensor]) -> Network:
     changes: tensors of the weights' shapes, of any floating-point dtype and device: a copy in the weight's is taken.
     ValueError that lists every name, shape, dtype or value that does not fit.
     """
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"network is {shown(network)}; expected one such as model.unet")
     there = dict(network.named_parameters(remove_duplicate=False))
-    copies = _copies(there, changes)
-    return _replaced(network, copies, free_numbers())
+    new = _replaced(network, _copies(there, changes), free_numbers())
+    if changes:
+        vars(new)["changed_weights"] = changed_weights(network) | set(changes)
+    return new
+
+
+def changed_weights(network: nn.Module) -> frozenset[str]:
+    """The names of the weights that with_weights changed, so that a picture can say it was not made with the model."""
+    found: frozenset[str] = vars(network).get("changed_weights", frozenset())
+    return found
 
 
 def _copies(there: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
@@ -37,7 +47,8 @@ def _copies(there: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[
             problems.append(f"{name} is no weight of this network")
         elif not _holds_numbers(value) or value.shape != there[name].shape:
             problems.append(
-                f"{name} is {shown(value)}; expected floating-point numbers of shape {list(there[name].shape)}"
+                f"{name} is {shown(value)}; expected a torch tensor of floating-point numbers of shape "
+                f"{list(there[name].shape)}"
             )
         else:
             copies[name] = _parameter(value, there[name])
