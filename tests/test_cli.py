@@ -188,7 +188,7 @@ def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: Asked, tmp_path
         "eta": 0.0,
         "seed": [3, 4],
         "images_per_prompt": 2,
-        "boxes": {"cat": [[0.0, 0.0, 1.0, 1.0]]},
+        "boxes": {"cat": {"weight": 1.0, "boxes": [[0.0, 0.0, 1.0, 1.0]]}},
         "guidance": "boxdiff",
         "attention": True,
     }

@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff.guidance.layout import Box, Layout, Region, box_coverage, make_layout, read_regions
+from minidiff.guidance.layout import Box, Layout, Region, box_coverage, make_layout, plain_boxes, read_regions
 from minidiff.model import Model
 from minidiff.networks.attention import mask_name
-from minidiff.resolve import plain_boxes
 
 GRIDS = [(1, 1), (2, 3), (7, 5), (8, 8), (3, 16)]
 BOXES: list[Box] = [
