@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import copy
 import difflib
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields, replace
-from functools import wraps
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .checks import choice, number, numbers, shown, tensor, whole
 from .vocabulary import KEYWORDS, SPACINGS, read_sampler
@@ -42,9 +40,6 @@ BUNDLED = "minidiff/shapes"
 MOST_IMAGES = 10_000  # of one call: their latents alone take 650 MB at 512x512
 _LAST_SEED = 2**64 - 1  # what torch.Generator takes
 _QUIET = ("images_per_prompt", "edits", "attention", "reduce", "output", "progress")  # not written at their default
-P = ParamSpec("P")
-R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,7 +347,7 @@ class Request:
             raise ValueError(f"{where}got {shown(values)}; expected an object with the fields of a request")
         for name in values:
             if name not in FIELDS:
-                raise ValueError(f"{where}{_unknown(str(name))}")
+                raise ValueError(f"{where}{unknown(str(name))}")
         try:
             return cls(**values)  # type: ignore[arg-type]  # each is checked in there
         except ValueError as error:
@@ -360,42 +355,6 @@ class Request:
 
 
 FIELDS = tuple(field.name for field in fields(Request))
-
-
-class Asked(Protocol[P, R_co]):
-    """A function that takes a Request, its fields, or a Request and fields that replace its own."""
-
-    @overload
-    def __call__(self, request: Request, /, **changes: object) -> R_co: ...
-
-    @overload
-    def __call__(self, *args: P.args, **fields: P.kwargs) -> R_co: ...
-
-
-def asked(ask: Callable[P, Request]) -> Callable[[Callable[[Request], R]], Asked[P, R]]:
-    """Give a function of a Request the request's own signature.
-
-    A wrong keyword is a TypeError, which names ours where the word is another program's.
-    """
-
-    def decorate(function: Callable[[Request], R]) -> Asked[P, R]:
-        @wraps(function)
-        def call(*args: Any, **given: Any) -> R:
-            for name in given:
-                if name not in FIELDS:
-                    raise TypeError(f"{function.__name__}(): {_unknown(name)}")
-            if len(args) > 1:
-                raise TypeError(f"{function.__name__}() takes one positional argument, the prompt; got {len(args)}")
-            if args and isinstance(args[0], Request):
-                return function(replace(args[0], **given) if given else args[0])
-            return function(ask(*args, **given))
-
-        signature, result = inspect.signature(ask), inspect.signature(function).return_annotation
-        call.__signature__ = signature.replace(return_annotation=result)  # type: ignore[attr-defined]
-        call.__doc__ = "\n\n".join([function.__doc__ or "", (ask.__doc__ or "").partition("\n\n")[2]])
-        return call
-
-    return decorate
 
 
 def listed(texts: str | Sequence[str]) -> Sequence[str]:
@@ -409,7 +368,8 @@ def _plain_boxes(boxes: Any) -> dict[str, object] | None:
     return None if boxes is None else plain_boxes(read_regions(boxes, lambda phrase: (1,), length=1 << 30))
 
 
-def _unknown(name: str) -> str:
+def unknown(name: str) -> str:
+    """What to say of a keyword that is no field: ours, where it is another program's, or a near one."""
     near, hint = difflib.get_close_matches(name, FIELDS, n=1), KEYWORDS.get(name)
     if hint is not None:
         return f"there is no argument {name!r}; {f'its name here is {hint!r}' if hint in FIELDS else hint}"

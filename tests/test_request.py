@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 import minidiff
-from minidiff.request import FIELDS, Request, asked
+from minidiff.asked import asked
+from minidiff.request import FIELDS, Request
 
 BOX = {"cat": (0.1, 0.1, 0.6, 0.7)}
 WRONG = {

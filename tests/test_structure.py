@@ -16,7 +16,7 @@ FLOORS = [
     {"vocabulary", "networks"},
     {"sampling", "guidance", "recorded", "speed", "draw"},
     {"model"},
-    {"weights", "png", "result", "request"},
+    {"weights", "png", "result", "request", "asked"},
     {"resolve"},
     {"run"},
     {"cli", "__init__"},
