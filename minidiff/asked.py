@@ -1,4 +1,4 @@
-"""asked(Request): functions of a request that take its fields as keywords, with its signature and help."""
+"""asked(Request): let a function of a request take its fields as keywords, with its signature and help."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ R_co = TypeVar("R_co", covariant=True)
 
 
 class Asked(Protocol[P, R_co]):
-    """A function that takes a Request, its fields, or a Request and fields that replace its own."""
+    """A function that takes a Request, its fields, or a Request and replacement fields."""
 
     @overload
     def __call__(self, request: Request, /, **changes: object) -> R_co: ...
@@ -28,7 +28,7 @@ class Asked(Protocol[P, R_co]):
 def asked(ask: Callable[P, Request]) -> Callable[[Callable[[Request], R]], Asked[P, R]]:
     """Give a function of a Request the request's own signature.
 
-    A wrong keyword is a TypeError, which names ours where the word is another program's.
+    A wrong keyword is a TypeError, which suggests our name for another program's.
     """
 
     def decorate(function: Callable[[Request], R]) -> Asked[P, R]:

@@ -1,6 +1,6 @@
-"""Checks of values that come from outside. Each returns the value in one form, or raises a ValueError that names it.
+"""Checks of user input. Each returns the normalised value, or raises a ValueError that names it.
 
-A number is whatever Python converts to one: numpy's and torch's scalars too, but neither booleans nor texts.
+A number is whatever Python converts to one, including numpy's and torch's scalars, but not booleans or strings.
 """
 
 import difflib
@@ -18,7 +18,7 @@ _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 8, 8, 6
 
 
 def shown(value: object) -> str:
-    """A value in one line of at most 120 characters, for a message. Arrays and tensors by shape and dtype."""
+    """A value in one line of at most 120 characters, for messages. Arrays and tensors show shape and dtype."""
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape is not None and dtype is not None:
         if len(shape) == 0 and hasattr(value, "item"):
@@ -26,14 +26,14 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} of shape {list(shape)} and dtype {str(dtype).removeprefix('torch.')}"
     try:
         text = _SHORT.repr(value)
-    except Exception:  # somebody's own __repr__
+    except Exception:  # a foreign __repr__ may raise anything
         text = f"<{type(value).__name__}>"
     text = " ".join(text.split())
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def whole(name: str, value: object, least: float = -math.inf, most: float = math.inf, expected: str = "") -> int:
-    """A whole number from `least` to `most`. expected: what the message asks for; default: the range."""
+    """A whole number from `least` to `most`. expected: for the message; default: the range."""
     try:
         found = None if _is_no_number(value) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -44,10 +44,10 @@ def whole(name: str, value: object, least: float = -math.inf, most: float = math
 
 
 def number(name: str, value: object, least: float = -math.inf, most: float = math.inf, expected: str = "") -> float:
-    """A finite number from `least` to `most`, as whole()."""
+    """A finite number from `least` to `most`; see whole()."""
     try:
         found = math.nan if _is_no_number(value) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
         found = math.nan
     if not (math.isfinite(found) and least <= found <= most):
         raise ValueError(f"{name} is {shown(value)}; expected {expected or f'a number{_range(least, most)}'}")
@@ -55,7 +55,7 @@ def number(name: str, value: object, least: float = -math.inf, most: float = mat
 
 
 def is_number(*values: object) -> bool:
-    """Whether number() takes all of them, whatever the range."""
+    """True where number() accepts all of them."""
     try:
         for value in values:
             number("", value)
@@ -65,7 +65,7 @@ def is_number(*values: object) -> bool:
 
 
 def choice(name: str, value: object, choices: Iterable[str]) -> str:
-    """One of the choices; the message names the one that was probably meant."""
+    """One of the choices; the message suggests the closest one."""
     known = tuple(choices)
     if isinstance(value, str) and value in known:
         return value
@@ -86,7 +86,7 @@ def numbers(name: str, values: Any) -> tuple[float, ...]:
 
 
 def tensor(name: str, value: Any, ndim: int, expected: str) -> None:
-    """A tensor of finite floating-point numbers with so many dimensions, none of them 0."""
+    """Check for a nonempty tensor of finite floating-point numbers with `ndim` dimensions."""
     from torch import Tensor
 
     if not isinstance(value, Tensor) or value.ndim != ndim or 0 in value.shape or not value.is_floating_point():
@@ -96,7 +96,7 @@ def tensor(name: str, value: Any, ndim: int, expected: str) -> None:
 
 
 def warn(text: str) -> None:
-    """A UserWarning that points to the caller's line: the nearest one outside of this package."""
+    """Issue a UserWarning at the caller's line, the nearest outside this package."""
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "minidiff":
         level, frame = level + 1, frame.f_back
@@ -104,7 +104,7 @@ def warn(text: str) -> None:
 
 
 def _is_no_number(value: Any) -> bool:
-    """Of what Python would convert all the same: booleans, texts, complex numbers, arrays of one element."""
+    """True for what Python would convert anyway: booleans, strings, complex numbers, arrays of one element."""
     dtype = str(getattr(value, "dtype", ""))
     if isinstance(value, (bool, str, bytes, bytearray)) or "bool" in dtype or "complex" in dtype:
         return True

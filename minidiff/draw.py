@@ -16,19 +16,18 @@ Heat: TypeAlias = "Tensor | ArrayLike"
 Corners: TypeAlias = tuple[int, int, int, int]  # the leftmost, topmost, rightmost and bottommost pixel
 
 _MARGIN = 6  # pixels
-_SMALLEST = 384  # the shorter edge that a picture is brought to before anything is written on it
-_LARGEST = 4096  # but a long, narrow picture is not made longer than that
+_SMALLEST = 384  # pixels; pictures with a shorter edge are enlarged before drawing
+_LARGEST = 4096  # pixels; enlarged pictures are no longer than this
 _COLOURS = ("#e6194b", "#2a6ff0", "#1a8a3c", "#d9600a", "#7b2cbf", "#00838f", "#d61fc4", "#6d5200")
-# Dark to bright in even steps of lightness, as matplotlib's inferno: control colours, from 0 to 1.
+# Control colours from 0 to 1, in even steps of lightness, like matplotlib's inferno.
 _HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 
 
 def boxes(picture: Picture, layout: Boxes, labels: bool = True) -> Image.Image:
-    """A copy of a picture with the boxes of a layout, as generate() takes it, each object in a colour of its own.
+    """A copy of a picture with the boxes of a layout, as generate() takes it, one colour per object.
 
-    A phrase's mask is drawn by its outline. Small pictures are enlarged, so that the labels can be read; without labels
-    the size stays. A phrase without a place is left out. ValueError for what is no picture, and for what is neither box
-    nor mask.
+    Masks are drawn as outlines. Small pictures are enlarged to keep labels readable; without labels the size stays.
+    Phrases without a box or mask are skipped. ValueError for an invalid picture, box or mask.
     """
     image = to_image(picture)
     whole = _enlarged(image) if labels else image
@@ -43,13 +42,13 @@ def boxes(picture: Picture, layout: Boxes, labels: bool = True) -> Image.Image:
             _rectangle(ImageDraw.Draw(whole), corners, colour, width)
             places.append((corners, region.name, colour))
     taken: list[Corners] = []
-    for corners, name, colour in places if labels else ():  # after all lines, so that none runs through a label
+    for corners, name, colour in places if labels else ():  # after all lines, so that none crosses a label
         taken.append(_label(whole, corners[0], corners[1], name, colour, taken))
     return whole
 
 
 def _pixels(box: Sequence[float], size: tuple[int, int]) -> Corners:
-    """The outermost pixels of a box: at least one, and inside of the picture."""
+    """The outermost pixels of a box: at least one, and inside the picture."""
     x0, y0 = (min(round(edge * pixels), pixels - 1) for edge, pixels in zip(box[:2], size, strict=True))
     x1, y1 = (round(edge * pixels) - 1 for edge, pixels in zip(box[2:], size, strict=True))
     return x0, y0, max(x0, x1), max(y0, y1)
@@ -57,7 +56,7 @@ def _pixels(box: Sequence[float], size: tuple[int, int]) -> Corners:
 
 def _rectangle(pen: ImageDraw.ImageDraw, corners: Corners, colour: str, width: int) -> None:
     x0, y0, x1, y1 = corners
-    if width > 1:  # a blue box is to be seen on a blue square
+    if width > 1:  # to show a blue box on a blue square
         pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="white", width=width + 2)
     pen.rectangle(corners, outline=colour, width=width)
 
@@ -101,11 +100,11 @@ def _label(whole: Image.Image, x: int, y: int, text: str, colour: str, taken: Se
 
 
 def heatmap(picture: Picture, heat: Heat, caption: str = "", vmax: float | None = None) -> Image.Image:
-    """A map [h,w] laid over a picture: grey where it is 0, bright at `vmax` and above, with a bar that names both.
+    """A map [h,w] over a picture: grey at 0, bright at `vmax` and above, with a labelled colour bar.
 
-    heat: not negative, such as `result.attention["ball"][0]`. vmax: its own largest value, unless given: maps are
-    comparable where they share one. Small pictures are enlarged, as for boxes(). ValueError for another shape, values
-    that are negative or not finite, and a vmax that is not above 0.
+    heat: nonnegative, such as `result.attention["ball"][0]`. vmax: default: the map's maximum; maps that share one are
+    comparable. Small pictures are enlarged, as in boxes(). ValueError for other shapes, values that are negative or not
+    finite, and vmax <= 0.
     """
     values = _heat(heat)
     top = max(float(values.max()), 1e-30) if vmax is None else number("vmax", vmax, 1e-30, expected="a number above 0")
@@ -122,9 +121,9 @@ def heatmap(picture: Picture, heat: Heat, caption: str = "", vmax: float | None 
 
 
 def heatmaps(picture: Picture, maps: Mapping[str, Heat], vmax: float | None = None, columns: int = 4) -> Image.Image:
-    """A sheet of heat maps over one picture, each under its caption, all on one scale.
+    """A sheet of captioned heat maps over one picture, all on one scale.
 
-    vmax: the largest value of all maps, unless given.
+    vmax: default: the maximum of all maps.
     """
     largest = max((float(_heat(heat).max()) for heat in maps.values()), default=0.0)
     top = (largest or None) if vmax is None else vmax
@@ -150,7 +149,7 @@ def _colours(share: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _bar(whole: Image.Image, top: float) -> None:
-    """The colours from 0 to `top`, with both numbers, at the lower right."""
+    """Draw a colour bar from 0 to `top`, labelled, at the lower right."""
     width, height = whole.width // 4, max(6, min(whole.size) // 40)
     font = ImageFont.load_default(size=_font_size(whole))
     names = [(text, round(font.getlength(text))) for text in ("0", f"{top:.2g}")]
@@ -166,7 +165,7 @@ def _bar(whole: Image.Image, top: float) -> None:
 
 
 def to_image(picture: Picture) -> Image.Image:
-    """A copy in RGB of a PIL image, an array [H,W,3] or a tensor [3,H,W]: whole numbers to 255, or floats in [0,1]."""
+    """An RGB copy of a PIL image, an array [H,W,3] or a tensor [3,H,W]: uint8, or floats in [0,1]."""
     if isinstance(picture, Image.Image):
         return picture.convert("RGB").copy()
     found = to_array("the picture", picture) if isinstance(picture, Tensor | np.ndarray) else np.zeros(0)
@@ -178,13 +177,13 @@ def to_image(picture: Picture) -> Image.Image:
             f"the picture is {shown(picture)}; expected one PIL image, array [H,W,3] or tensor [3,H,W], of uint8 or of "
             "floats in [0,1], such as result.images[0]"
         )
-    if floats:  # a little beyond [0,1] is clipped, since it would wrap round to black
+    if floats:  # clip values slightly outside [0,1], which would wrap around
         pixels = (np.nan_to_num(pixels).clip(0, 1) * 255).round()
     return Image.fromarray(pixels.astype(np.uint8))
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    """Brought to a shorter edge of at least `_SMALLEST`, by a whole factor so that pixels stay square."""
+    """Enlarged to a shorter edge of at least `_SMALLEST`, by a whole factor so that pixels stay square."""
     factor = max(1, min(-(-_SMALLEST // min(image.size)), _LARGEST // max(image.size)))
     size = (image.width * factor, image.height * factor)
     return image.resize(size, Image.Resampling.BICUBIC) if factor > 1 else image
@@ -197,7 +196,7 @@ def _font_size(image: Image.Image) -> int:
 def sheet(pictures: Sequence[Picture], captions: Sequence[str] = (), columns: int = 4) -> Image.Image:
     """A contact sheet: pictures of one size in rows of `columns`, each with its caption below.
 
-    captions: none, or one per picture; a long one is broken over lines, in letters that grow with the pictures.
+    captions: none, or one per picture; long ones wrap, and the font scales with the pictures.
     ValueError for other counts and mixed sizes.
     """
     columns, images = whole_number("columns", columns, 1), [to_image(picture) for picture in pictures]
@@ -205,7 +204,7 @@ def sheet(pictures: Sequence[Picture], captions: Sequence[str] = (), columns: in
         sizes = sorted({image.size for image in images})
         raise ValueError(f"images have sizes {sizes}; expected at least one image, all of one size")
     if captions and len(captions) != len(images):
-        raise ValueError(f"got {len(captions)} captions for {len(images)} images; expected one for each, or none")
+        raise ValueError(f"got {len(captions)} captions for {len(images)} images; expected one per image, or none")
     width, height = images[0].size
     size = _font_size(images[0])
     font, line = ImageFont.load_default(size=size), round(1.3 * size)
@@ -224,7 +223,7 @@ def sheet(pictures: Sequence[Picture], captions: Sequence[str] = (), columns: in
 
 
 def _broken(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """The text in lines of at most `width` pixels; a single word may be wider."""
+    """The text wrapped to lines of at most `width` pixels, except for single long words."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

@@ -1,4 +1,4 @@
-"""Attention maps of a whole run: kept over its steps, and read by phrase."""
+"""Attention maps of a whole run: combined over steps, and read by phrase."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
     from .networks.text import Phrases
 
 Reduce: TypeAlias = "Callable[[Maps | None, Maps, int], Maps]"
-"""How maps are kept over steps: (what is kept so far or None, the maps of step n, n) -> what is kept."""
+"""How to combine maps over steps: (the result so far or None, the maps of step n, n) -> the new result."""
 
 
 def MEAN(kept: Maps | None, maps: Maps, n: int) -> Maps:
-    """The mean over steps: one map per site, however long the run."""
+    """The mean over steps: one map per site."""
     if kept is None:
         return maps
     return {site: kept[site] + (found - kept[site]) / (n + 1) for site, found in maps.items()}
 
 
 def LAST(kept: Maps | None, maps: Maps, n: int) -> Maps:
-    """The last step's: one map per site, however long the run."""
+    """The last step only: one map per site."""
     return maps
 
 
 def PER_STEP(kept: Maps | None, maps: Maps, n: int) -> Maps:
-    """Every step's, [S,...]: grows with the run, so it is kept on the CPU."""
+    """Every step, [S,...]: grows with the run, so it is kept on the CPU."""
     new = {site: found.cpu()[None] for site, found in maps.items()}
     return new if kept is None else {site: torch.cat([kept[site], found]) for site, found in new.items()}
 
 
 class SiteMaps(dict["Site", Tensor]):
-    """What was kept of each site; a site's name ("up.1.0.cross") finds it too."""
+    """The maps kept per site, also by its name ("up.1.0.cross")."""
 
     def __contains__(self, key: object) -> bool:
         return super().__contains__(key) or any(site.name == key for site in self)
@@ -49,16 +49,16 @@ class SiteMaps(dict["Site", Tensor]):
         named = {site.name: kept for site, kept in self.items()}
         if key in named:
             return named[str(key)]
-        raise KeyError(f"{key} was not recorded; what was: {', '.join(named) or 'nothing'}")
+        raise KeyError(f"{key} was not recorded; recorded sites: {', '.join(named) or 'nothing'}")
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """The maps of a run's images: `attention["ball"]` is [B,h,w], the probability that a pixel looks at the phrase.
+    """The maps of a run's images: `attention["ball"]` is [B,h,w], the probability that a pixel attends to the phrase.
 
-    maps: what was kept of each site, on the CPU, as its kind of keep and the reduction over steps have it.
-    kinds: the kind of keep of each site. text, prompts: how to find a phrase in the prompt of each image (the negative
-    one where the unconditional rows were recorded); prompts None where there was none.
+    maps: what was kept per site, on the CPU, in the shape of its Keep and the reduction over steps.
+    kinds: the Keep of each site. text, prompts: to find phrases in each image's prompt (the negative one if the
+    unconditional rows were recorded); prompts is None if there was none.
     """
 
     maps: SiteMaps
@@ -69,14 +69,14 @@ class Attention:
     per_step: bool = False
 
     def __getitem__(self, phrase: str) -> Tensor:
-        """[B,h,w], or [B,S,h,w] where each step is kept. ValueError where an image's prompt has not the phrase."""
+        """[B,h,w], or [B,S,h,w] if each step is kept. ValueError if an image's prompt lacks the phrase."""
         if self.prompts is not None and len(set(self.prompts)) > 1:
             for image in range(self.images):
                 try:
                     self._tokens(image, phrase, None)
                 except ValueError as error:
                     raise ValueError(
-                        f"image {image}: {error} (one image's map is attention.of(image, phrase))"
+                        f"image {image}: {error} (use attention.of(image, phrase) for one image's map)"
                     ) from error
         return torch.stack([self.of(image, phrase) for image in range(self.images)])
 
@@ -84,15 +84,15 @@ class Attention:
         """One image's map of a phrase, [h,w] (or [S,h,w]): the mean over its tokens, heads, and the cross-attention
         sites on `grid`.
 
-        grid: (h, w); default: the finest that was recorded. Grids are not mixed. occurrence: which, where the prompt
-        has the phrase several times (0 is the first); default: the mean over all of them.
+        grid: (h, w); default: the finest recorded. Grids are not mixed. occurrence: which one, if the prompt has the
+        phrase several times (0 is the first); default: the mean over all.
         """
         tokens = list(self._tokens(image, phrase, occurrence))
         found = self._on_grid(image, "cross", grid)
         return torch.stack([kept[..., tokens].mean(dim=-1) for kept in found]).mean(dim=0)
 
     def alone(self, image: int) -> Attention:
-        """The maps of one image. What a recorder of one's own kept in another shape stays whole."""
+        """The maps of one image. Maps of other shapes, from a custom Keep, stay whole."""
         steps = int(self.per_step)
         own = {
             site: kept.narrow(steps, image, 1) if kept.ndim > steps and kept.shape[steps] == self.images else kept
@@ -102,8 +102,8 @@ class Attention:
         return replace(self, maps=SiteMaps(own), images=1, prompts=prompts)
 
     def from_pixel(self, image: int, x: float, y: float, grid: Grid | None = None) -> Tensor:
-        """Where the pixel at (x, y) in [0,1] looks in the picture, [h,w] (or [S,h,w]): the mean over heads and the
-        self-attention sites on `grid`; it sums to one.
+        """What the pixel at (x, y) in [0,1] attends to, [h,w] (or [S,h,w]), summing to one: the mean over heads and the
+        self-attention sites on `grid`.
         """
         x, y, image = number("x", x, 0, 1), number("y", y, 0, 1), whole("image", image, 0, self.images - 1)
         maps = []
@@ -119,14 +119,14 @@ class Attention:
         if named is not None:
             return tuple(whole("tokens", int(token), 0, self.text.length - 1) for token in named[1].split(","))
         if self.prompts is None:
-            raise ValueError(f'there is no prompt to find {shown(phrase)} in; expected positions such as "tokens:2,3"')
+            raise ValueError(f'there is no prompt to find {shown(phrase)} in; expected e.g. "tokens:2,3"')
         prompt = self.prompts[image]
         if occurrence is None:
             return self.text.all_spans(prompt, phrase)
         return self.text.spans(prompt, phrase, whole("occurrence", occurrence, 0))
 
     def _on_grid(self, image: int, kind: str, grid: Grid | None) -> list[Tensor]:
-        """Head means [(S,)h,w,L] of an image, of one kind of site, all on one grid."""
+        """Head means [(S,)h,w,L] of an image, for the sites of one kind on one grid."""
         steps = int(self.per_step)
         grids: dict[Grid, list[Tensor]] = {}
         sites = [site for site in self.maps if site.kind == kind]
@@ -139,8 +139,8 @@ class Attention:
             if heads is None or kept.ndim != 4 + steps + heads or kept.shape[steps] != self.images:
                 raise ValueError(
                     f"the maps of {site} are {list(kept.shape)}, kept as {self.kinds[site]}; expected those of "
-                    "minidiff.ALL or minidiff.HEAD_MEAN for one half of the batch, which say how much each pixel looks "
-                    "at each token. What was kept is in attention.maps"
+                    "minidiff.ALL or minidiff.HEAD_MEAN for one half of the batch, the attention of each pixel "
+                    "to each token. The kept maps are in attention.maps"
                 )
             own = kept.select(steps, image)
             own = own.mean(dim=steps) if heads else own

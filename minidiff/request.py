@@ -1,7 +1,7 @@
-"""Request: all that one call can ask, as one frozen value, which is also JSON.
+"""Request: everything that one call can ask for, as a frozen value that can be written as JSON.
 
-Everything that can be judged without a model is checked when the value is made, so that a wrong argument never waits
-for a load or a download. This module imports no other room until a field needs it.
+Whatever can be checked without a model is checked on construction, so a wrong argument never waits for a load or a
+download. Modules of other packages are imported only when a field needs them.
 """
 
 from __future__ import annotations
@@ -37,46 +37,46 @@ OUTPUTS = ("pil", "numpy", "tensor", "latents")
 REDUCTIONS = ("mean", "last", "per_step")
 BUNDLED = "minidiff/shapes"
 """The name of the model that ships inside the package."""
-MOST_IMAGES = 10_000  # of one call: their latents alone take 650 MB at 512x512
-_LAST_SEED = 2**64 - 1  # what torch.Generator takes
-_QUIET = ("images_per_prompt", "edits", "attention", "reduce", "output", "progress")  # not written at their default
+MOST_IMAGES = 10_000  # per call: the latents alone take 650 MB at 512x512
+_LAST_SEED = 2**64 - 1  # the largest that torch.Generator takes
+_QUIET = ("images_per_prompt", "edits", "attention", "reduce", "output", "progress")  # omitted at their default
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What to make. Only `prompt` (or `context`) is needed; a field left at None is the model's choice.
+    """What to make. Only `prompt` (or `context`) is required; None leaves a field to the model.
 
-    prompt: one text or a list; or None with `context`, the encoded texts [P,L,D].
-    model: a Model from `minidiff.load`, or what load takes (a hub id, a folder or a .safetensors file), which is then
-        loaded for this call alone. Default: the bundled model of coloured shapes, which needs no download.
-    negative_prompt: one text for all prompts or a list with one for each; or `negative_context` [P,L,D].
-    width, height: pixels, multiples of the autoencoder's factor (8 in SD 1.5); default: what the UNet was trained on.
-    steps: of the sampler; or `timesteps` (descending, 0 to 999), or `sigmas` (descending to 0, one more than steps).
+    prompt: one text or a list; or None with `context`, encoded texts [P,L,D].
+    model: a Model from `minidiff.load`, or a hub id, folder or .safetensors file, loaded for this call only. Default:
+        the bundled model of coloured shapes, which needs no download.
+    negative_prompt: one text for all prompts, or one per prompt; or `negative_context` [P,L,D].
+    width, height: in pixels, multiples of the autoencoder's factor (8 in SD 1.5); default: the UNet's training size.
+    steps: sampling steps; or `timesteps` (descending, 0 to 999) or `sigmas` (descending to 0, one more than steps).
     guidance_scale: w in eps_uncond + w * (eps_cond - eps_uncond) (Ho and Salimans 2022, eq. 6), at least 1; 1 runs the
-        conditional half alone.
-    guidance_rescale: in [0,1], how far the guided prediction is rescaled to the standard deviation of the conditional
+        conditional half only.
+    guidance_rescale: in [0,1], how far to rescale the guided prediction to the standard deviation of the conditional
         one (Lin et al. 2023, eq. 15-16).
-    clip_skip: skip the last n layers of the text encoder, in diffusers' counting (A1111's number is one more).
-    sampler: its name ("ddim", "pndm", "euler", "euler_ancestral", "lms", "dpmpp_2m"; A1111's and diffusers' names are
-        understood), or a sampler object. With a name, `karras` takes the noise levels of Karras et al. 2022, `spacing`
+    clip_skip: skip the last n layers of the text encoder, counted as in diffusers (A1111's number minus one).
+    sampler: its name ("ddim", "pndm", "euler", "euler_ancestral", "lms", "dpmpp_2m"; A1111's and diffusers' names work
+        too), or a sampler object. With a name, `karras` selects the noise levels of Karras et al. 2022, `spacing`
         ("leading", "linspace", "trailing") places the timesteps, and `eta` in [0,1] adds DDIM's fresh noise.
-    seed: of the first image, from which the next ones count on; or one per image. None draws one; the result names it.
-    images_per_prompt: the images of one prompt follow each other. Image i of a batch agrees, within 1/255 in float32,
-        with image i made alone from its own seed.
-    latents: start from these instead of noise: [images,4,h,w] of unit variance.
-    boxes: where things shall be: {phrase of the prompt: (x0, y0, x1, y1) in [0,1], from the left and the top}; one
-        mapping for all prompts, or a list with one (or None) for each. A phrase may have several boxes, a mask ([H,W]
-        or an image), or {"boxes": ..., "weight": 2.0}; token positions may stand for the phrase.
-    guidance: how boxes are followed: a Guidance, an objective, the name of a published one ("layout",
-        "attend_and_excite", "boxdiff", "refocusing", "rnb"), or "none" (for edits that follow boxes by themselves).
-    edits: changes of the attention, one or a sequence. inputs: tensors that edits and recorders of your own read.
-    attention: keep the attention maps, for the result's `attention["phrase"]`: True, or a Record of your own.
-    reduce: of maps over steps: "mean", "last", "per_step", or a function such as minidiff.MEAN.
+    seed: of the first image, counting up for the rest; or one per image. None draws one, which the result reports.
+    images_per_prompt: images of the same prompt are adjacent. Image i of a batch equals, within 1/255 in float32, the
+        image made alone from its seed.
+    latents: initial latents instead of noise, [images,4,h,w] of unit variance.
+    boxes: where to place things: {phrase of the prompt: (x0, y0, x1, y1)}, from the left and top in [0,1]; one mapping
+        for all prompts, or a list with one (or None) per prompt. A phrase may have several boxes, a mask ([H,W] or an
+        image), or {"boxes": ..., "weight": 2.0}; token positions may replace the phrase.
+    guidance: how to follow boxes: a Guidance, an objective, the name of a published one ("layout",
+        "attend_and_excite", "boxdiff", "refocusing", "rnb"), or "none" (for edits that follow boxes themselves).
+    edits: one or several changes to the attention. inputs: tensors that your own edits and recorders read.
+    attention: keep attention maps for the result's `attention["phrase"]`: True, or your own Record.
+    reduce: how to combine maps over steps: "mean", "last", "per_step", or a function such as minidiff.MEAN.
     output: "pil" images, "numpy" [B,H,W,3] or "tensor" [B,3,H,W] in [0,1], or "latents" (not decoded).
     progress: show a progress bar on stderr.
 
-    Noise is drawn on the CPU in float32, so a seed means the same image on every device. Raises ValueError for a value
-    that does not fit, by the field's name.
+    Noise is drawn on the CPU in float32, so a seed gives the same image on every device. Raises ValueError naming the
+    field for an invalid value.
     """
 
     prompt: str | Sequence[str] | None = None
@@ -114,7 +114,7 @@ class Request:
             value = getattr(self, field.name)
             if isinstance(value, Mapping) and value.keys() & {"tensor", "object"} and field.name != "inputs":
                 raise ValueError(
-                    f"{field.name} is {shown(value)}, which only names what a file could not hold; pass your own"
+                    f"{field.name} is {shown(value)}, a placeholder for what a file could not hold; pass your own"
                 )
         self._check_texts()
         self._check_numbers()
@@ -122,15 +122,15 @@ class Request:
         self._check_values()
 
     def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # while it is made: a frozen value takes its fields in one form
+        object.__setattr__(self, name, value)  # only on construction, to normalise fields of a frozen value
 
-    # ---- checks, in the order in which the fields stand
+    # ---- checks, in the order of the fields
 
     def _check_texts(self) -> None:
         if (self.prompt is None) == (self.context is None):
             raise ValueError(
                 f"got {'neither prompt nor' if self.prompt is None else 'both prompt and'} context; expected one of "
-                'them, such as prompt="a red circle"'
+                'them, e.g. prompt="a red circle"'
             )
         if self.negative_prompt is not None and self.negative_context is not None:
             raise ValueError("got both negative_prompt and negative_context; expected one of them")
@@ -144,7 +144,7 @@ class Request:
         if negatives not in (1, self.prompts):
             raise ValueError(
                 f"negative_prompt holds {negatives} texts for {self.prompts} prompts; expected one for all, or one "
-                "for each"
+                "per prompt"
             )
         self._set("images_per_prompt", whole("images_per_prompt", self.images_per_prompt, 1))
         if self.images > MOST_IMAGES:
@@ -165,11 +165,10 @@ class Request:
         for name, values, more in (("timesteps", self.timesteps, 0), ("sigmas", self.sigmas, 1)):
             if values is not None and self.steps not in (None, len(values) - more):
                 raise ValueError(
-                    f"steps is {self.steps} but {name} make {len(values) - more} steps; leave steps out, or make them "
-                    "agree"
+                    f"steps is {self.steps} but {name} make {len(values) - more} steps; omit steps, or make them agree"
                 )
         if self.guidance_scale is not None:
-            # diffusers takes less for 1; read as a formula, less would push the image away from the prompt
+            # diffusers treats less as 1; by the formula, less would push the image away from the prompt
             expected = "a number of at least 1 (1 turns guidance off, 7.5 is usual)"
             self._set("guidance_scale", number("guidance_scale", self.guidance_scale, 1, expected=expected))
         for name in ("guidance_rescale", "eta"):
@@ -193,11 +192,11 @@ class Request:
             )
 
     def _check_values(self) -> None:
-        """Fields that hold values of other rooms. A room is imported only where its field is used."""
+        """Fields that hold types of other modules, each imported only when its field is used."""
         if self.latents is not None:
             tensor("latents", self.latents, 4, "[images,4,h,w] of unit variance")
             if len(self.latents) != self.images:
-                raise ValueError(f"latents hold {len(self.latents)} for {self.images} images; expected one for each")
+                raise ValueError(f"latents hold {len(self.latents)} for {self.images} images; expected one per image")
         if self.boxes is not None:
             from .guidance.layout import read_regions
 
@@ -229,7 +228,7 @@ class Request:
         if not any(self.layouts):
             raise ValueError(
                 f"guidance is {shown(self.guidance)} but there are no boxes to follow; expected "
-                'boxes={"phrase": (x0, y0, x1, y1)} beside it, or {"phrase": None} for an objective that needs no place'
+                'boxes={"phrase": (x0, y0, x1, y1)} too, or {"phrase": None} for an objective that needs no position'
             )
 
     def _check_attention(self) -> None:
@@ -244,14 +243,14 @@ class Request:
         if not isinstance(self.attention, bool | Record):
             raise ValueError(f"attention is {shown(self.attention)}; expected True, False or a minidiff.Record")
         if isinstance(self.attention, Record) and self.attention.stop:
-            raise ValueError("attention has stop=True, which ends the forward pass before it has a prediction")
+            raise ValueError("attention has stop=True, which ends the forward pass before it makes a prediction")
         if self.inputs is not None and (
             not isinstance(self.inputs, Mapping)
             or not all(isinstance(name, str) and isinstance(one, Tensor) for name, one in self.inputs.items())
         ):
             raise ValueError(f"inputs is {shown(self.inputs)}; expected a mapping of names to tensors")
 
-    # ---- what the fields come to
+    # ---- derived values
 
     @property
     def prompts(self) -> int:
@@ -272,13 +271,13 @@ class Request:
         found: Any = self.boxes if isinstance(self.boxes, list | tuple) else [self.boxes] * self.prompts
         if len(found) != self.prompts:
             raise ValueError(
-                f"boxes holds {len(found)} layouts for {self.prompts} prompts; expected one for all, or one for each"
+                f"boxes holds {len(found)} layouts for {self.prompts} prompts; expected one for all, or one per prompt"
             )
         layouts: Sequence[Boxes | None] = found
         return layouts
 
     def filled(self, values: Mapping[str, object]) -> Request:
-        """A copy with fields known to be right, which are not checked again."""
+        """A copy with some fields replaced by known-valid values, which are not checked again."""
         found = copy.copy(self)
         for name, value in values.items():
             found._set(name, value)
@@ -311,9 +310,9 @@ class Request:
     # ---- as JSON
 
     def plain(self) -> dict[str, Plain]:
-        """The same as JSON holds it, by field; fields at None are left out.
+        """The fields as JSON values, without those at None.
 
-        What JSON cannot hold (a tensor, a function) becomes a note of what it was, which `from_plain` refuses by name.
+        What JSON cannot hold (a tensor, a function) becomes a description, which `from_plain` rejects by name.
         """
         from .png.chunk import plain
 
@@ -332,16 +331,16 @@ class Request:
         if self.sampler is not None and not isinstance(self.sampler, str):
             from .sampling import sampler_fields
 
-            named = sampler_fields(self.sampler)  # by its name, where one gives it
+            named = sampler_fields(self.sampler)  # by name where possible
             found |= {name: value for name, value in named.items() if value is not None}
         model = found.pop("model")
         written = plain(found)
         assert isinstance(written, dict)
-        return {**written, "model": str(model)}  # as it stands: plain takes the folders off a path
+        return {**written, "model": str(model)}  # unchanged: plain() strips folders from a path
 
     @classmethod
     def from_plain(cls, values: Mapping[str, object], origin: str = "") -> Request:
-        """The request that `plain` wrote. ValueError, which begins with `origin`, for what is no field or not right."""
+        """The request that `plain` wrote. ValueError, prefixed with `origin`, for unknown or invalid fields."""
         where = f"{origin}: " if origin else ""
         if not isinstance(values, Mapping):
             raise ValueError(f"{where}got {shown(values)}; expected an object with the fields of a request")
@@ -369,7 +368,7 @@ def _plain_boxes(boxes: Any) -> dict[str, object] | None:
 
 
 def unknown(name: str) -> str:
-    """What to say of a keyword that is no field: ours, where it is another program's, or a near one."""
+    """The message for an unknown keyword, with our name for another program's, or the closest match."""
     near, hint = difflib.get_close_matches(name, FIELDS, n=1), KEYWORDS.get(name)
     if hint is not None:
         return f"there is no argument {name!r}; {f'its name here is {hint!r}' if hint in FIELDS else hint}"
@@ -391,13 +390,13 @@ def _seeds(seed: Any, count: int) -> int | tuple[int, ...]:
     several = hasattr(seed, "__len__") and not isinstance(seed, str | bytes | Mapping) and getattr(seed, "ndim", 1) == 1
     if several and len(seed) != count:
         raise ValueError(
-            f"seed holds {len(seed)} numbers for {count} images; expected one for each, or one to count on from"
+            f"seed holds {len(seed)} numbers for {count} images; expected one per image, or one to count up from"
         )
     seeds = tuple(seed) if several else (seed,)
     found = tuple(whole("seed", one, expected="a whole number, a list of them, or None to draw one") for one in seeds)
     last = _LAST_SEED if several else _LAST_SEED - count + 1
     for one in found:
         if not 0 <= one <= last:
-            hint = "; leave seed out (None) to draw one" if one == -1 else ""
+            hint = "; omit seed (None) to draw one" if one == -1 else ""
             raise ValueError(f"seed is {shown(one)}; expected 0 to {last}{hint}")
     return found if several else found[0]

@@ -1,5 +1,4 @@
-"""A request and the model that answers it: what the request leaves open is filled in, and what only a model can judge
-is checked. Nothing is sampled here."""
+"""Fill in a request's defaults from the model and check what needs a model. Nothing is sampled here."""
 
 from __future__ import annotations
 
@@ -20,13 +19,13 @@ from .networks.sites import Position, Site
 from .request import Request, listed
 from .sampling import Sampler, choose_sampler, sampler_fields
 
-# what A1111 reads as a weight, a network or a break; here a prompt is plain text
+# A1111's syntax for weights, networks and breaks; here a prompt is plain text
 _MARKS = re.compile(r"\([^()]+:\s*[\d.]+\)|<(?:lora|lyco|hypernet):[^>]*>|\bBREAK\b")
 
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """The P prompts of a request, or their contexts [P,L,D]; each makes `repeats` images, which follow each other."""
+    """The P prompts of a request, or their contexts [P,L,D]; each makes `repeats` adjacent images."""
 
     prompts: tuple[str, ...] | None
     negatives: tuple[str, ...]
@@ -36,7 +35,7 @@ class Texts:
 
     @classmethod
     def of(cls, request: Request, model: Model) -> Texts:
-        """One text or context per prompt, and a negative one for each ("" where none is given)."""
+        """One text or context per prompt, each with a negative one ("" by default)."""
         width = model.unet.config.cross_attention_dim
         for name, context, count in (
             ("context", request.context, request.prompts),
@@ -52,8 +51,8 @@ class Texts:
         marked = next((text for text in (*(prompts or ()), *negatives) if _MARKS.search(text)), None)
         if marked is not None and model.text.words is None:
             warn(
-                f"{_MARKS.search(marked)[0]!r} in the prompt is A1111's syntax, which is not interpreted: the model "  # type: ignore[index]
-                "reads the marks as text"
+                f"{_MARKS.search(marked)[0]!r} in the prompt is A1111 syntax, which is not interpreted: the model "  # type: ignore[index]
+                "reads it as plain text"
             )
         every = negatives * (request.prompts // len(negatives))
         return cls(prompts, every, request.context, request.negative_context, request.images_per_prompt)
@@ -65,19 +64,19 @@ class Texts:
 
     @property
     def any_negative(self) -> bool:
-        """Whether the caller asked to keep something out of an image."""
+        """True where the caller gave any negative prompt or context."""
         return self.negative_context is not None or any(self.negatives)
 
     @torch.no_grad()
     def encode(self, model: Model, clip_skip: int | None, negative: bool) -> Tensor:
-        """[B,L,D], or [uncond, cond] [2B,L,D] with `negative`. A text that stands several times is encoded once."""
+        """[B,L,D], or [uncond, cond] [2B,L,D] with `negative`. Repeated texts are encoded once."""
         cond = self._encoded(model, self.prompts, self.context, clip_skip)
         if not negative:
             return cond
         uncond = self._encoded(model, self.negatives, self.negative_context, clip_skip)
         if uncond.shape[1] != cond.shape[1]:
             raise ValueError(
-                f"context holds {cond.shape[1]} tokens and the negative one {uncond.shape[1]}; expected as many. "
+                f"context holds {cond.shape[1]} tokens and the negative one {uncond.shape[1]}; expected equal lengths. "
                 "Pass both context and negative_context"
             )
         return torch.cat([uncond, cond])
@@ -86,13 +85,13 @@ class Texts:
         self, model: Model, texts: tuple[str, ...] | None, context: Tensor | None, clip_skip: int | None
     ) -> Tensor:
         if context is None:
-            assert texts is not None  # a request has either
+            assert texts is not None  # a request has one of the two
             unique = list(dict.fromkeys(texts))
             context = model.text.encode(unique, clip_skip)[[unique.index(text) for text in texts]]
         return context.to(model.device, model.dtype).repeat_interleave(self.repeats, dim=0)
 
     def regions(self, request: Request, model: Model) -> tuple[tuple[Region, ...], ...]:
-        """Each image's regions, with their phrases found in its prompt."""
+        """Each image's regions, with the tokens of their phrases."""
         found = []
         for i, boxes in enumerate(request.layouts):
             prompt = None if self.prompts is None else self.prompts[i]
@@ -109,16 +108,16 @@ class Texts:
     def layout(
         self, model: Model, regions: Sequence[Sequence[Region]], length: int, there: Mapping[Site, Position]
     ) -> Layout:
-        """The regions of a batch on every grid that the UNet has. length: L of the contexts."""
+        """The regions of a batch on every grid of the UNet. length: L of the contexts."""
         if self.prompts is None:
-            tokens = [length - 1] * self.images  # all but the start marker: which are the prompt's own is not known
+            tokens = [length - 1] * self.images  # all but the start marker: the prompt's length is unknown
         else:
             tokens = [model.text.num_tokens(prompt) for prompt in self.prompts for _ in range(self.repeats)]
         return make_layout(regions, tokens, length, {at.grid for at in there.values()}, model.device)
 
 
 def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance | None]:
-    """The request with every choice that it leaves to the model made; its sampler, and how it is guided.
+    """The request with its defaults filled in, its sampler, and its guidance.
 
     ValueError for what does not fit this model.
     """
@@ -144,16 +143,16 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
 
 
 def _seeds(request: Request) -> tuple[int, ...]:
-    """One for each image: as given, counted on from the first, or drawn."""
+    """One per image: as given, counted up from the first, or drawn."""
     if isinstance(request.seed, tuple):
         return request.seed
-    assert not isinstance(request.seed, Sequence)  # Request makes a tuple of it
+    assert not isinstance(request.seed, Sequence)  # Request makes it a tuple
     first = random.SystemRandom().randrange(2**32) if request.seed is None else request.seed
     return tuple(range(first, first + request.images))
 
 
 def _size(request: Request, model: Model) -> tuple[int, int]:
-    """(width, height) in pixels. Given latents decide; otherwise the size that the UNet was trained on."""
+    """(width, height) in pixels; default: that of the latents given, else the UNet's training size."""
     factor = model.vae.config.factor
     width = height = model.unet.config.sample_size * factor
     if request.latents is not None:
@@ -166,7 +165,7 @@ def _size(request: Request, model: Model) -> tuple[int, int]:
 
 
 def _check_memory(model: Model, width: int, height: int, images: int) -> None:
-    """ValueError where even the largest single tensor of a step, or of decoding, cannot be had."""
+    """ValueError if even the largest single tensor of a step or of decoding does not fit."""
     cells = width * height // model.vae.config.factor**2
     step = 2 * images * cells * model.unet.config.block_out_channels[0] * model.dtype.itemsize
     need = max(step, width * height * model.vae.config.block_out_channels[0] * model.dtype.itemsize)
@@ -184,7 +183,7 @@ def _check_memory(model: Model, width: int, height: int, images: int) -> None:
 
 
 def check_latents(request: Request, shape: tuple[int, int, int]) -> Tensor:
-    """The latents given, in float32 on the CPU. ValueError where they are not [images, *shape]."""
+    """The latents given, in float32 on the CPU. ValueError unless they are [images, *shape]."""
     assert request.latents is not None
     if tuple(request.latents.shape) != (request.images, *shape):
         raise ValueError(
@@ -195,10 +194,10 @@ def check_latents(request: Request, shape: tuple[int, int, int]) -> Tensor:
 
 
 def check_places(how: Guidance, regions: Sequence[Sequence[Region]]) -> None:
-    """ValueError where guidance needs a place that a phrase has not."""
+    """ValueError if guidance needs boxes and a phrase has none."""
     for region in (region for some in regions for region in some):
         if how.objective.needs_boxes and region.mask is None and not region.boxes:
             raise ValueError(
-                f"boxes[{region.name!r}] has no place, and guidance follows boxes; expected one, or an objective that "
+                f"boxes[{region.name!r}] has no box or mask, which guidance needs; give one, or use an objective that "
                 'needs none, such as guidance="attend_and_excite"'
             )

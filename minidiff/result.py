@@ -1,7 +1,7 @@
-"""What generate() returns: images, their seeds, maps and reports, and how they are saved.
+"""What generate() returns: images, seeds, attention maps and reports, and how to save them.
 
-A saved PNG holds two text chunks: `parameters`, the text that A1111 writes and most programs read (png/infotext.py),
-and `minidiff`, which holds generate()'s arguments exactly (png/chunk.py).
+A saved PNG has two text chunks: `parameters`, in A1111's format, which most programs read (png/infotext.py), and
+`minidiff`, with the exact arguments of generate() (png/chunk.py).
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ Images: TypeAlias = "list[Image.Image] | NDArray[np.float32] | Tensor"
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The images of one generate() call and what is needed to make each of them again. A notebook shows them.
+    """The images of one generate() call and what is needed to reproduce each. Notebooks display them.
 
     `images` follows generate's `output`: "pil" a list, "numpy" [B,H,W,3] float32 in [0,1], "tensor" [B,3,H,W] in [0,1],
-    "latents" [B,4,h,w]. `latents` [B,4,h,w] float32 on the CPU are the last step's, whatever the output.
-    `parameters[i]` are the arguments of generate() that make image i alone, as plain() writes them; `info` is what is
-    true of the run and no argument: {"versions": {"minidiff": "0.1.0", ...}, "model": {"kind", "name", "sha256"}, ...}.
-    `timings` are seconds by phase. `attention` are the maps that were asked for, `reports` what guidance did to each
-    image where there were boxes. ValueError when the counts differ.
+    "latents" [B,4,h,w]. `latents` [B,4,h,w] float32 on the CPU are the last step's, for any output.
+    `parameters[i]` are the arguments of generate() that make image i alone, as plain() writes them; `info` holds facts
+    that are not arguments: {"versions": {"minidiff": "0.1.0", ...}, "model": {"kind", "name", "sha256"}, ...}.
+    `timings` are seconds per phase. `attention` holds the requested maps, `reports` what guidance did to each image
+    with boxes. ValueError if the counts differ.
 
-    len(result) is the number of images, result[i] the Result of image i alone, and so is each of a loop's.
+    len(result) is the number of images; result[i], and each item of a loop, is the Result of image i alone.
     """
 
     images: Images = field(repr=False)
@@ -56,7 +56,7 @@ class Result:
         counts = (len(self.images), len(self.latents), len(self.seeds), len(self.parameters))
         if len(set(counts)) != 1:
             raise ValueError(
-                f"a Result needs one of each for every image; got {counts[0]} images, {counts[1]} latents, "
+                f"a Result needs one of each per image; got {counts[0]} images, {counts[1]} latents, "
                 f"{counts[2]} seeds and {counts[3]} parameters"
             )
 
@@ -86,9 +86,9 @@ class Result:
 
     @property
     def image(self) -> Image.Image:
-        """The only image, whatever the output. ValueError where there are several, or latents."""
+        """The single image, for any output but latents. ValueError for latents or several images."""
         if len(self) != 1:
-            raise ValueError(f"this Result holds {len(self)} images; expected one: take result[i].image")
+            raise ValueError(f"this Result holds {len(self)} images; expected one: use result[i].image")
         return self._pil()[0]
 
     def png_bytes(self, i: int = 0, *, metadata: bool = True) -> bytes:
@@ -97,15 +97,15 @@ class Result:
         return png_bytes(one.image, one.parameters[0] if metadata else None, self.info)
 
     def save(self, path: str | Path | BinaryIO, *, metadata: bool = True) -> list[Path]:
-        """Write every image as PNG and return the files written, in order. Never overwrites.
+        """Write every image as PNG and return the paths, in order. Never overwrites.
 
-        A path that ends in .png is the name of the file; anything else, and any existing folder, is a folder and the
-        names come from prompt and seed (a-red-circle-seed-42.png). Missing folders are made. A taken name gets the next
-        free number, so three images saved as cat.png are cat.png, cat-1.png, cat-2.png; two processes never share a
-        name. Where a file cannot be written it goes to the current folder, the home folder or the temporary folder,
-        with a warning. An open binary file or a BytesIO takes one image. metadata=False writes no text chunk.
-        ValueError: another format than PNG, latents, or several images for an open file. OSError: no folder could be
-        written; the images are still in the Result.
+        A path ending in .png names the file; anything else, and any existing folder, is a folder, with file names from
+        prompt and seed (a-red-circle-seed-42.png). Missing folders are created. A taken name gets the next free number,
+        so three images saved as cat.png are cat.png, cat-1.png, cat-2.png, also across processes. A file that cannot be
+        written goes to the current, home or temporary folder, with a warning. An open binary file or a BytesIO takes
+        one image. metadata=False writes no text chunks.
+        ValueError: a format other than PNG, latents, or several images for an open file. OSError: no folder is
+        writable; the images are still in the Result.
         """
         if hasattr(path, "write"):
             image = self.image
@@ -124,7 +124,7 @@ class Result:
         return written
 
     def plain(self) -> dict[str, Plain]:
-        """Everything but pixels and maps, as JSON holds it: {"images": [{"seed", "parameters", "report"}, ...],
+        """Everything but pixels and maps, as JSON values: {"images": [{"seed", "parameters", "report"}, ...],
         "timings", "info"}.
         """
         reports = self.reports or (None,) * len(self)
@@ -144,7 +144,7 @@ class Result:
     def _pil(self) -> list[Image.Image]:
         if self._holds_latents():
             raise ValueError(
-                f"this Result holds latents {list(self.latents.shape)}, which are no image; generate with "
+                f"this Result holds latents {list(self.latents.shape)}, not images; generate with "
                 "output='pil', 'numpy' or 'tensor' to save PNGs, or torch.save(result.latents, ...)"
             )
         if isinstance(self.images, Tensor):
@@ -161,7 +161,7 @@ class Result:
 
 
 def to_numpy(images: Tensor) -> NDArray[np.float32]:
-    """[B,3,H,W] in [0,1], any float dtype and device -> [B,H,W,3] float32. ValueError for another shape."""
+    """[B,3,H,W] in [0,1], any float dtype and device -> [B,H,W,3] float32. ValueError for other shapes."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"expected images [B,3,H,W], got a tensor of shape {list(images.shape)}")
     array: NDArray[np.float32] = images.detach().cpu().permute(0, 2, 3, 1).float().numpy()

@@ -1,4 +1,4 @@
-"""generate() and sample_steps(): the one file that wires text, UNet, sampler and autoencoder together."""
+"""generate() and sample_steps(): connect text encoder, UNet, sampler and autoencoder."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from .speed.replace import changed_weights
 from .weights.load import load
 
 ATTENTION = Record(cross & level(1), HEAD_MEAN)
-"""What `attention=True` keeps."""
+"""What `attention=True` records."""
 _REDUCTIONS: Mapping[str, Reduce] = {"mean": MEAN, "last": LAST, "per_step": PER_STEP}
 
 
 @dataclass(frozen=True, eq=False)
 class Step(SamplerStep):
-    """A step of a Run, which can show what it has so far."""
+    """A step of a Run, with a preview of the images."""
 
     model: Model | None = field(default=None, repr=False)
 
@@ -51,7 +51,7 @@ class Step(SamplerStep):
 def generate(request: Request) -> Result:
     """Make images from text."""
     run = sample_steps(request)
-    deque(_with_progress(run) if request.progress else run, maxlen=0)  # a loop would hold each step's maps in the next
+    deque(_with_progress(run) if request.progress else run, maxlen=0)  # a loop would keep the previous step's maps
     return run.result()
 
 
@@ -59,9 +59,9 @@ def generate(request: Request) -> Result:
 def sample_steps(request: Request) -> Run:
     """The steps of `generate`, one at a time: watch, preview, stop early, draw a progress bar.
 
-    The Run that is returned is an iterator of Steps with a length; its `result()` has the images. Each Step holds what
-    was recorded in it (`maps`, with `attention`) and what guidance saw (`report`, a tuple of Evaluation). Texts are
-    encoded at the call; the UNet runs when a step is asked for.
+    The returned Run is an iterator of Steps with a length; its `result()` has the images. Each Step holds what it
+    recorded (`maps`, with `attention`) and what guidance evaluated (`report`, a tuple of Evaluation). Texts are encoded
+    immediately; the UNet runs when a step is requested.
     """
     started = time.perf_counter()
     model = request.model if isinstance(request.model, Model) else load(request.model)
@@ -78,7 +78,7 @@ def sample_steps(request: Request) -> Run:
         warn("the negative prompt has no effect at guidance_scale 1")
     there = model.unet.positions(*shape[1:])
     record = _record(request, there)
-    assert isinstance(request.edits, tuple)  # whatever was given
+    assert isinstance(request.edits, tuple)  # normalised by Request
     edits = tuple(replace(edit, sites=choose(edit.sites, there)) for edit in request.edits)
     encoded = texts.encode(model, request.clip_skip, negative=scale > 1)
     regions = texts.regions(request, model)
@@ -105,10 +105,10 @@ def sample_steps(request: Request) -> Run:
 
 
 class Run(Iterator[Step]):
-    """The steps of one call, as an iterator that knows its length.
+    """The steps of one call, as an iterator with a length.
 
-    `request` is what was asked with all choices made: the model's own size, sampler, scale, and the seeds drawn.
-    `result()` has the images: after the last step the finished ones, before it what the network expects of them.
+    `request` is the request with all defaults filled in: size, sampler, scale, and the seeds drawn.
+    `result()` has the images: finished ones after the last step, before that the network's current estimate.
     """
 
     def __init__(
@@ -134,29 +134,29 @@ class Run(Iterator[Step]):
         self._kept: Maps | None = None
 
     def __len__(self) -> int:
-        """The number of steps, those already taken included."""
+        """The total number of steps, including those already taken."""
         return self._schedule.steps
 
     def __next__(self) -> Step:
         before = time.perf_counter()
         found = next(self._steps)
-        # what the caller does between two steps does not count as sampling
+        # time the caller spends between steps is not sampling
         self._timings["sampling"] = self._timings.get("sampling", 0.0) + time.perf_counter() - before
         looks = () if self._guide is None else tuple(self._guide.seen.get(found.index, ()))
         maps = SiteMaps(found.maps)
         step = Step(found.index, found.t, found.sigma, found.latents, found.denoised, maps, looks, self._model)
-        self._last = replace(step, maps=SiteMaps({}))  # maps are large, and the next step makes new ones
+        self._last = replace(step, maps=SiteMaps({}))  # maps are large, and the next step has its own
         self._kept = self._reduce(self._kept, found.maps, found.index) if found.maps else None
         return step
 
     def result(self) -> Result:
-        """The images after the last step that was taken, decoded.
+        """The decoded images after the last step taken.
 
-        Where steps are left, they are the network's estimate of the finished images, and `info["stopped_after"]` says
-        after how many steps. ValueError before the first one.
+        Before the end, they are the network's estimate of the finished images, and `info["stopped_after"]` is the
+        number of steps taken. ValueError before the first step.
         """
         if self._last is None:
-            raise ValueError("no step has been taken yet; expected a loop over the run, or next(run), before result()")
+            raise ValueError("no step has been taken yet; loop over the run, or call next(run), before result()")
         done = self._last.index + 1
         before = time.perf_counter()
         latents = (self._last.latents if done == len(self) else self._last.denoised).float().cpu()
@@ -191,9 +191,9 @@ class Run(Iterator[Step]):
 
 
 class Denoise:
-    """The network as the sampling loop sees it, with classifier-free guidance inside.
+    """The network as the sampling loop sees it, including classifier-free guidance.
 
-    `context` holds the conditional texts [B,L,D], or [uncond, cond] [2B,L,D] where the scale asks for both.
+    `context` holds the conditional texts [B,L,D], or [uncond, cond] [2B,L,D] when the scale needs both.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class Denoise:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, Maps]:
-        """Predict from variance-preserving x in step `index`; float32 whatever the networks compute in."""
+        """Predict from variance-preserving x in step `index`; returns float32 for any network dtype."""
         halves = x if self.scale == 1 else torch.cat([x, x])
         edits = tuple(edit for edit in self.edits if edit.acts_in(index))
         inputs = self.inputs
@@ -231,7 +231,7 @@ class Denoise:
 def guided(uncond: Tensor, cond: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
     """Classifier-free guidance (Ho and Salimans 2022, eq. 6), with the rescaling of Lin et al. 2023, eq. 15-16.
 
-    All [B,C,h,w]; the standard deviation is taken over each image of its own.
+    All [B,C,h,w]; the standard deviation is per image.
     """
     mixed = uncond + scale * (cond - uncond)
     if rescale == 0:
@@ -251,7 +251,7 @@ def _only_rows(name: str, rows: str) -> Literal["all"]:
 
 @dataclass(frozen=True)
 class _Noise:
-    """Unit noise [B,C,h,w], each image's from a CPU generator of its own: equal on every device, in every batch."""
+    """Unit noise [B,C,h,w] from one CPU generator per image: the same on every device and in every batch."""
 
     generators: tuple[torch.Generator, ...]
     shape: tuple[int, int, int]
@@ -267,14 +267,14 @@ def _seeds(request: Request) -> tuple[int, ...]:
 
 
 def _record(request: Request, there: Mapping[Site, Position]) -> Record | None:
-    """What to record, its sites chosen among those there are."""
+    """What to record, with its sites resolved to the UNet's."""
     record = ATTENTION if request.attention is True else request.attention or None
     return None if record is None else record.chosen(lambda where: choose(where, there))
 
 
 def _recorded(model: Model, record: Record | None, there: Mapping[Site, Position]) -> bool | Record | None:
-    """What a record adds to the arguments that make an image again: in half precision the recorded sites, which leave
-    the fused kernel, round differently.
+    """The record to store among the reproducing arguments: in half precision, recorded sites bypass the fused kernel
+    and round differently.
     """
     if record is None or model.dtype == torch.float32:
         return None
@@ -290,7 +290,7 @@ def _guide(
     edits: Sequence[Edit],
     inputs: Inputs | None,
 ) -> Guide:
-    """Its passes compiled, where the model is."""
+    """The run's Guide, compiled if the model is."""
     names = [[region.name for region in some] for some in regions]
     compiled = is_compiled(model.unet)
     look = compile_whole(evaluate_whole, model.unet) if compiled else evaluate
@@ -307,27 +307,27 @@ def _with_progress(run: Run) -> Iterator[Step]:
 def _pixels(model: Model, latents: Tensor) -> Tensor:
     """Latents [B,4,h,w] -> images [B,3,H,W] in [0,1] on the CPU.
 
-    Decoded one by one, so memory does not grow with the batch.
+    Decoded one at a time, so memory does not grow with the batch.
     """
     images = torch.cat([model.decode(one).cpu() for one in torch.split(latents, 1)])
     broken = [i for i, image in enumerate(images) if not image.isfinite().all()]
     if broken:
         warn(
-            f"images {broken} are black where they are not a number: the network overflowed in {model.dtype} (load the "
+            f"images {broken} are black where they were NaN: the network overflowed in {model.dtype} (load the "
             'model with dtype="float32"), or an edit, an input or the weights hold NaN'
         )
     return (images.nan_to_num(-1, -1, -1) / 2 + 0.5).clamp(0, 1)
 
 
 def _kind(model: Model) -> str:
-    """What load took: "bundled", "hub", "file" or "folder". Only hub ids and the bundled name have a slash."""
+    """The source of the model: "bundled", "hub", "file" or "folder". Only hub ids and the bundled name have a slash."""
     if model.name == BUNDLED:
         return "bundled"
     return "hub" if "/" in model.name else "file" if model.origin.is_file() else "folder"
 
 
 def _info(model: Model) -> dict[str, Plain]:
-    """What is true of a run and no argument of it."""
+    """Facts about a run that are not arguments."""
     changed = sum(len(changed_weights(network)) for network in (model.unet, model.vae, model.text.model))
     return {
         "versions": {name: version(name) for name in ("minidiff", "torch", "transformers")},

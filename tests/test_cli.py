@@ -239,8 +239,8 @@ def test_progress_bar_is_for_terminals(
         (["a", "--model", "m", "--eta", "2"], "eta is 2.0; expected a number from 0 to 1"),
         (["a", "--model", "m", "--seed", "1,2"], "seed holds 2 numbers for 1 images"),
         (["a", "--model", "m", "--seed", "-1"], "seed is -1; expected 0 to"),
-        (["a", "--model", "m", "--seed", "one"], "argument --seed: got 'one'; expected a whole number"),
-        (["a", "--model", "m", "--timesteps", "9;8"], "argument --timesteps: got '9;8'; expected numbers with commas"),
+        (["a", "--model", "m", "--seed", "one"], "argument --seed: got 'one'; expected whole numbers"),
+        (["a", "--model", "m", "--timesteps", "9;8"], "argument --timesteps: got '9;8'; expected numbers separated by"),
         (["a", "--mod", "m"], "unrecognized arguments: --mod"),
         (["a", "--model", "m", "--from", "gone.png"], "no such file: gone.png"),
     ],
@@ -328,7 +328,7 @@ def test_flags_override_the_file(cli: Cli, asked: Asked, tmp_path: Path) -> None
     got = asked.request
     assert (got.prompt, got.steps, got.timesteps) == (("a dog",), None, (9.0, 3.0))
     assert (got.sampler, got.eta, got.karras) == ("euler", 0.0, None)
-    assert err[0] == f"note: not taken over from {path}: steps, eta"
+    assert err[0] == f"note: not taken from {path}: steps, eta"
 
 
 def test_what_is_not_taken_over_is_said(cli: Cli, asked: Asked, tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_what_is_not_taken_over_is_said(cli: Cli, asked: Asked, tmp_path: Path) 
     _, _, err = cli("generate", "--from", path, "--model", "m")
     assert asked.load["variant"] is asked.load["vae"] is asked.load["dtype"] is None
     assert err == [
-        f"note: not taken over from {path}: latents, sampler, vae, variant, dtype",
+        f"note: not taken from {path}: latents, sampler, vae, variant, dtype",
         f"note: {path} does not record everything needed, so the image will differ",
         f"note: {path} was made with the model 'other', this is 'tiny'",
         f"note: {path} was made with torch 1.0, this is {version('torch')}: the last bits may differ",
@@ -354,7 +354,7 @@ def test_a_picture_does_not_decide_which_model_is_fetched(
     path = ours(tmp_path / "x.png", info, model="owner/name")
     code, _, err = cli("generate", "--from", path)
     assert (code, len(err)) == (2, 1)
-    assert "made with a model named 'owner/name'; a picture does not decide what is loaded: expected it" in err[0]
+    assert "made with a model named 'owner/name'; a picture cannot choose what is loaded: pass the model" in err[0]
     cli("generate", "--from", path, "--model", "owner/name")
     load = asked.load
     assert (load["source"], load["vae"], load["variant"], load["revision"]) == ("owner/name", None, "fp16", "r")
@@ -395,7 +395,7 @@ def test_from_a1111(cli: Cli, asked: Asked, tmp_path: Path) -> None:
     assert (got.steps, got.sampler, got.karras, got.clip_skip) == (2, "dpmpp_2m", True, 1)
     assert (got.guidance_scale, got.seed, got.width, got.height) == (6.5, 9, 16, 32)
     assert err[:2] == [
-        f"note: not taken over from {path}: Hires upscale",
+        f"note: not taken from {path}: Hires upscale",
         f"note: {path} was not made by minidiff; noise and prompt syntax differ, so the image will not match",
     ]
 
@@ -664,7 +664,7 @@ def test_boxes_reach_generate_as_it_takes_them(cli: Cli, asked: Asked, tmp_path:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--box", "cat"], r'got \'cat\'; expected such as "ball=0.55,0.4,0.95,0.8"'),
+        (["--box", "cat"], r'got \'cat\'; expected e.g. "ball=0.55,0.4,0.95,0.8"'),
         (["--box", "=0,0,1,1"], "got '=0,0,1,1'"),
         (["--box", "cat=0,0,1,x"], "expected numbers"),
         (["--box", "cat=0,0,1"], r"boxes\['cat'\] holds \[0.0, 0.0, 1.0\]; expected"),
@@ -676,7 +676,7 @@ def test_boxes_reach_generate_as_it_takes_them(cli: Cli, asked: Asked, tmp_path:
         (["--layout", "two.json"], "two.json: boxes holds 2 layouts for 1 prompts"),
         (["--layout", "number.json"], "number.json: boxes is 3; expected a mapping"),
         (["--layout", "wide.json"], r"wide.json: boxes\['cat'\] holds .* outside of the picture"),
-        (["--layout", "twice.json"], "cannot read the layout twice.json: it has 'cat' twice"),
+        (["--layout", "twice.json"], "cannot read the layout twice.json: 'cat' appears twice"),
         (["--layout", "deep.json"], "cannot read the layout deep.json: maximum recursion depth"),
         (["--layout", "."], "cannot read the layout .: .*directory"),
         (["--guidance", "magic"], "(guidance|objective) is 'magic'; expected one of"),
@@ -721,7 +721,7 @@ def test_boxes_and_guidance_are_taken_over_from_a_png(
     masked = {"cat": {"mask": {"tensor": {"shape": [4, 4], "dtype": "bool", "sha256": "0"}}, "weight": 1.0}}
     png = ours(tmp_path / "y.png", boxes=masked, guidance=guidance)
     _, _, err = cli("generate", "--from", png, "--model=m")
-    assert "boxes" in next(line for line in err if "not taken over" in line)
+    assert "boxes" in next(line for line in err if "not taken" in line)
     assert (asked.request.boxes, asked.request.guidance) == (None, None)
 
 

@@ -485,10 +485,10 @@ def test_compiled_equals_eager(tiny_folder: Path, tiny_model: Model) -> None:
         ({"clip_skip": 3}, "clip_skip: got 3, expected 0 to 2"),
         ({"seed": [1, 2]}, "seed holds 2 numbers for 1 images"),
         ({"seed": "one"}, "seed is 'one'; expected a whole number"),
-        ({"seed": -1}, r"seed is -1; expected 0 to \d+; leave seed out \(None\) to draw one"),
+        ({"seed": -1}, r"seed is -1; expected 0 to \d+; omit seed \(None\) to draw one"),
         ({"images_per_prompt": 0}, "images_per_prompt is 0; expected a whole number of at least 1"),
         ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, r"latents holds values that are not finite \(NaN"),
-        ({"latents": torch.zeros(2, 4, 8, 8)}, "latents hold 2 for 1 images; expected one for each"),
+        ({"latents": torch.zeros(2, 4, 8, 8)}, "latents hold 2 for 1 images; expected one per image"),
         ({"latents": torch.zeros(1, 4, 8, 8), "width": 64}, r"expected a tensor \[1, 4, 8, 16\]"),
         ({"output": "jpeg"}, "output is 'jpeg'; expected one of pil, numpy, tensor, latents"),
     ],
@@ -535,7 +535,7 @@ def test_a_model_brings_its_defaults(tiny_model: Model) -> None:
 @pytest.mark.parametrize("text", ["a (cat:1.3)", "a cat BREAK a dog", "a cat <lora:fur:0.8>"])
 def test_another_programs_prompt_syntax_is_pointed_out(tiny_model: Model, text: str) -> None:
     shared = {"model": tiny_model, "steps": 2, "sampler": "euler", "output": "latents"}
-    with pytest.warns(UserWarning, match="is A1111's syntax, which is not interpreted"):
+    with pytest.warns(UserWarning, match="is A1111 syntax, which is not interpreted"):
         minidiff.generate(text, **shared)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

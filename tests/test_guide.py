@@ -538,7 +538,7 @@ def test_a_phrase_without_a_place_is_enough_where_no_box_is_read(tiny_model: Mod
     assert json.loads(json.dumps(found.plain(), allow_nan=False)) == found.plain()
     assert found.parameters[0]["boxes"] == {"cat": {"weight": 1.0, "boxes": None}}
     with pytest.raises(
-        ValueError, match=r"boxes\['cat'\] has no place, and guidance follows boxes; .*attend_and_excite"
+        ValueError, match=r"boxes\['cat'\] has no box or mask, which guidance needs; .*attend_and_excite"
     ):
         minidiff.generate("a cat", guidance="layout", **shared)
 
@@ -810,7 +810,7 @@ def test_bad_boxes_and_guidance_are_named_before_the_network_runs(tiny_model: Mo
     handle = tiny_model.unet.register_forward_pre_hook(lambda *_: ran.append(1))
     for options, message in (
         ({"boxes": {"dog": (0, 0, 1, 1)}}, "phrase 'dog' is not in the prompt 'a cat'.* The prompt's words: a, cat"),
-        ({"boxes": [CAT, CAT]}, "boxes holds 2 layouts for 1 prompts; expected one for all, or one for each"),
+        ({"boxes": [CAT, CAT]}, "boxes holds 2 layouts for 1 prompts; expected one for all, or one per prompt"),
         ({"boxes": CAT, "guidance": "best"}, "guidance is 'best'; expected one of .*layout"),
         ({"boxes": CAT, "guidance": {"scale": -1}}, "scale is -1"),
         ({"guidance": "best"}, "guidance is 'best'"),  # without boxes too

@@ -110,7 +110,7 @@ def test_a_picture_that_fails_is_a_warning_and_the_others_are_written(
     result = made(tiny_model)
     files = result.save(tmp_path / "x.png")
     monkeypatch.setattr(minidiff.cli.pictures, "boxes", fail)
-    with pytest.warns(UserWarning, match=rf"x.png is written, but not its picture boxes: {error}"):
+    with pytest.warns(UserWarning, match=rf"x.png was written, but not its picture boxes: {error}"):
         written = write_pictures(result, files, [LAYOUT, {}])
     assert written[0].name == "x-attention-ball.png"
     assert all(path.is_file() for path in files)

@@ -155,7 +155,7 @@ def test_what_cannot_be_read_is_named(tiny_model: Model) -> None:
         found.of(0, "cat", (8, 8))
     context = tiny_model.text.encode(PROMPTS[:1])
     by_context = minidiff.generate(context=context, output="latents", attention=True, **shared(tiny_model)).attention
-    with pytest.raises(ValueError, match="there is no prompt to find 'cat' in; expected positions such as"):
+    with pytest.raises(ValueError, match="there is no prompt to find 'cat' in; expected e.g."):
         by_context["cat"]
     torch.testing.assert_close(next(iter(by_context.maps.values())).sum(-1), torch.ones(1, 4, 4))
 
@@ -205,7 +205,7 @@ def test_occurrences_and_names(tiny_model: Model) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             found.of(**{"image": 0, "phrase": "a"} | wrong)  # type: ignore[arg-type]
-    with pytest.raises(KeyError, match="down.9.9.cross was not recorded; what was: "):
+    with pytest.raises(KeyError, match="down.9.9.cross was not recorded; recorded sites: "):
         found.maps["down.9.9.cross"]  # type: ignore[index]
 
 

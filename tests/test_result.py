@@ -84,7 +84,7 @@ def test_a_result_has_a_length_and_its_images_are_results() -> None:
     for bad in (3, -4):
         with pytest.raises(IndexError, match=f"index {bad} of a Result of 3 images"):
             made[bad]
-    with pytest.raises(ValueError, match="holds 3 images; expected one: take result"):
+    with pytest.raises(ValueError, match="holds 3 images; expected one: use result"):
         _ = made.image
 
 

@@ -1,4 +1,4 @@
-"""The flags of the command line, named as the fields of a Request and the arguments of load()."""
+"""Command-line flags, named after the fields of Request and the arguments of load()."""
 
 import argparse
 import json
@@ -10,14 +10,14 @@ from ..vocabulary import OBJECTIVES, SAMPLERS
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as any other bad argument: in one line."""
+    """Raises ValueError for a wrong flag, to be reported in one line like any bad argument."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
 def parser() -> argparse.ArgumentParser:
-    """Its namespace has `command` and the flags, None (for PROMPT: []) where one is not given and generate() decides.
+    """The parser. Its namespace has `command` and the flags, None (PROMPT: []) if not given, to let generate() decide.
 
     parse_args raises ValueError for a wrong flag.
     """
@@ -40,44 +40,44 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE_OR_MODEL",
         help="a PNG, JPEG or WebP, a .safetensors file, a model folder or a hub id",
     )
-    info.add_argument("--check", action="store_true", help="read every weight, and name tensors that are not finite")
-    info.add_argument("--machine", action="store_true", help="what this machine computes in, and how fast it is")
-    info.add_argument("--variant", help="of the weight files in a folder or on the hub, such as fp16")
+    info.add_argument("--check", action="store_true", help="read all weights, and list tensors that are not finite")
+    info.add_argument("--machine", action="store_true", help="show this machine's devices, dtypes and speed")
+    info.add_argument("--variant", help="variant of the weight files in a folder or on the hub, such as fp16")
     info.add_argument("--revision", help="branch, tag or commit on the hub")
-    info.add_argument("--json", action="store_true", help="print JSON, with every key that is missing or misshapen")
+    info.add_argument("--json", action="store_true", help="print JSON, with all missing or misshapen keys")
     return top
 
 
 def _add_image_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("prompt", nargs="*", metavar="PROMPT", help="what the image shows; several prompts make a batch")
+    add("prompt", nargs="*", metavar="PROMPT", help="text that describes the image; several prompts make a batch")
     add(
         "--negative-prompt",
         action="append",
         metavar="TEXT",
-        help="what to avoid; once for all prompts, or once for each",
+        help="what to avoid; give one for all prompts, or one per prompt",
     )
-    add("--width", type=int, metavar="PIXELS", help="a multiple of 8 in SD 1.5 (default: what the model learnt at)")
-    add("--height", type=int, metavar="PIXELS", help="likewise")
+    add("--width", type=int, metavar="PIXELS", help="a multiple of 8 in SD 1.5 (default: the model's training size)")
+    add("--height", type=int, metavar="PIXELS", help="see --width")
     add(
         "--seed",
         type=_seed,
         metavar="N[,N...]",
-        help="of the first image, the next ones count on; or one per image (default: drawn)",
+        help="seed of the first image, counting up for the rest; or one per image (default: random)",
     )
     add("--images", dest="images_per_prompt", type=int, metavar="N", help="images per prompt (default: 1)")
     add(
         "--out",
         metavar="PATH",
         default=".",
-        help="a .png file or a folder (default: here); never overwrites, a taken name gets a number",
+        help="a .png file or a folder (default: the current one); existing files are kept, a taken name gets a number",
     )
-    add("--no-metadata", action="store_true", help="write no parameters into the PNG")
+    add("--no-metadata", action="store_true", help="do not write parameters into the PNG")
     add(
         "--from",
         dest="png",
         metavar="PICTURE",
-        help="take the settings from a picture of minidiff or A1111; flags that are given override them",
+        help="read the settings from a picture made by minidiff or A1111; other flags override them",
     )
 
 
@@ -89,21 +89,21 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=_box,
         metavar='"PHRASE=X0,Y0,X1,Y1"',
-        help="where a phrase of the prompt shall be, from the left and the top, in shares of the picture; repeatable",
+        help="the box for a phrase of the prompt: left, top, right, bottom, as fractions of the picture; repeatable",
     )
     add(
         "--layout",
         metavar="JSON",
         type=_layout,
-        help='a file with {"phrase": [x0, y0, x1, y1], ...}, or a list with one such object or null for each prompt',
+        help='a file with {"phrase": [x0, y0, x1, y1], ...}, or a list with one such object or null per prompt',
     )
     add("--guidance", metavar="NAME", help=f"{', '.join(OBJECTIVES)} or none (default: the model's)")
     add(
         "--attention",
         action="store_true",
         default=None,
-        help="also write where each phrase is seen, as heat maps over the image; in half precision, recording can "
-        "change the image slightly",
+        help="also write a heat map of the attention to each phrase; in half precision, recording can change the "
+        "image slightly",
     )
 
 
@@ -116,54 +116,54 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale",
         type=float,
         metavar="W",
-        help="how much the prompt counts; 1 turns guidance off (default: the model's)",
+        help="how strongly to follow the prompt; 1 turns guidance off (default: the model's)",
     )
-    add("--guidance-rescale", type=float, metavar="R", help="0 to 1, against overexposure at large scales (default: 0)")
+    add("--guidance-rescale", type=float, metavar="R", help="0 to 1, reduces overexposure at large scales (default: 0)")
     add(
         "--clip-skip",
         type=int,
         metavar="N",
-        help="leave out the last N layers of the text encoder (A1111's number less one)",
+        help="skip the last N layers of the text encoder (A1111's number minus one)",
     )
-    add("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)}, or as A1111 calls it (default: the model's)")
-    add("--karras", action=argparse.BooleanOptionalAction, help="the noise levels of Karras et al. 2022")
+    add("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)}, or A1111's name (default: the model's)")
+    add("--karras", action=argparse.BooleanOptionalAction, help="use the noise levels of Karras et al. 2022")
     add(
         "--spacing",
         metavar="NAME",
-        help="where the timesteps lie: leading, linspace or trailing (default: the sampler's)",
+        help="spacing of the timesteps: leading, linspace or trailing (default: the sampler's)",
     )
-    add("--eta", type=float, metavar="E", help="0 to 1, fresh noise in every step of ddim (default: 0)")
+    add("--eta", type=float, metavar="E", help="0 to 1, fresh noise in each step of ddim (default: 0)")
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="SOURCE", help="a hub id, a model folder or a .safetensors file (default: the bundled one)")
-    add("--variant", metavar="NAME", help="of the weight files in a folder or on the hub, such as fp16")
+    add("--variant", metavar="NAME", help="variant of the weight files in a folder or on the hub, such as fp16")
     add("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     add("--vae", metavar="SOURCE", help="another autoencoder: a hub id, a folder or a .safetensors file")
-    add("--tokenizer", metavar="FOLDER", help="CLIP's tokenizer, for a single file when the hub's cache has none")
-    add("--prediction-type", metavar="NAME", help="epsilon or v_prediction, where the model does not say")
-    add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the faster one on this device)")
-    add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
-    add("--compile", action="store_true", help="torch.compile: a slow first step, then faster ones")
+    add("--tokenizer", metavar="FOLDER", help="CLIP's tokenizer, for a single file if the hub's cache has none")
+    add("--prediction-type", metavar="NAME", help="epsilon or v_prediction, if the model does not say")
+    add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the fastest on this device)")
+    add("--device", metavar="NAME", help="cpu or cuda (default: cuda if available)")
+    add("--compile", action="store_true", help="use torch.compile: the first step is slow, later ones faster")
 
 
 def _box(text: str) -> tuple[str, list[float]]:
     phrase, sign, numbers = text.rpartition("=")
     if not sign or not phrase.strip():
-        raise argparse.ArgumentTypeError(f'got {text!r}; expected such as "ball=0.55,0.4,0.95,0.8"')
+        raise argparse.ArgumentTypeError(f'got {text!r}; expected e.g. "ball=0.55,0.4,0.95,0.8"')
     return phrase.strip(), _numbers(numbers)
 
 
 def _layout(path: str) -> tuple[str, object]:
-    """The name of a JSON file, and what it holds."""
+    """The name of a JSON file, and its content."""
 
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"it has {twice!r} twice; expected it once, with a list of boxes")
+            raise ValueError(f"{twice!r} appears twice; expected it once, with a list of boxes")
         return found
 
     try:
@@ -176,12 +176,12 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected numbers with commas between them") from None
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected numbers separated by commas") from None
 
 
 def _seed(text: str) -> int | list[int]:
     try:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number, or several with commas") from None
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected whole numbers separated by commas") from None
     return seeds if len(seeds) > 1 else seeds[0]

@@ -1,4 +1,4 @@
-"""minidiff info: the lines about a picture, a weight file, a model folder, or this machine."""
+"""minidiff info: describe a picture, a weight file, a model folder, or this machine."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def _metadata(found: Metadata) -> Iterator[str]:
     first = {name: found.arguments.get(name) or "" for name in ("prompt", "negative_prompt")}
     yield from _pairs(first | {name: value for name, value in found.arguments.items() if name not in first})
     yield from _pairs({name: value for name, value in found.info.items() if value})
-    yield f"written by: {'minidiff' if found.source == 'minidiff' else 'A1111, or a program that writes as it does'}"
-    no = "other programs differ in noise and prompt syntax" if found.source == "a1111" else "it does not record all"
+    yield f"written by: {'minidiff' if found.source == 'minidiff' else 'A1111, or a program that uses its format'}"
+    no = "other programs differ in noise and prompt syntax" if found.source == "a1111" else "its record is incomplete"
     yield "reproducible: " + ("yes, with the same model and versions" if found.reproducible else f"no, {no}")
 
 

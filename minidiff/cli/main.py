@@ -1,6 +1,6 @@
-"""The command line: `minidiff generate` and `minidiff info`. What was asked for goes to stdout, all else to stderr.
+"""The command line: `minidiff generate` and `minidiff info`. Output goes to stdout, all messages to stderr.
 
-Each command imports what it needs when it needs it: help and a wrong flag wait for nothing.
+Commands import what they need when they need it, so that help and errors in flags are immediate.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOADING = ("tokenizer", "vae", "prediction_type", "dtype", "device", "variant", 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
-    0; 1: nothing could be written; 2: bad input; 3: written, but elsewhere than asked; 130: interrupted.
+    0: success; 1: nothing could be written; 2: bad input; 3: written to another place than asked; 130: interrupted.
     """
     try:
         _take_any_character()
@@ -43,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for line in info(args):
                     print(printable(line).replace("\n", "\n  "))
                 code = 0
-            if sys.stdout is not None:  # as under pythonw
-                sys.stdout.flush()  # so that a closed pipe shows here
+            if sys.stdout is not None:  # None under pythonw
+                sys.stdout.flush()  # to detect a closed pipe here
             return code
     except ValueError as error:
         return _fail(str(error), EXIT_INPUT)
-    except BrokenPipeError:  # the reader, such as head, has enough; Python must not flush into it again
+    except BrokenPipeError:  # the reader (e.g. head) has closed; keep Python from flushing into it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OUTPUT
     except OSError as error:
@@ -71,9 +71,9 @@ def _generate(args: argparse.Namespace) -> int:
         for line in taken.notes:
             note(line)
     if not given.get("prompt"):
-        raise ValueError('there is no prompt; expected such as minidiff generate "a red circle"')
+        raise ValueError('there is no prompt; expected e.g. minidiff generate "a red circle"')
     try:
-        request = Request(**given)  # type: ignore[arg-type]  # whose values are checked in there
+        request = Request(**given)  # type: ignore[arg-type]  # checked by Request
     except ValueError as error:
         of_file = args.layout is not None and str(error).startswith("boxes")
         raise ValueError(f"{args.layout[0]}: {error}" if of_file else error) from error
@@ -89,7 +89,7 @@ def _generate(args: argparse.Namespace) -> int:
     keep_memory()
     model = load(request.model, **loading)  # type: ignore[arg-type]
     if args.compile:
-        note("--compile: the first step of each kind waits for the compiler, for a large model a minute or more")
+        note("--compile: the first step of each kind waits for the compiler, a minute or more for a large model")
     if taken is not None:
         for line in taken.differences(model):
             note(line)
@@ -118,7 +118,7 @@ def _write(result: Result, request: Request, args: argparse.Namespace) -> int:
 
 
 def _fields(args: argparse.Namespace) -> dict[str, object]:
-    """The fields of a Request that flags give."""
+    """The fields of a Request given by flags."""
     from ..request import FIELDS
 
     values = {name: getattr(args, name, None) for name in FIELDS}
@@ -127,7 +127,7 @@ def _fields(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _boxes(args: argparse.Namespace) -> object:
-    """Of --layout, or of --box, where several for one phrase come together."""
+    """The boxes of --layout, or of --box, with those of the same phrase in one list."""
     if args.layout is not None and args.boxes is not None:
         raise ValueError("got both --box and --layout; expected one of them")
     if args.boxes is None:
@@ -145,16 +145,16 @@ def _note_unquoted(prompts: Sequence[str]) -> None:
         )
 
 
-# ---- what is said
+# ---- messages
 
 
 def note(text: str) -> None:
-    """A line on stderr."""
+    """Print a note on stderr."""
     say(f"note: {_one_line(text)}")
 
 
 def say(line: str) -> None:
-    """To stderr, above a progress bar if there is one."""
+    """Print to stderr, above the progress bar if there is one."""
     if sys.stderr is None:
         return
     if "tqdm" in sys.modules:
@@ -174,14 +174,14 @@ def _fail(text: str, code: int) -> int:
 
 
 def _one_line(text: str) -> str:
-    """The first lines of a message, joined: a list of keys may have hundreds."""
+    """The first lines of a message, joined: lists of keys may have hundreds."""
     head, *rest = text.splitlines() or [""]
     more = [f"and {len(rest) - 5} more (minidiff info --json lists all)"] if len(rest) > 5 else []
     return printable("; ".join([head, *(line.strip() for line in rest[:5]), *more]))
 
 
 def _take_any_character() -> None:
-    """A console whose encoding lacks a character gets its escape, not an error."""
+    """Escape characters that the console's encoding lacks instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -189,7 +189,7 @@ def _take_any_character() -> None:
 
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """warnings.warn() as one line on stderr, without the line of code that it came from."""
+    """Show warnings as one line on stderr, without the source line."""
 
     def show(
         message: Warning | str,

@@ -1,4 +1,4 @@
-"""The pictures that the command line writes beside an image: its boxes, and where each phrase is seen."""
+"""The pictures that the command line writes beside an image: its boxes and attention heat maps."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from ..result import Result
 
 
 def write_pictures(result: Result, written: Sequence[Path], layouts: Sequence[Mapping[Any, object]]) -> list[Path]:
-    """Write, beside each image's file, NAME-boxes.png where it has boxes and NAME-attention-PHRASE.png for each phrase.
+    """Write NAME-boxes.png (if it has boxes) and NAME-attention-PHRASE.png for each phrase beside each image's file.
 
-    written: the files of the images; layouts: of each image, empty where it has none. Phrases are those of the boxes,
-    without boxes the prompt's words. The images are safe already: whatever fails here is a warning.
+    written: the image files; layouts: one per image, possibly empty. Phrases are those of the boxes, or else the words
+    of the prompt. The images are already saved, so any failure here is only a warning.
     """
     found: list[Path] = []
     images = result.images
-    assert isinstance(images, list)  # the command line makes no others
+    assert isinstance(images, list)  # the command line always uses "pil"
     for i, (path, layout) in enumerate(zip(written, layouts, strict=True)):
         for name, picture in _pictures(result, i, images[i], layout):
             try:
                 found.append(write_png(png_bytes(picture()), path.with_name(f"{path.stem}-{name}.png")))
             except Exception as error:
-                warn(f"{path} is written, but not its picture {name}: {error}")
+                warn(f"{path} was written, but not its picture {name}: {error}")
     return found
 
 
 def _pictures(
     result: Result, i: int, image: Image.Image, layout: Mapping[Any, object]
 ) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
-    """Names, and what draws each."""
+    """The name of each picture and the function that draws it."""
     if layout:
         yield "boxes", lambda: boxes(image, layout)
     attention = result.attention
@@ -56,7 +56,7 @@ def _pictures(
 
 
 def _largest(attention: Attention, i: int, phrases: Sequence[str]) -> float | None:
-    """Of an image's maps, which share a scale; a phrase without a map is reported where it is drawn."""
+    """The maximum of an image's maps, their shared scale; a phrase without a map is reported when drawn."""
     found = []
     for phrase in phrases:
         with suppress(ValueError):

@@ -1,7 +1,7 @@
-"""generate --from: what a picture says about its making, as fields of a request.
+"""generate --from: read the settings of a picture as fields of a request.
 
-The picture may be a stranger's. It does not decide which model is loaded: that is the bundled one, one that lies in the
-hub's cache already, or what the caller names.
+Pictures are untrusted and cannot choose which model is loaded, except the bundled one or one already in the hub's
+cache; the caller can name any.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ..png.read import Metadata
 
 _OF_THE_MODEL = ("vae", "tokenizer", "prediction_type", "variant", "revision", "dtype")
-_NEVER = ("output", "progress", "reduce")  # of the call, not of the picture
-# Beside these fields, what the file says of the others would contradict.
+_NEVER = ("output", "progress", "reduce")  # properties of the call, not of the picture
+# When one of these fields is given, the file's values for the others would contradict it.
 _REPLACED = {
     "steps": ("timesteps", "sigmas"),
     "timesteps": ("steps", "sigmas"),
@@ -35,7 +35,7 @@ _REPLACED = {
 
 @dataclass(frozen=True, eq=False)
 class Taken:
-    """Of a picture: the fields of a request, the arguments of load(), and what to tell the user."""
+    """Read from a picture: the fields of a request, the arguments of load(), and notes for the user."""
 
     picture: str
     fields: Mapping[str, object]
@@ -44,10 +44,10 @@ class Taken:
     found: Metadata
 
     def differences(self, model: Model) -> Iterator[str]:
-        """Where the model or the programs are not those that made the picture."""
+        """Notes on differences from the model and versions that made the picture."""
         named, info = self.found.arguments.get("model"), self.found.info
         made, versions = info.get("model_hash"), info.get("versions")
-        if isinstance(made, str) and len(made) == 10 and model.sha256 is not None:  # others are A1111's old hash
+        if isinstance(made, str) and len(made) == 10 and model.sha256 is not None:  # other lengths are A1111's old hash
             if made != model.sha256[:10]:
                 yield f"{self.picture} was made with a model file of sha256 {made}..., this is {model.sha256[:10]}..."
         elif isinstance(named, str) and named != model.name:
@@ -58,7 +58,7 @@ class Taken:
 
 
 def take(picture: str, given: Mapping[str, object], loading: Mapping[str, object]) -> Taken:
-    """Read a picture. given, loading: what flags say, which the picture does not replace."""
+    """Read a picture. given, loading: values from flags, which take precedence."""
     found = read_metadata(picture)
     replaced = {name for field, names in _REPLACED.items() if field in given for name in names}
     fields: dict[str, object] = {}
@@ -76,7 +76,7 @@ def take(picture: str, given: Mapping[str, object], loading: Mapping[str, object
     fields["model"], options, more = _model(picture, found, given, loading)
     other = found.info.get("other")
     left += [*more, *(list(other) if isinstance(other, dict) else [])]
-    notes = [f"not taken over from {picture}: {', '.join(left)}"] if left else []
+    notes = [f"not taken from {picture}: {', '.join(left)}"] if left else []
     if found.source == "a1111":
         notes.append(f"{picture} was not made by minidiff; noise and prompt syntax differ, so the image will not match")
     elif not found.reproducible:
@@ -85,7 +85,7 @@ def take(picture: str, given: Mapping[str, object], loading: Mapping[str, object
 
 
 def _is_fingerprint(value: object) -> bool:
-    """Whether a value, or one in it, only names a tensor or an object that the file does not hold."""
+    """True where a value, or one inside it, only describes a tensor or object that the file does not hold."""
     if isinstance(value, list):
         return any(map(_is_fingerprint, value))
     if isinstance(value, dict):
@@ -96,14 +96,14 @@ def _is_fingerprint(value: object) -> bool:
 def _model(
     picture: str, found: Metadata, given: Mapping[str, object], loading: Mapping[str, object]
 ) -> tuple[object, dict[str, object], list[str]]:
-    """The model, the arguments of load(), and the names of those that are not taken over."""
+    """The model, the arguments of load(), and the names of those not taken from the picture."""
     named, options = found.arguments.get("model"), found.info.get("load")
     model = given.get("model")
     if model is None:
         if named != BUNDLED and not _is_cached(named):
             raise ValueError(
-                f"{picture} was made with {_described(named, found.info.get('model'))}; a picture does not decide what "
-                "is loaded: expected it, or where it is, with --model"
+                f"{picture} was made with {_described(named, found.info.get('model'))}; a picture cannot choose what "
+                "is loaded: pass the model or its path with --model"
             )
         model = named
     same = named in (model, Path(str(model)).stem, Path(str(model)).resolve().name)
@@ -121,7 +121,7 @@ def _model(
 
 
 def _described(named: object, made: object) -> str:
-    """The model that a picture names, in words. made: what our own pictures know of it."""
+    """The model named by a picture, in words. made: details from minidiff's own pictures."""
     known: dict[object, object] = made if isinstance(made, dict) else {}
     kind, sha256 = known.get("kind"), known.get("sha256")
     what = f"a {kind}" if kind in ("file", "folder") else "a model"
@@ -129,7 +129,7 @@ def _described(named: object, made: object) -> str:
 
 
 def _is_cached(name: object) -> bool:
-    """Whether it is the id of a hub repository that lies in the cache."""
+    """True for the id of a hub repository in the cache."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return False
     from huggingface_hub import try_to_load_from_cache
