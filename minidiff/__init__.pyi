@@ -24,6 +24,7 @@ from .guidance.objectives.layout import layout_loss as layout_loss
 from .guidance.objectives.refocusing import refocusing_loss as refocusing_loss
 from .guidance.objectives.rnb import rnb_loss as rnb_loss
 from .model import (
+    Adapter as Adapter,
     Model as Model,
     sites as sites,
 )

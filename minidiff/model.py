@@ -51,6 +51,25 @@ class Defaults:
         )
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """Something that was put on a model, for its repr and the recipe of its pictures.
+
+    kind: "lora", "word" or "image prompt". name: of the file, or the word. file, sha256: where it was read from (its
+    name alone), and what it held. weights: what the user chose, by name, such as {"weight": 0.8}.
+    """
+
+    kind: str
+    name: str
+    file: str
+    sha256: str
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        chosen = ", ".join(f"{name} {value:g}" for name, value in self.weights.items())
+        return f"{self.kind} {self.name}{f' ({chosen})' if chosen else ''}"
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """Stable Diffusion 1.x, as `minidiff.load` returns it.
@@ -59,7 +78,7 @@ class Model:
 
     `name` is the hub id, or the name of the folder or file; `origin` the folder or file that was read;
     `options` the arguments of `load` that change the images (plain values), for the record; `dtype_choice` why load
-    took its dtype, where it was not told.
+    took its dtype, where it was not told. `adapters`: what was put on it since, in that order.
     """
 
     name: str
@@ -71,6 +90,11 @@ class Model:
     defaults: Defaults = Defaults()
     options: Mapping[str, str] = field(default_factory=dict)
     dtype_choice: str = ""
+    adapters: tuple[Adapter, ...] = ()
+
+    def __repr__(self) -> str:
+        on = f" with {', '.join(map(str, self.adapters))}" if self.adapters else ""
+        return f"<Model {self.name}{on}, {str(self.dtype).removeprefix('torch.')} on {self.device}>"
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Literal
 
@@ -336,6 +336,7 @@ def _info(model: Model) -> dict[str, Plain]:
         **({"dtype_choice": model.dtype_choice} if model.dtype_choice else {}),
         "device": model.device.type,
         "load": dict(model.options),
+        **({"adapters": [plain(asdict(adapter)) for adapter in model.adapters]} if model.adapters else {}),
         "model": {"kind": _kind(model), "name": model.name, "sha256": model.sha256},
         "model_hash": None if model.sha256 is None else model.sha256[:10],  # A1111's
     }
