@@ -75,7 +75,7 @@ def test_guidance_knows_whether_it_can_act(options: dict, acts: bool) -> None:
         ({"scale": True}, "scale is True"),
         ({"scale": "30"}, "scale is '30'"),
         ({"scale": (1.0, -1.0), "steps": 2}, r"scale is -1.0"),
-        ({"scale": (1.0, 2.0), "steps": 3}, "scale holds 2 values for 3 guided steps; expected one for each"),
+        ({"scale": (1.0, 2.0), "steps": 3}, "scale holds 2 values for 3 guided steps; expected one per step"),
         ({"threshold": -0.1}, "threshold is -0.1"),
         ({"threshold": ()}, "threshold holds 0 values for 10 guided steps"),
         ({"iterations": 2.0}, "iterations is 2.0; expected a whole number from 0 to 1000"),
@@ -760,7 +760,7 @@ def test_a_report_says_why_nothing_was_moved(tiny_model: Model) -> None:
     assert str(idle) == "guidance did not act: iterations, steps or scale is 0"
     (content,) = minidiff.generate("a cat", guidance=Guidance(threshold=(0.9, 0.8), steps=2), **shared).reports
     assert content.iterations == (0, 0)
-    text = f"guidance did not act: its loss was {content.loss.max():.3g} at most, with a threshold of 0.8 at least"
+    text = f"guidance did not act: its loss was at most {content.loss.max():.3g}, its threshold at least 0.8"
     assert str(content) == text
     with_none = minidiff.generate(["a cat", "a dog"], **{**shared, "boxes": [CAT, None]}).reports
     assert str(with_none[1]) == "guidance did not act: there are no boxes"

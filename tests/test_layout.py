@@ -188,9 +188,9 @@ def test_regions_are_read_from_every_way_to_write_them() -> None:
         (
             "ball",
             (0.1, 0.2, 1.01, 0.6),
-            "reaches outside of the picture.* Divide pixels by the picture's width and hei",
+            "extends outside the picture.* Divide pixels by the picture's width and hei",
         ),
-        ("ball", (-0.1, 0.2, 0.5, 0.6), "reaches outside of the picture"),
+        ("ball", (-0.1, 0.2, 0.5, 0.6), "extends outside the picture"),
         ("ball", (10, 20, 300, 400), "Divide pixels"),
         ("ball", (0.1, 0.2, 0.5), r"holds 0.1; expected|holds \(0.1, 0.2, 0.5\); expected \(x0, y0, x1, y1\)"),
         ("ball", [(0, 0, 1, 1), (0, 0, 1)], r"holds \(0, 0, 1\); expected \(x0, y0, x1, y1\)"),
@@ -224,7 +224,7 @@ def test_regions_are_read_from_every_way_to_write_them() -> None:
         ("ball", np.ones((0, 5)), r"of shape \[0, 5\]"),
         ("ball", torch.ones(2, 2, dtype=torch.complex64), "dtype complex64"),
         ("ball", np.ones(4), r"holds \(1.0, 1.0, 1.0, 1.0\), which has no area"),
-        ("ball", np.ones((2, 4)), r'has no area; .* or a mask \(of n x 4 cells as {"mask": ...}\)'),
+        ("ball", np.ones((2, 4)), r'has no area; .* or a mask \(one of shape \[n,4\] as {"mask": ...}\)'),
         ("ball", torch.ones(0, 4), r"is \[\]; expected"),
         ("ball", torch.ones(2, 4) * 1j, "holds .*expected"),
         ("ball", {"mask": None}, r"the mask of boxes\['ball'\] is None; expected"),
@@ -340,7 +340,7 @@ def test_torchs_defaults_change_no_layout() -> None:
 
 @pytest.mark.parametrize("value", ["ball", [("ball", (0, 0, 1, 1))], 3, (0, 0, 1, 1)], ids=str)
 def test_layouts_must_be_mappings(value: object) -> None:
-    with pytest.raises(ValueError, match="expected a mapping of phrases of the prompt to boxes, such as"):
+    with pytest.raises(ValueError, match="expected a mapping from phrases of the prompt to boxes, such as"):
         read_regions(value, find, 8)  # type: ignore[arg-type]
 
 

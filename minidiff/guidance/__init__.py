@@ -1,1 +1,1 @@
-"""Layouts, objectives of the attention, guidance by their gradient, and edits without one."""
+"""Layouts, objectives on attention maps, guidance by their gradients, and gradient-free attention edits."""

@@ -1,8 +1,8 @@
-"""Edits of the attention that need no gradient. Each reads the layout that `boxes` puts among a pass's inputs.
+"""Gradient-free attention edits. They read the layout that `boxes` adds to the inputs of a forward pass.
 
     minidiff.generate(prompt, boxes=boxes, guidance="none", edits=minidiff.forward_guidance(0.8))
 
-Every strength is part of the edit, which is static: a compiled model compiles anew for another one.
+Strengths are part of the edit, which is static: a compiled model recompiles for each new value.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Sites = Where | frozenset[Site]
 
 
 def forward_guidance(strength: float = 0.8, sites: Sites = cross, steps: int | tuple[int, int] | None = None) -> Edit:
-    """Mix the attention to each object's tokens with a smooth box of the same mass.
+    """Blend the attention to each object's tokens with a smoothed box of the same mass.
 
-    P' = (1 - strength) P + strength * g * sum_u P, with g the smoothed mask, which sums to one: Chen, Laina and Vedaldi
-    2024, eq. 2 and 3 (never released by its authors). As there, a pixel's probabilities then no longer sum to one.
+    P' = (1 - strength) P + strength * g * sum_u P, where g is the smoothed mask, normalised to sum to 1: Chen, Laina
+    and Vedaldi 2024, eq. 2 and 3 (no code released). As there, a pixel's probabilities then no longer sum to 1.
     strength in [0,1]; steps as in `Edit`.
     """
     return Edit(sites, probs=_Forward(number("strength", strength, 0, 1.0)), steps=steps)
@@ -41,15 +41,15 @@ class _Forward:
         flat = F.pad(masks.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
         smooth = F.conv2d(flat, (kernel[:, None] * kernel)[None, None])[:, 0].unflatten(0, masks.shape[:2])
         shape = smooth / smooth.sum(dim=(2, 3), keepdim=True).clamp_min(1e-8)
-        # A token that two objects share gets the mean of their boxes.
+        # A token shared by several objects gets the mean of their boxes.
         wanted = torch.einsum("boyx,bol->byxl", shape, owned / owned.sum(dim=1, keepdim=True).clamp_min(1))[:, None]
         mixed = (1 - self.strength) * probs + self.strength * wanted * probs.sum(dim=(2, 3), keepdim=True)
         return torch.where(owned.any(dim=1)[:, None, None, None], mixed, probs)
 
 
 def regional_prompting(strength: float = 8.0, sites: Sites = cross, steps: int | tuple[int, int] | None = None) -> Edit:
-    """Each object's tokens are seen inside its boxes only: `-strength` on their logits outside, less on partly covered
-    cells. The fused kernel still runs. strength 0 changes nothing, 20 shuts the rest out.
+    """Confine the attention to each object's tokens to its boxes: add `-strength` to their logits outside, less on
+    partly covered cells. Keeps the fused kernel. 0 changes nothing, 20 suppresses all attention outside.
     """
     return Edit(sites, bias=_Regional(number("strength", strength, 0, 1e4)), steps=steps)
 
@@ -61,7 +61,7 @@ class _Regional:
     def __call__(self, site: Site, grid: Grid, inputs: Inputs) -> Tensor:
         """[B,1,h,w,L]."""
         masks, owned = _masks(grid, inputs)
-        inside = (masks[..., None] * owned[:, :, None, None]).amax(dim=1)  # of any that owns it
+        inside = (masks[..., None] * owned[:, :, None, None]).amax(dim=1)  # max over the objects that own the token
         return (self.strength * (inside - 1) * owned.amax(dim=1)[:, None, None])[:, None]
 
 
@@ -69,7 +69,7 @@ def reweight(sites: Sites = cross, steps: int | tuple[int, int] | None = None) -
     """Multiply the attention to each token by `inputs["word_weights"]`, [B,L] or [1,L].
 
     Prompt-to-prompt's attention re-weighting: Hertz et al. 2022, section 3.2. As there, a pixel's probabilities then no
-    longer sum to one. `model.text.word_weights(prompt, {"ball": 2.0})` makes the weights.
+    longer sum to 1. `model.text.word_weights(prompt, {"ball": 2.0})` returns the weights.
     """
     return Edit(sites, probs=_reweighted, steps=steps)
 
@@ -79,7 +79,7 @@ def _reweighted(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _masks(grid: Grid, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Of the objects: masks [B,O,h,w], and which tokens are theirs [B,O,L], 1 or 0. One without a place owns none."""
+    """Object masks [B,O,h,w] and token ownership [B,O,L], 1 or 0. An object without a box or mask owns no token."""
     masks = read_input(inputs, mask_name(grid))
     placed = (masks > 0).flatten(2).any(dim=2, keepdim=True)
     return masks, ((read_input(inputs, "token_weights") > 0) & placed).to(masks.dtype)

@@ -1,7 +1,7 @@
-"""Guidance: an objective of the attention, descended by the latents before a step.
+"""Guidance: gradient descent of the latents on an attention objective, before each sampling step.
 
 Chen, Laina and Vedaldi 2024, eq. 5, in variance-preserving latents: x <- x - scale * (1 - abar) * grad L. In their
-latents, scaled by 1 / sqrt(abar), it reads x - scale * sigma^2 * grad L; here it is one rule for every sampler.
+latents, scaled by 1 / sqrt(abar), it is x - scale * sigma^2 * grad L; this form is the same for every sampler.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     ]
     Evaluated: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, Tensor]]
 
-MOST_STEPS = MOST_ITERATIONS = 1000  # no model has more timesteps; an iteration is a pass through the network and back
+MOST_STEPS = MOST_ITERATIONS = 1000  # no model has more timesteps; an iteration is one forward and backward pass
 STEP_RULES = ("variance", "plain", "unit")
 _SETTINGS = tuple(field.name for field in fields(Settings))
 
@@ -45,13 +45,13 @@ class Guidance:
     """How to guide. Fields left as None take the objective's published settings.
 
     objective: one of minidiff's, a sum of them, or your own.
-    scale: of the step. threshold: of the objective, above which an image is moved; judged at every step afresh.
-    iterations: moves per call of the sampler, at most: per step, but in PNDM's first, which has two calls. Each of the
-        three is a number, or a tuple with one value per guided step.
-    steps: the first so many steps of the run are guided; or, in (0,1), that share of them.
+    scale: step size. threshold: loss above which an image is updated, tested afresh at every step.
+    iterations: maximum updates per sampler call, i.e. per step, except PNDM's first, which has two calls. These three
+        are each a number, or a tuple with one value per guided step.
+    steps: how many of the run's first steps are guided, or, in (0,1), which fraction of them.
     sites: where attention is read, instead of the objective's own: a choice (`cross & level(1)`) or a set.
-    step_rule: "variance" moves by scale * (1 - abar) * grad, "plain" by scale * grad; "unit" as "variance" with each
-        image's gradient brought to a root mean square of one, so that a step is as long wherever the attention is.
+    step_rule: "variance" moves by scale * (1 - abar) * grad, "plain" by scale * grad; "unit" is "variance" with each
+        image's gradient normalised to a root mean square of 1, so that step sizes do not depend on its magnitude.
     """
 
     objective: Objective = layout_loss
@@ -74,7 +74,7 @@ class Guidance:
         if isinstance(self.steps, float) and 0 < self.steps < 1:
             steps = None
         else:
-            expected = "how many of the first steps are guided, 0 to 1000, or a share of them between 0 and 1"
+            expected = "how many of the first steps are guided, 0 to 1000, or a fraction between 0 and 1"
             steps = whole("steps", self.steps, 0, MOST_STEPS, expected)
             object.__setattr__(self, "steps", steps)
         choice("step_rule", self.step_rule, STEP_RULES)
@@ -84,7 +84,7 @@ class Guidance:
             object.__setattr__(self, name, _per_step(name, getattr(self, name), steps))
 
     def of_run(self, steps: int) -> Guidance:
-        """The same for a run of so many steps: a share becomes a number."""
+        """The same for a run of `steps` steps: a fraction becomes a number."""
         assert self.steps is not None
         return self if isinstance(self.steps, int) else replace(self, steps=round(self.steps * steps))
 
@@ -102,14 +102,14 @@ class Guidance:
 
     @property
     def acts(self) -> bool:
-        """Whether any step may move anything."""
+        """True if any step may update the latents."""
         assert isinstance(self.steps, int)  # of_run
         return any(self.at(index)[2] > 0 and self.at(index)[0] > 0 for index in range(self.steps))
 
     @classmethod
     def read(cls, value: Guidance | Objective | str | Mapping[str, object]) -> Guidance:
-        """What a caller or a config gave: a Guidance, an objective, the name of one, or a mapping of the fields, in
-        which the objective is a name or {name: weight, ...}.
+        """Read the value of a caller or a config: a Guidance, an objective, its name, or a mapping of the fields, where
+        the objective is a name or {name: weight, ...}.
         """
         if isinstance(value, Guidance):
             return value
@@ -131,7 +131,7 @@ class Guidance:
         return cls(fold(add, [_named(name) * weight for name, weight in weighted]), **given)  # type: ignore[arg-type]
 
     def plain(self) -> dict[str, object] | Guidance:
-        """As a mapping that `read` reads, where that can say it all; itself otherwise."""
+        """A mapping that `read` accepts, if it can express this value; otherwise the value itself."""
         weights = {term.name.removesuffix("_loss"): term.weight for term in self.objective.terms}
         named = [OBJECTIVES[name].terms[0] for name in weights if name in NAMES]
         if self.sites is not None or [replace(term, weight=1.0) for term in self.objective.terms] != named:
@@ -144,13 +144,13 @@ def _named(name: object) -> Objective:
 
 
 def _per_step(name: str, value: object, steps: int | None) -> float | tuple[float, ...]:
-    """One number for all guided steps, or one for each."""
+    """One number for all guided steps, or one per step."""
     several = isinstance(value, tuple | list)
     values: Sequence[Any] = value if isinstance(value, tuple | list) else (value,)
     if several and (steps is None or len(values) < steps):
         raise ValueError(
-            f"{name} holds {len(values)} values for {'a share of the' if steps is None else steps} guided steps; "
-            "expected one for each, with steps as a number, or one for all"
+            f"{name} holds {len(values)} values for {'a fraction of the' if steps is None else steps} guided steps; "
+            "expected one per step, with steps as a whole number, or one for all"
         )
     found: tuple[float, ...]
     if name == "iterations":
@@ -162,10 +162,10 @@ def _per_step(name: str, value: object, steps: int | None) -> float | tuple[floa
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """One look at the objective, for all images of a batch. NaN for images that had stopped.
+    """One evaluation of the objective for a batch. NaN for images that had stopped.
 
-    loss [B], and of each object its loss and the share of its attention inside its mask, [B,O]. moved [B]: whether the
-    image was moved for it.
+    loss [B]; object_loss [B,O]; mass [B,O], each object's fraction of attention inside its mask; moved [B]: whether
+    the image was then updated.
     """
 
     loss: Tensor
@@ -178,9 +178,9 @@ class Evaluation:
 class Report:
     """What guidance did to one image.
 
-    steps: the guided steps; iterations: the moves in each. loss [S], and object_loss and mass [S,O] where each step
-    ended: at its last look, which is before its last move if that was the last iteration. first_mass [O] is the share
-    of each object's attention inside its mask before anything was moved, NaN for one without a place.
+    steps: the guided steps; iterations: the updates in each. loss [S], object_loss [S,O] and mass [S,O] are those of
+    each step's last evaluation, which precedes its last update if all iterations were used. first_mass [O] is each
+    object's fraction of attention inside its mask before any update, NaN for one without a box or mask.
     """
 
     names: tuple[str, ...]
@@ -198,12 +198,12 @@ class Report:
         moves, steps = sum(self.iterations), sum(count > 0 for count in self.iterations)
         said = [f"guidance moved {_times(moves, 'time')} in {_times(steps, 'step')}"]
         for name, before, after in zip(self.names, self.first_mass.tolist(), self.mass[-1].tolist(), strict=True):
-            if not math.isnan(before):  # where only self-attention was read
+            if not math.isnan(before):  # NaN if only self-attention was read
                 said.append(f"{name}: {before:.0%} -> {after:.0%} of its attention inside")
         return "; ".join(said)
 
     def plain(self) -> dict[str, object]:
-        """The fields as JSON holds them: tensors as lists, null for what is not a number."""
+        """The fields as JSON values: tensors as lists, null for NaN."""
         values = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
         return tree_map_only(float, lambda number: None if math.isnan(number) else number, values)
 
@@ -213,7 +213,7 @@ def _times(count: int, noun: str) -> str:
 
 
 def evaluate(x: Tensor, *look: Any) -> Evaluated:
-    """The gradient of each image's loss by its own x, and (loss [B], objects' losses [B,O], mass inside [B,O]).
+    """Each image's gradient of its loss with respect to x, and (loss [B], loss per object [B,O], mass inside [B,O]).
 
     look: the other arguments of `_loss`.
     """
@@ -227,9 +227,9 @@ def evaluate(x: Tensor, *look: Any) -> Evaluated:
 
 
 def evaluate_whole(x: Tensor, *look: Any) -> Evaluated:
-    """The same as a pure function of tensors, which a compiler can take whole.
+    """The same as a pure function of tensors, which can be compiled as one graph.
 
-    Eager it takes half as much memory again: torch.func.grad always records the gradient's own graph.
+    Run eagerly it needs 1.5 times the memory: torch.func.grad always records the gradient's own graph.
     """
     gradient, (_, found) = torch.func.grad_and_value(_loss, has_aux=True)(x, *look)
     return gradient, found
@@ -253,10 +253,10 @@ def _loss(
 
 
 class Guide:
-    """Moves a run's latents before each step, and remembers what it saw. `refine` is what the sampling loop takes.
+    """Updates a run's latents before each step, and records its evaluations. The sampling loop calls `refine`.
 
-    guidance, edits: with their sites chosen. context [B,L,D]: the conditional one, since the guided pass runs no other.
-    whole_batch: images that stop stay in the batch and are not moved, since a compiled graph wants one size.
+    guidance, edits: with their sites chosen. context [B,L,D]: the conditional one; guided passes run no other.
+    whole_batch: keep stopped images in the batch without updating them, since a compiled graph needs a fixed size.
     """
 
     def __init__(
@@ -281,7 +281,7 @@ class Guide:
         self._placeless = [(~some & (layout.weights > 0)).cpu() for some in placed]
 
     def refine(self, x: Tensor, t: Tensor, abar: float, index: int) -> Tensor:
-        """x [B,4,h,w], variance preserving -> moved x; x itself where nothing is to be moved."""
+        """x [B,4,h,w], variance-preserving -> updated x; x itself if there is nothing to update."""
         scale, threshold, iterations = self.guidance.at(index)
         size = scale if self.guidance.step_rule == "plain" else scale * (1 - abar)
         if scale == 0:
@@ -300,12 +300,12 @@ class Guide:
             if self.guidance.step_rule == "unit":
                 gradient = gradient / gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
             step = size * gradient.to(x.dtype)
-            # NaN times zero is NaN: what stands still is taken from x, not moved by nothing
+            # 0 * NaN is NaN: stopped images are copied from x, not updated by a zero step
             moved = moved.index_copy(0, left, moved[left] - step[going])
         return moved
 
     def look(self, x: Tensor, t: Tensor, abar: float, rows: Tensor, index: int) -> Evaluated:
-        """The gradient and what was seen, of some images."""
+        """The gradient and the evaluation for some of the images."""
         batch = len(self.context)
         own = {name: _rows(value, rows, batch) for name, value in self.inputs.items()}
         inputs = {"t": t, "sigma": torch.full_like(t, math.sqrt((1 - abar) / abar)), **own}
@@ -319,9 +319,9 @@ class Guide:
             self.context[rows],
             self.layout.images(rows),
         )
-        # detached: how x came about is no part of the move, compiled or not
+        # detached: the update does not differentiate through x's history, compiled or not
         arguments: tuple[Any, ...] = (x.detach(), *look, inputs)
-        with torch.inference_mode(False):  # in which torch 2.11 returns gradients of zero
+        with torch.inference_mode(False):  # inference mode gives zero gradients in torch 2.11
             return self.evaluate(*tree_map_only(Tensor, _usable, arguments))
 
     def _remember(self, index: int, batch: int, rows: Tensor, found: Sequence[Tensor], going: Tensor) -> None:
@@ -329,13 +329,13 @@ class Guide:
             value.new_full((batch, *value.shape[1:]), math.nan).index_copy(0, rows, value).float().cpu()
             for value in found
         )
-        for objects in self._placeless:  # no mask to have any mass in
+        for objects in self._placeless:  # without a mask there is no mass inside
             mass = mass.masked_fill(objects, math.nan)
         moved = torch.zeros(batch, dtype=torch.bool, device="cpu").index_copy(0, rows.cpu(), going.cpu())
         self.seen.setdefault(index, []).append(Evaluation(loss, object_loss, mass, moved))
 
     def report(self, image: int) -> Report:
-        """Of one image, as far as the run has come."""
+        """The report of one image, up to the current step."""
         steps, iterations, ends = [], [], []
         for index, looks in self.seen.items():
             own = [look for look in looks if not look.loss[image].isnan()]
@@ -353,7 +353,7 @@ class Guide:
         why_not = None
         if sum(iterations) == 0:
             limits = [self.guidance.at(index)[1] for index in steps]
-            why_not = f"its loss was {float(loss.max()):.3g} at most, with a threshold of {min(limits):g} at least"
+            why_not = f"its loss was at most {float(loss.max()):.3g}, its threshold at least {min(limits):g}"
         return Report(
             names,
             tuple(steps),
@@ -374,12 +374,12 @@ class Guide:
 
 
 def _usable(value: Tensor) -> Tensor:
-    """Tensors made in inference mode cannot be saved for a gradient; copies can."""
+    """Copy tensors created in inference mode, which autograd cannot save for backward."""
     return value.clone() if value.is_inference() else value
 
 
 def _rows(value: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """A forward pass's input for some of the images: what has one row for all of them stays as it is."""
+    """An input of a forward pass for some of the images; unchanged if it has one row for all."""
     if value.ndim == 0 or len(value) not in (batch, 2 * batch) or len(value) == 1:
         return value
-    return value[-batch:][rows]  # of [uncond, cond] the conditional half
+    return value[-batch:][rows]  # the conditional half of [uncond, cond]

@@ -1,6 +1,6 @@
-"""Where things shall be: phrases with boxes or masks, and the tensors that objectives and edits read.
+"""Layouts: phrases with boxes or masks, and the tensors that objectives and edits read.
 
-Shapes: B images, O objects (of the image that has most), h x w cells of an attention grid, L text tokens.
+Shapes: B images, O objects (the most in any image), h x w cells of an attention grid, L text tokens.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from ..networks.sites import Grid
 
 Box: TypeAlias = tuple[float, float, float, float]
-Boxes: TypeAlias = Mapping[Any, object]  # Any: a mapping's type of keys is invariant, and callers have dict[str, ...]
-"""A phrase of the prompt, or token positions, to a box (x0, y0, x1, y1) in [0,1] (from the left, from the top), several
-boxes (a list, or an array [n,4]), a mask (an image, or an array [H,W] in [0,1]), or None for a phrase without a place;
-or to {"boxes": ..., "weight": 2.0} or {"mask": ..., "weight": ...}.
+Boxes: TypeAlias = Mapping[Any, object]  # Any: the key type of Mapping is invariant, and callers have dict[str, ...]
+"""Maps a phrase of the prompt, or token positions, to a box (x0, y0, x1, y1) in [0,1] from the upper left, several
+boxes (a list, or an array [n,4]), a mask (an image, or an array [H,W] in [0,1]), None for a phrase without a position,
+or one of these in {"boxes": ..., "weight": 2.0} or {"mask": ..., "weight": ...}.
 """
 
-_TOKENS = re.compile(r"tokens:(\d{1,9}(?:,\d{1,9})*)")  # token positions where a key must be a text, as in JSON
-_MOST = 256  # phrases, and boxes of each: to find what n boxes cover together takes 4 n^3 bytes, here 67 MB
+_TOKENS = re.compile(r"tokens:(\d{1,9}(?:,\d{1,9})*)")  # token positions where keys must be strings, as in JSON
+_MOST = 256  # phrases, and boxes per phrase: the union of n boxes takes 4 n^3 bytes, here 67 MB
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """One object: the positions of its tokens, and its boxes or its mask [H,W] in [0,1]; without both it has no place.
+    """One object: its token positions, and its boxes or its mask [H,W] in [0,1]; with neither, its position is free.
 
-    `name` is the phrase, or such as "tokens:2,3". `weight` is its share in an objective beside the other objects.
+    `name` is the phrase, or e.g. "tokens:2,3". `weight` is its weight in an objective relative to other objects.
     """
 
     name: str
@@ -48,14 +48,14 @@ class Region:
     weight: float = 1.0
 
     def coverage(self, grid: Grid) -> Tensor:
-        """How much of each cell is inside, exactly, [h,w] in [0,1]: never empty, however small the box, where it has
-        a place. On the CPU in float64, whatever torch's defaults, as all here."""
+        """The exact fraction of each cell that is inside, [h,w] in [0,1], nonzero somewhere however small the box;
+        all 0 without boxes and mask. On the CPU in float64, whatever torch's defaults."""
         if self.mask is not None:
             rows, columns = (torch.arange(n + 1, dtype=torch.float64, device="cpu") / n for n in self.mask.shape)
             inside = self.mask.double()
         elif not self.boxes:
             return torch.zeros(grid, dtype=torch.float64, device="cpu")
-        else:  # boxes of one object may overlap: cut the picture at every edge of every box
+        else:  # boxes of one object may overlap: split the picture at every edge of every box
             boxes = torch.tensor(self.boxes, dtype=torch.float64, device="cpu")
             columns, rows = (boxes[:, axis::2].flatten().unique() for axis in (0, 1))
             x, y = (columns[1:] + columns[:-1]) / 2, (rows[1:] + rows[:-1]) / 2
@@ -66,12 +66,12 @@ class Region:
 
 
 class Layout(NamedTuple):
-    """The regions of a batch as tensors. An image with fewer objects than another has zeros in the places left.
+    """The regions of a batch as tensors, zero-padded for images with fewer objects than others.
 
-    masks: {(h, w): [B,O,h,w]} for every grid in question, in [0,1].
-    token_weights: [B,O,L], the tokens of each object; they sum to one.
+    masks: {(h, w): [B,O,h,w]} for each grid, in [0,1].
+    token_weights: [B,O,L], uniform over the tokens of each object; they sum to 1.
     words: [B,L], 1 for the prompt's own tokens, 0 for start, end and padding.
-    weights: [B,O] of the objects; 0 where there is none.
+    weights: [B,O], the object weights; 0 for padding.
     """
 
     masks: dict[Grid, Tensor]
@@ -80,12 +80,12 @@ class Layout(NamedTuple):
     weights: Tensor
 
     def inputs(self) -> Inputs:
-        """By the names under which kinds of keep and edits find them."""
+        """The tensors by the names under which keeps and edits look them up."""
         masks = {mask_name(grid): mask for grid, mask in self.masks.items()}
         return {**masks, "token_weights": self.token_weights, "words": self.words, "object_weights": self.weights}
 
     def images(self, index: Tensor) -> Layout:
-        """Those of some images."""
+        """The layout of some of the images."""
         masks = {grid: mask[index] for grid, mask in self.masks.items()}
         return Layout(masks, self.token_weights[index], self.words[index], self.weights[index])
 
@@ -97,7 +97,7 @@ def make_layout(
     grids: Iterable[Grid],
     device: torch.device | None = None,
 ) -> Layout:
-    """Tensors of B images' regions. num_tokens: of each image's prompt, without start and end; length: L."""
+    """Build the tensors for B images. num_tokens: per prompt, without start and end; length: L."""
     objects = max((len(some) for some in regions), default=0)
     zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
     token_weights = zeros(len(regions), objects, length)
@@ -118,13 +118,13 @@ def make_layout(
 def read_regions(
     boxes: Boxes, find: Callable[[str], tuple[int, ...]] = lambda phrase: (1,), length: int = 1 << 30
 ) -> tuple[Region, ...]:
-    """What a caller wrote, checked. find: a phrase to the positions of its tokens; ValueError where it has none.
+    """Parse and check boxes. find: maps a phrase to its token positions; ValueError for a phrase without any.
 
-    Without find and length, phrases and token positions wait for the model that knows them.
+    Without find and length, phrases and token positions stay unchecked until the model is known.
     """
     if not isinstance(boxes, Mapping):
         raise ValueError(
-            f"boxes is {shown(boxes)}; expected a mapping of phrases of the prompt to boxes, such as "
+            f"boxes is {shown(boxes)}; expected a mapping from phrases of the prompt to boxes, such as "
             '{"ball": (0.55, 0.4, 0.95, 0.8)}'
         )
     if len(boxes) > _MOST:
@@ -158,7 +158,7 @@ def _region(key: object, value: object, find: Callable[[str], tuple[int, ...]], 
 
 
 def to_array(name: str, value: Any) -> Any:
-    """A tensor as an array, on the CPU; anything else as it is."""
+    """A tensor as a numpy array; any other value unchanged."""
     if not isinstance(value, Tensor):
         return value
     try:
@@ -183,17 +183,17 @@ def _tokens(key: object, length: int) -> tuple[int, ...]:
 
 
 def _is_mask(value: object) -> bool:
-    """Whether it is an image or an array that holds no boxes: those are [4] or [n,4] of numbers."""
+    """True for an image, and for an array unless it holds boxes, i.e. numbers of shape [4] or [n,4]."""
     if not isinstance(value, np.ndarray):
         return isinstance(value, Image.Image)
     return value.ndim not in (1, 2) or value.shape[-1] != 4 or value.dtype.kind == "b"
 
 
 def _boxes(where: str, value: Any) -> tuple[Box, ...]:
-    """One box or several, in any container."""
+    """Read one box or several from any container."""
     expected = "expected (x0, y0, x1, y1) in [0,1] with x0 < x1 and y0 < y1, a list of such boxes, or a mask"
     if isinstance(value, np.ndarray):
-        expected = f'{expected} (of n x 4 cells as {{"mask": ...}})'
+        expected = f'{expected} (one of shape [n,4] as {{"mask": ...}})'
         value = value.tolist()
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"{where} is {shown(value)}; {expected}")
@@ -209,7 +209,7 @@ def _boxes(where: str, value: Any) -> tuple[Box, ...]:
         x0, y0, x1, y1 = box = tuple(float(edge) for edge in box)
         if min(box) < 0 or max(box) > 1:
             raise ValueError(
-                f"{where} holds {shown(box)}, which reaches outside of the picture; {expected}. "
+                f"{where} holds {shown(box)}, which extends outside the picture; {expected}. "
                 "Divide pixels by the picture's width and height"
             )
         if x1 <= x0 or y1 <= y0:
@@ -227,7 +227,7 @@ def _mask(where: str, value: object) -> Tensor:
         raise ValueError(f"the mask of {where} is {shown(value)}; expected [H,W] of numbers from 0 to 1, or an image")
     mask = torch.from_numpy(np.array(value, dtype=np.float64, order="C"))
     if value.dtype.kind in "iu" and mask.max() == 255 and ((mask == 0) | (mask == 255)).all():
-        mask = mask / 255  # a mask as image files hold it
+        mask = mask / 255  # a mask as stored in image files
     if not mask.isfinite().all() or mask.min() < 0 or mask.max() > 1:
         raise ValueError(
             f"the mask of {where} holds values from {mask.min():g} to {mask.max():g}; expected 0 to 1 (or 0 and 255)"
@@ -238,20 +238,20 @@ def _mask(where: str, value: object) -> Tensor:
 
 
 def overlap(start: Tensor, end: Tensor, cells: int) -> Tensor:
-    """How much of each of `cells` equal parts of [0,1] lies between start and end: [...] -> [...,cells] in [0,1]."""
+    """The fraction of each of `cells` equal parts of [0,1] between start and end: [...] -> [...,cells] in [0,1]."""
     edges = torch.arange(cells + 1, dtype=start.dtype, device=start.device) / cells
     inside = torch.minimum(end[..., None], edges[1:]) - torch.maximum(start[..., None], edges[:-1])
     return inside.clamp_min(0) * cells
 
 
 def box_coverage(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Boxes [...,4] in [0,1] -> how much of each cell of a grid they cover, [...,height,width]."""
+    """Boxes [...,4] in [0,1] -> the fraction of each grid cell that they cover, [...,height,width]."""
     x0, y0, x1, y1 = boxes.unbind(-1)
     return overlap(y0, y1, height)[..., :, None] * overlap(x0, x1, width)[..., None, :]
 
 
 def plain_boxes(regions: Sequence[Region]) -> dict[str, object]:
-    """Regions as a request takes them, in plain values but for masks."""
+    """Regions in the form of a request's `boxes`, as plain values except for masks."""
     return {
         region.name: {"weight": region.weight}
         | ({"boxes": region.boxes or None} if region.mask is None else {"mask": region.mask})

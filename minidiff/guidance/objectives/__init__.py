@@ -1,6 +1,6 @@
-"""Objectives of the attention, one file each: NAME.py holds NAME_loss.
+"""Objectives (losses on attention maps), one file each: NAME.py defines NAME_loss.
 
-To add one, add its file; the command line and `guidance="NAME"` find it by that name.
+Adding a file adds the objective: the command line and `guidance="NAME"` find it by name.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from ._objective import Objective, Settings, Term, objective
 
 
 class _ByName(Mapping[str, Objective]):
-    """Imports the file of an objective when it is asked for."""
+    """Imports an objective's file on first access."""
 
     def __getitem__(self, name: str) -> Objective:
         if name not in _NAMES:
@@ -27,6 +27,6 @@ class _ByName(Mapping[str, Objective]):
 
 
 OBJECTIVES: Mapping[str, Objective] = _ByName()
-"""By the names under which generate and the command line know them."""
+"""Objectives by the names that generate() and the command line use."""
 
 __all__ = ["OBJECTIVES", "Objective", "Settings", "Term", "objective"]

@@ -1,7 +1,7 @@
-"""What objectives are made of: pure functions of recorded maps.
+"""Building blocks of objectives: pure functions of recorded maps.
 
-Shapes: B images, O objects, h x w cells, L tokens. Maps of different grids are never averaged: a loss is computed on
-each grid, and those are.
+Shapes: B images, O objects, h x w cells, L tokens. Maps on different grids are never averaged; the losses computed on
+each grid are.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def grids(maps: Maps) -> dict[Grid, Tensor]:
 
 
 def object_maps(maps: Maps, layout: Layout) -> dict[Grid, Tensor]:
-    """[B,O,h,w]: probabilities sharpened over all tokens but the start marker (100 times, softmax), and smoothed.
+    """[B,O,h,w]: smoothed softmax(100 * probabilities) over all tokens but the start marker.
 
-    As Attend-and-Excite has it, for SD 1.x (their code also leaves out the last place, which is padding).
+    As in Attend-and-Excite for SD 1.x (whose code also drops the last position, which is padding).
     """
     found = {}
     for grid, kept in grids(maps).items():
@@ -46,7 +46,7 @@ def over_grids(losses: Sequence[Tensor]) -> Tensor:
 
 
 def smoothed(maps: Tensor, sigma: float) -> Tensor:
-    """3x3 blur. The published code divides by (2 sigma)^2, so its sigma of 0.5 is a Gaussian's of 0.71."""
+    """3x3 blur. Like the published code it divides by (2 sigma)^2, so sigma 0.5 is a Gaussian's sigma of 0.71."""
     side = torch.exp(torch.tensor(-1 / (2 * sigma) ** 2, dtype=maps.dtype, device=maps.device))
     line = torch.stack([side, torch.ones_like(side), side])
     line = line / line.sum()
@@ -54,14 +54,14 @@ def smoothed(maps: Tensor, sigma: float) -> Tensor:
 
 
 def filtered(maps: Tensor, kernel: Tensor) -> Tensor:
-    """[B,O,h,w] under a 3x3 kernel, mirrored at the border (one cell wide, a grid has nothing to mirror)."""
+    """[B,O,h,w] filtered by a 3x3 kernel, with reflect padding (replicate for grids one cell wide)."""
     flat = maps.flatten(0, 1)[:, None]
     padded = F.pad(flat, (1, 1, 1, 1), mode="reflect" if min(maps.shape[2:]) > 1 else "replicate")
     return F.conv2d(padded, kernel[None, None].to(maps))[:, 0].unflatten(0, maps.shape[:2])
 
 
 def mean_of_top(maps: Tensor, count: Tensor) -> Tensor:
-    """Mean of the `count` [B,O] largest cells, a number that need not be whole, of at least one."""
+    """Mean of the `count` [B,O] largest cells. `count` may be fractional and is at least 1."""
     ranked = maps.flatten(2).sort(dim=2, descending=True).values
     rank = torch.arange(ranked.shape[2], device=maps.device)
     share = (count.clamp_min(1)[..., None] - rank).clamp(0, 1)
@@ -69,19 +69,19 @@ def mean_of_top(maps: Tensor, count: Tensor) -> Tensor:
 
 
 def near_edges(line: Tensor) -> Tensor:
-    """1 for the cells beside an edge of a projected mask [B,O,n], and for one more on its far side."""
-    edges = F.pad(line, (1, 1)).diff(dim=2).ne(0).to(line.dtype)  # [B,O,n+1], between the cells and at both ends
+    """1 for the cells on both sides of an edge of a projected mask [B,O,n], and for one more on its far side."""
+    edges = F.pad(line, (1, 1)).diff(dim=2).ne(0).to(line.dtype)  # [B,O,n+1], between cells and at both ends
     return F.max_pool1d(F.pad(edges, (1, 0)), 3, stride=1)
 
 
 def mean_under(maps: Tensor, mask: Tensor) -> Tensor:
-    """[B,O,1,1]; 0 where the mask is empty."""
+    """Mean of the maps under the mask, [B,O,1,1]; 0 where the mask is empty."""
     whole = mask.sum(dim=(2, 3), keepdim=True)
     return (maps * mask).sum(dim=(2, 3), keepdim=True) / whole.clamp_min(TINY)
 
 
 def bounding(found: Tensor) -> Tensor:
-    """The box around the True cells of each map [B,O,h,w], as zeros and ones."""
+    """The bounding box of the True cells of each map [B,O,h,w], as a mask of zeros and ones."""
 
     def between(line: Tensor) -> Tensor:
         line = line.to(torch.uint8)
@@ -96,7 +96,7 @@ def ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def steepness(maps: Tensor) -> Tensor:
-    """Steepness (Sobel) of smoothed maps, each brought to a largest value of one."""
+    """Gradient magnitude (Sobel) of the smoothed maps, each first scaled to a maximum of 1."""
     smooth = smoothed(maps / maps.detach().amax(dim=(2, 3), keepdim=True).clamp_min(TINY), 3.0)
     sobel = smooth.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
     across, down = filtered(smooth, sobel), filtered(smooth, sobel.T)

@@ -1,4 +1,4 @@
-"""What the attention shall look like: pure functions of recorded maps and a layout that return a loss."""
+"""Objectives: losses that are pure functions of recorded attention maps and a layout."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ SECOND_COARSEST = cross & level(1)
 
 @dataclass(frozen=True)
 class Settings:
-    """How strongly an objective moves the latents where the caller says nothing: its paper's values.
+    """An objective's default guidance settings: its paper's values.
 
-    As in `Guidance`, which explains them.
+    `Guidance` explains the fields.
     """
 
     scale: PerStep = 30.0
@@ -44,16 +44,16 @@ class Settings:
 
 
 OWN = Settings(scale=0.03, threshold=0.1, iterations=5, steps=0.6, step_rule="unit")
-"""Of the objectives that are no paper's."""
+"""Settings of the objectives that come from no paper."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """One objective of a sum: its function, what that needs recorded, and its weight.
+    """One term of a sum: its function, what the function needs recorded, and its weight.
 
-    The function returns a loss per object [B,O], which `reduce` makes one per image (weighted by the objects' weights;
-    the mean is over the weights' sum), or per image [B]. needs_boxes: False for one that reads no masks, so that
-    phrases without a place will do.
+    The function returns a loss per image [B], or per object [B,O], which `reduce` turns into one per image (weighted
+    by the objects' weights; the mean divides by the sum of weights). needs_boxes: False for a function that reads no
+    masks, so that phrases need no box.
     """
 
     name: str
@@ -74,12 +74,12 @@ class Term:
 
     @property
     def record(self) -> Record:
-        """What it needs. The mass inside the masks can be read from it too, for the report."""
+        """What the term needs recorded; it also suffices to compute the mass inside the masks, for the report."""
         keep = self.keep if self.keep.heads is not None or self.keep.sums is not None else ALL
         return Record(self.sites, keep, rows="all", stop=True)
 
     def loss(self, maps: Maps, layout: Layout) -> Tensor:
-        """[B,O] or [B], which is checked."""
+        """The function's loss, checked to be [B,O] or [B]."""
         found = self.function(maps, layout)
         count = len(layout.weights)
         if not isinstance(found, Tensor) or tuple(found.shape) not in ((count,), tuple(layout.weights.shape)):
@@ -92,16 +92,16 @@ class Term:
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss of recorded maps and a layout: `loss = objective(maps, layout)`, [B].
+    """A loss on recorded maps and a layout: `loss = objective(maps, layout)`, [B].
 
-    Objectives add (`a + 0.5 * b`) and a sum records what each of them needs. `settings` are those of its paper; a sum
-    has those of its first term.
+    Objectives can be added (`a + 0.5 * b`); a sum records what each term needs. `settings` are the paper's; a sum
+    takes those of its first term.
     """
 
     terms: tuple[Term, ...]
     settings: Settings = Settings()
     record: Record = field(init=False, compare=False, repr=False)
-    """What a forward pass of conditional rows keeps for it, each site once."""
+    """What a conditional forward pass records for it, each site once."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.terms, tuple) or not self.terms or not all(isinstance(one, Term) for one in self.terms):
@@ -112,40 +112,40 @@ class Objective:
 
     @property
     def keep(self) -> Keep:
-        """What is kept of each site where the terms' sites are not chosen yet."""
+        """What is kept per site while the terms' sites are not chosen yet."""
         kinds = {term.record.keep for term in self.terms}
         return kinds.pop() if len(kinds) == 1 else ALL
 
     @property
     def sites(self) -> frozenset[Site]:
-        """Of all terms, once they are chosen."""
+        """The sites of all terms, once chosen."""
         return frozenset(self.record.kinds)
 
     @property
     def function(self) -> Loss:
-        """Of an objective of one term: what was decorated."""
+        """The decorated function, of an objective with one term."""
         (term,) = self.terms
         return term.function
 
     @property
     def needs_boxes(self) -> bool:
-        """Whether any term reads masks."""
+        """True where any term reads masks."""
         return any(term.needs_boxes for term in self.terms)
 
     def bound(self, there: Mapping[Site, Position], sites: Where | Iterable[Site] | None = None) -> Objective:
-        """The same with its sites chosen among those of a UNet; `sites`, where given, instead of the terms' own."""
+        """The same objective with its sites chosen from a UNet's; `sites`, if given, replaces the terms' own."""
         terms = tuple(replace(term, sites=choose(term.sites if sites is None else sites, there)) for term in self.terms)
         return replace(self, terms=terms)
 
     def __call__(self, maps: Maps, layout: Layout) -> Tensor:
-        """[B]. maps: as `record` keeps them, of the terms' sites; of any, where those are not chosen yet."""
+        """The loss [B]. maps: as `record` keeps them, from the terms' sites, or from any while none are chosen."""
         return self._losses(self._views(maps, layout.inputs()), layout)[0]
 
     def look(self, maps: Maps, layout: Layout, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss [B], each object's [B,O], and the share of its attention inside its mask [B,O].
+        """The loss [B], the loss per object [B,O], and each object's fraction of attention inside its mask [B,O].
 
-        A term that returns [B] has no part in the second. The third is the mean over the cross-attention's sites and
-        heads, NaN where there is none.
+        Terms that return [B] do not count in the second. The third is the mean over cross-attention sites and heads,
+        NaN if no cross-attention was recorded.
         """
         views = self._views(maps, inputs)
         mass = [views.of(site, BOX_MASS).mean(dim=1) for site in maps if site.kind == "cross"]  # [B,O,L]
@@ -181,14 +181,14 @@ class Objective:
 
 
 class _Views:
-    """One look's maps, each read once in every way that is asked for."""
+    """The maps of one evaluation, each converted at most once to each kind of keep."""
 
     def __init__(self, maps: Maps, kinds: Mapping[Site, Keep], inputs: Inputs) -> None:
         self.maps, self.kinds, self.inputs = maps, kinds, inputs
         self.seen: dict[tuple[Site, Keep], Tensor] = {}
 
     def of(self, site: Site, keep: Keep) -> Tensor:
-        """What `keep` keeps of a site, read from what was kept: itself, everything, or the mean over heads."""
+        """What `keep` keeps of a site, computed from what was recorded: the same, all, or the mean over heads."""
         kept, kind = self.maps[site], self.kinds[site]
         if keep == kind:
             return kept
@@ -198,7 +198,7 @@ class _Views:
 
 
 def _reduced(loss: Tensor, weights: Tensor, reduce: Reduction) -> Tensor:
-    """[B,O] -> [B]; an image without objects has 0."""
+    """[B,O] -> [B]; 0 for an image without objects."""
     if reduce == "max":
         there = torch.where(weights > 0, weights * loss, -torch.inf)
         none = (weights <= 0).all(dim=1)
@@ -231,17 +231,17 @@ def objective(
     settings: Settings = Settings(),
     needs_boxes: bool = True,
 ) -> Objective | Callable[[Loss], Objective]:
-    """Make an objective of a module-level function (maps, layout) -> loss, [B,O] per object or [B] per image.
+    """Turn a module-level function (maps, layout) -> loss, [B,O] per object or [B] per image, into an objective.
 
-    `maps` holds {site: what `keep` keeps}, by default all probabilities [B,H,h,w,L] of the cross-attention sites on the
-    second coarsest grid (16x16 in SD 1.5 at 512 pixels). See `Layout` for the other argument, `Term` for the others.
+    `maps` is {site: what `keep` keeps}, by default all probabilities [B,H,h,w,L] of the cross-attention sites on the
+    second-coarsest grid (16x16 in SD 1.5 at 512 pixels). See `Layout` for `layout`, and `Term` for the options.
     """
 
     def made(function: Loss) -> Objective:
         name = getattr(function, "__name__", type(function).__name__)
         found = Objective((Term(name, function, sites, keep, reduce, needs_boxes=needs_boxes),), settings)
         if inspect.isfunction(function):
-            # The decorated name is the objective's: so named, pickle finds the function inside of it.
+            # The decorated name now refers to the objective; with this name pickle finds the function inside it.
             function.__qualname__ += ".function"
         return found
 

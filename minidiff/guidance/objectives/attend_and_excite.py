@@ -1,4 +1,4 @@
-"""Attend-and-Excite: every object is seen somewhere."""
+"""Attend-and-Excite: every object gets strong attention somewhere."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ EXCITE = Settings(
 
 @objective(sites=SECOND_COARSEST, keep=HEAD_MEAN, reduce="max", settings=EXCITE, needs_boxes=False)
 def attend_and_excite_loss(maps: Maps, layout: Layout) -> Tensor:
-    """1 - the largest value of an object's map, for the object that is worst off. It reads no boxes.
+    """1 - the maximum of an object's map, for the most neglected object. It reads no boxes.
 
-    Chefer et al. 2023 ("Attend-and-Excite"), eq. 1. Where their code refines (steps 0, 10 and 20) it makes one update
-    more, whatever the loss; here the loss decides.
+    Chefer et al. 2023 ("Attend-and-Excite"), eq. 1. Deviation: in its refinement steps (0, 10 and 20) their code makes
+    one more update whatever the loss; here the threshold applies.
     """
     return over_grids([1 - excited.amax(dim=(2, 3)) for excited in object_maps(maps, layout).values()])

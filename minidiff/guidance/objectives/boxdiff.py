@@ -1,4 +1,4 @@
-"""BoxDiff: strong inside of the box, weak outside, and up to its edges."""
+"""BoxDiff: strong attention inside the box, weak outside, extending to its edges."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .attend_and_excite import EXCITE
 
 @objective(sites=SECOND_COARSEST, keep=HEAD_MEAN, reduce="sum", settings=replace(EXCITE, threshold=0.0, iterations=1))
 def boxdiff_loss(maps: Maps, layout: Layout) -> Tensor:
-    """Strong inside of the box, weak outside, and up to its edges. Xie et al. 2023 ("BoxDiff"), eq. 3 to 8.
+    """Inner-box, outer-box and corner constraints. Xie et al. 2023 ("BoxDiff"), eq. 3 to 8.
 
     P = 0.2 of the cells and L = 1 cell around an edge, as in their code. Deviations: masks cover cells exactly, so P
-    of them may be no whole number, and is at least one cell (theirs is NaN under five); their refinement at steps 0, 10
-    and 20 looks at the first term alone and is left out.
+    may be a fractional number of cells, and is at least one (theirs is NaN under five); their refinement at steps 0, 10
+    and 20, which uses only the first term, is omitted.
     """
     losses = []
     for grid, found in object_maps(maps, layout).items():

@@ -1,4 +1,4 @@
-"""Layout guidance: the attention to an object belongs into its mask."""
+"""Layout guidance: attention to an object should lie inside its mask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._objective import objective
 
 @objective(sites=cross & (place("mid") | block("up", 1)), keep=BOX_MASS)
 def layout_loss(maps: Maps, layout: Layout) -> Tensor:
-    """How much of its tokens' attention an object has outside of its mask, squared; the mean over sites, heads, tokens.
+    """Squared fraction of attention to an object's tokens outside its mask; mean over sites, heads and tokens.
 
     Chen, Laina and Vedaldi 2024 ("Training-free layout control with cross-attention guidance"), eq. 4.
     """

@@ -1,4 +1,4 @@
-"""Attention refocusing, the loss on cross-attention."""
+"""Attention refocusing: the cross-attention loss."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ._objective import SECOND_COARSEST, Settings, objective
     keep=HEAD_MEAN,
     settings=Settings(
         scale=(3.0,) * 10 + (2.0,) * 10 + (1.0,) * 10,
-        threshold=(0.1 / 3,) * 10 + (0.05,) * 10 + (0.1,) * 10,  # theirs is on the scaled loss
+        threshold=(0.1 / 3,) * 10 + (0.05,) * 10 + (0.1,) * 10,  # theirs applies to the scaled loss
         iterations=(5,) * 20 + (1,) * 10,
         steps=30,
         step_rule="plain",
     ),
 )
 def refocusing_loss(maps: Maps, layout: Layout) -> Tensor:
-    """(1 - the largest value inside) + the largest in each other box + half of the largest in the background.
+    """(1 - the maximum inside) + the maximum in each other box + half the maximum in the background.
 
-    Phung, Ge and Huang 2024 ("Grounded text-to-image synthesis with attention refocusing"), the cross-attention
-    refocusing (CAR) of eq. 3. Deviation: no case distinctions by the size of a value, as their code has.
+    Phung, Ge and Huang 2024 ("Grounded text-to-image synthesis with attention refocusing"), cross-attention
+    refocusing (CAR), eq. 3. Deviation: their code's case distinctions by the size of a value are omitted.
     """
     losses = []
     for grid, found in object_maps(maps, layout).items():
         mask = layout.masks[grid]
-        others = mask[:, None] * (1 - mask)[:, :, None]  # [B,O,P,h,w]: of object P, and not of O
+        others = mask[:, None] * (1 - mask)[:, :, None]  # [B,O,P,h,w]: in object P, but not in O
         elsewhere = (others * found[:, :, None]).amax(dim=(3, 4)).sum(dim=2)
         background = ((1 - mask.amax(dim=1, keepdim=True)) * found).amax(dim=(2, 3))
         losses.append(1 - (mask * found).amax(dim=(2, 3)) + elsewhere + 0.5 * background)

@@ -18,12 +18,12 @@ from ._objective import Settings, objective
     settings=Settings(scale=70.0, threshold=0.0, iterations=5, steps=10, step_rule="plain"),
 )
 def rnb_loss(maps: Maps, layout: Layout) -> Tensor:
-    """The box around what is bright, moved onto the object's box. Xiao et al. 2024 ("R&B"), eq. 4 to 9.
+    """Aligns the bounding box of bright attention with the object's box. Xiao et al. 2024 ("R&B"), eq. 4 to 9.
 
-    Its gradient goes straight through the box that a threshold finds, so it is no slope of the value. Deviations: each
-    grid for itself where their code scales all to 64x64, and the bright box has its last row and column. An object has
-    loss 0 once the two boxes agree (IoU of 0.85), and a boundary term only beside others and while the brightest cell
-    is outside.
+    A straight-through estimator carries the gradient past the thresholded box, so it is not the derivative of the
+    value. Deviations: one loss per grid, where their code resizes all to 64x64; the bright box includes its last row
+    and column. An object's loss is 0 once the two boxes agree (IoU of 0.85); its boundary term needs other objects in
+    the image, and the brightest cell to be outside.
     """
     several = ((layout.weights > 0).sum(dim=1, keepdim=True) > 1).to(layout.weights.dtype)
     losses = []
