@@ -687,7 +687,7 @@ def test_the_sites_can_be_chosen(tiny_model: Model) -> None:
     assert ran.count("mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0") == 2
     assert ran.count("up_blocks.0.resnets.0") == 1
     assert step.report[0].moved.all()
-    with pytest.raises(ValueError, match="no attention site is .*; expected a choice of down.0.0.self"):
+    with pytest.raises(ValueError, match="no attention site matches .*; expected a choice from down.0.0.self"):
         minidiff.sample_steps("a cat", guidance=replace(coarse, sites=minidiff.level(7)), **shared)
 
 

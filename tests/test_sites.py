@@ -71,7 +71,7 @@ def test_at_most_depends_on_the_size(tiny_model: Model) -> None:
     assert names(tiny_model, at_most(4), width=48) == names(tiny_model, level(0))  # 2x3, 4x6, 8x12: the longer edge
     assert names(tiny_model, at_most(4), width=48, height=16) == names(tiny_model, level(0))
     assert names(tiny_model, at_most(6), width=48, height=16) == names(tiny_model, level(0) | level(1))
-    with pytest.raises(ValueError, match=r"no attention site is at_most\(1\)"):
+    with pytest.raises(ValueError, match=r"no attention site matches at_most\(1\)"):
         minidiff.sites(tiny_model, at_most(1))
 
 
@@ -93,13 +93,13 @@ def test_sites_have_the_grids_that_the_unet_sees(tiny_model: Model, width: int |
 
 def test_no_match_lists_the_sites_there_are(tiny_model: Model) -> None:
     message = (
-        r"no attention site is \(cross & block\('up', 0\)\); expected a choice of down.0.0.self \(8x12\), "
+        r"no attention site matches \(cross & block\('up', 0\)\); expected a choice from down.0.0.self \(8x12\), "
         r"down.0.0.cross \(8x12\), .*mid.0.0.cross \(2x3\), .*up.2.2.cross \(8x12\)"
     )
     with pytest.raises(ValueError, match=message):
         minidiff.sites(tiny_model, cross & block("up", 0), width=48)
     for options in ({"attention": Record(level(5))}, {"edits": Edit(level(5), probs=shape)}):
-        with pytest.raises(ValueError, match=r"no attention site is level\(5\); expected a choice of down.0.0.self"):
+        with pytest.raises(ValueError, match=r"no attention site matches level\(5\); expected a choice from down.0"):
             minidiff.generate("a cat", model=tiny_model, steps=2, **options)
 
 

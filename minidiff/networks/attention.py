@@ -18,7 +18,7 @@ from .sites import Grid, Site, Where, read_sites
 
 Rows = Literal["cond", "uncond", "all"]
 Inputs = Mapping[str, Tensor]
-Maps = dict[Site, Tensor]  # what was kept of each site
+Maps = dict[Site, Tensor]  # what was kept at each site
 KeepFunction = Callable[[Site, Tensor, Inputs], Tensor]
 ROWS = ("cond", "uncond", "all")
 
@@ -28,15 +28,15 @@ ROWS = ("cond", "uncond", "all")
 
 @dataclass(frozen=True)
 class Keep:
-    """What to keep of a recorded site.
+    """What to keep from a recorded site.
 
     function: pure and module-level: (site, probs [B,H,h,w,L], inputs) -> Tensor.
-    heads: True where that is probs itself, False where it is their mean over heads [B,h,w,L], None where it is neither,
-        so that no phrase can be read from it.
-    rows: the dimension of the result along which the grid's rows stand, where the function treats each row alone. A
-        large site is then recorded by some rows at a time.
-    sums, finish: likewise where the function is `finish` of a sum over rows: `sums` of (the probabilities of some rows,
-        the objects' masks on them [B,O,rows,w]) adds up.
+    heads: True if the result is probs itself, False if it is their mean over heads [B,h,w,L], None for anything else,
+        from which phrases cannot be read.
+    rows: the dimension of the result that holds the grid's rows, if the function treats each row independently. Large
+        sites are then recorded a few rows at a time.
+    sums, finish: the same for a function that is `finish` of a sum over rows. Its terms are
+        sums(the probabilities of some rows, the objects' masks on them [B,O,rows,w]).
     """
 
     name: str
@@ -51,7 +51,7 @@ class Keep:
             raise ValueError(f'got Keep({shown(self.name)}, {shown(self.function)}); expected Keep("name", function)')
 
     def __call__(self, site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
-        """What is kept of probs [B,H,h,w,L]."""
+        """What to keep from probs [B,H,h,w,L]."""
         kept = self.function(site, probs, inputs)
         if not isinstance(kept, Tensor):
             raise ValueError(f"{self.name} returned {shown(kept)}; expected a tensor")
@@ -62,11 +62,11 @@ class Keep:
 
     @classmethod
     def read(cls, keep: Keep | KeepFunction) -> Keep:
-        """A Keep, of a plain function too."""
+        """A Keep from a Keep or a plain function."""
         if isinstance(keep, Keep):
             return keep
         if not callable(keep):
-            raise ValueError(f"keep is {shown(keep)}; expected one such as minidiff.HEAD_MEAN, or a function")
+            raise ValueError(f"keep is {shown(keep)}; expected a Keep such as minidiff.HEAD_MEAN, or a function")
         return cls(getattr(keep, "__name__", type(keep).__name__), keep)
 
 
@@ -88,7 +88,7 @@ def _box_mass(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _box_sums(probs: Tensor, masks: Tensor) -> Tensor:
-    """The sums over the pixels of each mask [B,O,h,w], and last over all pixels: [B,H,O+1,L]."""
+    """Sums over the pixels in each mask [B,O,h,w], then the sum over all pixels: [B,H,O+1,L]."""
     inside = einsum("bhyxl,boyx->bhol", probs, masks.to(probs))
     return cat([inside, probs.sum(dim=(2, 3))[:, :, None]], dim=2)
 
@@ -102,20 +102,20 @@ ALL = Keep("ALL", _all, heads=True, rows=2)
 HEAD_MEAN = Keep("HEAD_MEAN", _head_mean, heads=False, rows=1)
 """Keep the mean over heads: [B,h,w,L]."""
 COLUMNS = Keep("COLUMNS", _columns, rows=2)
-"""Keep one column per object, the sum of the probabilities under `inputs["token_weights"]` [B,O,L]: [B,H,h,w,O]."""
+"""Keep one column per object, the probabilities weighted by `inputs["token_weights"]` [B,O,L]: [B,H,h,w,O]."""
 BOX_MASS = Keep("BOX_MASS", _box_mass, sums=_box_sums, finish=_share)
-"""Keep, for every object and token, the share of the token's attention that lies inside the object's mask: [B,H,O,L] in
+"""Keep, for each object and token, the fraction of the token's attention inside the object's mask: [B,H,O,L] in
 [0,1]. The masks [B,O,h,w] are `inputs[mask_name((h, w))]`.
 """
 
 
 def mask_name(grid: Grid) -> str:
-    """The name among a forward pass's `inputs` of the objects' masks on a grid: "masks.16x16"."""
+    """The key in `inputs` of the objects' masks on a grid: "masks.16x16"."""
     return f"masks.{grid[0]}x{grid[1]}"
 
 
 def read_input(inputs: Inputs, name: str, expected: str = 'boxes={"phrase": (x0, y0, x1, y1)}') -> Tensor:
-    """One of a pass's inputs. ValueError, with what brings it, where it is not there."""
+    """One of the inputs of a forward pass. ValueError if it is missing, with the argument that provides it."""
     if name not in inputs:
         raise ValueError(f"{name!r} is not among the inputs; expected {expected}")
     return inputs[name]
@@ -123,18 +123,18 @@ def read_input(inputs: Inputs, name: str, expected: str = 'boxes={"phrase": (x0,
 
 @dataclass(frozen=True)
 class Record:
-    """What to keep of a forward pass: a value that goes in; the maps come out.
+    """What to keep from a forward pass, which returns the maps.
 
     Static and hashable, so it never recompiles a graph.
 
-    `sites` is a set of them or, where a model is at hand to choose from (generate, sample_steps), a choice such as
-    `cross & at_most(16)`; the UNet itself takes sets.
+    `sites` is a set or, for functions that know the model (generate, sample_steps), a choice such as
+    `cross & at_most(16)`; the UNet itself takes sets only.
 
-    `rows` says which half of a batch [uncond, cond] is recorded; a batch that holds conditional rows only needs "all".
+    `rows` says which half of a batch [uncond, cond] is recorded; use "all" for a batch of conditional rows only.
     With `stop` the forward pass ends after the last recorded site and returns None for eps.
 
-    `one | other` records what both do. Each site is recorded once: where two kinds of keep meet, all is kept, from
-    which any other can be read. `more` is how it holds the others.
+    `one | other` records both. Each site is recorded once: if the two keep different things from it, everything is
+    kept, from which both can be computed. `more` holds the other records.
     """
 
     sites: frozenset[Site] | Where
@@ -150,7 +150,7 @@ class Record:
         if not isinstance(self.stop, bool):
             raise ValueError(f"stop is {shown(self.stop)}; expected True or False")
         if not isinstance(self.more, tuple):
-            raise ValueError(f"more is {shown(self.more)}; expected what `record | record` makes of it")
+            raise ValueError(f"more is {shown(self.more)}; expected the value that `record | record` sets")
 
     def __or__(self, other: Record) -> Record:
         if not isinstance(other, Record):
@@ -163,12 +163,12 @@ class Record:
         return replace(self, more=(*self.more, (other.sites, other.keep), *other.more))
 
     def chosen(self, choose: Callable[[frozenset[Site] | Where], frozenset[Site]]) -> Record:
-        """The same with every choice of sites made."""
+        """The same record with every choice of sites resolved."""
         return replace(self, sites=choose(self.sites), more=tuple((choose(where), keep) for where, keep in self.more))
 
     @property
     def kinds(self) -> dict[Site, Keep]:
-        """What is kept of each site, once its sites are chosen."""
+        """What to keep at each site, once the sites are resolved."""
         found: dict[Site, Keep] = {}
         for sites, keep in ((self.sites, self.keep), *self.more):
             for site in sites if isinstance(sites, frozenset) else ():
@@ -183,17 +183,17 @@ class Record:
 class Edit:
     """How to change the attention of some sites.
 
-    Static and hashable; whatever depends on the prompt or the step comes in through `inputs`, which hold the step's
-    `t` and `sigma` (float32 []) too.
+    Static and hashable; everything that depends on the prompt or the step comes through `inputs`, which also hold the
+    step's `t` and `sigma` (float32 []).
 
-    `kv(site, k, v, inputs)` returns other keys and values [B,H,L,D], of as many tokens or more.
-    `bias(site, (h, w), inputs)` returns what to add to the logits (q k^T / sqrt(D)), broadcastable to [B,H,h,w,L]; with
-    these two the fused kernel still runs.
-    `logits(site, logits [B,H,h,w,L], inputs)` and `probs(site, probs [B,H,h,w,L], inputs)` return others of that shape;
-    the site is then computed explicitly.
-    Order at a site: keys and values, logits + bias, `logits`, softmax, `probs`, record; several edits act in the order
-    in which they are given. `sites` and `rows` as in `Record`.
-    `steps` is for sampling: None is all steps of a run, n the first n, (start, stop) those from start to before stop.
+    `kv(site, k, v, inputs)` returns new keys and values [B,H,L',D], L' >= L.
+    `bias(site, (h, w), inputs)` returns a term to add to the logits (q k^T / sqrt(D)), broadcastable to [B,H,h,w,L];
+    with only these two, the fused kernel still runs.
+    `logits(site, logits [B,H,h,w,L], inputs)` and `probs(site, probs [B,H,h,w,L], inputs)` return replacements of the
+    same shape; the site is then computed explicitly.
+    Order at a site: keys and values, logits + bias, `logits`, softmax, `probs`, record; several edits apply in the
+    order given. `sites` and `rows` as in `Record`.
+    `steps`, for sampling: None is all steps of a run, n the first n, (start, stop) those from start up to stop - 1.
     """
 
     sites: frozenset[Site] | Where
@@ -218,11 +218,11 @@ class Edit:
             expected = f"(start, stop) with stop at least start, {first}"
             object.__setattr__(self, "steps", (first, whole("steps", self.steps[1], first, expected=expected)))
         elif self.steps is not None:
-            expected = "None, how many of the first steps, or (start, stop)"
+            expected = "None, a number of first steps, or (start, stop)"
             object.__setattr__(self, "steps", whole("steps", self.steps, 0, expected=expected))
 
     def acts_in(self, step: int) -> bool:
-        """Whether it is for that step of a run, counted from 0."""
+        """Whether the edit applies in a step of a run, counted from 0."""
         if self.steps is None:
             return True
         first, last = self.steps if isinstance(self.steps, tuple) else (0, self.steps)
@@ -230,7 +230,7 @@ class Edit:
 
 
 def _returned(function: Callable[..., object], found: object, *shape: int | None, broadcast: bool = False) -> Tensor:
-    """What a caller's function returned, of this shape (None is any length), or broadcastable to it."""
+    """Check that a caller's function returned a tensor of this shape (None: any length), or broadcastable to it."""
     if isinstance(found, Tensor) and (found.ndim == len(shape) or (broadcast and found.ndim < len(shape))):
         lengths = zip(reversed(found.shape), reversed(shape), strict=False)
         if all(n == most or most is None or (broadcast and n == 1) for n, most in lengths):
@@ -241,8 +241,8 @@ def _returned(function: Callable[..., object], found: object, *shape: int | None
 
 
 class Hooks(NamedTuple):
-    """What one forward pass of the UNet carries to its attention layers: what is kept of each site, the edits and the
-    sites of each, and the site after which the pass ends.
+    """What one forward pass of the UNet gives its attention layers: what to keep at each site, the edits, their inputs,
+    and the site after which the pass ends.
     """
 
     kinds: Mapping[Site, Keep]
@@ -263,7 +263,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 
 
 def attention_logits(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
-    """q k^T / sqrt(D) + bias, [B,H,N,L] in float32 (or better) whatever the dtype of q: losses are built on it."""
+    """q k^T / sqrt(D) + bias, [B,H,N,L] in float32 (or better) for any dtype of q, since losses use it."""
     logits = (q * q.shape[-1] ** -0.5) @ k.mT
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
     return logits if bias is None else logits + bias
@@ -315,7 +315,7 @@ def hooked_attention(
     edits: Sequence[Edit],
     inputs: Inputs,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of a recorded or edited site; the half of the batch that nothing names stays on the fused kernel."""
+    """Attention at a recorded or edited site; a half of the batch without either stays on the fused kernel."""
     outs: list[Tensor] = []
     kept: list[Tensor] = []
     named = {edit.rows for edit in edits} | (set() if keep is None else {rows})
@@ -372,16 +372,16 @@ def _attend(
 
 
 AT_ONCE = 2**24
-"""So many probabilities of a recorded site lie in memory together (64 MB)."""
+"""The maximum number of probabilities of a recorded site in memory at once (64 MB)."""
 
 
 def recorded_attention(
     site: Site, q: Tensor, k: Tensor, v: Tensor, grid: Grid, keep: Keep, inputs: Inputs, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(output [B,H,N,D], what `keep` keeps of the probabilities); bias broadcastable to [B,H,N,L], N not broadcast.
+    """(output [B,H,N,D], what `keep` keeps); bias broadcastable to [B,H,N,L], but with its full N.
 
-    A large site goes by some rows of the grid at a time where `keep` can be taken so; its probabilities are then never
-    all in memory (64x64 self-attention of SD 1.5: 512 MB an image), unless for a gradient.
+    A large site is computed a few grid rows at a time if `keep` allows it, so that its probabilities are never all in
+    memory (64x64 self-attention of SD 1.5: 512 MB per image), unless a gradient needs them.
     """
     height, width = grid
     rows = max(1, AT_ONCE // (q.shape[0] * q.shape[1] * width * k.shape[2]))

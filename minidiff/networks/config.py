@@ -8,8 +8,8 @@ from ..checks import number, shown, whole
 
 _MID_BLOCK = "UNetMidBlock2DCrossAttn"
 
-# Keys that change what diffusers computes, and the one value that Stable Diffusion 1.x has; a list holds it once for
-# each level. Keys that are not here (notes, a trainer's own, dropout) change nothing and may hold anything.
+# Keys that change what diffusers computes, with their value in Stable Diffusion 1.x; a list repeats it for each level.
+# All other keys (notes, a trainer's own, dropout) change nothing and may have any value.
 _UNET_OFF = """addition_embed_type center_input_sample class_embed_type cross_attention_norm dual_cross_attention
 encoder_hid_dim encoder_hid_dim_type mid_block_only_cross_attention num_class_embeds only_cross_attention
 resnet_skip_time_act time_cond_proj_dim time_embedding_act_fn time_embedding_dim timestep_post_act"""
@@ -35,7 +35,7 @@ _VAE_FIXED: dict[str, object] = {
     "use_post_quant_conv": True,
     "use_quant_conv": True,
 }
-# What a config may claim: more than any Stable Diffusion has, little enough to be laid out at once.
+# Upper limits for a config: above any Stable Diffusion's, yet low enough to build the network without delay.
 MOST_LEVELS, MOST_LAYERS, MOST_CHANNELS, MOST_EDGE = 8, 32, 2**16, 2**13
 
 
@@ -43,8 +43,8 @@ MOST_LEVELS, MOST_LAYERS, MOST_CHANNELS, MOST_EDGE = 8, 32, 2**16, 2**13
 class UNetConfig:
     """The UNet's shape. The defaults are Stable Diffusion 1.5.
 
-    `down_attention` and `up_attention` say which blocks hold transformers, in the order in which they run.
-    `num_heads` has one value per level, from the outermost in; the folder format calls it `attention_head_dim`,
+    `down_attention` and `up_attention` say which blocks have transformers, in execution order.
+    `num_heads` has one value per level, outermost first; the folder format calls it `attention_head_dim`,
     although it counts heads. `mid_block` is False in distilled models that leave it out (BK-SDM small).
     """
 
@@ -154,7 +154,7 @@ class _Reader:
         self.file, self.config = file, config
 
     def plain(self, key: str, default: object) -> object:
-        """The value; of a list that holds it for every level, the value itself."""
+        """The value; for a list that repeats one value for each level, that value."""
         value = self.config.get(key, default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             return value[0]
@@ -209,7 +209,7 @@ class _Reader:
         return kind is not None
 
     def sample_size(self, default: int) -> int:
-        """The edge of the latents it was trained on; null in some folders, where the size comes from the call."""
+        """The edge of the latents in training; null in some folders, where the size comes from the call."""
         if self.config.get("sample_size") is None:
             return default
         size, version = self.whole("sample_size", default, MOST_EDGE), str(self.config.get("_diffusers_version"))
@@ -218,7 +218,7 @@ class _Reader:
         return max(size, default) if numbers is not None and int(numbers[1]) < 9 else size
 
     def refuse_other_kinds(self, fixed: Mapping[str, object]) -> None:
-        """Keys with an effect must have the value that they have in Stable Diffusion 1.x."""
+        """ValueError if a key that changes the computation differs from Stable Diffusion 1.x."""
         for key, needed in fixed.items():
             value = self.plain(key, needed)
             if value != needed and (needed is not None or value):

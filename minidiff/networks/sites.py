@@ -1,4 +1,4 @@
-"""Attention layers: what one is called, and how to choose some: `cross & (place("mid") | block("up", 1))`."""
+"""Attention layers: their names, and how to choose among them: `cross & (place("mid") | block("up", 1))`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLACES = ("down", "mid", "up")
 class Site:
     """One attention layer.
 
-    `block` counts within its place and `layer` within its block, both from 0 in the order in which they run.
+    `block` counts within its place and `layer` within its block, both from 0 in execution order.
     """
 
     place: Place
@@ -29,7 +29,7 @@ class Site:
 
     @classmethod
     def named(cls, name: str) -> Site:
-        """The site of a name such as "up.1.0.cross"."""
+        """The site with a name such as "up.1.0.cross"."""
         found = (
             re.fullmatch(r"(down|mid|up)\.(\d{1,4})\.(\d{1,4})\.(cross|self)", name) if isinstance(name, str) else None
         )
@@ -40,7 +40,7 @@ class Site:
 
     @property
     def name(self) -> str:
-        """Such as "up.1.0.cross"."""
+        """For example "up.1.0.cross"."""
         return f"{self.place}.{self.block}.{self.layer}.{self.kind}"
 
     @property
@@ -58,10 +58,10 @@ Test = Callable[[Site, Grid, int], bool]
 
 @dataclass(frozen=True)
 class Where:
-    """Which sites: `test(site, (h, w), level)`, where level counts halvings of the grid up from the mid block's, its 0.
+    """A choice of sites: `test(site, (h, w), level)`, where level counts doublings of the grid from the mid block's, 0.
 
-    Combine with `&`, `|` and `~` (not with `and`, `or`, `not`, which Python cannot be taught). Two are equal when their
-    texts are.
+    Combine with `&`, `|` and `~` (not with `and`, `or`, `not`, which Python does not let us define). Two choices are
+    equal if their texts are.
     """
 
     text: str
@@ -89,7 +89,7 @@ def _where(other: object) -> Where:
     return other
 
 
-# Module-level functions, since a choice of sites may be sent to another process.
+# Module-level functions, so that a choice of sites can be pickled.
 
 
 def _both(one: Test, other: Test, site: Site, grid: Grid, level: int) -> bool:
@@ -122,7 +122,7 @@ def _is_on(number: int, site: Site, grid: Grid, level: int) -> bool:
 
 @dataclass(frozen=True)
 class Position:
-    """Of a site in its UNet: its grid at the size in question, and its level (see `Where`)."""
+    """A site's grid at a given image size, and its level (see `Where`)."""
 
     grid: Grid
     level: int
@@ -135,7 +135,7 @@ self_ = Where("self_", partial(_is_of_kind, "self"))
 
 
 def place(*places: Place) -> Where:
-    """In one of "down", "mid", "up"."""
+    """Sites in any of these places: "down", "mid", "up"."""
     if not places:
         raise ValueError('place is empty; expected some of "down", "mid", "up"')
     for name in places:
@@ -144,18 +144,18 @@ def place(*places: Place) -> Where:
 
 
 def block(name: Place, number: int) -> Where:
-    """In one block: `block("up", 1)`, counted from 0 in the order in which they run."""
+    """Sites in one block, such as `block("up", 1)`; blocks count from 0 in execution order."""
     choice("place", name, PLACES)
     return Where(f"block({name!r}, {number})", partial(_is_in, (name,), whole("block", number, 0)))
 
 
 def at_most(edge: int) -> Where:
-    """Whose grid's longer edge has at most so many cells, at the size of the image in question."""
+    """Sites whose grid has at most `edge` cells along its longer edge, at the given image size."""
     return Where(f"at_most({edge})", partial(_is_at_most, whole("edge", edge, 1)))
 
 
 def level(number: int) -> Where:
-    """Whose grid is so many doublings finer than the mid block's, at any size of the image.
+    """Sites whose grid is `number` doublings finer than the mid block's, at any image size.
 
     In SD 1.5 at 512 pixels `level(0)` is 8x8, `level(1)` 16x16.
     """
@@ -163,7 +163,7 @@ def level(number: int) -> Where:
 
 
 def read_sites(name: str, sites: object) -> Where | frozenset[Site]:
-    """Sites as a caller gives them: a choice, a site, a name, or several. ValueError, by `name`, for others."""
+    """Read a caller's sites: a choice, a site, a name, or several. ValueError, with `name`, for anything else."""
     if isinstance(sites, Where):
         return sites
     several = (sites,) if isinstance(sites, str | Site) else sites
@@ -176,11 +176,11 @@ def read_sites(name: str, sites: object) -> Where | frozenset[Site]:
 
 
 def choose(where: Where | Iterable[Site], sites: Mapping[Site, Position]) -> frozenset[Site]:
-    """The sites that `where` means, of those there are. ValueError, with a list of them, where it means none."""
+    """The sites that `where` selects. ValueError, which lists all sites, if it selects none."""
     if not isinstance(where, Where):
         return frozenset(where)
     found = frozenset(site for site, at in sites.items() if where.test(site, at.grid, at.level))
     if not found:
         there = ", ".join(f"{site} ({at.grid[0]}x{at.grid[1]})" for site, at in sites.items())
-        raise ValueError(f"no attention site is {where}; expected a choice of {there}")
+        raise ValueError(f"no attention site matches {where}; expected a choice from {there}")
     return found

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 PREFIX = "text_model."  # every key of a weight file carries it; transformers >= 5.6 dropped it inside CLIPTextModel
-ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's CLIP and the others
+ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's CLIP, and other CLIPs
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -36,22 +36,22 @@ SIZES = (
 
 @dataclass(frozen=True, eq=False)
 class Phrases:
-    """A tokenizer, and where the words of a prompt are among its tokens.
+    """A tokenizer that finds the positions of a prompt's words.
 
-    length: L, the positions of a context, 77 in SD 1.5.
+    length: L, the number of positions in a context, 77 in SD 1.5.
     """
 
     tokenizer: PreTrainedTokenizerFast
     length: int
 
     def num_tokens(self, prompt: str) -> int:
-        """How many of the prompt's own tokens fit; they stand at positions 1 to this number, the end marker follows."""
+        """The number of the prompt's tokens that fit; they have positions 1 to this number, before the end marker."""
         return min(len(_tokenize(self.tokenizer, prompt)[0]), self.length - 2)
 
     def tokens(self, prompt: str) -> tuple[str, ...]:
-        """L labels, one a position: the piece of the prompt, as the user wrote it, that the token stands for.
+        """L labels, one per position: the part of the prompt, as written, that the token stands for.
 
-        A character of several tokens (an emoji) labels each of them. The other labels are "<start>", "<end>", "<pad>".
+        A character of several tokens (e.g. an emoji) labels each of them. Other labels are "<start>", "<end>", "<pad>".
         """
         kept = _tokenize(self.tokenizer, prompt)[1][: self.length - 2]
         labels = ["<start>", *(prompt[start:end] for start, end in kept), "<end>"]
@@ -60,9 +60,9 @@ class Phrases:
     def spans(self, prompt: str, phrase: str, occurrence: int | None = None) -> tuple[int, ...]:
         """Positions of the phrase's tokens in the prompt.
 
-        Case, runs of whitespace and Unicode composition do not matter, whole words do: "cat" is neither in
-        "concatenate" nor in "cats". Matches do not overlap and count from the left; where there are several,
-        `occurrence` must choose (0 is the first). Marks that the tokenizer joins, as in '"cat".', cannot be told apart.
+        Case, whitespace and Unicode composition are ignored, but only whole words match: "cat" matches neither
+        "concatenate" nor "cats". Matches do not overlap and count from the left; if there are several, `occurrence`
+        must choose (0 is the first). Punctuation that the tokenizer joins, as in '"cat".', cannot be separated.
         ValueError when the phrase is empty, missing, ambiguous, or cut off at the encoder's length.
         """
         if not isinstance(phrase, str) or not phrase.strip():
@@ -90,14 +90,14 @@ class Phrases:
         return tuple(range(first + 1, last + 2))
 
     def all_spans(self, prompt: str, phrase: str) -> tuple[int, ...]:
-        """Positions of the phrase's tokens at all its occurrences; otherwise as `spans`."""
+        """Positions of the phrase's tokens at all its occurrences; otherwise like `spans`."""
         if not isinstance(phrase, str) or not phrase.strip():
-            return self.spans(prompt, phrase)  # which says what is wrong
+            return self.spans(prompt, phrase)  # raises ValueError
         count = len(_matches(prompt, _tokenize(self.tokenizer, prompt)[1], phrase))
         return tuple(token for i in range(max(count, 1)) for token in self.spans(prompt, phrase, i))
 
     def word_weights(self, prompt: str, weights: Mapping[str, float]) -> torch.Tensor:
-        """[1,L]: the weight of each token, 1 where `weights`, {phrase: weight}, says nothing."""
+        """[1,L]: the weight of each token, 1 for those in no phrase of `weights`, {phrase: weight}."""
         row = torch.ones(1, self.length)
         for phrase, weight in weights.items():
             row[0, list(self.all_spans(prompt, phrase))] = weight
@@ -117,17 +117,17 @@ class TextEncoder(Phrases):
 
     @property
     def words(self) -> frozenset[str] | None:
-        """All that the encoder was trained on, as `minidiff_words` in its tokenizer_config.json lists it; None: any."""
+        """The words that the encoder was trained on, from `minidiff_words` in its tokenizer_config.json; None: any."""
         listed = self.tokenizer.init_kwargs.get("minidiff_words")
         return None if listed is None else frozenset(listed)
 
     def encode(self, prompts: Sequence[str], clip_skip: int | None = None) -> Tensor:
         """Contexts [B,L,D] of B prompts in the model's dtype, equal to StableDiffusionPipeline.encode_prompt's.
 
-        Causal mask only: padding is attended to. `clip_skip` counts as diffusers does: n leaves out the last n layers
-        (A1111 calls that n + 1); the final layer norm is applied in any case. A prompt that is too long is cut, with a
-        warning that quotes what was lost; words that are not in `words` get a warning too. ValueError for a bare
-        string, an empty list, a clip_skip out of range.
+        Causal mask only: padding is attended to. `clip_skip` counts as in diffusers: n skips the last n layers (n + 1
+        in A1111); the final layer norm is always applied. A prompt that is too long is truncated, with a warning that
+        quotes what was lost; words that are not in `words` also cause a warning. ValueError for a bare string, an empty
+        list, a clip_skip out of range.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or len(prompts) == 0:
             raise ValueError(f"prompts: got {prompts!r}, expected a non-empty list of strings; write [prompt] for one")
@@ -139,7 +139,7 @@ class TextEncoder(Phrases):
         output = self.model(input_ids=ids, output_hidden_states=clip_skip is not None)
         context: Tensor = output.last_hidden_state
         if clip_skip is not None:
-            # hidden_states[n] is what the first n layers make of the embeddings, without the final norm
+            # hidden_states[n] is the output of the first n layers, without the final norm
             context = part(self.model, "final_layer_norm")(output.hidden_states[layers - clip_skip])
         return context
 
@@ -192,12 +192,12 @@ def text_encoder_shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:
 
 
 def part(model: CLIPTextModel, name: str) -> torch.nn.Module:
-    """A module by its name in the weight file less the prefix, whether or not this transformers has the prefix."""
+    """A module by its name in the weight file without the prefix, which only some transformers versions use."""
     return model.get_submodule((PREFIX if hasattr(model, "text_model") else "") + name)
 
 
 def size(config: Mapping[str, object], key: str) -> int:
-    """A size within bounds far above those of any CLIP, so that a wrong one is refused before it is counted through."""
+    """A size, within limits far above those of any CLIP, so that a wrong one is refused before it is looped over."""
     return whole(f"text encoder config: {key}", config.get(key), 1, 200 if key == "num_hidden_layers" else 2**20)
 
 
@@ -206,7 +206,7 @@ def norm_eps(config: Mapping[str, object]) -> float:
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a whole prompt without markers, and the range of characters that each stands for.
+    """Ids of a whole prompt without markers, and the range of characters of each.
 
     The tokens of one character (its bytes) share its range.
     """
@@ -225,12 +225,12 @@ def _tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[list[int
 
 
 def _fold(text: str) -> str:
-    """A text in the form that makes equal what the tokenizer makes equal: NFC, lower case, single spaces."""
+    """Normalise a text as the tokenizer does: NFC, lower case, single spaces."""
     return " ".join(unicodedata.normalize("NFC", text).lower().split())
 
 
 def _matches(prompt: str, ranges: Sequence[tuple[int, int]], phrase: str) -> list[tuple[int, int]]:
-    """Whole-word matches from the left, not overlapping, each as its first and last token; 0 is the prompt's first."""
+    """Whole-word matches from the left without overlap, each as (first, last) token; the prompt's first is 0."""
     wanted, matches, first = _fold(phrase), [], 0
     while first < len(ranges):
         last = _match_at(prompt, ranges, first, wanted)
@@ -243,7 +243,7 @@ def _matches(prompt: str, ranges: Sequence[tuple[int, int]], phrase: str) -> lis
 
 
 def _match_at(prompt: str, ranges: Sequence[tuple[int, int]], first: int, wanted: str) -> int | None:
-    """The last token of the match that begins with token `first`; None where none does."""
+    """The last token of the match that begins with token `first`; None if there is none."""
     start = ranges[first][0]
     if _inside_word(prompt, start):
         return None
@@ -259,7 +259,7 @@ def _match_at(prompt: str, ranges: Sequence[tuple[int, int]], first: int, wanted
 
 
 def _inside_word(text: str, index: int) -> bool:
-    """Whether a cut before text[index] parts letters or digits, a letter and its accent, or a joined emoji."""
+    """Whether a cut before text[index] would split letters or digits, a letter and its accent, or a joined emoji."""
     if index in (0, len(text)):
         return False
     before, after = text[index - 1], text[index]
@@ -270,7 +270,7 @@ def _inside_word(text: str, index: int) -> bool:
 
 
 def _missing(prompt: str, phrase: str) -> str:
-    """What to say of a phrase that is not in the prompt: what was probably meant, and the prompt's words."""
+    """The message for a phrase that is not in the prompt: the closest match, and the prompt's words."""
     words = [word for part in prompt.split() if (word := part.strip(string.punctuation))]
     size = len(phrase.split())
     runs = {_fold(run): run for run in [" ".join(words[i : i + size]) for i in range(len(words) - size + 1)] + words}

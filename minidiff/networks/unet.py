@@ -19,7 +19,7 @@ from .sites import Place, Position, Site, Where
 
 
 class UNet(nn.Module):
-    """`eps, maps = unet(x, t, context)`. `unet.sites` lists the attention layers in the order in which they run."""
+    """`eps, maps = unet(x, t, context)`. `unet.sites` lists the attention layers in execution order."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(widths[0], emb)
 
         self.down_blocks = nn.ModuleList()
-        skips = [widths[0]]  # channels of every skip connection, in the order in which they are made
+        skips = [widths[0]]  # channels of every skip connection, in the order of creation
         for i in range(levels):
             layers = config.layers_per_block[i]
             inputs = [skips[-1]] + [widths[i]] * (layers - 1)
@@ -69,8 +69,8 @@ class UNet(nn.Module):
         x [B,C,h,w], variance-preserving (scaled by 1/sqrt(1+sigma^2)); t a number or [B], in training timesteps (0 to
         999); context [B,L,D].
         Returns (eps [B,C,h,w], maps). maps is empty without `record`; eps is None when `record.stop` ended the pass.
-        inputs: tensors that keeps and edits read, on x's device. ValueError where x or context has the wrong width, or
-        where `record` or `edits` name sites that this UNet does not have.
+        inputs: tensors that keeps and edits read, on x's device. ValueError if x or context has the wrong shape, or if
+        `record` or `edits` name sites that this UNet does not have.
         """
         hooks = self._hooks(record, edits, inputs)
         self._check(x, context)
@@ -81,7 +81,7 @@ class UNet(nn.Module):
         mid = () if self.mid_block is None else (self.mid_block,)
         for block in cast("list[Block]", [*self.down_blocks, *mid, *self.up_blocks]):
             for i in range(len(block.resnets)):
-                # The concatenation gets no name, so that the layer can let go of it.
+                # The concatenation gets no name, so that the layer can free it.
                 y, kept = block.layer(
                     i, torch.cat([y, skips.pop()], dim=1) if block.place == "up" else y, emb, context, hooks
                 )
@@ -94,7 +94,7 @@ class UNet(nn.Module):
                 y = block.downsamplers[0](y)
                 skips.append(y)
             if block.upsamplers is not None:
-                # An odd grid is halved upwards (65 -> 33): the skip connection tells the way back, not doubling.
+                # Halving rounds up (65 -> 33), so the size comes from the skip connection, not from doubling.
                 y = block.upsamplers[0](y, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(y))), maps
 
@@ -128,7 +128,7 @@ class UNet(nn.Module):
         levels = len(self.config.block_out_channels)
         grids = [(height, width)]
         for _ in range(levels - 1):
-            grids.append((-(-grids[-1][0] // 2), -(-grids[-1][1] // 2)))  # an odd edge is halved upwards
+            grids.append((-(-grids[-1][0] // 2), -(-grids[-1][1] // 2)))  # halving rounds up
         found = {}
         for site in self.sites:
             depth = site.block if site.place == "down" else levels - 1 - (site.block if site.place == "up" else 0)
@@ -146,10 +146,10 @@ class UNet(nn.Module):
 
 
 class Block(nn.Module):
-    """The layers of one level on one side: resnets, a transformer behind each where `attention`, and at the end a
+    """The layers of one level on one side: resnets, each followed by a transformer if `attention`, and at the end a
     change of resolution.
 
-    `inputs` are the channels that go into each resnet. The mid block has one transformer fewer than resnets.
+    `inputs` are the input channels of each resnet. The mid block has one transformer fewer than resnets.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Block(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(out)]) if resample == "upsamplers" else None
 
     def layer(self, i: int, x: Tensor, emb: Tensor, context: Tensor, hooks: Hooks) -> tuple[Tensor | None, Maps]:
-        """Resnet i and the transformer behind it, if there is one: (x, its maps); x is None where the pass ends."""
+        """Resnet i and the transformer after it, if there is one: (x, its maps); x is None if the pass ends here."""
         x = self.resnets[i](x, emb)
         if self.attentions is None or i == len(self.attentions):
             return x, {}
@@ -201,7 +201,7 @@ class ResBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pixels as tokens: self-attention, attention to the text, feed-forward; around them a shortcut."""
+    """Pixels as tokens: self-attention, cross-attention to the text and feed-forward, with a residual connection."""
 
     def __init__(self, config: UNetConfig, place: Place, block: int, layer: int, level: int) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class Transformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """attn1 looks at the pixels, attn2 at the text."""
+    """attn1 attends to the pixels, attn2 to the text."""
 
     def __init__(
         self, place: Place, block: int, layer: int, channels: int, context_channels: int, num_heads: int
@@ -262,7 +262,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # The folder format counts a dropout between the two; it has no weights.
+        # Identity takes the place of the folder format's dropout, which has no weights.
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ class FeedForward(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Shazeer 2020, "GLU variants improve transformer": value * gelu(gate); the weight's first half makes the value."""
+    """Shazeer 2020, "GLU variants improve transformer": value * gelu(gate); the weight's first half is for value."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class GEGLU(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the grid (odd edges upwards)."""
+    """Halve the grid, rounding up."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -296,7 +296,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Grow the grid to `size` by nearest neighbours, then a convolution."""
+    """Enlarge the grid to `size` by nearest neighbours, then convolve."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -308,7 +308,7 @@ class Upsample(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids -> the embedding that every resnet sees."""
+    """Turn sinusoids into the embedding that every resnet gets."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()

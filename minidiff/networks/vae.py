@@ -1,8 +1,7 @@
 """The autoencoder of Stable Diffusion 1.x: images in [-1,1] to latents and back.
 
-Rombach et al. 2022, appendix G. Module names are those of the folder format. The latents here are the autoencoder's
-own;
-the UNet's are `scaling_factor` times as large.
+Rombach et al. 2022, appendix G. Module names are those of the folder format. The latents here are unscaled; the UNet's
+are `scaling_factor` times as large.
 """
 
 from collections.abc import Iterator
@@ -21,11 +20,11 @@ def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
 
 
 def grow_conv(conv: nn.Module, x: Tensor) -> Tensor:
-    """A convolution of the grid doubled by nearest neighbours: [B,C,h,w] -> [B,C',2h,2w]."""
+    """Double the grid by nearest neighbours, then convolve: [B,C,h,w] -> [B,C',2h,2w]."""
     return conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-_EPS = 1e-6  # of every norm, whatever the config says
+_EPS = 1e-6  # for every norm, regardless of the config
 
 
 class VAE(nn.Module):
@@ -43,7 +42,7 @@ class VAE(nn.Module):
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B,3,H,W] in [-1,1] -> mean and log variance of the latents' Gaussian, each [B,4,h,w].
 
-        ValueError where H or W is no multiple of `config.factor`, which would lose the edge of the image.
+        ValueError if H or W is not a multiple of `config.factor`, since the edge of the image would be lost.
         """
         config = self.config
         if (
@@ -59,12 +58,12 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """images [B,3,H,W] in [-1,1] -> latents [B,4,h,w]: their mean, or with unit `noise` [B,4,h,w] a sample."""
+        """images [B,3,H,W] in [-1,1] -> latents [B,4,h,w]: the mean, or a sample if unit `noise` [B,4,h,w] is given."""
         mean, logvar = self.moments(images)
         return mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents [B,4,h,w] -> images [B,3,H,W], about [-1,1] and not clamped."""
+        """latents [B,4,h,w] -> images [B,3,H,W], roughly in [-1,1], not clamped."""
         if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(
                 f"latents have shape {list(latents.shape)}; expected [B, {self.config.latent_channels}, h, w]"
@@ -123,7 +122,7 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """Resnets at one resolution, then at most one change of it."""
+    """Resnets at one resolution, then an optional change of resolution."""
 
     def __init__(
         self,
@@ -140,13 +139,13 @@ class Level(nn.Module):
         self.upsamplers = None if upsample is None else nn.ModuleList([upsample])
 
     def layers(self) -> Iterator[nn.Module]:
-        """In the order in which they run."""
+        """The layers in execution order."""
         for layers in (self.resnets, self.downsamplers, self.upsamplers):
             yield from layers or ()
 
 
 def _run(levels: nn.ModuleList, x: Tensor) -> Tensor:
-    """Layer by layer: whoever called a level's own `forward` would hold the grid that goes in until it ends."""
+    """Run layer by layer: a `forward` of the level would keep its input in memory until it ends."""
     for level in levels:
         assert isinstance(level, Level)
         for layer in level.layers():
@@ -189,7 +188,7 @@ class MidBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Self-attention of the pixels with one head, around it a shortcut."""
+    """Self-attention among the pixels with one head and a residual connection."""
 
     def __init__(self, groups: int, channels: int) -> None:
         super().__init__()
@@ -208,7 +207,7 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the grid. Padded at the right and the bottom only, as the weights were trained."""
+    """Halve the grid. Pads right and bottom only, as in training."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -220,7 +219,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the grid by nearest neighbours, then a convolution."""
+    """Double the grid by nearest neighbours, then convolve."""
 
     grow_conv = staticmethod(grow_conv)
 
