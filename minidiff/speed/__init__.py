@@ -1,1 +1,1 @@
-"""What makes networks fast: packed layers, memory formats, compilers. Only `weights` and `generate` know this room."""
+"""What makes networks fast: packed layers, memory formats, compilers. Imported by `weights`, `run` and `cli` only."""

@@ -1,8 +1,7 @@
-"""What makes networks quick: packed layers (packed.py), memory formats, compilers. The networks themselves are plain
-torch and stay so.
+"""What makes networks fast: packed layers (packed.py), memory formats, compilers. The networks themselves are plain
+torch.
 
-Weights never change here. So on the CPU convolutions and linear layers are packed, and a compiled graph calls them as
-operators.
+Weights are frozen. So on the CPU convolutions and linear layers are packed, and compiled graphs call them as operators.
 """
 
 import ctypes
@@ -21,17 +20,17 @@ from .strips import by_strips
 T = TypeVar("T")
 Network = TypeVar("Network", bound=nn.Module)
 _LARGE = 2**16
-"""Numbers in a layer that is packed: of smaller ones the detour through Python costs what the packing saves."""
+"""Weights from which a layer is packed; in smaller layers the Python overhead exceeds the gain."""
 _GRAPHS = 2**12
-"""Graphs of one function, all networks together."""
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+"""Limit on the graphs of one function, over all networks."""
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
 _compiled = itertools.count()
 
 
 def prepare(network: Network) -> Network:
-    """The same network, quicker without a compiler: on the CPU with packed layers, elsewhere in channels_last.
+    """Speed up a network without a compiler: packed layers on the CPU, channels_last elsewhere.
 
-    It gives the same numbers up to rounding, has the same state dict, and may be moved, converted and copied as before.
+    Results agree up to rounding, the state dict is the same, and it can be moved, converted and copied as before.
     """
     device = next(network.parameters()).device
     by_strips(network)
@@ -41,10 +40,10 @@ def prepare(network: Network) -> Network:
 
 
 def keep_memory() -> None:
-    """Let the C library keep what is freed for what comes next, instead of giving large pieces back to the system.
+    """Let the C library keep freed memory for reuse, instead of returning large blocks to the system.
 
-    For a program that has the process to itself: it holds on to its peak. Fresh pages cost 2 to 10 % of a step (Linux
-    fills each with zeros at its first touch). Without effect where the C library is not glibc.
+    For programs that own the process: it keeps its peak memory. Fresh pages cost 2 to 10 % of a step (Linux zeroes
+    each on first touch). No effect if the C library is not glibc.
     """
     if sys.platform != "linux":
         return
@@ -55,10 +54,10 @@ def keep_memory() -> None:
 
 
 def compile_unet(unet: Network) -> Network:
-    """The same UNet, its forward compiled on first use: one graph for each kind of record and edit, batch and size.
+    """Compile a UNet's forward on first use: one graph per kind of record and edit, batch size and image size.
 
-    On the CPU its layers are packed, and the graphs call them by number. They hold no weights, so they cost no memory,
-    and the next process, which numbers its layers alike, finds them in the compiler's cache.
+    On the CPU its layers are packed, and the graphs call them by number. The graphs hold no weights, so they cost no
+    memory, and later processes, which assign the same numbers, find them in the compiler's cache.
     """
     if next(unet.parameters()).device.type != "cpu" or not ONEDNN:
         return compile_network(unet.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
@@ -70,12 +69,12 @@ def compile_unet(unet: Network) -> Network:
 
 
 def free_numbers() -> Iterator[int]:
-    """For the layers of one network. Nothing is taken before the first is asked for."""
+    """Unused numbers for the layers of one network, reserved when the first is requested."""
     yield from itertools.count(next(_compiled) * 2**16)
 
 
 def compile_network(network: Network) -> Network:
-    """Any network, compiled on first use with the flags that all of minidiff uses."""
+    """Compile a network on first use, with minidiff's flags."""
     device = next(network.parameters()).device
     network.compile(**_flags(device))
     compiled = network._compiled_call_impl
@@ -85,13 +84,13 @@ def compile_network(network: Network) -> Network:
 
 def is_compiled(network: nn.Module) -> bool:
     """True once compile_network() has been applied."""
-    return network._compiled_call_impl is not None  # torch has no public question for it
+    return network._compiled_call_impl is not None  # torch has no public test for it
 
 
 def compile_whole(function: Callable[..., T], network: nn.Module) -> Callable[..., T]:
-    """A function of tensors, and of frozen values that choose its graph, as one graph for each choice and shape.
+    """Compile a function of tensors and of static (frozen) values: one graph per static value and shape.
 
-    It is kept with the network that it runs, and made once.
+    The compiled function is created once and cached on the network that it runs.
     """
     kept: dict[Callable[..., T], Callable[..., T]] = network.__dict__.setdefault("_compiled_whole", {})
     if function not in kept:
@@ -101,17 +100,17 @@ def compile_whole(function: Callable[..., T], network: nn.Module) -> Callable[..
 
 
 def _flags(device: torch.device) -> dict[str, Any]:
-    """fullgraph, since a graph break would hide a cost; dynamic shapes off, since attention and convolutions are chosen
-    by shape; on CUDA the graph is captured, so that launching it costs nothing.
+    """fullgraph, since a graph break would hide a cost; no dynamic shapes, since attention and convolution kernels are
+    chosen by shape; on CUDA the graph is captured, which removes the launch overhead.
     """
     flags: dict[str, Any] = {"fullgraph": True, "dynamic": False}
     return flags | ({"mode": "reduce-overhead"} if device.type == "cuda" else {})
 
 
 def _called(call: Callable[..., T], network: nn.Module, device: torch.device) -> Callable[..., T]:
-    """A compiled function with room for many graphs: each size, batch, record and strength of an edit has its own, and
-    the compiler would give up at the ninth. Callers with and without torch.no_grad share a graph where there is nothing
-    to be differentiated. On CUDA it returns copies: the next run of a captured graph writes over it.
+    """A compiled function that may have many graphs: each size, batch, record and strength of an edit has its own, and
+    by default the compiler gives up at the ninth. Callers with and without torch.no_grad share a graph if nothing
+    requires a gradient. On CUDA it returns copies, since the next run of a captured graph overwrites its outputs.
     """
 
     def called(*args: Any, **kwargs: Any) -> T:

@@ -1,4 +1,4 @@
-"""Where networks compute, and in what: the device and dtype that are fast here, measured where a list would mislead."""
+"""Choice of device and dtype: the fast ones on this machine, measured where CPU feature flags would mislead."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..checks import shown, warn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_CLEARLY = 1.1  # how much faster bfloat16 has to be for its rounding
+_CLEARLY = 1.1  # how much faster bfloat16 must be to justify its rounding
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine computes with.
+    """The hardware of this machine.
 
-    rates: TFLOP/s of the CPU by "dtype work", for matrix products and 3x3 convolutions; empty where there is no choice.
+    rates: TFLOP/s of the CPU by "dtype work", for matrix products and 3x3 convolutions; empty without bfloat16 kernels.
     accelerators: names of CUDA devices, and "mps".
     """
 
@@ -37,12 +37,12 @@ class Machine:
 
     @property
     def cpu_dtype(self) -> torch.dtype:
-        """The dtype that the CPU is fast in: bfloat16 where it is clearly faster than float32."""
+        """The CPU's fast dtype: bfloat16 if clearly faster than float32, else float32."""
         return torch.bfloat16 if self.gain > _CLEARLY else torch.float32
 
     @property
     def gain(self) -> float:
-        """How many times float32's rate bfloat16 has, the geometric mean over products and convolutions; 0: unknown."""
+        """The speed of bfloat16 relative to float32, geometric mean over products and convolutions; 0: unknown."""
         if not self.rates:
             return 0.0
         ratios = (self.rates[f"bfloat16 {work}"] / self.rates[f"float32 {work}"] for work in _WORK)
@@ -56,7 +56,7 @@ class Machine:
 
 @cache
 def machine() -> Machine:
-    """This machine; measured once a process, in about 50 milliseconds, and only where the CPU has bfloat16 kernels."""
+    """This machine; measured once per process, in about 50 ms, and only if the CPU has bfloat16 kernels."""
     features = tuple(name for name, there in _FEATURES.items() if there())
     accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     accelerators += ["mps"] if torch.backends.mps.is_available() else []
@@ -65,7 +65,7 @@ def machine() -> Machine:
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
-    """None is CUDA where there is one, else the CPU. ValueError for one that is not here, with those that are."""
+    """None selects CUDA if available, else the CPU. ValueError for an unavailable device, listing those available."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     there = [
@@ -73,23 +73,23 @@ def choose_device(device: torch.device | str | None) -> torch.device:
         *(["cuda"] if torch.cuda.is_available() else []),
         *(["mps"] if torch.backends.mps.is_available() else []),
     ]
-    expected = f"expected one that is here: {', '.join(there)}"
+    expected = f"expected one that is available: {', '.join(there)}"
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ValueError(f"device {shown(device)} cannot be used: there is no such kind; {expected}") from None
+        raise ValueError(f"device {shown(device)} cannot be used: there is no such device type; {expected}") from None
     if chosen.type == "meta":
-        raise ValueError(f'device "meta" cannot be used: it holds no numbers; {expected}')
+        raise ValueError(f'device "meta" cannot be used: it holds no data; {expected}')
     try:
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by the kind of device
-        why = str(error).splitlines()[0] if chosen.type in there else f"there is no {chosen.type} here"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # depends on the device type
+        why = str(error).splitlines()[0] if chosen.type in there else f"there is no {chosen.type} device"
         raise ValueError(f"device {str(chosen)!r} cannot be used: {why}; {expected}") from error
     return chosen
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """None is what is fast on the device: float16 on CUDA, on a CPU what `machine` measured, else float32."""
+    """None selects the fast dtype: float16 on CUDA, what `machine` measured on the CPU, float32 elsewhere."""
     if dtype is None:
         return (
             machine().cpu_dtype if device.type == "cpu" else torch.float16 if device.type == "cuda" else torch.float32
@@ -101,7 +101,7 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype {shown(dtype)} is not supported; expected one of {', '.join(DTYPES)}")
     if dtype == torch.float16 and device.type == "cpu" and not _has_fp16():
-        # Without kernels a float16 matrix product runs a thousand times slower than a float32 one.
+        # Without kernels a float16 matrix product is a thousand times slower than a float32 one.
         instead = machine().cpu_dtype
         warn(f"this CPU has no float16 kernels; computing in {str(instead).removeprefix('torch.')}")
         return instead
@@ -109,7 +109,7 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
 
 
 def dtype_choice(asked: torch.dtype | str | None, device: torch.device) -> str:
-    """Why `choose_dtype` chose, in words; "" where it was told, or where there is nothing to say."""
+    """The reason for `choose_dtype`'s choice; "" if the caller chose, or off the CPU."""
     return str(machine()) if asked is None and device.type == "cpu" else ""
 
 
@@ -128,9 +128,9 @@ _WORK = ("product", "convolution")
 
 
 def measured_rates(repeats: int = 4) -> dict[str, float]:
-    """TFLOP/s by "dtype work", the best of so many: a matrix product and a 3x3 convolution, some milliseconds each.
+    """TFLOP/s by "dtype work", best of `repeats`: a matrix product and a 3x3 convolution, a few milliseconds each.
 
-    By turns, so that whatever else the machine does meets all of them.
+    They alternate, so that other load on the machine affects all of them.
     """
     runs: dict[str, Callable[[], Tensor]] = {}
     for name in ("float32", "bfloat16"):

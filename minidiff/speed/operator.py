@@ -1,4 +1,4 @@
-"""A packed layer as an operator of torch, which a compiled graph calls by the layer's number: it holds no weights."""
+"""Packed layers as a torch operator, which compiled graphs call by layer number, so that they hold no weights."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ numbered: WeakValueDictionary[int, Packed] = WeakValueDictionary()
 torch.library.define(
     "minidiff::packed_layer", "(Tensor x, int number, str part, SymInt[] size, bool channels_last) -> Tensor"
 )
-"""A packed layer for a compiler, by its number. part: "all" of it, the "product" without the bias, or its "gradient".
+"""A packed layer by its number. part: "all" of it, the "product" without the bias, or its "gradient".
 
-size: of the result, which the compiler has to know without the layer: another process, where a layer of other sizes has
-that number, must not take this graph for its own.
+size: that of the result. The compiler must know it without the layer: a process in which the number belongs to a layer
+of another size must not reuse this graph.
 """
 
 
 class _Numbered(_SingleLevelFunction):
-    """Its gradient is the operator again. (What torch.library makes of a formula does not go with torch.func.)"""
+    """Its gradient is the same operator. (torch.library.register_autograd does not work with torch.func.)"""
 
     @staticmethod
     def forward(x: Tensor, number: int, part: str, size: list[int], channels_last: bool) -> Tensor:
-        # gradients on, for a torch.func.grad around the one that calls this
+        # gradients on, for an outer torch.func.grad around the calling one
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
             return torch.ops.minidiff.packed_layer(x, number, part, size, channels_last)
 
@@ -53,14 +53,14 @@ def _differentiable_packed_layer(*args: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.minidiff.packed_layer(*args)
     with enable_single_level_autograd_function():
-        return _Numbered.apply(*args)  # type: ignore[attr-defined]  # what torch.autograd.Function has, too
+        return _Numbered.apply(*args)  # type: ignore[attr-defined]  # as in torch.autograd.Function
 
 
 @torch.library.impl("minidiff::packed_layer", "CPU")
 def _packed_layer(x: Tensor, number: int, part: str, size: list[int], channels_last: bool) -> Tensor:
     layer = numbered.get(number)
     if layer is None:
-        raise RuntimeError("a compiled graph has lost its network; keep the network for as long as what it compiled")
+        raise RuntimeError("a compiled graph has lost its network; keep the network as long as its compiled functions")
     return layer.from_graph(x, part, torch.Size(size))
 
 

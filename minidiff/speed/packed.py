@@ -1,8 +1,8 @@
-"""Layers whose frozen weights lie in another order, or are transformed, for the CPU: the same maps, forward and back.
+"""Layers whose frozen weights are reordered or transformed for the CPU; same results, forward and backward.
 
-oneDNN reorders the weights of each layer once. The gradient by a linear layer's input is a linear layer with the
-weights transposed, and that by a convolution's input is a convolution with the weights flipped in both axes and their
-channels exchanged. Of 3x3 convolutions in float32, large grids take fewer multiplications instead (winograd.py).
+oneDNN reorders the weights of each layer once. The gradient with respect to a linear layer's input is a linear layer
+with the weights transposed; for a convolution's input it is a convolution with the weights flipped along both axes and
+their channels swapped. 3x3 convolutions of large float32 grids use fewer multiplications instead (winograd.py).
 """
 
 import threading
@@ -25,31 +25,31 @@ _packing = threading.Lock()
 
 
 class Packed(nn.Module):
-    """A linear map, plus a bias, with frozen weights, which the CPU gets in the form that it takes fastest.
+    """A linear map with a bias and frozen weights, stored in the CPU's fastest format.
 
-    From the first call on oneDNN holds them in its own order: `weight` is then an opaque tensor of the same shape, and
-    `dense()` its numbers. (Where winograd.py does the work `weight` stays as it was.) Packing waits for the first call,
-    so that loading stays a memory map. It falls back to torch's own layer when the weights require gradients,
-    oneDNN lacks the dtype, or the weights were replaced. To train a network that has run, load it again.
+    From the first call on the weights are in oneDNN's own order: `weight` is then an opaque tensor of the same shape,
+    and `dense()` returns its values. (If winograd.py does the work, `weight` is unchanged.) Packing is deferred to the
+    first call, so that loading stays a memory map. It falls back to torch's own layer when the weights require
+    gradients, oneDNN lacks the dtype, or the weights were replaced. To train a network that has run, load it again.
 
-    A compiler that traces it sees an operator, which finds the layer by its number: its graphs hold no weights. There
-    the weights have to be frozen and its own, so functional_call inside what is compiled does not change them.
+    When traced by a compiler it is an operator that finds the layer by number, so graphs hold no weights. The weights
+    must then be frozen and the layer's own: functional_call has no effect inside a compiled function.
     """
 
     channels_last: bool
-    """How results lie in memory where they come from packed weights."""
+    """The memory format of results computed from packed weights."""
 
     def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
-        self.shape = layer.weight.shape  # for graphs, which would have the tensor itself for an input
+        self.shape = layer.weight.shape  # for graphs, where using the tensor would make it an input
         self.train(layer.training)
-        self.derived: dict[str, tuple[_State, Tensor]] = {}  # other forms of the weights, each from its first use on
+        self.derived: dict[str, tuple[_State, Tensor]] = {}  # other forms of the weights, made on first use
         self.number: int | None = None
         self._known()
 
     def forward(self, x: Tensor) -> Tensor:
-        """What torch's layer returns; convolutions in channels_last."""
+        """The result of torch's layer; convolutions return channels_last."""
         if self.number is not None and torch.compiler.is_compiling() and x.device.type == "cpu":
             size = self.out_size(x.shape)
             return torch.ops.minidiff.packed_layer(x, self.number, "all", size, self.channels_last)
@@ -58,33 +58,33 @@ class Packed(nn.Module):
         if not own or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
             return self.plain(x, self._unpack(), bias)
         if weight.is_mkldnn and not torch.is_grad_enabled() and not _transformed():
-            return self.run(x, bias)  # the short way: small networks feel each microsecond
+            return self.run(x, bias)  # fast path: in small networks each microsecond counts
         if not self._may_pack():
             return self.plain(x, self._unpack(), bias)
         return _Apply.apply(x, self, None, bias)
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """torch's own layer."""
+        """Torch's own layer."""
         raise NotImplementedError
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The packed layer, without a graph; called with plain tensors, whatever transforms the caller uses."""
+        """The packed layer without autograd; gets plain tensors, whatever transforms the caller uses."""
         raise NotImplementedError
 
     def run_back(self, grad: Tensor, size: torch.Size) -> Tensor:
-        """The gradient by an input of that size, from the one by the output, without a graph."""
+        """The gradient with respect to an input of that size, given the output's, without autograd."""
         raise NotImplementedError
 
     def plain_back(self, grad: Tensor, size: torch.Size) -> Tensor:
-        """The same by torch."""
+        """The same, computed by torch."""
         raise NotImplementedError
 
     def out_size(self, size: torch.Size) -> list[int]:
-        """Of what `plain` returns for an input of that size."""
+        """The size of the result of `plain` for an input of that size."""
         raise NotImplementedError
 
     def from_graph(self, x: Tensor, part: str, size: torch.Size) -> Tensor:
-        """A part of it, whose result has that size."""
+        """Called by a graph: a part (see operator.py) of the layer, whose result has that size."""
         if self.weight is not self.made_with[0]:
             raise RuntimeError(
                 "this compiled layer's weights were replaced. Copy new values in with load_state_dict, make another "
@@ -93,8 +93,8 @@ class Packed(nn.Module):
         if x.dtype != self.weight.dtype or not self._is_frozen():
             state = "frozen" if self._is_frozen() else "trained"
             raise RuntimeError(
-                f"a compiled layer got {x.dtype}, and its weights are {self.weight.dtype} and {state}; it takes the "
-                "dtype of frozen weights: use no autocast, and train what is loaded without compile=True"
+                f"a compiled layer got {x.dtype}, and its weights are {self.weight.dtype} and {state}; it needs frozen "
+                "weights and inputs of their dtype: use no autocast, and load without compile=True for training"
             )
         packs, bias = _packs(x.dtype), self.bias if part == "all" else None
         if part == "gradient":
@@ -104,19 +104,19 @@ class Packed(nn.Module):
         return laid_out(found, self.channels_last)
 
     def take_number(self, number: int) -> None:
-        """Be an operator in graphs from now on. Numbers that are alike in each process let them share a cache."""
+        """Be an operator in graphs from now on. With the same numbers, processes can share the compiler's cache."""
         if numbered.get(number, self) is not self:
-            raise ValueError(f"number is {number}, which another layer has; expected one of its own")
+            raise ValueError(f"number is {number}, which another layer has; expected an unused one")
         self.number = number
         numbered[number] = self
 
     def forget(self) -> None:
-        """Be a layer of its own, with the weights it now has: what was derived of others, and their number, go."""
+        """Detach a copy from its original: drop the derived weights and the number, and accept the current weights."""
         self.derived, self.number = {}, None
         self._known()
 
     def dense(self) -> Tensor:
-        """The weights as numbers."""
+        """The weights as a strided tensor."""
         weight = self.weight.detach()
         return weight.to_dense() if weight.is_mkldnn else weight
 
@@ -129,11 +129,11 @@ class Packed(nn.Module):
         return not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad))
 
     def _known(self) -> None:
-        """functional_call, and whoever merges a LoRA, puts other tensors in their place."""
+        """Note the own parameters; functional_call and code that merges LoRAs replace them."""
         self.made_with = (self.weight, self.bias)
 
     def _packed(self, pack: Callable[[Tensor], Tensor]) -> Tensor:
-        """`weight`, opaque from now on."""
+        """Pack and return `weight`, opaque from now on."""
         weight = self.weight
         if weight.is_mkldnn:
             return weight
@@ -145,7 +145,7 @@ class Packed(nn.Module):
             return self.weight
 
     def _derive(self, name: str, make: Callable[[], Tensor], keep: bool = True) -> Tensor:
-        """Another form of the weights as they are now."""
+        """Another form of the current weights, cached if `keep`."""
         state = _state(self.weight)
         found = self.derived.get(name)
         if found is not None and found[0] == state:
@@ -156,7 +156,7 @@ class Packed(nn.Module):
         return made
 
     def _unpack(self) -> Tensor:
-        """`weight`, as numbers from now on."""
+        """Unpack and return `weight`, a strided tensor from now on."""
         self.derived = {}
         weight = self.weight
         if not weight.is_mkldnn:
@@ -168,7 +168,7 @@ class Packed(nn.Module):
             return self.weight
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Packed":
-        """Of Module.to and its kin."""
+        """Called by Module.to() and similar."""
         self._unpack()
         super()._apply(fn, recurse)
         self._known()
@@ -185,7 +185,7 @@ class Packed(nn.Module):
         self._known()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies, which torch cannot make of opaque tensors."""
+        """State for copies: torch cannot copy opaque tensors."""
         weight = nn.Parameter(self.dense(), self.weight.requires_grad)
         parameters = {**self._parameters, "weight": weight}
         return {
@@ -198,19 +198,19 @@ class Packed(nn.Module):
 
 
 def _state(weight: Tensor) -> _State:
-    """Other numbers in the same tensor have another: its version and its storage, as far as it has them."""
+    """Identifies a tensor's values by version and storage, where it has them."""
     version = 0 if weight.is_inference() else weight._version
     return version, 0 if weight.is_mkldnn else weight.untyped_storage()._cdata
 
 
 def _transformed() -> bool:
-    """Whether a tensor may carry more than its numbers: a batch, a tangent."""
+    """True if tensors may carry more than their values: a vmap dimension or a tangent."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 @cache
 def _packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has kernels for it on this CPU; asked, it raises where torch's own layers go another way."""
+    """Whether oneDNN has kernels for it on this CPU; elsewhere the operators raise, while torch's layers fall back."""
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -273,19 +273,19 @@ class PackedConv2d(Packed):
         return [size[0], self.shape[0], *((n + 2 * p - k) // s + 1 for n, p, k, s in each)]
 
     def _is_tiled(self, x: Tensor) -> bool:
-        """Whether winograd.py does it, or the gradient, whose grid and weights are as large."""
+        """Whether winograd.py computes it, or its gradient, whose grid and weights are as large."""
         if x.dtype != torch.float32 or not self.stride == self.padding == _ONES:
             return False
         return winograd.pays(x.shape, self.shape)
 
     def _tiled(self, name: str, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """Weights as winograd.py takes them."""
+        """The weights in winograd.py's format."""
         return self._derive(name, lambda: winograd.transform(make()), winograd.keeps(x.shape))
 
     def _spread(self, grad: Tensor, size: torch.Size) -> tuple[Tensor, list[int]]:
-        """What a convolution of stride 1 takes to return the gradient by an input of that size, and its padding."""
+        """Input and padding of the stride-1 convolution that computes the gradient for an input of that size."""
         kernel, spread = self.shape[2:], grad
-        if self.stride != _ONES:  # what a stride left out is zero
+        if self.stride != _ONES:  # zeros at the positions that the stride skipped
             edges = (n + 2 * p - k + 1 for n, p, k in zip(size[2:], self.padding, kernel, strict=True))
             spread = grad.new_zeros(*grad.shape[:2], *edges).contiguous(memory_format=torch.channels_last)
             spread[:, :, :: self.stride[0], :: self.stride[1]] = grad
@@ -295,8 +295,8 @@ class PackedConv2d(Packed):
 class _Apply(torch.autograd.Function):
     """A packed layer and its gradients of any order.
 
-    size: None for the layer; for its gradient the size of the input by which it is taken. Each is the other's gradient,
-    but for the bias, since both are linear.
+    size: None for the layer; for its gradient, the size of the layer's input. Each is the other's gradient, bias aside,
+    since both are linear.
     """
 
     @staticmethod
@@ -328,21 +328,21 @@ class _Apply(torch.autograd.Function):
         bias: Tensor | None,
     ) -> tuple[Tensor, int]:
         dim = in_dims[0]
-        assert dim is not None  # weights and bias, which alone may be batched otherwise, are the layer's own
+        assert dim is not None  # only x can be batched: weights and bias are the layer's own
         out = _Apply.apply(x.movedim(dim, 0).flatten(0, 1), layer, size, bias)
         return out.unflatten(0, (info.batch_size, -1)), 0
 
 
 def _turned(weight: Tensor) -> Tensor:
-    """The weights [C,C',k,k] of the gradient of a convolution whose own are [C',C,k,k]."""
+    """The weights [C,C',k,k] of the gradient of a convolution with weights [C',C,k,k]."""
     return weight.flip(2, 3).transpose(0, 1)
 
 
-# The operators that torch's compiler emits for frozen weights. They are private: a test compares each with torch's own.
+# The operators that torch's compiler emits for frozen weights. They are private, so a test compares each with torch's.
 
 
 def _pack_linear(weight: Tensor, x: Tensor) -> Tensor:
-    """Weights in the order that oneDNN wants for inputs such as x; another one serves too, but more slowly."""
+    """Weights in oneDNN's order for inputs of x's size; they work for other sizes too, but more slowly."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, x.numel() // x.shape[-1])
 
 
@@ -359,11 +359,11 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], st
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, _ONES, 1, "none", [], "")
 
 
-# ---- a network of them
+# ---- networks
 
 
 def pack(network: Network, numbers: int) -> Network:
-    """The network with those of its layers packed that have so many weights."""
+    """Pack, in place, the layers of a network that have at least `numbers` weights."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child.weight.numel() >= numbers:
@@ -374,7 +374,7 @@ def pack(network: Network, numbers: int) -> Network:
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether it is a convolution of the kind that is replaced: no groups, no dilation, zeros around."""
+    """True for the convolutions that can be packed: no groups, no dilation, zero padding."""
     if type(layer) is not nn.Conv2d or isinstance(layer.padding, str):
         return False
     return layer.groups == 1 and layer.padding_mode == "zeros" and layer.dilation == (1, 1)

@@ -1,4 +1,4 @@
-"""Other weights in a network, out of place: what LoRAs and their kin are made of."""
+"""Replace weights of a network out of place, as LoRAs and other adapters need."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def with_weights(network: Network, changes: Mapping[str, Tensor]) -> Network:
-    """A network with other weights under some of the names in its state dict; it shares all else with the old one.
+    """A new network with some weights replaced, by state-dict name; it shares everything else with the old one.
 
-    The old one does not change in any bit. Only modules on the way to a changed weight are new; those of them that were
-    compiled compile anew, and the old graphs stay as they are. Packed layers are packed anew on their first call.
-    changes: tensors of the weights' shapes, of any floating-point dtype and device: a copy in the weight's is taken.
-    ValueError that lists every name, shape, dtype or value that does not fit.
+    The old network stays bit-identical. Only modules on the path to a changed weight are new; those that were compiled
+    are recompiled, and the old graphs remain valid. Changed packed layers are packed again on their first call.
+    changes: tensors of the weights' shapes, of any floating-point dtype and device; they are copied to the weight's.
+    ValueError listing every name, shape, dtype and value that does not fit.
     """
     if not isinstance(network, nn.Module):
         raise ValueError(f"network is {shown(network)}; expected one such as model.unet")
@@ -34,17 +34,17 @@ def with_weights(network: Network, changes: Mapping[str, Tensor]) -> Network:
 
 
 def changed_weights(network: nn.Module) -> frozenset[str]:
-    """The names of the weights that with_weights changed, so that a picture can say it was not made with the model."""
+    """Names of the weights that with_weights changed, so that a picture can record that its model was modified."""
     found: frozenset[str] = vars(network).get("changed_weights", frozenset())
     return found
 
 
 def _copies(there: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """The changes as parameters in the place of those that are there."""
+    """The changes as parameters like those in `there`, checked."""
     copies, problems = {}, []
     for name, value in changes.items():
         if name not in there:
-            problems.append(f"{name} is no weight of this network")
+            problems.append(f"{name} is not a weight of this network")
         elif not _holds_numbers(value) or value.shape != there[name].shape:
             problems.append(
                 f"{name} is {shown(value)}; expected a torch tensor of floating-point numbers of shape "
@@ -52,7 +52,7 @@ def _copies(there: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[
             )
         else:
             copies[name] = _parameter(value, there[name])
-            if not copies[name].isfinite().all():  # of the copy: float16 ends at 65504
+            if not copies[name].isfinite().all():  # of the copy: float16 overflows above 65504
                 problems.append(
                     f"{name} holds values that are not finite (NaN or infinity) in {str(there[name].dtype)[6:]}"
                 )
@@ -68,7 +68,7 @@ def _holds_numbers(value: object) -> bool:
 
 
 def _parameter(value: Tensor, old: Tensor) -> nn.Parameter:
-    """A copy on the old weight's device, in its dtype and memory format, frozen as it is."""
+    """A copy with the old weight's device, dtype, memory format and requires_grad."""
     last = old.ndim == 4 and not old.is_mkldnn and old.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
     copy = value.detach().to(old.device, old.dtype, copy=True, memory_format=layout)
@@ -76,7 +76,7 @@ def _parameter(value: Tensor, old: Tensor) -> nn.Parameter:
 
 
 def _replaced(module: Network, changes: Mapping[str, nn.Parameter], numbers: Iterator[int]) -> Network:
-    """The module with some parameters, by their path, replaced; itself where there are none."""
+    """A module with some parameters replaced, by path; the module itself if there are none."""
     if not changes:
         return module
     new = _shell(module)
@@ -99,7 +99,7 @@ def _replaced(module: Network, changes: Mapping[str, nn.Parameter], numbers: Ite
 
 
 def _shell(module: Network) -> Network:
-    """A module of the same kind that holds the same things in containers of its own, but none of its graphs."""
+    """A shallow copy of a module, with its own dicts and sets but the same contents, and without compiled graphs."""
     new = module.__new__(type(module))
     held = vars(module)
     new.__dict__ = {name: value.copy() if isinstance(value, dict | set) else value for name, value in held.items()}

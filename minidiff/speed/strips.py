@@ -1,7 +1,7 @@
-"""Large grids, strip by strip: a group norm, an activation and a 3x3 convolution without further copies of the grid.
+"""Large grids strip by strip: group norm, activation and 3x3 convolution without further copies of the grid.
 
-Exact up to rounding, unlike tiles with blended seams: the norm's mean and variance are of the whole grid, and each
-strip's convolution sees the rows beside it.
+Exact up to rounding, unlike tiles with blended seams: the norm's mean and variance are those of the whole grid, and
+each strip's convolution includes the adjacent rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 Network = TypeVar("Network", bound=nn.Module)
 AT_ONCE = 2**22
-"""So many numbers of a grid are worked on together (16 MB in float32)."""
+"""Elements of a grid processed at a time (16 MB in float32)."""
 WHOLE = 2**24
-"""So many are not worth dividing."""
+"""Grids of up to this many elements are not divided."""
 
 
 def by_strips(vae: Network) -> Network:
-    """The same autoencoder, which takes its largest grids strip by strip."""
+    """Make an autoencoder process its largest grids strip by strip, in place."""
     for module in vae.modules():
         for name, function in (("norm_silu_conv", norm_silu_conv), ("grow_conv", grow_conv)):
             if hasattr(type(module), name):
@@ -37,14 +37,14 @@ def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
     mean, variance = _statistics(norm, x, weight, bias)
 
     def strip(part: Tensor) -> Tensor:
-        # with the statistics of one image at hand, its group norm is a batch norm at inference
+        # with given statistics, the group norm of one image is a batch norm in inference mode
         return F.silu(F.batch_norm(part, mean, variance, weight, bias, eps=norm.eps), inplace=True)
 
     return _by_strips(x, strip, conv, 1)
 
 
 def grow_conv(conv: nn.Module, x: Tensor) -> Tensor:
-    """A 3x3 convolution with padding 1 of the grid doubled by nearest neighbours: [B,C,h,w] -> [B,C',2h,2w]."""
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution with padding 1: [B,C,h,w] -> [B,C',2h,2w]."""
 
     def grown(part: Tensor) -> Tensor:
         return F.interpolate(part, scale_factor=2, mode="nearest")
@@ -53,25 +53,25 @@ def grow_conv(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 def _divided(x: Tensor, growth: int = 1) -> bool:
-    """Whether to work in strips: large grids, on the CPU, without gradients.
+    """Whether to use strips: for large grids, on the CPU, without gradients.
 
-    A gradient keeps all that strips would save, and only the CPU's norm gives its statistics in float32.
+    Autograd would keep all that strips save, and only the CPU's group norm returns its statistics in float32.
     """
     return growth * x.numel() > WHOLE and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def _strips(x: Tensor, growth: int) -> Iterator[tuple[int, int]]:
-    """Of rows of the grid, first and behind the last."""
+    """The first row and the end (exclusive) of each strip."""
     height = x.shape[2]
     rows = max(1, AT_ONCE * height // (growth * x.numel()))
     return ((top, min(top + rows, height)) for top in range(0, height, rows))
 
 
 def _by_strips(x: Tensor, make: Callable[[Tensor], Tensor], conv: nn.Module, scale: int) -> Tensor:
-    """conv(make(x)), where make treats every cell alone and returns `scale` times as many rows and columns."""
+    """conv(make(x)), where make acts on each cell independently and returns `scale` times as many rows and columns."""
     height, out = x.shape[2], None
     for top, end in _strips(x, scale**2):
-        first = max(top - 1, 0)  # a convolution looks one row further, and its zeros belong around the grid alone
+        first = max(top - 1, 0)  # the convolution needs one more row; zero padding only at the grid's edges
         y = conv(make(x[:, :, first : min(end + 1, height)]))
         if out is None:
             size = (len(x), y.shape[1], scale * height, y.shape[3])
@@ -82,7 +82,7 @@ def _by_strips(x: Tensor, make: Callable[[Tensor], Tensor], conv: nn.Module, sca
 
 
 def _statistics(norm: nn.GroupNorm, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel's group [C], of one image; in the dtype of `weight` and `bias`."""
+    """Mean and variance [C] of each channel's group, for one image, in the dtype of `weight` and `bias`."""
     found: list[Tensor] = []
     for top, end in _strips(x, 1):
         part = x[:, :, top:end].contiguous(memory_format=torch.channels_last)

@@ -1,8 +1,8 @@
-"""3x3 convolutions with 4 multiplications an output cell instead of 9: Winograd's minimal filtering, F(2x2, 3x3).
+"""3x3 convolutions with 4 multiplications per output cell instead of 9: Winograd's minimal filtering, F(2x2, 3x3).
 
-Each tile of 2x2 output cells comes from 4x4 input cells. Both are sums and differences of 16 numbers for each channel,
-between which 16 matrix products do the work. The transforms cost hardly any precision, since each product adds up a
-ninth of the terms: in float32 4e-7 of the largest number is lost, where packed convolutions lose 2e-6 (bench/LOG.md).
+Each tile of 2x2 output cells is computed from 4x4 input cells: sums and differences transform both to and from 16
+numbers per channel, with 16 matrix products in between. The loss of precision is small, since each product sums a
+ninth of the terms: in float32 4e-7 of the largest value, against 2e-6 for packed convolutions (bench/LOG.md).
 
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), section 4.1.
 """
@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""Such as F.linear: [T,C], weights [C',C], bias [C'] -> [T,C']."""
+"""E.g. F.linear: [T,C], weights [C',C], bias [C'] -> [T,C']."""
 _NUMBERS = 3 * 2**17
-"""Of one of the 16 matrices at a time: all of them stay in the cache, and each is large enough for a quick product."""
+"""Elements per matrix at a time: all 16 fit in the cache, and each is large enough for a fast product."""
 _CHANNELS = 256
-"""With fewer the sums and differences take as long as the multiplications that they save."""
+"""Minimum channels: with fewer, the transforms take as long as the multiplications that they save."""
 _CELLS = 32**2
-"""A smaller grid reads more transformed weights than it saves multiplications."""
+"""Minimum cells: on smaller grids, reading the larger transformed weights costs more than is saved."""
 _WEIGHTS = 2**24
-"""Numbers of a layer's transformed weights, at the most (64 MB), since they are kept beside its own."""
+"""Maximum elements of a layer's transformed weights (64 MB), since they are kept in addition to its own."""
 _ANEW = 64**2
-"""Cells from which on transforming the weights at each call takes 1 to 6 % of what it saves: they need not be kept."""
+"""From this many cells on, transforming the weights at each call costs only 1 to 6 % of what is saved."""
 
 
 def pays(shape: torch.Size, weight: torch.Size) -> bool:
-    """Whether it is worth its memory for an input [B,C,h,w] and weights [C',C,3,3]."""
+    """Whether Winograd is worth its memory for an input [B,C,h,w] and weights [C',C,3,3]."""
     out, channels, *kernel = weight
     if kernel != [3, 3] or 16 * out * channels > _WEIGHTS:
         return False
@@ -35,21 +35,21 @@ def pays(shape: torch.Size, weight: torch.Size) -> bool:
 
 
 def keeps(shape: torch.Size) -> bool:
-    """Whether the transformed weights are worth keeping for inputs [B,C,h,w], instead of being made at each call."""
+    """Whether to keep the transformed weights for inputs [B,C,h,w], instead of computing them at each call."""
     return shape[2] * shape[3] < _ANEW
 
 
 def transform(weight: Tensor) -> Tensor:
-    """Weights [C',C,3,3] as `convolve` takes them: [16,C,C']."""
+    """Transform weights [C',C,3,3] to the format of `convolve`, [16,C,C']."""
     rows = [(1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0)]
     spread = torch.tensor(rows, dtype=weight.dtype, device=weight.device)
     return torch.einsum("ai,bj,ocij->abco", spread, spread, weight).flatten(0, 1).contiguous()
 
 
 def convolve(x: Tensor, weights: Tensor, bias: Tensor | None, linear: Product) -> Tensor:
-    """What a convolution of stride 1 and padding 1 returns: [B,C,h,w] -> [B,C',h,w] in channels_last.
+    """A convolution with stride 1 and padding 1: [B,C,h,w] -> [B,C',h,w] in channels_last.
 
-    Several rows of tiles at a time, in memory that is used again: it cannot be differentiated.
+    Processes several rows of tiles at a time in reused buffers, so it is not differentiable.
     """
     x = x.permute(0, 2, 3, 1)
     batch, height, width, channels = x.shape
@@ -63,7 +63,7 @@ def convolve(x: Tensor, weights: Tensor, bias: Tensor | None, linear: Product) -
     matrices = [matrix.T for matrix in weights]
     for first in range(0, tall, rows):
         count = min(rows, tall - first)
-        top, end = 2 * first - 1, 2 * (first + count) + 1  # rows of x, with one more above and below
+        top, end = 2 * first - 1, 2 * (first + count) + 1  # rows of x, plus one above and below
         inside = min(end, height)
         padded[:, max(top, 0) - top : inside - top, 1 : width + 1] = x[:, max(top, 0) : inside]
         padded[:, inside - top :] = 0
@@ -71,7 +71,7 @@ def convolve(x: Tensor, weights: Tensor, bias: Tensor | None, linear: Product) -
         _differences([padded[:, k : k + 2 * count - 1 : 2] for k in range(4)], halfway[:, :, :count])
         _differences([halfway[:, :, :count, k : k + 2 * wide - 1 : 2] for k in range(4)], tile.transpose(0, 1))
         products = [
-            linear(one, matrix, bias if i == 5 else None)  # [1,1] of the 4x4 goes into each output cell once
+            linear(one, matrix, bias if i == 5 else None)  # element [1,1] of the 4x4 enters each output cell once
             for i, (one, matrix) in enumerate(zip(tile.view(16, -1, channels), matrices, strict=True))
         ]
         columns = [_sums(products[j::4]) for j in range(4)]
@@ -84,7 +84,7 @@ def convolve(x: Tensor, weights: Tensor, bias: Tensor | None, linear: Product) -
 
 
 def _differences(cells: list[Tensor], into: Tensor) -> None:
-    """B^T d of the paper, for cells a step of one apart."""
+    """The paper's B^T d, along one axis."""
     torch.sub(cells[0], cells[2], out=into[0])
     torch.add(cells[1], cells[2], out=into[1])
     torch.sub(cells[2], cells[1], out=into[2])
@@ -92,6 +92,6 @@ def _differences(cells: list[Tensor], into: Tensor) -> None:
 
 
 def _sums(m: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """A^T m of the paper; what goes in is used up."""
+    """The paper's A^T m; overwrites its input."""
     total = torch.add(m[1], m[2])
     return total.add_(m[0]), m[1].sub_(m[2]).sub_(m[3])
