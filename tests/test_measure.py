@@ -93,7 +93,7 @@ def test_specks_are_left_out_and_said() -> None:
     cover[10:14, 10:14] = 1
     found = measure(blend(BACKGROUNDS["black"], [(cover, COLOURS["red"])]))
     assert found.things == ()
-    assert found.doubts == ("1 specks under 80 pixels are left out",)
+    assert found.doubts == ("1 specks under 80 pixels are ignored",)
 
 
 def test_an_empty_picture_has_no_objects() -> None:

@@ -133,7 +133,7 @@ def test_what_a_user_can_get_wrong(small: None, tmp_path: Path, capsys: pytest.C
         (line,) = capsys.readouterr().err.strip().splitlines()
         return line
 
-    assert "holds no run; expected the folder of one that was cut" in said("--resume")
+    assert "holds no run; expected the folder of an interrupted run" in said("--resume")
     assert "minutes is 0.0; expected a number above 0" in said("--minutes", "0")
     (tmp_path / "run").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "run" / "state.safetensors")

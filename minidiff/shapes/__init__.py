@@ -1,1 +1,1 @@
-"""The world of coloured shapes, in which the bundled model will be trained and measured."""
+"""The bundled model of coloured shapes: its synthetic data, training and measurement."""

@@ -1,4 +1,4 @@
-"""The bundled model's autoencoder: its loss, how faithful it is, and the scale of its latents."""
+"""The bundled model's autoencoder: its loss, its reconstruction quality, and the scale of its latents."""
 
 import numpy as np
 import torch
@@ -7,11 +7,11 @@ from torch import Tensor
 from ..networks.vae import VAE
 from .world import BACKGROUNDS, COLOURS, SIZE, random_scene, render
 
-CROP = 64  # pixels: a quarter of a picture is a quarter of the cost, and teaches as much
-PICTURES, CROPS = 8, 2  # of a step, and of each picture
-L1, KL = 0.05, 1e-4  # weights beside the squared error's 1
-TEST_SEED = 2**40  # of pictures that training does not see
-JUDGED, SCALED = 64, 256  # pictures of `fidelity` and of `normalise`
+CROP = 64  # pixels: a quarter of a picture costs a quarter, and training gains as much from it
+PICTURES, CROPS = 8, 2  # pictures per step, crops per picture
+L1, KL = 0.05, 1e-4  # weights, relative to 1 for the squared error
+TEST_SEED = 2**40  # for pictures not used in training
+JUDGED, SCALED = 64, 256  # number of pictures for `fidelity` and `normalise`
 
 
 def pictures(seed: int, index: int, count: int) -> Tensor:
@@ -21,7 +21,7 @@ def pictures(seed: int, index: int, count: int) -> Tensor:
 
 
 def autoencoder_loss(vae: VAE, seed: int, step: int) -> Tensor:
-    """Error of a decoded sample, and the divergence of the latents from a unit Gaussian (Kingma and Welling 2014)."""
+    """Reconstruction error plus KL divergence of the latents from a unit Gaussian (Kingma and Welling 2014)."""
     rng = np.random.default_rng([seed, step, 1])
     crops = []
     for picture in pictures(seed, step, PICTURES):
@@ -39,7 +39,7 @@ def autoencoder_loss(vae: VAE, seed: int, step: int) -> Tensor:
 
 @torch.no_grad()
 def fidelity(vae: VAE) -> tuple[float, float]:
-    """Of a round trip of unseen pictures: PSNR in dB, and the share of flat pixels that keep their nearest colour."""
+    """PSNR in dB of reconstructed unseen pictures, and the fraction of flat pixels that keep their nearest colour."""
     palette = torch.tensor([*COLOURS.values(), *BACKGROUNDS.values()], dtype=torch.float32)
     errors, kept = [], []
     for index in range(JUDGED // 8):
@@ -54,9 +54,9 @@ def fidelity(vae: VAE) -> tuple[float, float]:
 
 @torch.no_grad()
 def normalise(vae: VAE, seed: int) -> None:
-    """Shift and scale each channel of the latents so that times `scaling_factor` they have mean 0 and variance 1.
+    """Shift and scale each channel of the latents to mean 0 and variance 1 after multiplication by `scaling_factor`.
 
-    The 1x1 convolutions at both ends of the latents take it up: the images stay the same.
+    This is folded into the 1x1 convolutions before and after the latents; the images stay the same.
     """
     latents = torch.cat([vae.encode(pictures(seed, index, 8)) for index in range(SCALED // 8)])
     mean, gain = latents.mean(dim=(0, 2, 3)), 1 / vae.config.scaling_factor / latents.std(dim=(0, 2, 3))

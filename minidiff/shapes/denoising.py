@@ -14,10 +14,10 @@ from ..sampling import NoiseSchedule
 from .folder import SCHEDULER
 from .world import COLOURS, SHAPES, Scene
 
-NO_CAPTION = 0.1  # share of the pictures without a caption, for classifier-free guidance (Ho and Salimans 2022)
-WORDS_ALONE = 0.5  # share of the pictures whose context holds no end markers
-OFFSET = 0.1  # spread of the mean of a channel's noise
-GROUNDING = 0.1  # weight of the attention's loss beside the velocity's
+NO_CAPTION = 0.1  # fraction of pictures without a caption, for classifier-free guidance (Ho and Salimans 2022)
+WORDS_ALONE = 0.5  # fraction of pictures whose context has no end markers
+OFFSET = 0.1  # std of the mean of a channel's noise
+GROUNDING = 0.1  # weight of the attention loss relative to the velocity loss
 ALPHAS_CUMPROD = NoiseSchedule.from_config(SCHEDULER).alphas_cumprod
 
 
@@ -30,17 +30,17 @@ def denoising_loss(
     captions: Sequence[str],
     rng: np.random.Generator,
 ) -> Tensor:
-    """Mean squared error of the predicted velocity (Salimans and Ho 2022, appendix D), and the `grounding_loss`.
+    """Mean squared error of the predicted velocity (Salimans and Ho 2022, appendix D), plus the `grounding_loss`.
 
-    latents [B,4,h,w] at the UNet's scale, with a scene and a caption each. Four choices that are not in the paper:
-    Velocity, not noise: at high noise, where a picture is laid out, it is the picture itself, while an error in the
-    noise would be one 15 times as large in the picture.
-    Timesteps that are more frequent the noisier they are, in proportion: what is where, and of which shape, is decided
-    early, and the autoencoder forgives what is left at the end.
-    The end markers are zeroed in half of the contexts: they see the whole prompt, and the network would read them
-    instead of the words, whose attention is wanted.
-    The noise of a channel has a mean of its own (Guttenberg 2023, "offset noise"): the schedule ends with a little of
-    the picture left, from which the network would otherwise read how bright it is, and sampling starts without.
+    latents [B,4,h,w] at the UNet's scale, with one scene and caption each. Four choices that are not in the paper:
+    Velocity instead of noise: at high noise, where the layout is decided, velocity is the picture itself, while an
+    error in predicted noise would be 15 times as large in the picture.
+    Timesteps are sampled in proportion to t: positions and shapes are decided early, and the autoencoder tolerates the
+    noise that is left at the end.
+    The end markers are zeroed in half of the contexts: they encode the whole prompt, and the network would attend to
+    them instead of the words, whose attention is wanted.
+    Each channel's noise has a random mean (Guttenberg 2023, "offset noise"): the last timestep still holds a little of
+    the picture, from which the network would learn the brightness, but sampling starts from pure noise.
     """
     size = len(latents)
     texts = ["" if rng.random() < NO_CAPTION else caption for caption in captions]
@@ -63,10 +63,10 @@ def denoising_loss(
 
 
 def token_boxes(texts: Sequence[str], scenes: Sequence[Scene], length: int) -> Tensor:
-    """The box of the object that each token names, [B,L,4] in [0,1]; zeros where it names none.
+    """The box of the object that each token names, [B,L,4] in [0,1]; zeros for other tokens.
 
-    A caption names the objects in the scene's order, each by its shape with or without its colour before it. Every
-    word is one token, and so is every comma.
+    A caption names the objects in the scene's order, by shape and optionally colour. Each word and each comma is one
+    token.
     """
     boxes = torch.zeros(len(texts), length, 4)
     for i, (text, scene) in enumerate(zip(texts, scenes, strict=True)):
@@ -80,11 +80,11 @@ def token_boxes(texts: Sequence[str], scenes: Sequence[Scene], length: int) -> T
 
 
 def grounding_loss(maps: Maps, boxes: Tensor) -> Tensor:
-    """How much of its attention an object's word gets outside of its box: TokenCompose (Wang et al. 2023), eq. 4.
+    """Penalise attention to an object's words outside its box: TokenCompose (Wang et al. 2023), eq. 4.
 
-    maps: {site: probabilities [B,H,h,w,L]}; boxes as `token_boxes` has them. Mean over sites, heads and tokens of
-    (1 - sum over the box / sum)^2. Without it colours find their objects by themselves, in some heads, and shapes
-    hardly at all.
+    maps: {site: probabilities [B,H,h,w,L]}; boxes: from `token_boxes`. Mean over sites, heads and tokens of
+    (1 - sum over the box / sum)^2. Without it the attention of colour words localises by itself in some heads, that of
+    shape words hardly at all.
     """
     named = (boxes[..., 2] > boxes[..., 0]).float()  # [B,L]
     losses = []

@@ -1,4 +1,4 @@
-"""The bundled model as a folder in the format of Stable Diffusion: its configs, its tokenizer, its weights."""
+"""Write the bundled model as a folder in Stable Diffusion's format: configs, tokenizer and weights."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ Config = Mapping[str, object]
 WORDS = ("a", "an", "and", "on", "background", *SHAPES, *COLOURS, *BACKGROUNDS)
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 POSITIONS = 24  # four objects with colours, a background, BOS and EOS take 21
-# The text_encoder's. 512 bytes of the alphabet (inside a word and at its end), the merges of the words, BOS and EOS.
+# The vocabulary: 512 byte tokens (256 inside a word, 256 at its end), the words' merges, BOS and EOS.
 TEXT: Config = {
     "architectures": ["CLIPTextModel"],
     "bos_token_id": 603,
@@ -33,7 +33,7 @@ TEXT: Config = {
     "projection_dim": 128,
     "vocab_size": 605,
 }
-# Attention at 16x16 and 8x8 alone, the grids where Stable Diffusion's layout is guided at 512 pixels; at 32x32 its
+# Attention at 16x16 and 8x8 only, the grids used for layout guidance in Stable Diffusion at 512 pixels; at 32x32 its
 # backward pass would take half of the training time.
 UNET: Config = {
     "_class_name": "UNet2DConditionModel",
@@ -52,7 +52,7 @@ UNET: Config = {
     "sample_size": SIZE // 4,
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
 }
-# Few groups: a norm over a narrow group of channels washes out the absolute colour of a flat picture.
+# Few groups: normalising over few channels loses the absolute colour of a flat picture.
 VAE: Config = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
@@ -108,14 +108,14 @@ INDEX: Config = {
 
 
 def write_folder(folder: Path, states: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> None:
-    """Write everything that `minidiff.load` and diffusers read; files that are there are replaced.
+    """Write everything that `minidiff.load` and diffusers read; existing files are replaced.
 
-    states: the weights of "unet", "vae" and "text", by the networks' own keys.
+    states: state dicts of "unet", "vae" and "text".
     """
     write_tokenizer(folder / "tokenizer")
     _write_json(folder / "model_index.json", INDEX)
     _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    # The files carry a prefix that transformers has dropped inside its CLIPTextModel.
+    # The files have a prefix that transformers has dropped from its CLIPTextModel.
     text = {PREFIX + key.removeprefix(PREFIX): value for key, value in states["text"].items()}
     for name, config, state in (
         ("unet/diffusion_pytorch_model", UNET, states["unet"]),
@@ -129,10 +129,9 @@ def write_folder(folder: Path, states: Mapping[str, Mapping[str, Tensor]], dtype
 
 
 def write_tokenizer(folder: Path) -> None:
-    """CLIP's tokenizer with a vocabulary in which each word of the captions is one token.
+    """Write a CLIP tokenizer whose vocabulary has one token for each word of the captions.
 
-    Any other text becomes tokens of single bytes, which were never trained. `minidiff_words` in its config lists the
-    words that were.
+    Other text becomes single-byte tokens, which are untrained. `minidiff_words` in its config lists the trained words.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))

@@ -1,4 +1,4 @@
-"""The pictures that the UNet learns from, encoded: a pool that grows with the run, so that training never waits."""
+"""The UNet's training set: a pool of encoded pictures that grows during the run, so that training starts at once."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from ..networks.vae import VAE
 from .world import HELD_OUT, Scene, caption, random_scene, render
 
-CHUNK = 256  # pictures encoded at a time, and kept in one file
-FIRST, PER_STEP, MOST = 512, 3, 64_000  # pictures at the start, new ones per step, and how many at most
+CHUNK = 256  # pictures encoded at a time and stored in one file
+FIRST, PER_STEP, MOST = 512, 3, 64_000  # pictures: at the start, added per step, at most
 
 
 class Latents:
     """Random scenes without the held-out pairs, and their latents at the UNet's scale.
 
-    What is in `folder` is read, not encoded again: it must be of the same autoencoder and seed.
+    Files in `folder` are reused, not encoded again, so they must come from the same autoencoder and seed.
     """
 
     def __init__(self, vae: VAE, folder: Path, seed: int) -> None:
@@ -27,7 +27,7 @@ class Latents:
         folder.mkdir(parents=True, exist_ok=True)
 
     def batch(self, step: int, size: int) -> tuple[Tensor, list[Scene], list[str]]:
-        """Batch number `step`: float32 latents [size,4,32,32], their scenes, and a caption of each."""
+        """Batch number `step`: float32 latents [size,4,32,32], their scenes, and a caption for each."""
         while len(self.scenes) < min(FIRST + PER_STEP * step, MOST):
             self._grow()
         rng = np.random.default_rng([self.seed, step, 2])

@@ -1,6 +1,6 @@
-"""What is in a picture of coloured shapes? Found by its colours and its geometry, without a network.
+"""Detect the objects in a picture of coloured shapes by colour and geometry, without a network.
 
-`python -m minidiff.shapes.measure --check` shows how often this is wrong, on pictures of which everything is known.
+`python -m minidiff.shapes.measure --check` measures the error rate on pictures with known content.
 """
 
 import argparse
@@ -17,23 +17,23 @@ from .world import BACKGROUNDS, COLOURS, SHAPES, SIZE, Scene, Thing, coverage, r
 
 Box = tuple[float, float, float, float]
 SMALLEST = 80  # pixels; the smallest object, a star, has about 240
-APART = 40.0  # distance in RGB from the background at which a pixel is something else
-SECOND_COLOUR = 0.15  # share of a component's pixels from which a second colour is a second object
-CLEAR = 0.7  # a colour or shape is sure where its distance is below this share of the next one's
+APART = 40.0  # distance in RGB from the background at which a pixel belongs to an object
+SECOND_COLOUR = 0.15  # fraction of a component's pixels from which a second colour is a second object
+CLEAR = 0.7  # a colour or shape is certain if its distance is below this fraction of the runner-up's
 _COLOURS = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
 _BACKGROUNDS = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class Found(Thing):
-    """An object that was found. `doubts` says what could as well be something else; empty where it is sure."""
+    """A detected object. `doubts` lists its ambiguities; empty if there are none."""
 
     doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a picture shows. `doubts` are those about the picture as a whole."""
+    """The content of a picture. `doubts` are those about the picture as a whole."""
 
     things: tuple[Found, ...]
     background: str
@@ -41,7 +41,7 @@ class Measured:
 
 
 def measure(picture: Tensor) -> Measured:
-    """Find the objects of a uint8 picture [3,128,128]: colour, shape and box of each, from the largest on."""
+    """Find the objects in a uint8 picture [3,128,128]: colour, shape and box of each, largest first."""
     if picture.dtype != torch.uint8 or picture.shape != (3, SIZE, SIZE):
         raise ValueError(f"picture is {picture.dtype} {list(picture.shape)}; expected uint8 [3, {SIZE}, {SIZE}]")
     pixels = picture.movedim(0, -1).float()  # [128,128,3]
@@ -51,20 +51,20 @@ def measure(picture: Tensor) -> Measured:
     doubts = [f"background: {doubt}"] if doubt else []
     masks, specks = _objects(pixels, (pixels - ground).norm(dim=-1) > APART)
     if specks:
-        doubts.append(f"{specks} specks under {SMALLEST} pixels are left out")
+        doubts.append(f"{specks} specks under {SMALLEST} pixels are ignored")
     things = [_thing(pixels, ground, mask) for mask in masks]
     return Measured(tuple(things), background, tuple(doubts))
 
 
 def _nearest(colour: Tensor, palette: Tensor, names: Sequence[str]) -> tuple[str, str]:
-    """The name of the nearest colour, and the next one's where that is nearly as near."""
+    """The name of the nearest colour, and a doubt ("red or pink") if the next one is nearly as near, else ""."""
     distances, order = (palette - colour).norm(dim=-1).sort()
     first, second = (names[int(i)] for i in order[:2])
     return first, f"{first} or {second}" if distances[0] > CLEAR * distances[1] else ""
 
 
 def _objects(pixels: Tensor, apart: Tensor) -> tuple[list[Tensor], int]:
-    """Masks [128,128] of the objects, the largest first, and the number of pieces that are too small to be one."""
+    """Masks [128,128] of the objects, largest first, and the number of components too small to be one."""
     nearest = torch.cdist(pixels.flatten(0, 1), _COLOURS).argmin(dim=1).unflatten(0, apart.shape)
     masks: list[Tensor] = []
     specks = 0
@@ -72,14 +72,14 @@ def _objects(pixels: Tensor, apart: Tensor) -> tuple[list[Tensor], int]:
         if piece.sum() < SMALLEST:
             specks += 1
             continue
-        # Pixels on an outline are mixtures, and a mixture of two colours may be a third one: ask the inner ones.
+        # Outline pixels are mixtures, and a mixture of two colours may look like a third one: use inner pixels.
         inner = _eroded(piece)
         inner = inner if inner.sum() >= SMALLEST / 4 else piece
         votes = nearest[inner].bincount(minlength=len(COLOURS))
         strong = (votes >= max(SECOND_COLOUR * int(votes.sum()), SMALLEST / 4)).nonzero().flatten().tolist()
         if len(strong) < 2:
             masks.append(piece)
-        else:  # objects that touch: each pixel goes with the nearest inner pixel of a strong colour
+        else:  # touching objects: each pixel goes to the nearest inner pixel of a strong colour
             parts = _grown([inner & (nearest == colour) for colour in strong], piece)
             pieces = [one for part in parts for one in _components(part)]
             masks += [one for one in pieces if one.sum() >= SMALLEST]
@@ -87,7 +87,7 @@ def _objects(pixels: Tensor, apart: Tensor) -> tuple[list[Tensor], int]:
 
 
 def _components(mask: Tensor) -> list[Tensor]:
-    """The connected pieces of a mask; pixels that touch at a corner are connected."""
+    """The connected components of a mask (8-connectivity)."""
     labels = torch.arange(1, mask.numel() + 1, dtype=torch.float32).reshape(mask.shape) * mask
     while True:
         spread = F.max_pool2d(labels[None, None], 3, 1, 1)[0, 0] * mask
@@ -101,7 +101,7 @@ def _eroded(mask: Tensor) -> Tensor:
 
 
 def _grown(seeds: Sequence[Tensor], whole: Tensor) -> list[Tensor]:
-    """Parts of `whole`, one round each seed, grown pixel by pixel until they meet."""
+    """Parts of `whole`, one per seed, grown pixel by pixel until they meet."""
     owner = torch.zeros(whole.shape)
     for number, seed in enumerate(seeds, 1):
         owner[seed] = number
@@ -118,17 +118,17 @@ def _thing(pixels: Tensor, ground: Tensor, mask: Tensor) -> Found:
     colour = pixels[inner if inner.any() else mask].median(dim=0).values
     name, doubt = _nearest(colour, _COLOURS, list(COLOURS))
     doubts = [f"colour: {doubt}"] if doubt else []
-    # How much of a pixel the object covers: where its colour lies on the way from the background to the object.
+    # The coverage of a pixel: the position of its colour on the line from the background's colour to the object's.
     way = colour - ground
     cover = (((pixels - ground) @ way) / way.square().sum()).clamp(0, 1)
-    cover = cover * F.max_pool2d(mask.float()[None, None], 5, 1, 2)[0, 0]  # two pixels around it, and no other object
+    cover = cover * F.max_pool2d(mask.float()[None, None], 5, 1, 2)[0, 0]  # dilated by 2 pixels; excludes other objects
     shape, box, doubt = _shape(cover)
     doubts += [f"shape: {doubt}"] if doubt else []
     return Found(shape, name, box, tuple(doubts))
 
 
 def _shape(cover: Tensor) -> tuple[str, Box, str]:
-    """The shape and box that explain the coverage [128,128] best, and what else nearly does."""
+    """The shape and box that fit the coverage [128,128] best, and a doubt if another shape fits nearly as well."""
     solid = cover > 0.5
     rows, columns = solid.any(dim=1).nonzero().flatten(), solid.any(dim=0).nonzero().flatten()
     start = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).float() / SIZE
@@ -138,9 +138,9 @@ def _shape(cover: Tensor) -> tuple[str, Box, str]:
 
 
 def _fit(shape: str, start: Tensor, cover: Tensor) -> tuple[Box, float]:
-    """The box in which the shape covers the pixels most nearly so, and the squared error left per pixel of the object.
+    """Fit the shape's box to the coverage; returns the box and the squared error per pixel of the object.
 
-    Gauss-Newton from the box of the half-covered pixels, which a thin point leaves early: its outline fades out.
+    Gauss-Newton, starting at the box of pixels at least half covered, which cuts off thin points.
     """
     best, least, box, step = start, float("inf"), start, 1 / SIZE
     for _ in range(6):
@@ -168,7 +168,7 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def matched(found: Sequence[Thing], wanted: Sequence[Thing]) -> list[Thing | None]:
-    """For each wanted object one of those found, of its colour and shape and no other's: the one that overlaps most."""
+    """Assign to each wanted object the found one of its colour and shape that overlaps most; each is used once."""
     left = list(found)
     pairs: list[Thing | None] = []
     for thing in wanted:
@@ -181,7 +181,7 @@ def matched(found: Sequence[Thing], wanted: Sequence[Thing]) -> list[Thing | Non
 
 
 def share_right(pictures: Sequence[Measured], scenes: Sequence[Scene], least: float = 0.9) -> float:
-    """Share of the scenes' objects that were found with their colour, their shape and a box of at least that IoU."""
+    """Fraction of the scenes' objects found with the right colour and shape and a box IoU of at least `least`."""
     right = total = 0
     for picture, scene in zip(pictures, scenes, strict=True):
         for thing, one in zip(scene.things, matched(picture.things, scene.things), strict=True):
@@ -191,16 +191,16 @@ def share_right(pictures: Sequence[Measured], scenes: Sequence[Scene], least: fl
 
 
 def check(count: int, seed: int) -> tuple[list[Measured], list[Scene]]:
-    """Pictures of random scenes, measured."""
+    """Measure pictures of random scenes."""
     rng = np.random.default_rng(seed)
     scenes = [random_scene(rng) for _ in range(count)]
     return [measure(picture) for picture in render(scenes)], scenes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0, or 1 where the measurer itself is wrong too often."""
+    """The command line. Returns 0, or 1 if the measurement is wrong too often."""
     parser = argparse.ArgumentParser(prog="python -m minidiff.shapes.measure", description=__doc__)
-    parser.add_argument("--check", action="store_true", required=True, help="measure pictures of which all is known")
+    parser.add_argument("--check", action="store_true", required=True, help="measure pictures with known content")
     parser.add_argument("--count", type=int, default=500, metavar="N", help="pictures (default: 500)")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     args = parser.parse_args(argv)
@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"the same against another picture's scene:      {shuffled:.2%}")
     grounds = sum(p.background == s.background for p, s in zip(pictures, scenes, strict=True))
     print(f"backgrounds right: {grounds / len(scenes):.2%} of {len(scenes)}")
-    print(f"objects it is unsure of: {sum(bool(thing.doubts) for thing in things)} of {len(things)}")
+    print(f"objects in doubt: {sum(bool(thing.doubts) for thing in things)} of {len(things)}")
     return 0 if right >= 0.99 and shuffled <= 0.01 else 1
 
 

@@ -1,10 +1,10 @@
 """Train the bundled model: `python -m minidiff.shapes.train --minutes 150 --out DIR`.
 
 An autoencoder first (Rombach et al. 2022), then the text encoder and the UNet together, on its latents. DIR gets
-    model/                a folder that minidiff and diffusers load, renewed every few minutes
-    sheets/               what the model draws, as it learns
+    model/                a folder that minidiff and diffusers load, updated every ten minutes
+    sheets/               sample images as training progresses
     latents/              encoded pictures
-    state.safetensors     all that --resume goes on from
+    state.safetensors     the checkpoint for --resume
 """
 
 import argparse
@@ -36,9 +36,9 @@ from .latents import Latents
 from .optimise import Optimiser
 
 BATCH = 32
-SHARE, LONGEST = 0.2, 15.0  # of the minutes, for the autoencoder; and its minutes at most
-LINE, CHECKPOINT, SHEET = 10.0, 90.0, 600.0  # seconds between two
-PROMPTS = (  # of the sheets; red circle, blue ring, green square, purple triangle and lime star are held out
+SHARE, LONGEST = 0.2, 15.0  # the autoencoder's fraction of the minutes, and its maximum in minutes
+LINE, CHECKPOINT, SHEET = 10.0, 90.0, 600.0  # intervals in seconds
+PROMPTS = (  # for the sheets; red circle, blue ring, green square, purple triangle and lime star are held out
     "a red circle",
     "a blue star on a white background",
     "a yellow ring on a black background",
@@ -57,8 +57,8 @@ PLACE = ("seed", "stage", "step", "seconds", "before")  # the fields of a Run th
 
 @dataclass
 class Run:
-    """A run in its folder. `step` and `seconds` count within the stage, over all sittings; `before` are the seconds of
-    the stage before.
+    """A training run in its folder. `step` and `seconds` count within the stage, over all sessions; `before` is the
+    duration of the previous stage in seconds.
     """
 
     out: Path
@@ -67,20 +67,20 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     before: float = 0.0
-    fixed: dict[str, Tensor] = field(default_factory=dict)  # the autoencoder, once it is done
-    saved: dict[str, Tensor] = field(default_factory=dict)  # what the optimiser goes on from
+    fixed: dict[str, Tensor] = field(default_factory=dict)  # the autoencoder, once finished
+    saved: dict[str, Tensor] = field(default_factory=dict)  # the optimiser state to resume from
 
     @property
     def state(self) -> Path:
-        """The file of its checkpoints."""
+        """The checkpoint file."""
         return self.out / "state.safetensors"
 
     def read(self) -> None:
-        """Go on from the checkpoint."""
+        """Load the checkpoint."""
         with safe_open(self.state, "pt") as file:
             place = json.loads((file.metadata() or {}).get("run", "{}"))
         if place.keys() != set(PLACE):
-            raise ValueError(f"{self.state} was not written by a training run; expected the --out of one that was cut")
+            raise ValueError(f"{self.state} was not written by a training run; expected an interrupted run's --out")
         for name in PLACE:
             setattr(self, name, place[name])
         tensors = load_file(self.state)
@@ -88,7 +88,7 @@ class Run:
         self.saved = {key: value for key, value in tensors.items() if key not in self.fixed}
 
     def write(self, optimiser: Optimiser) -> None:
-        """Replace the checkpoint at one stroke: whoever is cut while writing keeps the one before."""
+        """Replace the checkpoint atomically: a run interrupted while writing keeps the previous one."""
         place = {name: getattr(self, name) for name in PLACE}
         part = self.state.with_suffix(".part")
         save_file({**optimiser.state(), **self.fixed}, part, metadata={"run": json.dumps(place)})
@@ -101,7 +101,7 @@ class Run:
         minutes: float,
         show: Callable[[Optimiser], None] = lambda optimiser: None,
     ) -> Optimiser:
-        """Steps until the stage has had its minutes, with lines of progress, checkpoints, and `show` now and then."""
+        """Train until the stage's minutes are used up, logging progress and calling `write` and `show` periodically."""
         optimiser = Optimiser(networks)
         if self.saved:
             optimiser.load(self.saved)
@@ -131,11 +131,11 @@ class Run:
 
 
 def train(out: Path, minutes: float, resume: bool = False, autoencoder: Path | None = None, seed: int = 0) -> Path:
-    """Train for `minutes`, over all sittings, and return the model's folder.
+    """Train for `minutes`, over all sessions, and return the model's folder.
 
-    resume: go on with the run in `out`, which was cut. autoencoder: a model folder whose autoencoder is taken, instead
-    of training one.
-    ValueError where `out` holds a run and `resume` is not said, or `resume` is said and it holds none.
+    resume: continue the interrupted run in `out`. autoencoder: a model folder whose autoencoder is used instead of
+    training one.
+    ValueError if `out` holds a run and `resume` is False, or holds none and `resume` is True.
     """
     if not minutes > 0:
         raise ValueError(f"minutes is {minutes}; expected a number above 0")
@@ -143,7 +143,7 @@ def train(out: Path, minutes: float, resume: bool = False, autoencoder: Path | N
     if resume != run.state.is_file():
         raise ValueError(
             f"{out} holds {'no run' if resume else 'a run already'}; "
-            f"expected {'the folder of one that was cut' if resume else 'a new folder, or --resume'}"
+            f"expected {'the folder of an interrupted run' if resume else 'a new folder, or --resume'}"
         )
     out.mkdir(parents=True, exist_ok=True)
     if resume:
@@ -154,7 +154,7 @@ def train(out: Path, minutes: float, resume: bool = False, autoencoder: Path | N
 
 
 def _autoencoder(run: Run, minutes: float, given: Path | None) -> VAE:
-    """The finished autoencoder: out of the run's checkpoint, out of a folder, or trained."""
+    """The finished autoencoder: from the run's checkpoint, from a folder, or trained."""
     vae = VAE(VAEConfig.from_dict(folder.VAE))
     if run.stage == "autoencoder":
         if given is None:
@@ -193,7 +193,7 @@ def _unet(run: Run, vae: VAE, minutes: float) -> Path:
 
 
 def _draw(model: Path, path: Path) -> None:
-    """A sheet of what the model makes of PROMPTS."""
+    """Save a contact sheet of the model's images for PROMPTS."""
     path.parent.mkdir(parents=True, exist_ok=True)
     images = generate(PROMPTS, model=model, seed=0).images
     assert isinstance(images, list)
@@ -206,13 +206,13 @@ def _say(line: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0, or 2 with one line where an argument is wrong."""
+    """The command line. Returns 0, or 2 with a one-line message for a wrong argument."""
     parser = argparse.ArgumentParser(prog="python -m minidiff.shapes.train", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="gets the model, sheets and checkpoints")
-    add("--minutes", type=float, default=150, metavar="N", help="over all sittings (default: 150)")
-    add("--resume", action="store_true", help="go on with the run in DIR, which was cut")
-    add("--autoencoder", type=Path, metavar="FOLDER", help="a model folder whose autoencoder is taken as it is")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the model, sheets and checkpoints")
+    add("--minutes", type=float, default=150, metavar="N", help="training time over all sessions (default: 150)")
+    add("--resume", action="store_true", help="continue the interrupted run in DIR")
+    add("--autoencoder", type=Path, metavar="FOLDER", help="a model folder whose autoencoder is used unchanged")
     add("--seed", type=int, default=0, metavar="N")
     args = parser.parse_args(argv)
     try:

@@ -1,6 +1,6 @@
-"""The world of the bundled model: pictures of coloured shapes, and captions that never say where or how large.
+"""The bundled model's synthetic data: pictures of coloured shapes, and captions without positions or sizes.
 
-A scene has 1 to 4 objects on a plain background, 128x128 pixels. Everything follows from a seed.
+A scene has 1 to 4 objects on a plain background, 128x128 pixels. Everything is determined by a seed.
 """
 
 import math
@@ -12,9 +12,9 @@ from numpy.random import Generator
 from torch import Tensor
 
 SIZE = 128  # pixels along an edge
-MIN_EDGE, MAX_EDGE = 0.22, 0.62  # of an object's box, as a share of the picture's edge
-MAX_ASPECT = 2.0  # longer edge of a box over its shorter one
-GAP = 0.03  # between two boxes, and to the picture's border
+MIN_EDGE, MAX_EDGE = 0.22, 0.62  # of an object's box, as a fraction of the picture's edge
+MAX_ASPECT = 2.0  # ratio of a box's longer edge to its shorter one
+GAP = 0.03  # between boxes, and to the picture's border
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 35),
@@ -58,7 +58,7 @@ def _star(u: Tensor, v: Tensor) -> Tensor:
     fold = (angle - turn * (angle / turn).round()).abs()  # from the nearest point's axis, 0 to 36 degrees
     r = torch.hypot(x, y)
     notch_x, notch_y = inner * math.cos(turn / 2), inner * math.sin(turn / 2)
-    # Outside of the line from the point (1, 0) to the notch beside it, both in the folded frame.
+    # Positive beyond the line from the point (1, 0) to the adjacent notch, both in the folded frame.
     return (r * fold.cos() - 1) * notch_y + r * fold.sin() * (1 - notch_x)
 
 
@@ -94,7 +94,7 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """Name -> f(u, v) on the object's box [-1,1]^2 (v down), negative inside, zero on the outline."""
 
 HELD_OUT = frozenset((shape, list(COLOURS)[3 * i % len(COLOURS)]) for i, shape in enumerate(SHAPES))
-"""Pairs (shape, colour) that training never shows, one of each shape: whether the two were learnt apart."""
+"""Pairs (shape, colour) absent from training, one per shape, to test whether shape and colour are learnt separately."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Scene:
 
 
 def random_scene(rng: Generator, allowed: Callable[[str, str], bool] = lambda shape, colour: True) -> Scene:
-    """A scene of 1 to 4 objects; `allowed(shape, colour)` says which pairs may appear."""
+    """A scene of 1 to 4 objects; `allowed(shape, colour)` decides which pairs may appear."""
     count = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.35, 0.25, 0.1]))
     boxes: list[tuple[float, float, float, float]] = []
     while len(boxes) < count:
@@ -131,7 +131,7 @@ def random_scene(rng: Generator, allowed: Callable[[str, str], bool] = lambda sh
 
 
 def random_boxes(rng: Generator, count: int) -> list[tuple[float, float, float, float]]:
-    """Boxes for `count` objects that keep their distance; fewer, where they do not fit after some tries."""
+    """Boxes for `count` objects, at least GAP apart; fewer if no placement is found after 60 tries."""
     largest = MAX_EDGE if count < 3 else 0.45 if count == 3 else 0.38
     boxes: list[tuple[float, float, float, float]] = []
     for _ in range(60):
@@ -152,7 +152,7 @@ def _near(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def render(scenes: Sequence[Scene]) -> Tensor:
-    """uint8 [B,3,128,128], anti-aliased: a pixel's share of colour falls linearly over one pixel across the outline."""
+    """uint8 [B,3,128,128], anti-aliased: coverage falls linearly over one pixel across the outline."""
     pictures = torch.stack([torch.tensor(BACKGROUNDS[scene.background], dtype=torch.float32) for scene in scenes])
     pictures = pictures[:, :, None, None].expand(-1, -1, SIZE, SIZE).clone()
     places = [(i, thing) for i, scene in enumerate(scenes) for thing in scene.things]
@@ -167,7 +167,7 @@ def render(scenes: Sequence[Scene]) -> Tensor:
 
 
 def coverage(outline: Callable[[Tensor, Tensor], Tensor], boxes: Tensor) -> Tensor:
-    """Boxes [N,4] in [0,1] -> how much of each pixel the shape covers, [N,128,128] in [0,1]."""
+    """Boxes [N,4] in [0,1] -> the fraction of each pixel that the shape covers, [N,128,128] in [0,1]."""
     centres = (torch.arange(SIZE) + 0.5) / SIZE
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)  # each [N,1]
     u = (2 * (centres - x0) / (x1 - x0) - 1)[:, None, :].expand(-1, SIZE, -1)
@@ -178,9 +178,9 @@ def coverage(outline: Callable[[Tensor, Tensor], Tensor], boxes: Tensor) -> Tens
 
 
 def caption(scene: Scene, rng: Generator) -> str:
-    """Such as "a red circle and a blue square on a gray background": no position, no size; some words left unsaid.
+    """E.g. "a red circle and a blue square on a gray background", without positions or sizes.
 
-    A colour stays unsaid in 8 % of the objects, the background in half of the pictures.
+    The colour is omitted for 8 % of the objects, the background in half of the pictures.
     """
     things = []
     for thing in scene.things:
