@@ -14,6 +14,7 @@ from .networks.sites import Grid, Site, Where, choose
 from .networks.text import TextEncoder
 from .networks.unet import UNet
 from .networks.vae import VAE
+from .safety import SafetyChecker
 from .sampling import NoiseSchedule, Sampler, sampler_by_name
 
 
@@ -78,7 +79,8 @@ class Model:
 
     `name` is the hub id, or the name of the folder or file; `origin` the folder or file that was read;
     `options` the arguments of `load` that change the images (plain values), for the record; `dtype_choice` why load
-    took its dtype, where it was not told. `adapters`: what was put on it since, in that order.
+    took its dtype, where it was not told. `adapters`: what was put on it since, in that order. `safety`: the checker
+    that looks at finished pictures, where load was asked for it.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Model:
     options: Mapping[str, str] = field(default_factory=dict)
     dtype_choice: str = ""
     adapters: tuple[Adapter, ...] = ()
+    safety: SafetyChecker | None = None
 
     def __repr__(self) -> str:
         on = f" with {', '.join(map(str, self.adapters))}" if self.adapters else ""

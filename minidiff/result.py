@@ -38,7 +38,8 @@ class Result:
     `parameters[i]` are the arguments of generate() that make image i alone, as plain() writes them; `info` holds facts
     that are not arguments: {"versions": {"minidiff": "0.1.0", ...}, "model": {"kind", "name", "sha256"}, ...}.
     `timings` are seconds per phase. `attention` holds the requested maps, `reports` what guidance did to each image
-    with boxes. ValueError if the counts differ.
+    with boxes. `flagged[i]`: the safety checker flagged image i, which stays as it is here and is marked in its PNG;
+    None where no checker looked (see `load(safety=)`; it does not look at latents). ValueError if the counts differ.
 
     len(result) is the number of images; result[i], and each item of a loop, is the Result of image i alone.
     """
@@ -51,6 +52,7 @@ class Result:
     info: dict[str, Plain] = field(default_factory=dict, repr=False)
     attention: Attention | None = field(default=None, repr=False)
     reports: tuple[Report, ...] | None = field(default=None, repr=False)
+    flagged: tuple[bool, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         counts = (len(self.images), len(self.latents), len(self.seeds), len(self.parameters))
@@ -79,6 +81,7 @@ class Result:
             parameters=self.parameters[one],
             attention=None if self.attention is None else self.attention.alone(i),
             reports=None if self.reports is None else self.reports[one],
+            flagged=None if self.flagged is None else self.flagged[one],
         )
 
     def __iter__(self) -> Iterator[Result]:
@@ -94,7 +97,7 @@ class Result:
     def png_bytes(self, i: int = 0, *, metadata: bool = True) -> bytes:
         """The PNG file of image i, as save() writes it."""
         one = self[i]
-        return png_bytes(one.image, one.parameters[0] if metadata else None, self.info)
+        return png_bytes(one.image, one.parameters[0] if metadata else None, one._facts(0))
 
     def save(self, path: str | Path | BinaryIO, *, metadata: bool = True) -> list[Path]:
         """Write every image as PNG and return the paths, in order. Never overwrites.
@@ -109,16 +112,16 @@ class Result:
         """
         if hasattr(path, "write"):
             image = self.image
-            path.write(png_bytes(image, self.parameters[0] if metadata else None, self.info))
+            path.write(png_bytes(image, self.parameters[0] if metadata else None, self._facts(0)))
             return []
         check_output_path(path)
         named = Path(path).suffix.lower() == ".png" and not os.path.isdir(path)
         images = self._pil()
         written: list[Path] = []
-        for image, seed, arguments in zip(images, self.seeds, self.parameters, strict=True):
+        for i, (image, seed, arguments) in enumerate(zip(images, self.seeds, self.parameters, strict=True)):
             wanted = Path(path) if named else Path(path, file_name(arguments.get("prompt"), seed))
             try:
-                written.append(write_png(png_bytes(image, arguments if metadata else None, self.info), wanted))
+                written.append(write_png(png_bytes(image, arguments if metadata else None, self._facts(i)), wanted))
             except OSError as error:
                 raise OSError(f"{error}. Written before: {', '.join(map(str, written)) or 'none'}") from error
         return written
@@ -130,9 +133,14 @@ class Result:
         reports = self.reports or (None,) * len(self)
         images: list[Plain] = [
             {"seed": seed, "parameters": arguments, "report": None if report is None else plain(report.plain())}
-            for seed, arguments, report in zip(self.seeds, self.parameters, reports, strict=True)
+            | ({} if self.flagged is None else {"flagged": self.flagged[i]})
+            for i, (seed, arguments, report) in enumerate(zip(self.seeds, self.parameters, reports, strict=True))
         ]
         return {"images": images, "timings": plain(self.timings), "info": self.info}
+
+    def _facts(self, i: int) -> dict[str, Plain]:
+        """What the PNG of image i says beside its arguments."""
+        return self.info | ({"flagged": True} if self.flagged is not None and self.flagged[i] else {})
 
     def _repr_png_(self) -> bytes | None:
         """For a notebook: the image, or a sheet of several."""

@@ -161,10 +161,12 @@ class Run(Iterator[Step]):
         before = time.perf_counter()
         latents = (self._last.latents if done == len(self) else self._last.denoised).float().cpu()
         images: Images = latents
+        flagged: tuple[bool, ...] | None = None
         if self.request.output != "latents":
             pixels = _pixels(self._model, latents)
             output = self.request.output
             images = pixels if output == "tensor" else to_numpy(pixels) if output == "numpy" else to_pil(pixels)
+            flagged = None if self._model.safety is None else self._model.safety(to_pil(pixels))
         reports = None if self._guide is None else tuple(self._guide.report(i) for i in range(len(latents)))
         seeds = self.request.seed
         assert isinstance(seeds, tuple)  # resolved
@@ -178,6 +180,7 @@ class Run(Iterator[Step]):
             info=_info(self._model) | stopped,
             attention=None if self._kept is None else self._attention(self._kept),
             reports=reports,
+            flagged=flagged,
         )
 
     def _attention(self, kept: Maps) -> Attention:

@@ -14,7 +14,7 @@ ROOT = Path(minidiff.__file__).parent
 FLOORS = [
     {"checks"},
     {"vocabulary", "networks"},
-    {"sampling", "guidance", "recorded", "speed", "draw"},
+    {"sampling", "guidance", "recorded", "speed", "draw", "pictures", "safety"},
     {"model"},
     {"weights", "png", "result", "request", "asked"},
     {"resolve"},

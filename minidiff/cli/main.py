@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .take import Taken
 
 EXIT_OUTPUT, EXIT_INPUT, EXIT_ELSEWHERE, EXIT_INTERRUPTED = 1, 2, 3, 130
-LOADING = ("tokenizer", "vae", "prediction_type", "dtype", "device", "variant", "revision", "compile")
+LOADING = ("tokenizer", "vae", "prediction_type", "dtype", "device", "variant", "revision", "compile", "safety")
 """The flags that are arguments of load(); the others are fields of a Request."""
 
 
@@ -102,8 +102,11 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _write(result: Result, request: Request, args: argparse.Namespace) -> int:
-    from .pictures import write_pictures
+    from .pictures import blackened, write_pictures
 
+    if any(result.flagged or ()):
+        result = blackened(result)
+        note(f"{sum(result.flagged or ())} of {len(result)} images are written black: the safety checker flagged them")
     written = result.save(args.out, metadata=not args.no_metadata)
     for path in written:
         print(path, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ from ..draw import boxes, heatmap
 from ..png.write import png_bytes, slug, write_png
 from ..recorded import Attention
 from ..result import Result
+
+
+def blackened(result: Result) -> Result:
+    """The Result with every image black that the safety checker flagged."""
+    assert isinstance(result.images, list) and result.flagged is not None  # "pil", with a checker
+    pairs = zip(result.images, result.flagged, strict=True)
+    return replace(result, images=[Image.new("RGB", image.size) if bad else image for image, bad in pairs])
 
 
 def write_pictures(result: Result, written: Sequence[Path], layouts: Sequence[Mapping[Any, object]]) -> list[Path]:

@@ -65,6 +65,19 @@ def fetch_vae(repo: str, variant: str | None) -> Path:
     raise ValueError(f"{repo} holds no autoencoder; expected config.json and {file}, or the two in vae/")
 
 
+def fetch_safety(repo: str, revision: str | None, variant: str | None) -> Path:
+    """The local folder of a repository with a safety checker: a model's, or a checker's own.
+
+    Its weights are the variant's, or where it has none, the plain ones. What is not there is left to the caller.
+    """
+    for file in dict.fromkeys(weight_file("model", name) for name in (variant, None)):
+        inside = ["safety_checker/config.json", f"safety_checker/{file}", "feature_extractor/preprocessor_config.json"]
+        folder = _fetch(repo, revision, [*inside, "config.json", file, "preprocessor_config.json"])
+        if (folder / "safety_checker" / file).is_file() or (folder / file).is_file():
+            break
+    return folder
+
+
 def fetch_tokenizer() -> Path:
     """The local folder of CLIP's tokenizer, which single files do not carry. 1.5 MB."""
     try:

@@ -21,6 +21,7 @@ from .files import Stored, check_finite, read_tensors, stored_tensors
 from .hub import fetch_tokenizer, fetch_vae
 from .names import unwrap
 from .open import local_path, open_source
+from .safety import find_safety, load_safety
 from .sources import (
     Source,
     VAESource,
@@ -50,6 +51,7 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
     compile: bool = False,
+    safety: bool | str | Path = False,
 ) -> Model:
     """Load a Stable Diffusion 1.x model from safetensors; pickles are refused.
 
@@ -69,6 +71,9 @@ def load(
     compile: run the UNet and the guided objective through torch.compile. The first step of each kind (plain, recorded,
         guided; each batch and size) then waits for the compiler, for one to two minutes at SD 1.5's size; its cache
         makes that seconds for the next process.
+    safety: True looks at every finished picture with the safety checker that a folder or the hub's repository ships
+        (safety_checker/, feature_extractor/); or a folder or hub id that has one. `Result.flagged` says what it found;
+        the pictures stay as they are.
 
     Raises ValueError that says what is wrong with the source: missing, unexpected and misshapen keys by name, another
     kind of model, a damaged file, an unknown hub id, a model that is neither here nor reachable.
@@ -76,6 +81,7 @@ def load(
     device = choose_device(device)
     why, dtype = dtype_choice(dtype, device), choose_dtype(dtype, device)
     found = _find(source, tokenizer, None if vae is None else _vae(vae, variant), variant, revision)
+    checker = find_safety(safety, source, found.path, variant, revision)
     # StableDiffusionPipeline takes 1 whatever the file says, since SD 1 was trained so; the same images need the same.
     noise = replace(NoiseSchedule.from_config(found.scheduler), steps_offset=1)
     if prediction_type is not None:
@@ -115,6 +121,7 @@ def load(
             if value is not None
         },
         dtype_choice=why,
+        safety=None if checker is None else load_safety(checker, dtype, device),
     )
 
 

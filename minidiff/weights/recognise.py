@@ -44,6 +44,7 @@ _OTHERS = (
     (r"^(adapter\.)?body\.\d+\.", "T2I-Adapter"),
     (r"^\d+\.\d\.linear", "hypernetwork"),
     (r"^taesd_|^(en|de)coder\.layers\.\d+\.(conv\.\d|weight$)|^\d+\.conv\.\d\.weight$", "tiny autoencoder (TAESD)"),
+    (r"^concept_embeds$", "safety checker"),
     (r"^(vision_model|visual)\.", "CLIP image encoder, or a whole CLIP"),
 )
 
@@ -55,6 +56,7 @@ _WANTED = {
     "model folder's networks in one file": "load the folder that they belong to",
     "UNet in LDM names alone": "use the complete checkpoint, or load the model folder that it belongs to",
     "text encoder in LDM names alone": "use the complete checkpoint",
+    "safety checker": "it looks at images; pass its folder as safety=",
     "checkpoint with scaled fp8 weights": "use the float16 or bfloat16 file",
 }
 

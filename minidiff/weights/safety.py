@@ -1,0 +1,125 @@
+"""The safety checker out of a model folder: safety_checker/ and feature_extractor/."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checks import numbers, shown, whole
+from ..pictures import CLIP_MEAN, CLIP_STD
+from ..request import BUNDLED
+from ..safety import SafetyChecker
+from .files import Stored, check_finite, read_tensors
+from .hub import fetch_safety
+from .open import local_path
+from .sources import folder_tensors, read_json, weight_file
+from .state import check_state
+from .vision import load_vision
+
+_CONCEPTS, _SPECIAL = 17, 3  # how many embeddings every checker of Stable Diffusion 1.x holds
+
+
+@dataclass(frozen=True)
+class SafetySource:
+    """A checker's config, its tensors by the names in the file, and what its image encoder reads."""
+
+    config: Mapping[str, object]
+    tensors: Mapping[str, Stored]
+    edge: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def find_safety(
+    safety: bool | str | Path, source: str | Path, path: Path, variant: str | None, revision: str | None
+) -> SafetySource | None:
+    """Where the checker is that load's `safety` asks for; None where it asks for none. Weights are not read.
+
+    source, path: the model, as the user named it and where it was found. `variant` is the model's: a checker need not
+    have it. ValueError where there is no checker, only a pickle, or one that reads pictures in another way.
+    """
+    if safety is False:
+        return None
+    if not isinstance(safety, bool | str | Path) or safety == "":
+        raise ValueError(f"safety is {shown(safety)}; expected True, a folder or a hub id")
+    mend = "pass a folder or a hub id that has one, such as safety='stable-diffusion-v1-5/stable-diffusion-v1-5'"
+    if safety is True:
+        if path.is_file():
+            raise ValueError(f"safety=True, but {path} is a single file, which carries no safety checker; {mend}")
+        folder = path
+        if source != BUNDLED and local_path(source) is None:
+            folder = fetch_safety(str(source), revision, variant)
+    else:
+        folder = local_path(safety) or fetch_safety(str(safety), None, variant)
+    inside = folder / "safety_checker"
+    checker = inside if inside.is_dir() or safety is True else folder
+    if not (checker / "config.json").is_file():
+        raise ValueError(f"{folder} has no safety checker: {checker / 'config.json'} is not there; {mend}")
+    config = read_json(checker / "config.json")
+    edge, mean, std = _reading(folder / "feature_extractor" if checker == inside else checker)
+    has = variant is not None and (checker / weight_file("model", variant)).is_file()
+    return SafetySource(config, folder_tensors(checker, "model", variant if has else None), edge, mean, std)
+
+
+def load_safety(found: SafetySource, dtype: torch.dtype, device: torch.device) -> SafetyChecker:
+    """The checker, its image encoder in `dtype`. ValueError for a bad config, and for keys that do not fit."""
+    config = found.config.get("vision_config")
+    if not isinstance(config, dict):
+        raise ValueError(f"safety checker config: vision_config is {shown(config)}; expected an object")
+    prefix = "vision_model."  # of the checker; of the image encoder inside, files before transformers 5.6 have another
+    inside = {key.removeprefix(prefix): tensor for key, tensor in found.tensors.items() if key.startswith(prefix)}
+    own = {key: tensor for key, tensor in found.tensors.items() if not key.startswith(prefix)}
+    vision = load_vision(config, inside, dtype, device)
+    if vision.config.image_size != found.edge:
+        raise ValueError(
+            f"the safety checker's image encoder reads {vision.config.image_size} pixels, its feature extractor gives "
+            f"{found.edge}: they are of different models"
+        )
+    projection = own.get("visual_projection.weight")
+    wide = projection.shape[0] if projection is not None and projection.shape else 768
+    shapes = {
+        "visual_projection.weight": torch.Size((wide, vision.config.hidden_size)),
+        "concept_embeds": torch.Size((_CONCEPTS, wide)),
+        "concept_embeds_weights": torch.Size((_CONCEPTS,)),
+        "special_care_embeds": torch.Size((_SPECIAL, wide)),
+        "special_care_embeds_weights": torch.Size((_SPECIAL,)),
+    }
+    check_state("safety checker", shapes, own)
+    state = read_tensors(own, shapes, torch.float32, device)  # half precision would move the thresholds
+    check_finite(state)
+    weight, concepts, thresholds, special, special_thresholds = (state[key] for key in shapes)
+    return SafetyChecker(
+        vision,
+        weight.to(dtype),
+        concepts,
+        thresholds,
+        special,
+        special_thresholds,
+        found.edge,
+        found.mean,
+        found.std,
+    )
+
+
+def _reading(folder: Path) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """(edge, mean, std) of preprocessor_config.json. ValueError unless it resizes, cuts and scales as CLIP does."""
+    path = folder / "preprocessor_config.json"
+    config = read_json(path)
+    size, crop = config.get("size", 224), config.get("crop_size", 224)
+    edge = size.get("shortest_edge") if isinstance(size, dict) else size
+    same = crop in (edge, {"height": edge, "width": edge})
+    steps = ("do_resize", "do_center_crop", "do_normalize", "do_rescale")
+    if not same or config.get("resample", 3) != 3 or not all(config.get(step, True) for step in steps):
+        raise ValueError(
+            f"{path}: size {shown(size)}, crop_size {shown(crop)}, resample {shown(config.get('resample', 3))}; "
+            "expected CLIP's: the shorter edge resized (bicubic, 3), its middle cut out and normalised"
+        )
+    edge = whole(f"{path}: size", edge, 1, 2**14)
+    mean, std = (
+        numbers(f"{path}: {key}", config.get(key, default))
+        for key, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
+    )
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"{path}: image_mean {mean}, image_std {std}; expected three numbers each, image_std above 0")
+    return edge, mean, std
