@@ -1,6 +1,6 @@
-"""Names: of the samplers, schedules and objectives there are, and how other programs spell them. Needs no torch.
+"""The names of samplers, schedules and objectives, and how other programs spell them. Needs no torch.
 
-A sampler or an objective is there when its file is: sampling/samplers/NAME.py, guidance/objectives/NAME.py.
+A sampler or an objective exists if its file does: sampling/samplers/NAME.py, guidance/objectives/NAME.py.
 """
 
 import re
@@ -27,8 +27,8 @@ SPACINGS = ("leading", "linspace", "trailing")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
-# The samplers that the field knows, as they would be called here, and A1111's spelling of them (ComfyUI's, where A1111
-# has none). Which of them are implemented, the files say.
+# Known samplers under the name they have or would have here, and A1111's spelling (ComfyUI's if A1111 has none).
+# SAMPLERS says which of them are implemented.
 _FIELD: Mapping[str, str] = MappingProxyType(
     {
         "ddim": "DDIM",
@@ -65,7 +65,7 @@ _FIELD: Mapping[str, str] = MappingProxyType(
         "ddim_cfg_pp": "DDIM CFG++",
     }
 )
-# What no rule below reads: diffusers' class names without Discrete and Scheduler, and ComfyUI's own inventions.
+# Names that the rules below miss: diffusers' classes without Discrete and Scheduler, and ComfyUI's own names.
 _ALIASES: Mapping[str, str] = MappingProxyType(
     {
         "dpmsolvermultistep": "dpmpp_2m",
@@ -80,13 +80,13 @@ _ALIASES: Mapping[str, str] = MappingProxyType(
         "dpmpp3msdegpu": "dpmpp_3m_sde",
     }
 )
-# Noise levels that a name may end in: whether they are Karras', or what to do instead.
+# Noise levels that may end a name: True for Karras', False for the plain ones, or what to do instead.
 _LEVELS: Mapping[str, bool | str] = MappingProxyType(
     {
         "karras": True,
         "discrete": False,
         "normal": False,
-        "simple": 'they are those of spacing="trailing"',
+        "simple": 'pass spacing="trailing", which is the same',
         "sgmuniform": "expected Karras' or none",
         "uniform": False,
         "polyexponential": "expected Karras' or none",
@@ -98,7 +98,7 @@ _LEVELS: Mapping[str, bool | str] = MappingProxyType(
 
 
 def _squashed(text: str) -> str:
-    """Small letters and digits alone, without diffusers' endings: "DPM++ 2M" and "dpmpp_2m" are both dpmpp2m."""
+    """Lower-case letters and digits only, without diffusers' endings: "DPM++ 2M" and "dpmpp_2m" become dpmpp2m."""
     plain = re.sub(r"[^a-z0-9]", "", text.lower().replace("++", "pp"))
     if plain.endswith("scheduler"):
         plain = plain.removesuffix("scheduler").removesuffix("discrete")
@@ -115,12 +115,12 @@ _NAMES: Mapping[str, str] = MappingProxyType(
 
 
 def read_sampler(text: object, karras: bool | None = None) -> tuple[str, bool | None]:
-    """Our name of a sampler however it is spelt, and whether it says Karras: True, False, or None where it is silent.
+    """Our name for a sampler in any spelling, and whether it says Karras: True, False, or None if it does not say.
 
     Ours, A1111's ("DPM++ 2M Karras", "Euler a", "PLMS"), ComfyUI's and k-diffusion's ("dpmpp_2m", "k_euler_a",
     "sample_lms"), stable-diffusion.cpp's ("euler_a discrete") and diffusers' ("EulerAncestralDiscreteScheduler").
-    karras: what is said beside the name. ValueError where the two contradict each other, for a sampler that is not
-    implemented, by its usual name, and for what is no sampler's name.
+    karras: the separate setting, if any. ValueError if it contradicts the name, for a sampler that is not implemented
+    (with its usual name), and for an unknown name.
     """
     if not isinstance(text, str):
         raise ValueError(f"sampler is {shown(text)}; expected one of {', '.join(SAMPLERS)}")
@@ -135,19 +135,19 @@ def read_sampler(text: object, karras: bool | None = None) -> tuple[str, bool | 
         raise ValueError(f"sampler {spelt} is not implemented; expected one of {', '.join(SAMPLERS)}")
     said = _LEVELS.get(levels)
     if isinstance(said, str):
-        raise ValueError(f"sampler is {shown(text)}; its noise levels are not implemented as {levels!r}: {said}")
+        raise ValueError(f"sampler is {shown(text)}; the noise levels {levels!r} are not implemented: {said}")
     if said is not None and karras is not None and said != karras:
         raise ValueError(f"karras is {karras} but the sampler is {shown(text)}; leave karras out, or name it {name!r}")
     return name, said if karras is None else karras
 
 
 def a1111_sampler(name: str, karras: bool = False) -> str:
-    """A1111's spelling of one of our names: ("dpmpp_2m", True) -> "DPM++ 2M Karras". An unknown name stays."""
+    """A1111's spelling of one of our names: ("dpmpp_2m", True) -> "DPM++ 2M Karras". Unknown names are kept."""
     return f"{_FIELD.get(name, name)}{' Karras' if karras else ''}"
 
 
 def _known(plain: str) -> str | None:
-    """Our name of squashed text, with k-diffusion's prefixes or without."""
+    """Our name for squashed text, with or without k-diffusion's prefixes."""
     candidates = (plain, plain.removeprefix("sample"), plain.removeprefix("k"))
     return next((_NAMES[one] for one in candidates if one in _NAMES), None)
 
@@ -196,7 +196,7 @@ KEYWORDS: Mapping[str, str] = MappingProxyType(
         "resolution": "pass width= and height=, in pixels",
         "H": "pass height=, in pixels",
         "W": "pass width=, in pixels",
-        "generator": "pass seed=: a whole number, or one for each image",
+        "generator": "pass seed=: a whole number, or one per image",
         "token_indices": 'pass boxes={"phrase": box}, or boxes={3: box} where 3 is the token\'s position',
         "phrases": 'pass boxes={"phrase": box}: the phrases are its keys',
         "gligen_phrases": 'pass boxes={"phrase": box}: the phrases are its keys',
@@ -226,8 +226,8 @@ KEYWORDS: Mapping[str, str] = MappingProxyType(
         "controlnet_conditioning_scale": "minidiff has no ControlNet",
         "enable_hr": "minidiff has no second pass at a larger size",
         "hires_fix": "minidiff has no second pass at a larger size",
-        "restore_faces": "minidiff changes no image after it is made",
-        "tiling": "minidiff makes no seamless tiles",
+        "restore_faces": "minidiff does not post-process images",
+        "tiling": "minidiff cannot make seamless tiles",
     }
 )
-"""Other programs' keywords of a call -> the field of ours, or a sentence that says what to do."""
+"""Keywords of other programs -> our field, or a sentence that says what to do."""

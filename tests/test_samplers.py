@@ -386,13 +386,13 @@ def test_what_is_asked_changes_the_models_own_sampler() -> None:
     assert choose_sampler(noise, LMS(order=2), karras=True) == LMS(order=2, karras=True)
     assert choose_sampler(noise, DDIM(), eta=np.float32(0.5)) == DDIM(eta=0.5)
     assert choose_sampler(noise, None, "euler") == Euler()
-    with pytest.raises(ValueError, match=r"eta is 0.5 with sampler 'dpmpp_2m'; expected one that has it: ddim"):
+    with pytest.raises(ValueError, match=r"eta is 0.5 with sampler 'dpmpp_2m'; expected one with it: ddim"):
         choose_sampler(noise, None, eta=0.5)
 
 
 def test_an_object_brings_its_own_settings() -> None:
     assert choose_sampler(SD15, None, LMS(order=2, karras=True), karras=True) == LMS(order=2, karras=True)
-    with pytest.raises(ValueError, match="got karras=False, spacing=None and eta=0.0 beside a sampler object"):
+    with pytest.raises(ValueError, match="got karras=False, spacing=None and eta=0.0 with a sampler object"):
         choose_sampler(SD15, None, Euler(karras=True), karras=False)
     for wrong in (Euler, 3):
         with pytest.raises(ValueError, match="sampler is .*; expected a name such as 'ddim', or a sampler object"):
@@ -432,10 +432,10 @@ def test_switches_refuse_the_samplers_that_heed_them() -> None:
             choose_sampler(noise, None)
         for name, kind in THEIRS.items():
             if key in kind().config:
-                with pytest.raises(ValueError, match=f"has {key} true, which is not .*{name} would heed; use .*lms"):
+                with pytest.raises(ValueError, match=f"sets {key}, which is not .*affect {name}; use .*lms"):
                     choose_sampler(noise, None, name)
     assert choose_sampler(threshold, None, "euler") == Euler()
-    with pytest.warns(UserWarning, match=r"trained down to pure noise .*, where lms does not start"):
+    with pytest.warns(UserWarning, match=r"trained up to pure noise .*, but lms starts below it"):
         assert choose_sampler(zero, None, "lms") == LMS()
 
 

@@ -143,7 +143,7 @@ def test_an_algorithm_we_have_not_leaves_the_sampler_open(changes: dict[str, obj
         ({"steps_offset": -1}, "steps_offset is -1; expected a whole number from 0 to"),
         ({"trained_betas": "file.npy"}, "trained_betas is 'file.npy'; expected null or a list"),
         ({"trained_betas": [0.1, 0.2]}, "2 trained_betas, but num_train_timesteps is 1000"),
-        ({"trained_betas": [0.1, 0.0, 0.2], "num_train_timesteps": 3}, "alphas_cumprod must fall strictly inside"),
+        ({"trained_betas": [0.1, 0.0, 0.2], "num_train_timesteps": 3}, "alphas_cumprod must decrease strictly"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(changes: dict[str, object], message: str) -> None:

@@ -130,9 +130,9 @@ def test_what_is_not_implemented_is_named(text: str, label: str) -> None:
         ("EDMEulerScheduler", "expected one of ddim"),
         (7, "sampler is 7; expected one of ddim"),
         ("x" * 1000, r"sampler is 'x+\.\.\.x+'; expected one of ddim"),
-        ("ddim_simple", "its noise levels are not implemented as 'simple': they are those of spacing=\"trailing\""),
-        ("DPM++ 2M SGM Uniform", "not implemented as 'sgmuniform'"),
-        ("Euler exponential", "not implemented as 'exponential'"),
+        ("ddim_simple", "the noise levels 'simple' are not implemented: pass spacing=\"trailing\""),
+        ("DPM++ 2M SGM Uniform", "levels 'sgmuniform' are not implemented"),
+        ("Euler exponential", "levels 'exponential' are not implemented"),
     ],
 )
 def test_what_is_no_name(text: object, message: str) -> None:

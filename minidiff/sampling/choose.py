@@ -1,4 +1,4 @@
-"""Which sampler a run takes: a value from the config or the caller to the run, never a name in between."""
+"""Choose the sampler of a run. It is passed on as a value, never by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minidiff.vocabulary import SAMPLERS, read_sampler
 
 
 def sampler_by_name(text: str, karras: bool | None = None, spacing: str | None = None, eta: float = 0.0) -> Sampler:
-    """The sampler of a name, in our spelling or another program's ("DPM++ 2M Karras"), with these settings."""
+    """The sampler with this name, in our spelling or another program's ("DPM++ 2M Karras"), and these settings."""
     name, karras = read_sampler(text, karras)
     return _with(sampler_class(name)(), karras, spacing, eta)
 
@@ -26,10 +26,10 @@ def choose_sampler(
     spacing: str | None = None,
     eta: float = 0.0,
 ) -> Sampler:
-    """The sampler of a run of a model: the one asked for, else `default`, else its scheduler config's own.
+    """The sampler for a run: the requested one, else `default`, else that of the model's scheduler config.
 
-    karras, spacing and eta change the settings of a named one or the model's own; an object has its own. ValueError
-    where the sampler is not implemented or does not fit the model.
+    karras, spacing and eta apply to a named sampler or the model's own; a sampler object has its own settings.
+    ValueError if the sampler is not implemented or does not fit the model.
     """
     if isinstance(sampler, str):
         chosen = sampler_by_name(sampler, karras, spacing, eta)
@@ -42,8 +42,8 @@ def choose_sampler(
         chosen = sampler
         if _with(sampler, karras, spacing, eta) != sampler:
             raise ValueError(
-                f"got karras={karras}, spacing={shown(spacing)} and eta={shown(eta)} beside a sampler object; "
-                f"expected them inside it: {sampler!r}"
+                f"got karras={karras}, spacing={shown(spacing)} and eta={shown(eta)} with a sampler object; "
+                f"expected them in the object: {sampler!r}"
             )
     else:
         raise ValueError(f"sampler is {shown(sampler)}; expected a name such as {SAMPLERS[0]!r}, or a sampler object")
@@ -52,7 +52,7 @@ def choose_sampler(
 
 
 def sampler_fields(sampler: Sampler) -> dict[str, object]:
-    """What a request holds that gives this sampler again; one that no name gives stands for itself."""
+    """The fields of a request that give this sampler: its name and settings, or the object if no name gives it."""
     karras, spacing = getattr(sampler, "karras", False), sampler.spacing
     eta = getattr(sampler, "eta", 0.0)
     if sampler.name not in SAMPLERS or sampler != _with(sampler_class(sampler.name)(), karras, spacing, eta):
@@ -61,7 +61,7 @@ def sampler_fields(sampler: Sampler) -> dict[str, object]:
 
 
 def _with(sampler: Sampler, karras: bool | None, spacing: str | None, eta: float) -> Sampler:
-    """The sampler with what is asked of it; None and eta 0 ask nothing."""
+    """The sampler with these settings; None and eta 0 change nothing."""
     if karras is not None and not isinstance(karras, bool):
         raise ValueError(f"karras is {shown(karras)}; expected True, False or None (as the sampler's name says)")
     asked = {"karras": karras, "spacing": spacing, "eta": number("eta", eta, 0, 1) or None}
@@ -70,7 +70,7 @@ def _with(sampler: Sampler, karras: bool | None, spacing: str | None, eta: float
         if not _has(sampler, name) and value is not False:
             having = [one for one in SAMPLERS if _has(sampler_class(one), name)]
             raise ValueError(
-                f"{name} is {shown(value)} with sampler {sampler.name!r}; expected one that has it: {', '.join(having)}"
+                f"{name} is {shown(value)} with sampler {sampler.name!r}; expected one with it: {', '.join(having)}"
             )
     return replace(sampler, **{name: value for name, value in changes.items() if _has(sampler, name)})
 
@@ -80,16 +80,16 @@ def _has(sampler: Sampler | type[Sampler], name: str) -> bool:
 
 
 def _check_switches(noise: NoiseSchedule, sampler: Sampler) -> None:
-    """Refuse what diffusers would sample otherwise than we do; warn where both sample a model outside its training."""
+    """Refuse what diffusers would sample differently; warn if both sample the model outside its training range."""
     for key in noise.switches:
         if key in sampler.settings:
             free = [name for name in SAMPLERS if key not in sampler_class(name).settings]
             raise ValueError(
-                f"the scheduler config has {key} true, which is not implemented and {sampler.name} would heed; "
-                f"use one that does not know it: {', '.join(free)}"
+                f"the scheduler config sets {key}, which is not implemented but would affect {sampler.name}; "
+                f"use a sampler that ignores it: {', '.join(free)}"
             )
     if "rescale_betas_zero_snr" in noise.switches:
         warn(
-            f"the model was trained down to pure noise (rescale_betas_zero_snr), where {sampler.name} does not start: "
+            f"the model was trained up to pure noise (rescale_betas_zero_snr), but {sampler.name} starts below it: "
             "very dark and very bright images come out greyer"
         )

@@ -24,14 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SamplerStep:
-    """What one step leaves behind.
+    """The result of one step.
 
-    index: 0 to steps - 1. t, sigma: where the step began; maps: recorded there (by the first call, where a sampler
-        makes two).
+    index: 0 to steps - 1. t, sigma: where the step began; maps: recorded there (in the first call, if a sampler makes
+        two).
     latents: [B,C,h,w] after the step, in diffusers' space for the sampler ("ve" latents shrink from sigma's size).
-    denoised: [B,C,h,w], the clean latents that the network expected at the step's last call (variance preserving; for
-        previews).
-    report: None from this loop; whoever refines may put one in with dataclasses.replace.
+    denoised: [B,C,h,w], the clean latents predicted in the step's last call (variance preserving; for previews).
+    report: None from this loop; a caller that refines may set one with dataclasses.replace.
     """
 
     index: int
@@ -51,12 +50,12 @@ def sample(
     refine: Refine | None = None,
     noise: Draw | None = None,
 ) -> Iterator[SamplerStep]:
-    """Sample from x, unit-variance latents [B,C,h,w], yielding a Step after each step. Nothing is computed ahead.
+    """Sample from x, unit-variance latents [B,C,h,w], yielding a SamplerStep per step. Nothing is computed ahead.
 
-    denoise is given x in variance-preserving scale, in the dtype of `x`, and t as a tensor on x's device, so that a
+    denoise gets x in variance-preserving scale, in the dtype of `x`, and t as a tensor on x's device, so that a
     compiled network sees one kind of argument. refine moves x before each call; returning its argument changes no bit.
-    noise returns fresh unit noise of x's shape, for samplers that are `stochastic`. Arithmetic is float32 or better.
-    Whether gradients are recorded is the caller's choice inside denoise: no torch mode is held across a yield.
+    noise returns fresh unit noise of x's shape, for `stochastic` samplers. Arithmetic is float32 or better.
+    denoise decides whether gradients are recorded: no torch mode is held across a yield.
     """
     if not x.is_floating_point():
         raise ValueError(f"latents are {x.dtype}; expected a floating-point tensor of unit-variance noise")
@@ -82,7 +81,7 @@ def _steps(
 
     def ask(x: Tensor, call: int) -> tuple[Tensor, Tensor]:
         sigma = float(schedule.sigmas[call])
-        # a fill, not a copy: a GPU is not waited for, and a compiled network sees a tensor, not a new number each step
+        # a fill, not a copy, to avoid a GPU sync; a tensor, so that a compiled network does not recompile at each step
         t = torch.full((), float(schedule.timesteps[call]), dtype=torch.float32, device=x.device)
         growth = math.sqrt(1 + sigma**2) if schedule.space == "ve" else 1.0
         x_vp = (x / growth).to(given)
@@ -98,7 +97,7 @@ def _steps(
         assert noise is not None  # checked by sample()
         return _like(noise(), x, "noise").to(x.device, work)
 
-    def finished(latents: Tensor) -> SamplerStep:  # apart: nothing of a step is held while the caller looks
+    def finished(latents: Tensor) -> SamplerStep:  # its own scope, to hold no tensors across the yield
         (first, _, _, maps), (last, x_vp, output, _) = seen[0], seen[-1]
         clean, _ = predict(x_vp.to(work), output, float(schedule.sigmas[last]), schedule.prediction_type)
         began = float(schedule.timesteps[first]), float(schedule.sigmas[first])

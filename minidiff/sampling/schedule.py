@@ -1,4 +1,4 @@
-"""What a model was trained on: betas -> alphas_cumprod, and what its scheduler_config.json says of sampling."""
+"""The noise schedule of a model's training: betas -> alphas_cumprod, and the sampling settings of its config."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Floats = NDArray[np.float64]
 Numbers = Sequence[float] | Tensor | NDArray[np.float32] | Floats
 Custom = Numbers | None  # a caller's own timesteps or sigmas
 
-MOST_TIMESTEPS = 100_000  # a hundred times what any Stable Diffusion was trained on; tables and runs grow with it
-# Switches that change the noise levels or the latents. Where a sampler's scheduler in diffusers has one, it is among
-# its `settings`; the others ignore it.
+MOST_TIMESTEPS = 100_000  # 100 times that of any Stable Diffusion; tables and runs grow with it
+# Switches that change the noise levels or the latents. They are in the `settings` of samplers whose scheduler in
+# diffusers has them; the others ignore them.
 _SWITCHES = ("rescale_betas_zero_snr", "thresholding")
 
-# scheduler/scheduler_config.json of stable-diffusion-v1-5; what a single file, which carries no config, was trained on.
+# scheduler/scheduler_config.json of stable-diffusion-v1-5, also used for single files, which have no config.
 SD15_SCHEDULER_CONFIG: Mapping[str, object] = MappingProxyType(
     {
         "_class_name": "PNDMScheduler",
@@ -48,18 +48,18 @@ SD15_SCHEDULER_CONFIG: Mapping[str, object] = MappingProxyType(
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """What a model was trained on, and how its scheduler_config.json wants it sampled.
+    """The noise levels a model was trained on, and the sampling settings of its scheduler_config.json.
 
     Change one with dataclasses.replace.
 
     alphas_cumprod: float32 [T] on the CPU, bit-equal to diffusers'; strictly between 0 and 1, descending.
-    timestep_spacing, set_alpha_to_one: None where the config is silent: then each sampler has diffusers' own default.
+    timestep_spacing, set_alpha_to_one: None if not in the config: each sampler then uses diffusers' own default.
     steps_offset: added to the timesteps of leading spacing.
-    skip_prk_steps: False asks PNDM for Runge-Kutta warm-up steps, which it then refuses: they are not implemented.
-    sampler: the config's own, with its Karras switch; None where it is not implemented, and `refusal` says what the
-        config does: "names HeunDiscreteScheduler, which ...".
-    switches: of rescale_betas_zero_snr and thresholding those that are on. Neither is implemented, so samplers that
-        would heed them refuse this model.
+    skip_prk_steps: False asks PNDM for Runge-Kutta warm-up steps, which are not implemented: PNDM then raises.
+    sampler: the config's own, with its Karras switch; None if it is not implemented; `refusal` then gives the reason:
+        "names HeunDiscreteScheduler, which ...".
+    switches: those of rescale_betas_zero_snr and thresholding that are on. Neither is implemented, so samplers that
+        they would affect refuse this model.
     """
 
     alphas_cumprod: Tensor
@@ -81,16 +81,16 @@ class NoiseSchedule:
         if abar.ndim != 1 or abar.dtype != torch.float32 or abar.numel() < 2:
             raise ValueError(f"alphas_cumprod is {abar.dtype} {list(abar.shape)}; expected float32 [T], T at least 2")
         if not bool(((abar > 0) & (abar < 1)).all() and (abar.diff() < 0).all()):
-            raise ValueError("alphas_cumprod must fall strictly inside (0, 1): check the betas, each between 0 and 1")
+            raise ValueError("alphas_cumprod must decrease strictly within (0, 1); the betas must be between 0 and 1")
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> NoiseSchedule:
-        """Read a scheduler_config.json. A missing key has diffusers' default; a value it cannot have is a ValueError.
+        """Read a scheduler_config.json. A missing key has diffusers' default; an invalid value is a ValueError.
 
         Two exceptions, both because StableDiffusionPipeline overrides its scheduler: a missing steps_offset is 1, and
         clip_sample is ignored (latents are never clipped). A missing skip_prk_steps is read as True. Settings of the
-        config's own algorithm that are not implemented (`sde-dpmsolver++`, say) do not refuse the model: they leave
-        `sampler` None, so that another one can be chosen.
+        config's own algorithm that are not implemented (e.g. `sde-dpmsolver++`) are no error: `sampler` is then None,
+        so that another one can be chosen.
         """
         spacing, kind = config.get("timestep_spacing"), config.get("prediction_type", "epsilon")
         if spacing is not None:
@@ -123,14 +123,14 @@ class NoiseSchedule:
         return sigmas
 
     def exact_sigmas(self) -> Floats:
-        """The same in float64, so that 1 / (1 + sigma^2) gives alphas_cumprod back. For samplers that think in abar."""
+        """The same in float64, so that 1 / (1 + sigma^2) gives alphas_cumprod back. For samplers that use abar."""
         abar = self.alphas_cumprod.double().numpy()
         sigmas: Floats = np.sqrt((1 - abar) / abar)
         return sigmas
 
 
 def _betas(config: Mapping[str, object], kind: str) -> Tensor:
-    """Noise variances of the training steps, float32 [T], by the operations diffusers uses so that every bit agrees."""
+    """Noise variances of the training steps, float32 [T], by the same operations as in diffusers, for equal bits."""
     trained = config.get("trained_betas")
     if trained is not None:
         if not isinstance(trained, list | tuple) or not 2 <= len(trained) <= MOST_TIMESTEPS:
@@ -153,7 +153,7 @@ def _betas(config: Mapping[str, object], kind: str) -> Tensor:
 
 
 def _own_sampler(config: Mapping[str, object]) -> tuple[Sampler | None, str]:
-    """(The config's sampler, "") or (None, what the config says that is not implemented)."""
+    """(The config's sampler, "") or (None, what in the config is not implemented)."""
     kind = config.get("_class_name")
     if kind is None:
         return None, "names no scheduler (it has no _class_name)"

@@ -1,4 +1,4 @@
-"""Where the steps of a run lie: from a number of steps, or a caller's timesteps or sigmas, to a Schedule.
+"""The noise levels of a run: from a number of steps, or a caller's timesteps or sigmas, to a Schedule.
 
 Two spaces appear. In "vp" (variance preserving) x = sqrt(abar) * x0 + sqrt(1 - abar) * eps; in "ve" (variance
 exploding) x = x0 + sigma * eps. They differ by a factor: x_ve = x_vp * sqrt(1 + sigma^2), with abar = 1 / (1 +
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """It stays on the CPU: the loop never waits for a GPU to read a number of it.
+    """The timesteps and noise levels of a run. Stays on the CPU, so that reading a number needs no GPU sync.
 
-    timesteps: [calls], what the network is told; int64 or float32, as diffusers has it.
+    timesteps: [calls], the network's input; int64 or float32, as in diffusers.
     sigmas: float64 [calls], the actual noise level of x at each call, noise over signal: abar = 1 / (1 + sigma^2).
     spans: for each call the sigmas (from, to) between which the sampler's formula steps; the last `to` is the run's
-        end. Mostly (sigmas[i], sigmas[i + 1]); DDIM and PNDM count back T // steps timesteps, as diffusers.
-    steps: how many; a sampler may call the network more than once in a step.
-    init_scale: what unit-variance latents are multiplied by. space: "vp" or "ve". sampler: the name of what made it.
+        end. Mostly (sigmas[i], sigmas[i + 1]); DDIM and PNDM count back T // steps timesteps, as in diffusers.
+    steps: the number of steps; a sampler may call the network more than once in a step.
+    init_scale: the factor for unit-variance latents. space: "vp" or "ve". sampler: the name of the one that made it.
     """
 
     timesteps: Tensor
@@ -43,14 +43,14 @@ class Schedule:
     sampler: str
 
     def abar(self, call: int) -> float:
-        """Signal variance at a call, in (0, 1): of the schedule's own sigma, never a look-up at a rounded timestep."""
+        """Signal variance at a call, in (0, 1): from the schedule's sigma, never looked up at a rounded timestep."""
         return 1.0 / (1.0 + float(self.sigmas[call]) ** 2)
 
 
 def vp_schedule(
     name: str, noise: NoiseSchedule, times: Floats, starts: Floats, ends: Floats, whole: bool = True
 ) -> Schedule:
-    """The run of a "vp" sampler with a call a step; int64 timesteps when whole."""
+    """The Schedule of a "vp" sampler with one call per step; int64 timesteps if `whole`."""
     return Schedule(
         timesteps=torch.from_numpy(times.astype(np.int64 if whole else np.float32)),
         sigmas=torch.from_numpy(starts.astype(np.float64)),
@@ -64,7 +64,7 @@ def vp_schedule(
 
 
 def count_steps(noise: NoiseSchedule, steps: int | None, timesteps: Custom, sigmas: Custom) -> int:
-    """The number of steps of a run from whichever of the three was given."""
+    """The number of steps of a run, from steps, timesteps or sigmas."""
     if steps is not None:
         steps = whole("steps", steps, 1, noise.num_train_timesteps)
     if timesteps is not None and sigmas is not None:
@@ -79,7 +79,7 @@ def count_steps(noise: NoiseSchedule, steps: int | None, timesteps: Custom, sigm
             )
         return count
     if steps is None:
-        raise ValueError("nothing says how many steps to take; pass steps, timesteps or sigmas")
+        raise ValueError("the number of steps is not given; pass steps, timesteps or sigmas")
     return steps
 
 
@@ -88,11 +88,11 @@ def spaced_timesteps(
 ) -> Floats:
     """Timesteps of a run, descending [steps]: Table 2 of Lin et al. 2023 (arXiv 2305.08891), in diffusers' rounding.
 
-    fractions: leave linspace unrounded. drop_last: place one point more and leave the lowest out (DPM-Solver++); with
-    linspace and as many steps as timesteps one timestep then stands twice, as in diffusers.
-    Two deviations. diffusers' trailing spacing has a timestep too many, -1, for some counts (61, 103, 121, ...) because
-    a float step overshoots: it is left out here. And where leading timesteps repeat or leave the range (1000 steps with
-    offset 1) diffusers crashes or divides by zero: a ValueError here.
+    fractions: leave linspace unrounded. drop_last: space one more point and drop the lowest (DPM-Solver++); with
+    linspace and as many steps as timesteps, one timestep then appears twice, as in diffusers.
+    Two deviations. diffusers' trailing spacing has an extra timestep, -1, for some counts (61, 103, 121, ...) because
+    a float step overshoots: it is left out here. If leading timesteps repeat or leave the range (1000 steps with
+    offset 1), diffusers crashes or divides by zero: a ValueError here.
     """
     trained, points = noise.num_train_timesteps, steps + 1 if drop_last else steps
     if spacing == "linspace":
@@ -105,18 +105,18 @@ def spaced_timesteps(
     if spacing == "leading" and (times[0] > trained - 1 or (np.diff(times) >= 0).any()):
         raise ValueError(
             f"{steps} steps with leading spacing and steps_offset {noise.steps_offset} do not fit into the {trained} "
-            "timesteps trained on; take fewer steps or another spacing"
+            "training timesteps; use fewer steps or another spacing"
         )
     if steps == 1 and times[0] < trained / 2:
         warn(
             f"one step with {spacing} spacing starts at timestep {times[0]:g}, where the network expects an almost "
-            f"clean image: the result is noise; pass spacing='trailing' (starts at {trained - 1}) or take more steps"
+            f"clean image: the result is noise; pass spacing='trailing' (starts at {trained - 1}) or use more steps"
         )
     return times
 
 
 def custom_timesteps(noise: NoiseSchedule, values: Numbers, fractions: bool) -> Floats:
-    """A caller's timesteps, checked: strictly descending inside [0, T - 1], whole unless fractions will do."""
+    """A caller's timesteps, checked: strictly descending in [0, T - 1], whole numbers unless `fractions`."""
     times, last = np.array(numbers("timesteps", values)), noise.num_train_timesteps - 1
     if times.max() > last or times.min() < 0 or (np.diff(times) >= 0).any():
         raise ValueError(f"timesteps are {shown(values)}; expected strictly descending numbers between {last} and 0")
@@ -128,7 +128,7 @@ def custom_timesteps(noise: NoiseSchedule, values: Numbers, fractions: bool) -> 
 def custom_sigmas(noise: NoiseSchedule, values: Numbers) -> Floats:
     """A caller's sigmas, one more than steps, checked and rounded to float32: descending, only the last may be 0.
 
-    The first may exceed the training range by 1 % (published lists are rounded up); beyond it the model knows nothing.
+    The first may exceed the training range by 1 % (published lists are rounded up); the model knows no higher levels.
     """
     sigmas, largest = np.array(numbers("sigmas", values)), float(noise.training_sigmas()[-1])
     if sigmas.size < 2:
@@ -149,7 +149,7 @@ def sigmas_at(noise: NoiseSchedule, timesteps: Floats) -> Floats:
 
 
 def timesteps_at(noise: NoiseSchedule, sigmas: NDArray[np.floating]) -> Floats:
-    """Timesteps [n] at sigmas [n], linear in log sigma and clamped to the training range. Inverse of a log `sigmas_at`.
+    """Timesteps [n] at sigmas [n], linear in log sigma, clamped to the training range: `sigmas_at` inverted, in logs.
 
     The logarithm is taken in the dtype given, since diffusers takes a caller's sigmas in float32.
     """
@@ -171,13 +171,13 @@ def karras_sigmas(largest: float, smallest: float, steps: int, rho: float = 7.0)
 
 
 def final_sigma(noise: NoiseSchedule, *, alpha_to_one: bool) -> float:
-    """Where a run of DDIM or PNDM ends: at 0, or at timestep 0's sigma; alpha_to_one is for a silent config."""
+    """The last sigma of DDIM or PNDM: 0, or timestep 0's; `alpha_to_one` applies if the config does not say."""
     to_one = alpha_to_one if noise.set_alpha_to_one is None else noise.set_alpha_to_one
     return 0.0 if to_one else float(noise.exact_sigmas()[0])
 
 
 def levels_back(noise: NoiseSchedule, times: Floats, steps: int, final: float) -> Floats:
-    """Sigmas at T // steps timesteps before each of times; `final` where that is below 0."""
+    """Sigmas T // steps timesteps before each of `times`; `final` where that is below timestep 0."""
     before = times.astype(int) - noise.num_train_timesteps // steps
     return np.where(before >= 0, noise.exact_sigmas()[np.maximum(before, 0)], final)
 

@@ -1,4 +1,4 @@
-"""What a sampler is, and the formulas that several share. Coefficients are Python floats, in float64."""
+"""The base classes of samplers, and the formulas they share. Coefficients are Python floats, in float64."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from minidiff.sampling.schedule import Custom, Floats, NoiseSchedule
 
 Ask = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""(x [B,C,h,w] in the schedule's space, number of the call) -> (x, moved where guidance moves it; the network's output
+"""(x [B,C,h,w] in the schedule's space, number of the call) -> (x, moved if guidance moves it; the network's output
 for it, eps or v)."""
 Settings = Mapping[str, tuple[object, ...]]
 Draw = Callable[[], Tensor]
@@ -39,12 +39,12 @@ Draw = Callable[[], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(ABC):
-    """An algorithm with its settings: a value. It never sees the network and keeps nothing between two runs.
+    """An algorithm with its settings: a value that never sees the network and has no state between runs.
 
-    spacing: where the timesteps lie, "leading", "linspace" or "trailing"; None: as the model's config says, else
+    spacing: the spacing of the timesteps, "leading", "linspace" or "trailing"; None: the model config's, else
         `usual_spacing`.
-    fractions: whether it takes timesteps that are not whole.
-    settings: what else diffusers' config of this algorithm may set, with the values that mean this algorithm.
+    fractions: whether it accepts fractional timesteps.
+    settings: other settings of this algorithm in diffusers' config, with the values that are implemented here.
     """
 
     name: ClassVar[str]
@@ -58,7 +58,7 @@ class Sampler(ABC):
             choice("spacing", self.spacing, SPACINGS)
 
     def __str__(self) -> str:
-        """Its name, and Karras where it has those noise levels: "dpmpp_2m karras", which read_sampler reads."""
+        """Its name, with karras if it uses those noise levels: "dpmpp_2m karras". read_sampler reads it."""
         return f"{self.name}{' karras' if getattr(self, 'karras', False) else ''}"
 
     @property
@@ -69,7 +69,7 @@ class Sampler(ABC):
     def schedule(
         self, noise: NoiseSchedule, steps: int | None = None, *, timesteps: Custom = None, sigmas: Custom = None
     ) -> Schedule:
-        """The run of `steps` steps; or of the timesteps given, or of the sigmas given (one more than steps)."""
+        """The Schedule of a run with `steps` steps, or with the given timesteps or sigmas (one more than steps)."""
         count = count_steps(noise, steps, timesteps, sigmas)
         times = None if timesteps is None else custom_timesteps(noise, timesteps, self.fractions)
         levels = None if sigmas is None else custom_sigmas(noise, sigmas)
@@ -82,13 +82,13 @@ class Sampler(ABC):
 
     @abstractmethod
     def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
-        """Of checked values: timesteps [steps] or sigmas [steps + 1] that the caller gave, or neither."""
+        """schedule() with checked values: the caller's timesteps [steps] or sigmas [steps + 1], or neither."""
 
     @abstractmethod
     def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:
-        """x after each step. Calls ask(x, call) for each call of the schedule in turn and goes on from the x returned.
+        """x after each step. Calls ask(x, call) for each call of the schedule and continues from the x it returns.
 
-        Nothing given is changed in place.
+        No argument is changed in place.
         """
 
     def _spacing(self, noise: NoiseSchedule) -> str:
@@ -97,7 +97,7 @@ class Sampler(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class SigmaSampler(Sampler):
-    """A sampler of k-diffusion: space "ve", float32 timesteps (fractions too), sigmas down to 0 or a caller's last.
+    """A sampler of k-diffusion: space "ve", float32 timesteps (also fractional), sigmas down to 0 or a caller's last.
 
     karras: the noise levels of Karras et al. 2022 (eq. 5) between the first and last sigma of the spacing.
     """
@@ -124,7 +124,7 @@ class SigmaSampler(Sampler):
             sigmas=torch.from_numpy(levels[:-1].astype(np.float64)),
             spans=tuple(itertools.pairwise(values)),
             steps=steps,
-            # with leading spacing the run starts below the last timestep, where x still holds some signal
+            # with leading spacing the run starts below the last timestep, where x still contains some signal
             init_scale=math.sqrt(values[0] ** 2 + 1) if spacing == "leading" else values[0],
             space="ve",
             prediction_type=noise.prediction_type,
@@ -138,7 +138,7 @@ def signal(sigma: float) -> float:
 
 
 def predict(x: Tensor, output: Tensor, sigma: float, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """The clean latents and eps that a network output means, for x in "vp" space. v: Salimans and Ho 2022, app. D."""
+    """(clean latents, eps) from a network output, for x in "vp" space. v: Salimans and Ho 2022, app. D."""
     level, spread = signal(sigma), sigma * signal(sigma)
     if prediction_type == "epsilon":
         return (x - spread * output) / level, output

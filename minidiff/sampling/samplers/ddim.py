@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class DDIM(Sampler):
     """DDIM, eq. 12 and 16. eta 0 is deterministic, 1 has DDPM's variance.
 
-    Space "vp". Like diffusers (and unlike the paper) a step counts back T // steps timesteps whatever the spacing, so
-    with linspace or trailing the level reached differs a little from the next call's. Custom timesteps and sigmas,
-    which diffusers' DDIM does not take, step exactly from one to the next.
+    Space "vp". As in diffusers (unlike the paper), a step counts back T // steps timesteps for any spacing, so with
+    linspace or trailing the level reached differs slightly from the next call's. Custom timesteps and sigmas, which
+    diffusers' DDIM does not take, step exactly from one to the next.
     """
 
     name: ClassVar[str] = "ddim"

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DPMpp2M(Sampler):
-    """DPM-Solver++ 2M, Alg. 2, midpoint; first order at the first and last step.
+    """DPM-Solver++ 2M, Alg. 2, midpoint; first order in the first and last step.
 
     Space "vp". karras: sigmas (eq. 5 of Karras et al. 2022) over the whole training range, timesteps rounded. A run of
-    n steps is spaced as n + 1 points without the lowest.
+    n steps is spaced as n + 1 points, and the lowest is dropped.
     """
 
     name: ClassVar[str] = "dpmpp_2m"
@@ -49,7 +49,7 @@ class DPMpp2M(Sampler):
         else:
             levels = training_karras(noise, steps) if levels is None else levels
             times = timesteps_at(noise, levels[:-1])
-            # diffusers rounds, but with cosine betas cuts the fraction off
+            # diffusers rounds, but truncates with cosine betas
             times = np.floor(times) if noise.beta_schedule == "squaredcos_cap_v2" else times.round()
         levels = levels.astype(np.float32).astype(np.float64)
         return vp_schedule(self.name, noise, times, levels[:-1], levels[1:])
@@ -60,7 +60,7 @@ class DPMpp2M(Sampler):
             x, output = ask(x, call)
             clean, _ = predict(x, output, start, schedule.prediction_type)
             target = clean
-            # Of 1000 linspace steps two have one timestep: no line goes through both (diffusers' latents become NaN)
+            # Two of 1000 linspace steps share a timestep: no line goes through both (diffusers' latents become NaN)
             if last is not None and call < len(schedule.spans) - 1 and before > start > end:
                 ratio = math.log(before / start) / math.log(start / end)  # h_0 / h, in lambda = -log sigma
                 target = clean + (clean - last) / (2 * ratio)

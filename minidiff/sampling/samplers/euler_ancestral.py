@@ -1,4 +1,4 @@
-"""Euler's method with fresh noise, Ho et al. 2020 (arXiv 2006.11239), as k-diffusion has it."""
+"""Euler's method with fresh noise, Ho et al. 2020 (arXiv 2006.11239), as in k-diffusion."""
 
 import math
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from minidiff.sampling.spacing import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class EulerAncestral(SigmaSampler):
-    """Euler steps with DDPM's fresh noise, at every step but one that ends at sigma 0.
+    """Euler steps with DDPM's fresh noise in every step that does not end at sigma 0.
 
     diffusers has no Karras levels here and ignores use_karras_sigmas.
     """

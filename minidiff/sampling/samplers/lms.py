@@ -1,4 +1,4 @@
-"""Linear multistep on the probability flow ODE, as k-diffusion's sample_lms."""
+"""Linear multistep on the probability flow ODE, like k-diffusion's sample_lms."""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from minidiff.sampling.spacing import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class LMS(SigmaSampler):
-    """Adams-Bashforth with uneven steps, of order 1 to 4. Layout guidance was published with it.
+    """Adams-Bashforth with uneven steps, order 1 to 4. Layout guidance was published with it.
 
     The coefficients are exact, where diffusers integrates numerically.
     """

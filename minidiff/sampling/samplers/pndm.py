@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PNDM(Sampler):
-    """PNDM without its Runge-Kutta steps (PLMS), eq. 9 and 12: SD 1.5's own.
+    """PNDM without its Runge-Kutta steps (PLMS), eq. 9 and 12: SD 1.5's default.
 
-    Space "vp". n > 1 steps make n + 1 calls: the first step is taken, the network asked again where it arrived, and the
-    step taken anew with the mean of both outputs. Two of diffusers' choices are kept: v outputs are combined as they
-    are and turned into eps once, at the sample stepped from; and formula (9) counts T // steps timesteps back (in the
-    repeated call: up), whatever the spacing.
+    Space "vp". n > 1 steps make n + 1 calls: after the first step, the network is called again at the new sample, and
+    the step is repeated with the mean of both outputs. Two of diffusers' choices are kept: v outputs are combined
+    directly and turned into eps once, at the sample stepped from; and formula (9) counts T // steps timesteps back (in
+    the repeated call: up) for any spacing.
     """
 
     name: ClassVar[str] = "pndm"
@@ -59,7 +59,7 @@ class PNDM(Sampler):
             yield arrived
             return
         there, second = ask(arrived, 1)
-        x = x + (there - arrived)  # what guidance moved there it moves here too
+        x = x + (there - arrived)  # apply guidance's displacement here too
         x = _moved(x, (second + output) / 2, *spans[1], kind)
         yield x
         for call in range(2, len(spans)):
