@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench NAME`. What was tried, failures too, is in LOG.md."""
+"""Benchmarks: `python -m bench NAME`. LOG.md records what was tried, including failures."""

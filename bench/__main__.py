@@ -1,35 +1,33 @@
-"""python -m bench NAME: one benchmark. Exit code 0, 1 where a number is out of its bound, 2 for a wrong call."""
+"""python -m bench NAME: run one benchmark. Exit code: 0, 1 if a bound is violated, 2 for wrong arguments."""
 
 import argparse
 import importlib
 import sys
 
 BENCHES = {
-    "parity": "every part against diffusers on the same weights, random ones or (--model) those of a model of yours",
-    "layout": "what the bundled model draws: objects, colours and shapes right, measured without a network",
-    "kernels": "convolutions and attention, shape by shape: what is taken beside what could be",
+    "parity": "every part against diffusers with the same weights, random or (--model) those of your own model",
+    "layout": "accuracy of the bundled model: objects, colours and shapes, measured without a network",
+    "kernels": "convolutions and attention by shape: the kernel in use against the alternatives",
     "throughput": "one step with classifier-free guidance, against diffusers and OpenVINO",
-    "guided": "one guided pass, and a whole guided image, against the published way on diffusers",
-    "memory": "of steps, guided passes, batches, large images and their decoding, against diffusers",
-    "scaling": "cost against batch, resolution, number of steps and of boxes",
+    "guided": "one guided pass, and a whole guided image, against the published method on diffusers",
+    "memory": "memory of steps, guided passes, batches, large images and their decoding, against diffusers",
+    "scaling": "cost as a function of batch size, resolution, number of steps and number of boxes",
     "load": "seconds and peak memory of loading a full-size model, against diffusers; imports and start-up",
-    "all": "these six, one after the other",
-    "model": "no benchmark: writes a model folder with random weights, for trials without a download",
+    "all": "these six, in sequence",
+    "model": "not a benchmark: writes a model folder with random weights, for tests without a download",
 }
-"""Name -> what it shows. Each is a module here with `add_arguments(parser)` and `run(args) -> exit code`."""
+"""Name -> description. Each is a module here with `add_arguments(parser)` and `run(args) -> exit code`."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read the arguments and run. A bench is imported only when it is named: most need diffusers, all need torch."""
+    """Read the arguments and run. Only the named bench is imported: most need diffusers, all need torch."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     benches = parser.add_subparsers(dest="bench", required=True, metavar="NAME")
     asked = next((word for word in (sys.argv[1:] if argv is None else argv) if word in BENCHES), None)
     for name, text in BENCHES.items():
         sub = benches.add_parser(name, help=text, description=text)
         if name != "model":
-            sub.add_argument(
-                "--json", metavar="FILE", help="write the machine, the versions and the rows to FILE as well"
-            )
+            sub.add_argument("--json", metavar="FILE", help="also write the machine, the versions and the rows to FILE")
         if name == asked:
             importlib.import_module(f"bench.{name}").add_arguments(sub)
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Every benchmark of speed and memory, one after the other, each in a process of its own."""
+"""All benchmarks of speed and memory in sequence, each in its own process."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from .machine import machine, versions
 from .networks import judged_dtype
 
 IMAGE = ("--image", "64") if judged_dtype() == "bfloat16" else ()
-"""Whole guided images: 6 minutes on two cores with matrix units, 25 on those without, in float32."""
+"""Whole guided images: 6 minutes on two cores with matrix units, 25 without, in float32."""
 PARTS: dict[str, tuple[str, ...]] = {
     "kernels": (),
     "throughput": ("--repeats", "3"),
@@ -26,13 +26,13 @@ PARTS: dict[str, tuple[str, ...]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m bench all`."""
+    """Add the flags of `python -m bench all`."""
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="NAME", help=f"some of {', '.join(PARTS)}")
-    parser.add_argument("--plots", metavar="FOLDER", help="where scaling draws its PNGs")
+    parser.add_argument("--plots", metavar="FOLDER", help="folder for scaling's plots (PNG)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Each one's output as it comes; 1 where one had a number out of its bound."""
+    """Run each and pass its output through. Returns 1 if any had a violated bound."""
     started, codes, found = time.perf_counter(), {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name in PARTS if args.only is None else args.only:
@@ -47,4 +47,4 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         text = json.dumps({"machine": machine(), "versions": versions(), "benches": found}, indent=1)
         Path(args.json).write_text(text + "\n", encoding="utf-8")
-    return int(any(codes.values()))  # one that was killed has a negative code
+    return int(any(codes.values()))  # a killed process has a negative code

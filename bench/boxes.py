@@ -1,4 +1,4 @@
-"""`bench layout --boxes`: prompts with boxes, and how well each method puts the objects into them."""
+"""`bench layout --boxes`: how well each method places objects in given boxes."""
 
 import argparse
 import json
@@ -29,18 +29,18 @@ from .share import Share, print_share
 Box = tuple[float, float, float, float]
 SIZES = {"small": (0.22, 0.32), "medium": (0.32, 0.45), "large": (0.45, 0.62)}  # of the longer edge
 ASPECTS = {"square": (1.0, 1.2), "wide": (1.4, 2.0), "tall": (1.4, 2.0)}
-OUTSIDE = {  # of what the bundled model saw in training: (edges, aspects)
+OUTSIDE = {  # the bundled model's training range: (edges, aspects)
     "tiny": ((0.12, 0.18), (1.0, 1.2)),
     "huge": ((0.7, 0.9), (1.0, 1.2)),
     "long": ((0.5, 0.75), (2.6, 3.4)),
 }
-IN_BOX = 0.5  # IoU from which an object is in its box
+IN_BOX = 0.5  # minimum IoU for an object to be in its box
 BATCH = 20
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt, a box for each of its objects, and whether training showed boxes like these."""
+    """A prompt, one box per object, and whether such boxes occurred in training."""
 
     prompt: Prompt
     boxes: tuple[Box, ...]
@@ -48,13 +48,13 @@ class Asked:
 
     @property
     def layout(self) -> dict[str, Box]:
-        """As generate takes it."""
+        """The `boxes` argument of generate()."""
         return dict(zip(self.prompt.phrases, self.boxes, strict=True))
 
 
 def asked(seed: int = SEED) -> list[Asked]:
-    """200 prompts of one to three objects with boxes of every size, aspect and place, as training showed them; and 30
-    of one object with boxes that it did not. The same ones for a seed.
+    """200 prompts of one to three objects, with boxes of all sizes, aspect ratios and positions that occur in training,
+    and 30 of one object with boxes that do not. Determined by the seed.
     """
     rng = np.random.default_rng(seed + 1)
     every = prompts(seed)
@@ -68,7 +68,7 @@ def asked(seed: int = SEED) -> list[Asked]:
 
 
 def _boxes(rng: Generator, count: int, i: int) -> tuple[Box, ...]:
-    """Boxes that keep their distance, the first one's size, aspect and place in turn."""
+    """Boxes at least GAP apart; the first one cycles through sizes, aspect ratios and positions."""
     sizes = list(SIZES)[: 3 if count == 1 else 2 if count == 2 else 1]
     while True:
         boxes: list[Box] = []
@@ -84,11 +84,11 @@ def _boxes(rng: Generator, count: int, i: int) -> tuple[Box, ...]:
 
 
 def _sized(rng: Generator, edges: tuple[float, float], aspects: tuple[float, float], tall: bool) -> tuple[float, float]:
-    """Width and height."""
+    """Random width and height."""
     long = rng.uniform(*edges)
     short = long / rng.uniform(*aspects)
     if edges[0] >= SIZES["small"][0] and edges[1] <= SIZES["large"][1]:
-        short = max(short, SIZES["small"][0])  # no edge is shorter in training
+        short = max(short, SIZES["small"][0])  # the shortest edge in training
     return (short, long) if tall else (long, short)
 
 
@@ -112,7 +112,7 @@ def _near(a: Box, b: Box) -> bool:
 
 @dataclass(frozen=True)
 class Placed:
-    """What became of one prompt: for each object the one found for it, and its IoU with its box (0 where none is)."""
+    """The result for one prompt: for each object, the one found and its IoU with the box (0 if none was found)."""
 
     asked: Asked
     picture: Measured
@@ -121,7 +121,7 @@ class Placed:
 
     @property
     def centred(self) -> tuple[bool, ...]:
-        """Whether each object is there with its centre in its box."""
+        """Whether each object was found with its centre in its box."""
         return tuple(
             thing is not None
             and box[0] < (thing.box[0] + thing.box[2]) / 2 < box[2]
@@ -131,14 +131,14 @@ class Placed:
 
     @property
     def facts(self) -> bool:
-        """Every object wherever it is, no other one, and the background that was asked for."""
+        """True if every object is present (anywhere), no other one is, and the background is as requested."""
         alone = None not in self.found and len(self.picture.things) == len(self.found)
         return alone and self.asked.prompt.background in (None, self.picture.background)
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """A method's images [B,3,128,128] in [0,1] as measured; looks: guided passes per image; seconds per image."""
+    """A method's images [B,3,128,128] in [0,1] and their measurement; looks: guided passes per image."""
 
     placed: tuple[Placed, ...]
     images: Tensor
@@ -146,7 +146,7 @@ class Outcome:
     seconds: float
 
     def some(self, count: int, kind: str = "inside") -> list[Placed]:
-        """Those of so many objects (0: any number)."""
+        """Results with `count` objects (0: any number)."""
         return [
             one for one in self.placed if one.asked.kind == kind and len(one.found) in (count, count or len(one.found))
         ]
@@ -161,7 +161,7 @@ def draw(
     sampler: str | None = None,
     steps: int | None = None,
 ) -> Outcome:
-    """Draw every prompt with its boxes by one method, and measure."""
+    """Generate and measure a picture for every prompt and its boxes with one method."""
     images: list[Tensor] = []
     looks: list[int] = []
     seconds: list[float] = []
@@ -200,27 +200,27 @@ def _measured(one: Asked, image: Tensor) -> Placed:
 
 
 def drift(outcome: Outcome, plain: Outcome) -> float:
-    """How far the images moved from those without guidance: root of the mean square over pixels, in [0,1]."""
+    """RMS difference of the images from those without guidance, for pixels in [0,1]."""
     return math.sqrt(float((outcome.images - plain.images).square().mean()))
 
 
 def in_box(some: Sequence[Placed], name: str = "", bound: float | None = None) -> Share:
-    """Objects that are right and in their boxes."""
+    """Fraction of objects that are right and in their boxes."""
     hits = [value >= IN_BOX for one in some for value in one.ious]
     return Share(name, sum(hits), len(hits), bound)
 
 
 def facts(some: Sequence[Placed], name: str = "", bound: float | None = None) -> Share:
-    """Pictures that show what the prompt says, and no more."""
+    """Fraction of pictures that show exactly what the prompt says."""
     return Share(name, sum(one.facts for one in some), len(some), bound)
 
 
-# ---- all of them
+# ---- all methods
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to follow boxes; guidance None is the model's own."""
+    """A method of following boxes; guidance None is the model's default."""
 
     guidance: str | None
     edit: minidiff.Edit | None = None
@@ -237,16 +237,16 @@ METHODS = {
     "forward guidance": Method("none", minidiff.forward_guidance(0.8, steps=8)),
     "regional prompting": Method("none", minidiff.regional_prompting(8.0, steps=10)),
 }
-"""The published ones with their papers' settings, which are for runs of about 50 steps."""
+"""The published methods use their papers' settings, which are meant for about 50 steps."""
 DEFAULT = "minidiff's default"
 SAMPLERS = {"dpmpp_2m": 20, "ddim": 20, "euler": 20, "pndm": 50}
-"""Name -> steps. PNDM's formula wants more: at 20 its pictures without guidance lack a quarter of their objects."""
-BOUNDS = {1: 0.85, 2: 0.7}  # objects -> share that the default shall put into their boxes
-SPREAD = 0.05  # between the samplers, and what guidance may cost of the facts
+"""Name -> steps. PNDM needs more: with 20, its pictures without guidance lack a quarter of their objects."""
+BOUNDS = {1: 0.85, 2: 0.7}  # objects -> minimum fraction in their boxes, with the default guidance
+SPREAD = 0.05  # maximum difference between samplers, and maximum loss of true facts due to guidance
 
 
 def run(args: argparse.Namespace) -> int:
-    """Every method on the same prompts, boxes and seeds; 1 where the default misses a bound."""
+    """Run every method on the same prompts, boxes and seeds. Returns 1 if the default violates a bound."""
     model, every = minidiff.load(args.model), asked()
     if args.prompts is not None:
         every = every[:: max(1, len(every) // args.prompts)]
@@ -272,7 +272,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _samplers(model: minidiff.Model, every: Sequence[Asked], seed: int) -> float:
-    """The default with each sampler, on the prompts of one and two objects: how far apart they are."""
+    """Run the default with each sampler on prompts of one and two objects; returns the largest difference."""
     some = [one for one in every if one.kind == "inside" and len(one.boxes) < 3]
     print("\nthe default with each sampler, prompts of one and two objects")
     found = []
@@ -293,8 +293,8 @@ HEAD = (
 
 
 def line(name: str, outcome: Outcome, plain: Outcome) -> str:
-    """A method's row. passes: guided ones (forward to the last site read, and back) per image, beside the 40 of 20
-    steps.
+    """A method's row. passes: guided passes (forward to the last site read, and backward) per image, in addition to
+    the 40 passes of 20 steps.
     """
     counts = " ".join(f"{_percent(in_box(outcome.some(count))):<22}" for count in (1, 2, 3))
     some = outcome.some(0)
@@ -326,7 +326,7 @@ def _bounds(outcomes: Mapping[str, Outcome]) -> Iterator[Share]:
 def _write(
     args: argparse.Namespace, header: dict[str, str], outcomes: Mapping[str, Outcome], shares: Sequence[Share]
 ) -> None:
-    """The files that were asked for."""
+    """Write the requested files."""
     if args.json is not None:
         rows = {
             name: {

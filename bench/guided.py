@@ -1,7 +1,7 @@
-"""Layout guidance: one guided pass, and a whole guided image, against the published way on current diffusers.
+"""Layout guidance: one guided pass, and a whole guided image, against the published method on current diffusers.
 
-A guided pass is the UNet's forward with one image and the gradient of the loss by its latents. Both ways compute the
-same loss over the same weights, and the table says how far they are apart.
+A guided pass is the UNet's forward pass for one image and the gradient of the loss with respect to its latents. Both
+compute the same loss with the same weights; the table shows their difference.
 """
 
 import argparse
@@ -40,20 +40,20 @@ from .reference import reference_scheduler, relative_error
 from .table import Row, finish, print_rows
 from .timing import Timing, by_turns, gemm_rate, print_timing, seconds
 
-PUBLISHED, OURS, COMPILED = "the published way, diffusers", "minidiff", "minidiff, compiled"
+PUBLISHED, OURS, COMPILED = "the published method, diffusers", "minidiff", "minidiff, compiled"
 TIME = {"bfloat16": 0.35, "float16": 0.35, "float32": 0.4}
 MEMORY, IMAGE = 0.22, 0.5
 FULL = 64
-"""Latents along an edge from which on a whole image is judged: below, what both ways share weighs more."""
+"""Minimum latents per edge for the bound on a whole image: below, the cost common to both dominates."""
 STEPS, GUIDED, ITERATIONS = 20, 10, 5
 SCALE = 7.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m bench guided`."""
+    """Add the flags of `python -m bench guided`."""
     add_network_arguments(parser, list(dict.fromkeys((judged_dtype(), "float32"))))
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="passes of each variant (default 5)")
-    parser.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
+    parser.add_argument("--eager", action="store_true", help="skip compiled variants")
     parser.add_argument(
         "--image",
         type=int,
@@ -64,10 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """A table for each dtype; 1 where a ratio is out of its bound."""
+    """Print a table per dtype. Returns 1 if a bound is violated."""
     facts = {"batch": "1", "latents": f"{args.latents}x{args.latents}", "boxes": "2", "size": args.size}
     facts |= {"repeats": str(args.repeats), "threads": str(torch.get_num_threads())}
-    print_header("layout guidance against the published way, random weights", facts)
+    print_header("layout guidance against the published method, random weights", facts)
     rows: list[Row] = []
     timings: dict[str, dict[str, Timing]] = {}
     for name in args.dtype:
@@ -93,9 +93,9 @@ def run(args: argparse.Namespace) -> int:
 def passes(
     size: Size, weights: Weights, edge: int, repeats: int, compiled: bool
 ) -> tuple[dict[str, dict[str, Timing]], tuple[float, float]]:
-    """The variants' seconds, eager and then compiled, and how far ours is from the published way in (loss, gradient).
+    """Timings of the variants, eager and then compiled, and our relative error in (loss, gradient).
 
-    Each of ours by turns with the published way; all three do not fit into 24 GB in float32.
+    Each of ours alternates with the published method; all three do not fit into 24 GB in float32.
     """
     inputs = Inputs.random(size, weights["conv_in.weight"].dtype, 1, edge, edge)
     unet = our_unet(size, weights)
@@ -117,31 +117,31 @@ def passes(
 
 
 def pass_rows(found: dict[str, dict[str, Timing]], apart: tuple[float, float], dtype: str) -> Iterator[Row]:
-    """Ratios to the published way, and that both compute the same."""
+    """Ratios to the published method, and the differences of loss and gradient."""
     for variants in found.values():
         for name in variants.keys() - {PUBLISHED}:
             ratio = variants[name].median / variants[PUBLISHED].median
-            yield Row(f"a guided pass: {name}", dtype, ratio, TIME[dtype], "of the published way's seconds")
+            yield Row(f"a guided pass: {name}", dtype, ratio, TIME[dtype], "of the published method's seconds")
     for what, error in zip(("loss", "gradient"), apart, strict=True):
-        yield Row(f"{what} against the published way's", dtype, error, ALIKE[dtype])
+        yield Row(f"{what} against the published method's", dtype, error, ALIKE[dtype])
 
 
 def memory_row(size: str, dtype: str, edge: int) -> Row:
-    """What a pass takes above what lies in memory before it, in fresh processes."""
+    """Memory of a pass in addition to that in use before it, in fresh processes."""
     ours, theirs = (measure("guided", library, dtype, size, edge).extra for library in ("minidiff", "diffusers"))
     note = f"{ours / 1e9:.2f} GB and {theirs / 1e9:.2f} GB"
-    return Row("extra memory of a guided pass", dtype, ours / theirs, MEMORY, "of the published way's", note)
+    return Row("extra memory of a guided pass", dtype, ours / theirs, MEMORY, "of the published method's", note)
 
 
 def image_row(size: Size, weights: Weights, dtype: str, edge: int) -> Row:
-    """Whole images, one of each, with as many guided passes."""
+    """One whole image each, with the same number of guided passes."""
     inputs = Inputs.random(size, DTYPES[dtype], 2, edge, edge)
     ours = seconds(lambda: our_image(size, weights, inputs))
     theirs = seconds(lambda: their_image(size, weights, inputs))
     note = f"{ours:.1f} s and {theirs:.1f} s"
     of = f"{8 * edge}x{8 * edge} pixels"
     print(
-        f"{dtype}: a guided image of {of}, minidiff {ours:.1f} s, the published way {theirs:.1f} s, "
+        f"{dtype}: a guided image of {of}, minidiff {ours:.1f} s, the published method {theirs:.1f} s, "
         f"{ours / theirs:.2f} x",
         flush=True,
     )
@@ -150,13 +150,13 @@ def image_row(size: Size, weights: Weights, dtype: str, edge: int) -> Row:
         f"{dtype}, {STEPS} steps",
         ours / theirs,
         IMAGE,
-        "of the published way's seconds",
+        "of the published method's seconds",
         note,
     )
 
 
 def our_image(size: Size, weights: Weights, inputs: Inputs) -> Tensor:
-    """Latents after a run with every one of its guided passes made, and what is packed at first use."""
+    """Latents after a run that makes all its guided passes, including packing on first use."""
     unet = our_unet(size, weights)
     one = Inputs(inputs.x[:1], inputs.t, inputs.context[1:])
     guide = layout_guide(unet, one, iterations=ITERATIONS, steps=GUIDED)

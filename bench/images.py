@@ -1,4 +1,4 @@
-"""Whole images: `minidiff.generate` against StableDiffusionPipeline with the same seeds, per sampler and per option."""
+"""Whole images: `minidiff.generate` against StableDiffusionPipeline with the same seeds, by sampler and option."""
 
 import warnings
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ from .table import LEVELS, Row
 
 Pixels = NDArray[np.float32]
 BOUND = 1.0
-CONTRAST = 3.0  # what an option must change in the image, in 1/255, for its row to show anything
+CONTRAST = 3.0  # minimum change of the image by an option, in 1/255, for its row to be meaningful
 
 
 @dataclass(frozen=True, eq=False)
 class Ask:
-    """One call, for both sides."""
+    """The arguments of one call, for both implementations."""
 
     prompts: tuple[str, ...] = ("a red lighthouse on a cliff",)
     negatives: tuple[str, ...] | None = None
@@ -48,7 +48,7 @@ THREE = replace(
     seeds=(5, 77, 3),
 )
 LATENTS = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(99))
-# name -> (the call, its contrast: the same without what the row is about)
+# name -> (the call, its contrast: the same without the option)
 OPTIONS: dict[str, tuple[Ask, Ask]] = {
     "3 prompts, negatives, seeds": (THREE, replace(THREE, negatives=("", "", ""))),
     "3 prompts, euler_ancestral": (replace(THREE, sampler="euler_ancestral"), THREE),
@@ -71,7 +71,7 @@ OPTIONS: dict[str, tuple[Ask, Ask]] = {
 def image_rows(
     folder: Path, samplers: tuple[str, ...] = COMPARED, options: tuple[str, ...] = tuple(OPTIONS)
 ) -> Iterator[Row]:
-    """A row per sampler and per option for the model in `folder`. A sampler's contrast is another prompt."""
+    """One row per sampler and per option for the model in `folder`. A sampler's contrast uses another prompt."""
     model, pipeline = pipeline_pair(folder)
     config = dict(pipeline.scheduler.config)
     for name in samplers:
@@ -84,7 +84,7 @@ def image_rows(
 def image_row(
     part: str, model: minidiff.Model, pipeline: Any, config: dict[str, object], ask: Ask, contrast: Ask
 ) -> Row:
-    """Largest difference of any pixel, in 1/255. Where the contrast is the same image the row shows nothing: not ok."""
+    """Largest pixel difference, in 1/255. If the contrast is the same image, the row is meaningless: not ok."""
     found, expected = ours(model, ask), theirs(pipeline, config, ask)
     if found.shape != expected.shape:
         return Row(part, "x".join(map(str, found.shape)), float("inf"), BOUND, LEVELS, f"expected {expected.shape}")
@@ -126,7 +126,7 @@ def ours(model: minidiff.Model, ask: Ask, output: Literal["numpy", "latents"] = 
 def theirs(pipeline: Any, config: dict[str, object], ask: Ask, output: Literal["np", "latent"] = "np") -> Pixels:
     """[B,H,W,3] in [0,1], or the latents [B,4,h,w].
 
-    With clip_skip the texts are encoded first, since diffusers skips for the prompts alone.
+    With clip_skip the texts are encoded first, since diffusers applies it only to the prompts, not to the negatives.
     """
     pipeline.scheduler = reference_scheduler(ask.sampler, config)
     height, width = (None, None) if ask.size is None else ask.size
@@ -156,7 +156,7 @@ def theirs(pipeline: Any, config: dict[str, object], ask: Ask, output: Literal["
 
 
 def _levels(a: Pixels, b: Pixels) -> float:
-    """In 1/255, before rounding to whole levels; infinite where the shapes differ."""
+    """Largest difference in 1/255, before rounding to integer levels; infinite if the shapes differ."""
     return (
         float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max() * 255) if a.shape == b.shape else float("inf")
     )

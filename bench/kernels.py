@@ -1,6 +1,6 @@
-"""The kernels of one guided step, shape by shape: what minidiff takes (marked *) beside what it could take.
+"""The kernels of one guided step by shape: the one minidiff uses (marked *) against the alternatives.
 
-Milliseconds are those of the quickest call. Shapes are SD 1.5's at 64x64 latents, for one image.
+Times are in milliseconds, best of several calls. Shapes are SD 1.5's at 64x64 latents, for one image.
 """
 
 import argparse
@@ -39,17 +39,17 @@ CONVOLUTIONS = (
     (1280, 1280, 8),
     (2560, 1280, 8),
 )
-"""Channels in, channels out, edge of the grid; 3x3."""
+"""Input channels, output channels, edge of the grid; 3x3 kernels."""
 ATTENTIONS = ((4096, 4096, 40), (1024, 1024, 80), (256, 256, 160), (4096, 77, 40), (256, 77, 160), (64, 77, 160))
-"""Pixels, tokens, channels of each of eight heads."""
+"""Pixels, tokens, channels per head (of eight)."""
 KEEPS: dict[str, Keep] = {"columns": COLUMNS, "box mass": BOX_MASS, "mean of heads": HEAD_MEAN}
 WORST = 1.25
-"""What the kernel that is taken may cost of the best one: differences below are the machine's."""
+"""Maximum time of the kernel in use relative to the best one; smaller differences are noise."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Milliseconds of each way, the first of which is taken."""
+    """Milliseconds of each alternative; the first is the one in use."""
 
     name: str
     dtype: str
@@ -62,13 +62,13 @@ class Kernels:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m bench kernels`."""
+    """Add the flags of `python -m bench kernels`."""
     add_dtype_argument(parser, [judged_dtype()])
-    parser.add_argument("--shrink", type=int, default=1, metavar="N", help="channels and pixels divided by N")
+    parser.add_argument("--shrink", type=int, default=1, metavar="N", help="divide channels and pixels by N")
 
 
 def run(args: argparse.Namespace) -> int:
-    """A line for each kernel and shape; 1 where one is taken that another beats."""
+    """Print a line per kernel and shape. Returns 1 if an alternative beats a kernel in use."""
     print_header("kernels", {"batch": "1", "threads": str(torch.get_num_threads()), "shrink": str(args.shrink)})
     found: list[Kernels] = []
     for dtype in args.dtype:
@@ -94,7 +94,7 @@ def _all(dtype: torch.dtype, name: str, shrink: int) -> Iterator[Kernels]:
 
 
 def convolution(dtype: torch.dtype, name: str, inside: int, outside: int, edge: int) -> Iterator[Kernels]:
-    """Forward, and back to the input."""
+    """A convolution's forward pass, and its backward pass to the input."""
     x = torch.randn(1, inside, edge, edge, device=device()).to(dtype).contiguous(memory_format=torch.channels_last)
     plain = nn.Conv2d(inside, outside, 3, padding=1).to(device(), dtype).requires_grad_(False)
     last, packed = (
@@ -115,7 +115,7 @@ def convolution(dtype: torch.dtype, name: str, inside: int, outside: int, edge: 
 
 
 def plain_attention(dtype: torch.dtype, name: str, pixels: int, tokens: int, channels: int) -> Kernels:
-    """Where nothing is recorded."""
+    """Attention without recording."""
     q, k, v = _qkv(dtype, pixels, tokens, channels)
 
     def explicit() -> Tensor:
@@ -126,7 +126,7 @@ def plain_attention(dtype: torch.dtype, name: str, pixels: int, tokens: int, cha
 
 
 def recorded(dtype: torch.dtype, name: str, kept: str, pixels: int, tokens: int, channels: int) -> Kernels:
-    """Where something is kept of two objects, or of all tokens."""
+    """Attention that records two objects, or all tokens."""
     q, k, v = _qkv(dtype, pixels, tokens, channels)
     site, keep, grid = Site("mid", 0, 0, "cross"), KEEPS[kept], (min(8, pixels), pixels // min(8, pixels))
     inputs = {
@@ -152,7 +152,7 @@ def recorded(dtype: torch.dtype, name: str, kept: str, pixels: int, tokens: int,
 
 
 def _qkv(dtype: torch.dtype, pixels: int, tokens: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[1,8,N,D], as they come out of the layers: heads beside each other in memory."""
+    """q, k, v [1,8,N,D] in the memory layout of the layers, with heads adjacent."""
     rows = (pixels, tokens, tokens)
     q, k, v = (torch.randn(1, n, 8, channels, device=device()).to(dtype).transpose(1, 2) for n in rows)
     return q, k, v

@@ -1,4 +1,4 @@
-"""What the bundled model draws: 200 fixed prompts, each picture measured without a network."""
+"""Accuracy of the bundled model on 200 fixed prompts, each picture measured without a network."""
 
 import argparse
 import json
@@ -28,15 +28,15 @@ from .prompts import Prompt, prompts
 from .share import Share, print_share
 
 BATCH = 20
-BOUNDS = {1: 0.95, 2: 0.85, 3: 0.65}  # objects -> pictures that should have all of them right
-HELD = 0.8  # of the seen pairs' share, for those held out
-COLD = 10.0  # seconds that a cold process may take for its picture
-READABLE = 2.0  # how much more of a word's attention a pixel inside its object's box gets than one outside
+BOUNDS = {1: 0.95, 2: 0.85, 3: 0.65}  # objects -> minimum fraction of pictures with all of them right
+HELD = 0.8  # bound for held-out pairs, relative to the fraction for seen pairs
+COLD = 10.0  # maximum seconds for a picture in a cold process
+READABLE = 2.0  # minimum ratio of a word's attention per pixel inside its object's box to that outside
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A prompt, what its picture shows, and for each object the one found for it."""
+    """A prompt, its measured picture, and the object found for each requested one."""
 
     prompt: Prompt
     picture: Measured
@@ -48,23 +48,23 @@ class Drawn:
 
     @property
     def facts(self) -> bool:
-        """Every object, no other one, and the background that was asked for."""
+        """True if every object is present, no other one is, and the background is as requested."""
         alone = len(self.picture.things) == len(self.found)
         return self.all_right and alone and self.prompt.background in (None, self.picture.background)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `python -m bench layout`."""
-    parser.add_argument("--model", default="minidiff/shapes", metavar="SOURCE", help="of coloured shapes")
+    parser.add_argument("--model", default="minidiff/shapes", metavar="SOURCE", help="a model of coloured shapes")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="write 24 of the pictures to PNG")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture")
-    parser.add_argument("--boxes", action="store_true", help="say where the objects shall be: every method of guidance")
-    parser.add_argument("--pareto", type=Path, metavar="PNG", help="with --boxes: draw quality over cost")
-    parser.add_argument("--prompts", type=int, metavar="N", help="with --boxes: N of the prompts, for a quick look")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture")
+    parser.add_argument("--boxes", action="store_true", help="give the objects boxes, and compare all guidance methods")
+    parser.add_argument("--pareto", type=Path, metavar="PNG", help="with --boxes: plot quality against cost")
+    parser.add_argument("--prompts", type=int, metavar="N", help="with --boxes: use only N of the prompts")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw, measure, print; 1 where a share is below its bound."""
+    """Draw, measure, print. Returns 1 if a bound is violated."""
     if args.boxes:
         return run_boxes(args)
     model, asked = minidiff.load(args.model), prompts()
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     facts |= {"seed": str(args.seed), **{name: str(value) for name, value in asdict(model.defaults).items()}}
     print_header("bench layout", facts)
     true = share_right(*check(100, seed=1))
-    print(f"the measurer itself: {true:.1%} of the objects of 100 true pictures right, with a box of IoU >= 0.9")
+    print(f"the measurement itself: {true:.1%} of the objects in 100 rendered pictures right, with box IoU >= 0.9")
     images, maps, seconds = _draw(model, asked, args.seed)
     drawn = [_measured(prompt, image) for prompt, image in zip(asked, images, strict=True)]
     shares = [*_shares(drawn), _readable(model, drawn, maps)]
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cold(model: str) -> list[float]:
-    """Seconds from the start of `minidiff generate` to its end, in processes of their own."""
+    """Wall-clock seconds of `minidiff generate` in fresh processes."""
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(3):
@@ -158,7 +158,7 @@ def _shares(drawn: Sequence[Drawn]) -> Iterator[Share]:
 
 
 def _readable(model: minidiff.Model, drawn: Sequence[Drawn], maps: Mapping[Site, Tensor]) -> Share:
-    """Pictures of two objects, both found, in which each one's word looks into its box."""
+    """Fraction of pictures of two objects, both found, in which each word's attention is in its object's box."""
     hits = count = 0
     for i, one in enumerate(drawn):
         if len(one.found) != 2 or not one.all_right:
@@ -174,7 +174,7 @@ def _readable(model: minidiff.Model, drawn: Sequence[Drawn], maps: Mapping[Site,
 
 
 def density(maps: Sequence[Tensor], box: Sequence[float]) -> float:
-    """Mean over sites of a word's map [h,w] per pixel inside the box, over that outside; every site counts alike."""
+    """A word's mean attention per pixel inside the box over that outside, with every site's map [h,w] normalised."""
     centres = (torch.arange(SIZE) + 0.5) / SIZE
     x0, y0, x1, y1 = box
     inside = ((centres > y0) & (centres < y1))[:, None] & ((centres > x0) & (centres < x1))

@@ -1,8 +1,8 @@
 """Loading: minidiff.load against StableDiffusionPipeline.from_pretrained, a full-size model in the page cache.
 
-Each load runs in a fresh process (load_once.py), the two libraries by turns. Whatever they import is left out of the
-load and shown beside it. The peak of the resident set counts from the load's start to the first reading of every
-weight, so that a file which was only mapped counts as soon as it is used.
+Each load runs in a fresh process (load_once.py), alternating between the two libraries. Imports are excluded from the
+load and reported separately. The peak resident set is measured from the start of the load until every weight has been
+read once, so that memory-mapped files are included.
 """
 
 import argparse
@@ -27,7 +27,7 @@ MEMORY_BOUND = 1.3
 IMPORT_BOUND = 0.2
 STARTUP_BOUND = 1.5
 LIBRARIES = ("minidiff", "diffusers")
-# what the folder holds -> what is asked for
+# dtype of the folder -> requested dtypes
 CASES: dict[torch.dtype, tuple[str, ...]] = {
     torch.float16: ("float32", "bfloat16"),
     torch.float32: ("bfloat16", "float32"),
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def case_rows(case: str, loads: dict[str, list[Load]]) -> Iterator[Row]:
-    """Print both libraries' numbers, and make the two rows that have bounds: seconds and memory."""
+    """Print both libraries' numbers, and yield the two rows with bounds: seconds and memory."""
     for library, found in loads.items():
         wall = sorted(load.wall for load in found)
         print(
@@ -134,17 +134,17 @@ def case_rows(case: str, loads: dict[str, list[Load]]) -> Iterator[Row]:
 
 
 def median(loads: Sequence[Load], field: str) -> float:
-    """Of one field of several loads."""
+    """The median of one field over several loads."""
     return statistics.median(getattr(load, field) for load in loads)
 
 
 def peak_ratio(loads: Sequence[Load]) -> float:
-    """The largest peak of the resident set, over the bytes of the weights."""
+    """The largest peak resident set relative to the size of the weights."""
     return max(load.peak / load.weights for load in loads)
 
 
 def import_row(repeats: int) -> Row:
-    """What `import minidiff` costs after `import torch`, median of fresh processes."""
+    """Seconds of `import minidiff` after `import torch`, median over fresh processes."""
     times = [import_seconds() for _ in range(repeats)]
     alone, extra = (statistics.median(column) for column in zip(*times, strict=True))
     spread = f"{min(t for _, t in times):.2f} to {max(t for _, t in times):.2f}; import torch {alone:.2f}"
@@ -158,7 +158,7 @@ def import_seconds() -> tuple[float, float]:
 
 
 def startup_row(repeats: int) -> Row:
-    """`minidiff generate` with the bundled model, less its sampling, against the imports that it cannot do without."""
+    """`minidiff generate` with the bundled model, without sampling, relative to the imports that it requires."""
     times = [(float(python("-c", NAMES)), float(python("-c", STARTUP))) for _ in range(repeats)]
     names, ours = (statistics.median(column) for column in zip(*times, strict=True))
     note = f"{ours:.2f} s and {names:.2f} s"
@@ -168,7 +168,7 @@ def startup_row(repeats: int) -> Row:
 
 
 def by_turns(folder: Path, dtype: str, tiny: Path, repeats: int) -> dict[str, list[Load]]:
-    """Loads of `folder` in `dtype` by both, alternating. `tiny` is loaded first, for what is imported late."""
+    """Loads of `folder` in `dtype` by both, alternating. `tiny` is loaded first, to trigger late imports."""
     loads: dict[str, list[Load]] = {library: [] for library in LIBRARIES}
     for _ in range(repeats):
         for library in LIBRARIES:
@@ -184,12 +184,12 @@ def load_once(library: str, folder: Path, dtype: str, tiny: Path) -> Load:
                 pass
     load = Load(**json.loads(python("-m", "bench.load_once", library, str(folder), dtype, str(tiny))))
     if load.dtype != dtype:
-        raise ValueError(f"{library} was asked for {dtype} and loaded {load.dtype}; expected what was asked for")
+        raise ValueError(f"{library} loaded {load.dtype}; expected the requested {dtype}")
     return load
 
 
 def python(*arguments: str) -> str:
-    """What a fresh interpreter prints last, from the repository's root. ValueError with its last words if it fails."""
+    """Last line printed by a fresh interpreter in the repository's root. ValueError with its stderr if it fails."""
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ValueError(f"python {' '.join(arguments)} failed ({done.returncode}): {done.stderr.strip()[-2000:]}")

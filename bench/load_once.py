@@ -1,6 +1,6 @@
 """One load in a fresh process: python -m bench.load_once LIBRARY FOLDER DTYPE WARM_UP prints its numbers as JSON.
 
-WARM_UP is a small model that is loaded first, so that whatever a library imports late counts as import, not as load.
+WARM_UP is a small model that is loaded first, so that late imports count as import, not as load.
 """
 
 import gc
@@ -20,13 +20,13 @@ PAGE = 4096
 
 
 def main(library: str, folder: str, dtype: str, warm_up: str) -> None:
-    """Load, then read every page once: seconds, and the peak of resident memory above what was there before."""
+    """Load, then read every page once; print the seconds and the increase of peak resident memory."""
     started = time.perf_counter()
     load = LIBRARIES[library]
     load(warm_up, dtype)
     imported = time.perf_counter() - started
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident set starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak of the resident set
     before, cpu, started = resident("VmRSS"), time.process_time(), time.perf_counter()
     parts = load(folder, dtype)
     wall, cpu = time.perf_counter() - started, time.process_time() - cpu
@@ -46,19 +46,19 @@ def main(library: str, folder: str, dtype: str, warm_up: str) -> None:
 
 
 def touch(weights: "Iterable[Tensor]") -> None:
-    """Read a number of every page: what the first forward pass would wait for where a load only mapped the file."""
+    """Read one element per page, as the first forward pass would after a load that only mapped the file."""
     for tensor in weights:
         tensor.flatten()[:: PAGE // tensor.element_size()].sum()
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM (its peak) of this process in bytes; pages of mapped files count while they are resident."""
+    """VmRSS or VmHWM (its peak) of this process in bytes; resident pages of mapped files count."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
 
 
 def load_minidiff(folder: str, dtype: str) -> list[Any]:
-    """The three networks, by minidiff.load."""
+    """The three networks from minidiff.load."""
     import minidiff
 
     model = minidiff.load(folder, dtype=dtype, device="cpu")
@@ -66,7 +66,7 @@ def load_minidiff(folder: str, dtype: str) -> list[Any]:
 
 
 def load_diffusers(folder: str, dtype: str) -> list[Any]:
-    """The three networks, by StableDiffusionPipeline.from_pretrained with its defaults."""
+    """The three networks from StableDiffusionPipeline.from_pretrained with its defaults."""
     import torch
     from diffusers import StableDiffusionPipeline
 

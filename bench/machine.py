@@ -1,4 +1,4 @@
-"""What a benchmark ran on: every benchmark prints it, since a number without it means nothing."""
+"""The machine and versions that a benchmark ran on, printed by every benchmark."""
 
 import os
 import platform
@@ -7,11 +7,11 @@ from pathlib import Path
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "openvino")
 UNITS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
-"""CPU flags, as Linux names them, that decide which kernels torch takes."""
+"""CPU flags (Linux names) that determine which kernels torch uses."""
 
 
 def machine() -> dict[str, str]:
-    """CPU, its vector units, cores this process may use, memory, system."""
+    """CPU, its vector units, available cores, memory and system."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     flags = _cpu_field("flags").split() or _cpu_field("Features").split()
@@ -25,7 +25,7 @@ def machine() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that the numbers depend on."""
+    """Versions of Python and of the packages that affect the numbers."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def print_header(title: str, facts: dict[str, str]) -> None:
-    """The first lines of every benchmark; `facts` are its own (dtype, shapes, how it measures)."""
+    """Print the first lines of a benchmark; `facts` are its own settings (dtype, shapes, method)."""
     print(f"# {title}")
     for name, values in (("machine", machine()), ("versions", versions()), ("run", facts)):
         print(f"{name + ':':<10}" + ", ".join(f"{key} {value}" for key, value in values.items()))
@@ -44,7 +44,7 @@ def print_header(title: str, facts: dict[str, str]) -> None:
 
 
 def _cpu_field(name: str) -> str:
-    """The first value of a field of /proc/cpuinfo; "" where there is none."""
+    """The first value of a field in /proc/cpuinfo, or ""."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == name), "")

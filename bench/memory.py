@@ -1,8 +1,8 @@
 """Memory: a step, a guided pass, a batch, a large image, its decoding, and runs of more steps, against diffusers.
 
-Each number is of a fresh process that does the thing twice (once.py): "extra" is the peak of the second time above what
-lay in memory before it, "in all" that peak itself, with the interpreter and every copy of the weights. Each tensor is
-mapped on its own there, so that no holes in the C library's heap count.
+Each number comes from a fresh process that runs the operation twice (once.py): "extra" is the second run's peak above
+the memory in use before it, "in all" that peak itself, including the interpreter and every copy of the weights. Each
+tensor has its own mapping there, so that heap fragmentation does not count.
 """
 
 import argparse
@@ -20,7 +20,7 @@ STEPS = (3, 9)
 
 @dataclass(frozen=True)
 class Once:
-    """What bench.once prints: bytes, and seconds."""
+    """The output of bench.once, in bytes and seconds."""
 
     loaded: int
     ready: int
@@ -33,12 +33,12 @@ class Once:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m bench memory`."""
+    """Add the flags of `python -m bench memory`."""
     add_network_arguments(parser, ("bfloat16", "float32"))
 
 
 def run(args: argparse.Namespace) -> int:
-    """One row for each thing; 1 where one is out of its bound."""
+    """Print one row per measurement. Returns 1 if a bound is violated."""
     print_header("memory, random weights", {"size": args.size, "latents": f"{args.latents}x{args.latents}"})
     print_head()
     rows = []
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def dtype_rows(size: str, dtype: str, edge: int) -> Iterator[Row]:
-    """Of the networks in one dtype."""
+    """The rows of one dtype."""
 
     def once(case: str, library: str, at: int = edge, count: int = 1) -> Once:
         return measure(case, library, dtype, size, at, count)
@@ -79,5 +79,5 @@ def _row(part: str, dtype: str, ours: int, other: int, bound: float, unit: str =
 
 
 def measure(case: str, library: str, dtype: str, size: str, edge: int, count: int = 1) -> Once:
-    """One case in a fresh process."""
+    """Measure one case in a fresh process."""
     return Once(**json.loads(python("-m", "bench.once", case, library, dtype, size, str(edge), str(count))))

@@ -26,7 +26,7 @@ CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "
 
 @dataclass(frozen=True)
 class Size:
-    """The configs of a model's three networks, as its folder holds them."""
+    """The configs of a model's three networks, as in its folder."""
 
     unet: Config
     vae: Config
@@ -44,7 +44,7 @@ def unet_dict(
     linear: bool = False,
     sample_size: int = 16,
 ) -> Config:
-    """A unet/config.json. attention: which levels hold transformers, from the outermost in."""
+    """A unet/config.json. attention: which levels have transformers, outermost first."""
     return {
         "_class_name": "UNet2DConditionModel",
         "_diffusers_version": "0.42.1",
@@ -88,7 +88,7 @@ def vae_dict(widths: list[int], *, layers: int = 2, groups: int = 32) -> Config:
 
 
 def text_dict(width: int, inner: int, layers: int, heads: int) -> Config:
-    """A text_encoder/config.json, with the odd token ids that the hub's has."""
+    """A text_encoder/config.json, with the hub file's unusual token ids."""
     return {
         "architectures": ["CLIPTextModel"],
         "attention_dropout": 0.0,
@@ -125,13 +125,13 @@ SD15 = Size(
 
 
 def unet_shapes(config: Config) -> Shapes:
-    """Shape of every weight of the UNet by its name in the folder format."""
+    """Shapes of the UNet's weights by their names in the folder format."""
     with torch.device("meta"):
         return {key: value.shape for key, value in UNet(UNetConfig.from_dict(config)).state_dict().items()}
 
 
 def vae_shapes(config: Config) -> Shapes:
-    """Shape of every weight of the autoencoder by its name in the folder format."""
+    """Shapes of the autoencoder's weights by their names in the folder format."""
     with torch.device("meta"):
         return {key: value.shape for key, value in VAE(VAEConfig.from_dict(config)).state_dict().items()}
 
@@ -141,8 +141,8 @@ def random_weights(
 ) -> dict[str, Tensor]:
     """torch's default initialisation, uniform within 1 / sqrt(inputs), from one generator (860 M numbers take 4 s).
 
-    Norms are around 1 and 0 but not there, so that a mixed-up name shows. gains: part of a key -> factor, to make that
-    part of the network matter more.
+    Norms are close to 1 and 0 but not equal, so that swapped names have an effect. gains: part of a key -> factor, to
+    increase the influence of those weights.
     """
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, Tensor] = {}
@@ -156,9 +156,9 @@ def random_weights(
 
 
 def write_folder(folder: Path, size: Size, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """A Stable Diffusion folder with random weights, laid out as the hub's, and return it.
+    """Write a Stable Diffusion folder with random weights in the hub's layout, and return its path.
 
-    Attention to the text is louder than by default: of random networks the text otherwise moves no pixel.
+    Cross-attention weights are scaled up: with default initialisation the text has no effect on the pixels.
     """
     loud = {"attn2.to_k.weight": 3.0, "attn2.to_v.weight": 6.0, "attn2.to_q.weight": 3.0}
     _write(folder / "unet", size.unet, "diffusion_pytorch_model", unet_shapes(size.unet), dtype, seed, loud)
@@ -184,5 +184,5 @@ def _write(
     (folder / "config.json").write_text(json.dumps(dict(config), indent=1))
     weights = random_weights(shapes, seed, dtype, gains)
     if base == "model":
-        weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]  # the hub's file holds them
+        weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]  # as in the hub's file
     save_file(weights, folder / f"{base}.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""The networks that benchmarks of speed and memory run: ours as `load` gives them, diffusers', and what goes in."""
+"""The networks and inputs for benchmarks of speed and memory: ours as returned by `load`, and diffusers'."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -33,57 +33,57 @@ PLACES = (
     (0.25, 0.25, 0.75, 0.75),
     (0.5, 0, 0.75, 0.25),
     (0, 0.5, 0.25, 0.75),
-)  # whole cells of every grid that is read at 64x64 latents, so that the published code sees the same masks
+)  # whole cells of every grid used at 64x64 latents, so that the published code has the same masks
 TIMESTEP = 801.0
 ALIKE = {"bfloat16": 0.1, "float16": 0.1, "float32": 1e-3}
-"""How far two ways may be apart that compute the same: rounding of the dtype."""
+"""Maximum relative error between equivalent computations, due to rounding."""
 Weights = Mapping[str, Tensor]
 
 
 def device() -> torch.device:
-    """CUDA where there is one."""
+    """CUDA if available, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def judged_dtype() -> str:
-    """The dtype that the bounds are for: bfloat16 on a GPU or a CPU with matrix units, float32 elsewhere."""
+    """The dtype that the bounds apply to: bfloat16 on a GPU or a CPU with matrix units, float32 elsewhere."""
     return "bfloat16" if device().type == "cuda" or torch.cpu._is_amx_tile_supported() else "float32"
 
 
 def add_network_arguments(parser: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
-    """What is measured: --size, --dtype (default: `dtypes`) and --latents."""
-    parser.add_argument("--size", choices=SIZES, default="full", help="of the networks (default: SD 1.5's)")
+    """Add --size, --dtype (default: `dtypes`) and --latents."""
+    parser.add_argument("--size", choices=SIZES, default="full", help="size of the networks (default: SD 1.5's)")
     add_dtype_argument(parser, dtypes)
     parser.add_argument("--latents", type=int, default=64, metavar="N", help="N x N latents (default 64)")
 
 
 def add_dtype_argument(parser: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
-    """--dtype, one or several."""
-    text = f"a table for each (default here: {' '.join(dtypes)})"
+    """Add --dtype, one or several."""
+    text = f"one table per dtype (default here: {' '.join(dtypes)})"
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(dtypes), help=text)
 
 
 def unet_weights(size: Size, dtype: torch.dtype) -> Weights:
-    """Random, for both implementations alike."""
+    """Random weights, the same for both implementations."""
     return {name: value.to(device()) for name, value in random_weights(unet_shapes(size.unet), dtype=dtype).items()}
 
 
 def our_unet(size: Size, weights: Weights) -> UNet:
-    """As `load` gives it."""
+    """A UNet as returned by `load`."""
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict(size.unet))
     return prepare(_filled(unet, weights))
 
 
 def compiled_unet(size: Size, weights: Weights) -> UNet:
-    """As `load(compile=True)` gives it."""
+    """A UNet as returned by `load(compile=True)`."""
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict(size.unet))
     return compile_unet(_filled(unet, weights))
 
 
 def their_unet(size: Size, weights: Weights) -> Any:
-    """UNet2DConditionModel, as from_pretrained gives it."""
+    """UNet2DConditionModel as returned by from_pretrained."""
     from .reference import diffusers
 
     with torch.device("meta"):
@@ -92,9 +92,9 @@ def their_unet(size: Size, weights: Weights) -> Any:
 
 
 def their_compiled_unet(size: Size, weights: Weights) -> Callable[..., Any]:
-    """The same, compiled with the flags of minidiff, and on the CPU with the compiler's own packing (freezing).
+    """The same, compiled with minidiff's flags, and on the CPU with the compiler's own packing (freezing).
 
-    The compiler asks for that when it traces, so an option of torch.compile comes too late.
+    The compiler reads that setting while tracing, when an option of torch.compile is not yet in effect.
     """
     unet = compile_network(their_unet(size, weights).to(memory_format=torch.channels_last))
     if device().type != "cpu":
@@ -110,14 +110,14 @@ def their_compiled_unet(size: Size, weights: Weights) -> Callable[..., Any]:
 
 
 def our_vae(size: Size, dtype: torch.dtype) -> VAE:
-    """As `load` gives it."""
+    """A VAE as returned by `load`."""
     with torch.device("meta"):
         vae = VAE(VAEConfig.from_dict(size.vae))
     return prepare(_filled(vae, _vae_weights(size, dtype)))
 
 
 def their_vae(size: Size, dtype: torch.dtype) -> Any:
-    """AutoencoderKL, as from_pretrained gives it."""
+    """AutoencoderKL as returned by from_pretrained."""
     from .reference import diffusers
 
     with torch.device("meta"):
@@ -127,7 +127,7 @@ def their_vae(size: Size, dtype: torch.dtype) -> Any:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of a step: x [B,4,h,w], t and context [B,77,D], in the networks' dtype."""
+    """Inputs of a step: x [B,4,h,w], t and context [B,77,D], in the networks' dtype."""
 
     x: Tensor
     t: Tensor
@@ -145,9 +145,9 @@ class Inputs:
 def layout_guide(
     unet: UNet, inputs: Inputs, objects: int = 2, iterations: int = 1, steps: int = 1, whole: bool = False
 ) -> Guide:
-    """The paper's layout guidance of every image in `inputs`, with 1 to 8 objects of one token each.
+    """The paper's layout guidance for every image in `inputs`, with 1 to 8 objects of one token each.
 
-    No image ever stops. whole: for a compiled UNet.
+    Images never stop early. whole: for a compiled UNet.
     """
     height, width = inputs.x.shape[-2:]
     there = unet.positions(height, width)
@@ -168,7 +168,7 @@ def tokens(objects: int) -> Sequence[Sequence[int]]:
 
 
 def guided_pass(guide: Guide, inputs: Inputs) -> Callable[[], tuple[Tensor, Tensor]]:
-    """One look: (gradient of the latents, loss [B])."""
+    """A function that makes one guided pass and returns (gradient of the latents, loss [B])."""
     rows = torch.arange(len(inputs.x), device=inputs.x.device)
 
     def look() -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ def guided_pass(guide: Guide, inputs: Inputs) -> Callable[[], tuple[Tensor, Tens
 
 
 def guided_run(unet: UNet, inputs: Inputs, steps: int) -> Callable[[], Maps | None]:
-    """A run of so many steps of one image, all guided once, that averages what it records of the layers at level 1.
+    """A run of `steps` steps for one image, each guided once, that averages the maps recorded at level 1.
 
     inputs: two rows, [uncond, cond].
     """

@@ -1,8 +1,8 @@
-"""One thing done in a fresh process: python -m bench.once CASE LIBRARY prints its memory and seconds as JSON.
+"""One operation in a fresh process: python -m bench.once CASE LIBRARY prints its memory and seconds as JSON.
 
-It is done twice. loaded, ready: bytes resident before the first time and after it (with what was packed or cached by
-then). peak: the most that was resident while it was done the second time. seconds: of the second time. On CUDA the
-bytes are those that torch has allocated.
+It runs twice. loaded, ready: resident bytes before and after the first run (including packed weights and caches).
+peak: the maximum resident bytes during the second run. seconds: of the second run. On CUDA the bytes are those
+allocated by torch.
 """
 
 import argparse
@@ -37,11 +37,11 @@ from .throughput import ours, theirs
 from .timing import seconds
 
 Call = Callable[[], object]
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 
 
 def step(library: str, size: Size, dtype: torch.dtype, edge: int, count: int) -> Call:
-    """A step of `count` images with classifier-free guidance."""
+    """A step for `count` images with classifier-free guidance."""
     weights, inputs = unet_weights(size, dtype), Inputs.random(size, dtype, 2 * count, edge, edge)
     if library == "diffusers":
         return theirs(their_unet(size, weights), inputs)
@@ -49,7 +49,7 @@ def step(library: str, size: Size, dtype: torch.dtype, edge: int, count: int) ->
 
 
 def guided(library: str, size: Size, dtype: torch.dtype, edge: int, count: int) -> Call:
-    """A guided pass of `count` images; the published way takes one."""
+    """A guided pass for `count` images; the published method supports only one."""
     weights, inputs = unet_weights(size, dtype), Inputs.random(size, dtype, count, edge, edge)
     if library == "diffusers":
         published = Published.of(their_unet(size, weights))
@@ -58,7 +58,7 @@ def guided(library: str, size: Size, dtype: torch.dtype, edge: int, count: int) 
 
 
 def decode(library: str, size: Size, dtype: torch.dtype, edge: int, count: int) -> Call:
-    """Latents to an image."""
+    """Decoding of latents to images."""
     latents = Inputs.random(size, dtype, count, edge, edge).x
     if library == "diffusers":
         vae = their_vae(size, dtype)
@@ -77,7 +77,7 @@ CASES = {"step": step, "guided": guided, "decode": decode, "sampling": sampling}
 
 
 def main() -> None:
-    """Make it ready, do it twice, print."""
+    """Set up, run twice, print."""
     parser = argparse.ArgumentParser(prog="python -m bench.once", description=__doc__)
     parser.add_argument("case", choices=CASES)
     parser.add_argument("library", choices=("minidiff", "diffusers"))
@@ -94,25 +94,25 @@ def main() -> None:
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident set starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak of the resident set
     took = seconds(call)
     peak = torch.cuda.max_memory_allocated() if device().type == "cuda" else resident("VmHWM")
     print(json.dumps({"loaded": loaded, "ready": ready, "peak": peak, "seconds": took}))
 
 
 def _map_each_tensor() -> None:
-    """In the C library's heap the holes differ between processes of one program: by 0.1 GB for a full-size step."""
+    """Heap fragmentation varies between processes, by 0.1 GB for a full-size step; separate mappings avoid it."""
     adjust = getattr(ctypes.CDLL(None), "mallopt", None)
     if adjust is not None:
-        adjust(_M_MMAP_THRESHOLD, 2**16)  # bytes; left alone, it grows to 32 MB
+        adjust(_M_MMAP_THRESHOLD, 2**16)  # bytes; by default it grows to 32 MB
 
 
 def _now() -> int:
-    """Bytes in use: what was freed and kept by the C library for later goes back to the system first."""
+    """Bytes in use, after returning freed memory from the C library to the system."""
     gc.collect()
     if device().type == "cuda":
         return torch.cuda.memory_allocated()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)
     return resident("VmRSS")

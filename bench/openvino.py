@@ -1,4 +1,4 @@
-"""OpenVINO on the same UNet, where it is installed (the `bench` extra): a step in bfloat16, or in float32."""
+"""OpenVINO on the same UNet, if installed (the `bench` extra): a step in bfloat16 or float32."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -10,18 +10,18 @@ from .networks import Inputs
 
 
 def comparable() -> bool:
-    """Whether `import openvino` would find it, and the rest runs on the CPU as well."""
+    """True if openvino is installed and the other variants also run on the CPU."""
     return find_spec("openvino") is not None and not torch.cuda.is_available()
 
 
 def step(unet: Any, inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """A step of UNet2DConditionModel, converted and compiled at the first call."""
+    """A step of UNet2DConditionModel, converted and compiled on the first call."""
     import openvino
 
     compiled: list[Any] = []
     half = inputs.x.dtype == torch.bfloat16
     values = (inputs.x, inputs.t, inputs.context)
-    # numpy has no bfloat16: its bits go in as whole numbers
+    # numpy has no bfloat16: its bits are passed as integers
     arrays = [(value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy() for value in values]
 
     def call() -> torch.Tensor:
@@ -31,13 +31,13 @@ def step(unet: Any, inputs: Inputs) -> Callable[[], torch.Tensor]:
             hints = {"INFERENCE_PRECISION_HINT": kind, "PERFORMANCE_HINT": "LATENCY"}
             compiled.append(openvino.compile_model(model, "CPU", hints))
         eps = torch.from_numpy(compiled[0](arrays)[0])
-        return eps.view(torch.bfloat16) if half else eps  # numpy takes its bits for float16
+        return eps.view(torch.bfloat16) if half else eps  # numpy labels its bits as float16
 
     return call
 
 
 class _Step(torch.nn.Module):
-    """Positional arguments and one tensor out, as the converter traces it."""
+    """Positional arguments and a single output tensor, as the converter requires."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Parity: every part of minidiff against diffusers on the same weights and inputs: random ones in float32, or (--model)
-those of a model of yours, in half precision too.
+"""Parity: every part of minidiff against diffusers with the same weights and inputs: random weights in float32, or
+(--model) those of your own model, also in half precision.
 
-Nothing is timed here but the whole: what each implementation costs is another benchmark's business.
+Only total times are printed; other benchmarks measure the cost of each implementation.
 """
 
 import argparse
@@ -71,9 +71,9 @@ PROMPTS = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m bench parity`."""
+    """Add the flags of `python -m bench parity`."""
     parser.add_argument(
-        "--full", action="store_true", help="UNet, VAE and text encoder at SD 1.5's size, instead of small"
+        "--full", action="store_true", help="UNet, VAE and text encoder at SD 1.5's size instead of small ones"
     )
     parser.add_argument(
         "--model",
@@ -81,15 +81,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead: a folder, a .safetensors file, or a hub id that is in the cache",
     )
     parser.add_argument(
-        "--tokenizer", metavar="FOLDER", help="with --model FILE: CLIP's tokenizer, where it is not cached"
+        "--tokenizer", metavar="FOLDER", help="with --model FILE: CLIP's tokenizer, if it is not cached"
     )
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="with --model: of each sampler (default 8)")
-    parser.add_argument("--dtype", choices=HALF, default="bfloat16", help="with --model: compared beside float32")
-    parser.add_argument("--only", nargs="+", choices=[*SMALL, *FULL], metavar="PART", help=f"of {', '.join(SMALL)}")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="with --model: steps per sampler (default 8)")
+    parser.add_argument("--dtype", choices=HALF, default="bfloat16", help="with --model: a second dtype to compare")
+    parser.add_argument("--only", nargs="+", choices=[*SMALL, *FULL], metavar="PART", help=f"from {', '.join(SMALL)}")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one row per part; 1 where one is out of its bound."""
+    """Print one row per part. Returns 1 if a bound is violated."""
     if args.model is not None:
         return _run_model(args)
     parts = FULL if args.full else SMALL
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--only {' '.join(only)}; with --full expected some of {', '.join(FULL)}")
     threads = torch.get_num_threads()
     if not args.full:
-        torch.set_num_threads(1)  # two threads on two busy cores wait for each other: small networks run 10 x slower
+        torch.set_num_threads(1)  # on two busy cores, two threads wait for each other: small networks run 10x slower
     try:
         return finish(_printed({name: parts[name] for name in only}, args.full), args.json)
     finally:
@@ -122,11 +122,9 @@ def _run_model(args: argparse.Namespace) -> int:
 def _printed(parts: dict[str, Callable[[], Iterator[Row]]], full: bool) -> list[Row]:
     facts = {"dtype": "float32", "weights": "random, the same in both", "threads": str(torch.get_num_threads())}
     print_header(f"parity with diffusers, {'full SD 1.5 size' if full else 'small models'}", facts)
-    print("Seconds are those of making the weights and of both implementations: this compares numbers, not speed.")
+    print("Seconds include creating the weights and both implementations: this compares results, not speed.")
     if "images" in parts:
-        print(
-            "contrast: how far the image is, in 1/255, from one without the option (for a sampler: of another prompt)."
-        )
+        print("contrast: difference, in 1/255, from an image without the option (for samplers: from another prompt).")
     print_head()
     started, rows = time.perf_counter(), []
     for name, part in parts.items():
@@ -134,7 +132,7 @@ def _printed(parts: dict[str, Callable[[], Iterator[Row]]], full: bool) -> list[
         for row in part():
             print_row(row)
             rows.append(row)
-        gc.collect()  # one part's weights go before the next part's come
+        gc.collect()  # free one part's weights before the next part's are created
         print(f"  {name}: {time.perf_counter() - before:.1f} s")
     print(f"all: {time.perf_counter() - started:.1f} s")
     return rows
@@ -142,7 +140,7 @@ def _printed(parts: dict[str, Callable[[], Iterator[Row]]], full: bool) -> list[
 
 @torch.no_grad()
 def unet_rows(name: str, config: Config, grids: Sequence[Grid], batch: int) -> Iterator[Row]:
-    """eps of one UNet on each latent grid, at another timestep for each image of the batch."""
+    """eps of one UNet on each latent grid, with a different timestep for each image of the batch."""
     ours, theirs = unet_pair(config)
     for grid in grids:
         x, context, t = unet_inputs(ours, grid, batch)
@@ -159,7 +157,7 @@ def unet_inputs(unet: UNet, grid: Grid, batch: int) -> tuple[Tensor, Tensor, Ten
 
 
 def unet_output(unet: UNet, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-    """eps, which is there whenever nothing asks the UNet to stop early."""
+    """eps; never None, since nothing stops the UNet early."""
     eps, _ = unet(x, t, context)
     assert eps is not None
     return eps
@@ -167,7 +165,7 @@ def unet_output(unet: UNet, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
 
 @torch.no_grad()
 def vae_rows(name: str, config: Config, grids: Sequence[Grid], batch: int) -> Iterator[Row]:
-    """Encoding to the mean and to a sample with the same noise, and decoding, of one autoencoder."""
+    """Encoding to the mean and to a sample with the same noise, and decoding, for one autoencoder."""
     ours, theirs = vae_pair(config)
     for grid in grids:
         generator = torch.Generator().manual_seed(7)
@@ -184,7 +182,7 @@ def vae_rows(name: str, config: Config, grids: Sequence[Grid], batch: int) -> It
 
 @torch.no_grad()
 def text_rows(name: str, config: Config) -> Iterator[Row]:
-    """Contexts of short, odd and too long prompts, without clip_skip and with it."""
+    """Contexts of short, unusual and overlong prompts, with and without clip_skip."""
     ours, pipeline = text_pair(config)
     for clip_skip in (None, 1, 2):
         expected = reference_context(pipeline, PROMPTS, clip_skip)
@@ -198,7 +196,7 @@ def text_rows(name: str, config: Config) -> Iterator[Row]:
 
 
 def sampler_rows(name: str, steps: int = STEPS) -> Iterator[Row]:
-    """Timesteps, sigmas and the latents after every step of one sampler, for an analytic network."""
+    """Timesteps, sigmas and the latents after every step of one sampler, with an analytic network."""
     noise, sampler = NoiseSchedule.from_config(SD15_SCHEDULER_CONFIG), sampler_by_name(name)
     schedule, scheduler = sampler.schedule(noise, steps), reference_scheduler(name, SD15_SCHEDULER_CONFIG, steps)
     calls = f"{steps} steps, {len(schedule.spans)} calls"
@@ -221,7 +219,7 @@ def sampler_rows(name: str, steps: int = STEPS) -> Iterator[Row]:
 
 
 def analytic(x: Tensor, t: Tensor) -> Tensor:
-    """Stands for the UNet in the sampler rows: nonlinear, different at every timestep."""
+    """Replaces the UNet in the sampler rows: nonlinear and timestep-dependent."""
     return torch.tanh(0.7 * x + t / 800) + 0.2 * torch.cos(3 * x - t / 300)
 
 
@@ -244,7 +242,7 @@ def _last_calls(schedule: Schedule) -> list[bool]:
 def _sigma_error(schedule: Schedule, scheduler: Any) -> float:
     """max |diff| / (1 + |ref|): relative for large sigmas, absolute for small ones.
 
-    DDIM and PNDM of diffusers keep no sigmas: theirs are those of its alphas_cumprod.
+    DDIM and PNDM in diffusers have no sigmas; they are computed from alphas_cumprod.
     """
     sigmas = schedule.sigmas
     if hasattr(scheduler, "sigmas"):
@@ -256,7 +254,7 @@ def _sigma_error(schedule: Schedule, scheduler: Any) -> float:
 
 
 def shape(x: Tensor) -> str:
-    """Such as "2x4x64x64"."""
+    """E.g. "2x4x64x64"."""
     return "x".join(map(str, x.shape))
 
 
@@ -281,4 +279,4 @@ FULL: dict[str, Callable[[], Iterator[Row]]] = {
     "vae": lambda: vae_rows("SD 1.5", SD15.vae, GRIDS, 1),
     "text": lambda: text_rows("SD 1.5", SD15.text),
 }
-"""Part -> its rows, made when they are asked for."""
+"""Part -> its rows, computed on demand."""

@@ -14,7 +14,7 @@ Place = Callable[[float, float], Point]
 
 
 def scatter(points: Mapping[str, Point], x_name: str, y_name: str) -> Image.Image:
-    """Points (cost, share in [0,1]); those that no other beats in both, joined by a line, are the Pareto front."""
+    """Points (cost, fraction in [0,1]); a line connects the Pareto front."""
     image = Image.new("RGB", _SIZE, "white")
     pen = ImageDraw.Draw(image)
     place = _axes(pen, _ceiling(max(x for x, _ in points.values())), 1, x_name, y_name, lambda y: f"{y:.0%}")
@@ -28,7 +28,7 @@ def scatter(points: Mapping[str, Point], x_name: str, y_name: str) -> Image.Imag
 
 
 def lines(curves: Mapping[str, Sequence[Point]], x_name: str, y_name: str) -> Image.Image:
-    """Curves of points (x, y) of at least 0, each with its name at its right end."""
+    """Curves of points (x, y) >= 0, each labelled at its right end."""
     image = Image.new("RGB", _SIZE, "white")
     pen = ImageDraw.Draw(image)
     right, top = (_ceiling(max(point[i] for points in curves.values() for point in points)) for i in (0, 1))
@@ -44,7 +44,7 @@ def lines(curves: Mapping[str, Sequence[Point]], x_name: str, y_name: str) -> Im
 
 
 def front(points: Mapping[str, Point]) -> list[str]:
-    """Names of the points with no other that is both cheaper and better, from the cheapest on."""
+    """Names of the points that no other point beats in both cost and quality, cheapest first."""
     found: list[str] = []
     for name, (_, y) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
         if not found or y > points[found[-1]][1]:
@@ -55,7 +55,7 @@ def front(points: Mapping[str, Point]) -> list[str]:
 def _axes(
     pen: ImageDraw.ImageDraw, right: float, top: float, x_name: str, y_name: str, label: Callable[[float], str]
 ) -> Place:
-    """Draw a grid from 0 to (right, top) with its numbers and names; where a point lies on it."""
+    """Draw a grid from 0 to (right, top) with tick and axis labels; returns the map from values to pixels."""
     font = ImageFont.load_default(size=13)
 
     def place(x: float, y: float) -> Point:
@@ -80,7 +80,7 @@ def _axes(
 
 
 def _write(pen: ImageDraw.ImageDraw, name: str, at: Point, colour: object, taken: list[tuple[float, ...]]) -> None:
-    """A name to the right of a point, below whatever stands there already, which it joins."""
+    """Write a name to the right of a point, below earlier names, and add it to `taken`."""
     font = ImageFont.load_default(size=13)
     x, y = at[0] + 10, at[1]
     right = x + font.getlength(name)
@@ -91,6 +91,6 @@ def _write(pen: ImageDraw.ImageDraw, name: str, at: Point, colour: object, taken
 
 
 def _ceiling(value: float) -> float:
-    """A round number that is no less."""
+    """The next round number that is at least `value`."""
     power = 10 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 1.5, 2, 3, 4, 5, 7.5, 10) if step * power >= value)

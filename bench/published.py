@@ -1,8 +1,8 @@
-"""Layout guidance the way it was published, on current diffusers: what minidiff's guided pass is compared with.
+"""Layout guidance as published, on current diffusers: the reference for minidiff's guided pass.
 
-As in the paper's code and its ports: a processor at every attention layer computes the probabilities explicitly and
-stores them, the parameters keep requiring gradients, the whole UNet runs, and the loss loops over maps, objects, boxes
-and tokens. Written anew from the formula (Chen et al. 2024), for diffusers 0.42.
+As in the paper's code and its ports, a processor at every attention layer computes the probabilities explicitly and
+stores them, parameters require gradients, the whole UNet runs, and the loss loops over maps, objects, boxes and
+tokens. Reimplemented from the formula (Chen et al. 2024), for diffusers 0.42.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class StoringProcessor:
-    """diffusers' seam for attention: the explicit form, whose probabilities go into `store` under the layer's name."""
+    """A diffusers attention processor that computes explicit probabilities and puts them in `store` by layer name."""
 
     def __init__(self, name: str, store: dict[str, Tensor]) -> None:
         self.name, self.store = name, store
@@ -40,21 +40,21 @@ class StoringProcessor:
 
 @dataclass(frozen=True)
 class Published:
-    """A UNet2DConditionModel under processors that store; `store` holds the maps of its last pass."""
+    """A UNet2DConditionModel with storing processors; `store` holds the maps of its last pass."""
 
     unet: Any
     store: dict[str, Tensor]
 
     @classmethod
     def of(cls, unet: Any) -> "Published":
-        """Changes the UNet: its processors, and its parameters require gradients."""
+        """Modifies the UNet: sets its processors and makes its parameters require gradients."""
         store: dict[str, Tensor] = {}
         unet.set_attn_processor({name: StoringProcessor(name, store) for name in unet.attn_processors})
         unet.requires_grad_(True)
         return cls(unet, store)
 
     def loss(self, boxes: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Of the cross-attention of the mid block and of up_blocks.1, for one image on a square grid."""
+        """The loss on cross-attention in the mid block and up_blocks.1, for one image on a square grid."""
         maps = [
             probs
             for name, probs in self.store.items()
@@ -76,7 +76,7 @@ class Published:
     def gradient(
         self, x: Tensor, t: Tensor, context: Tensor, boxes: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]]
     ) -> tuple[Tensor, Tensor]:
-        """(gradient of the loss by x [1,4,h,w], loss). The graph goes with the maps, at the next pass."""
+        """(gradient of the loss with respect to x [1,4,h,w], loss)."""
         x = x.detach().requires_grad_()
         self.unet(x, t, encoder_hidden_states=context, return_dict=False)
         loss = self.loss(boxes, tokens)

@@ -1,6 +1,6 @@
-"""diffusers as the reference: its networks over minidiff's own weights, its schedulers, its pipeline.
+"""diffusers as the reference: its networks with minidiff's weights, its schedulers, its pipeline.
 
-The weights are shared, not copied: both implementations hold the same tensors, so that a full-size UNet fits once.
+The weights are shared, not copied: both implementations hold the same tensors, to save memory at full size.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-transformers.logging.set_verbosity_error()  # before diffusers, whose import makes transformers talk about torchvision
+transformers.logging.set_verbosity_error()  # before diffusers, whose import makes transformers warn about torchvision
 transformers.logging.disable_progress_bar()
 import diffusers  # noqa: E402
 
@@ -37,11 +37,11 @@ THEIRS: Mapping[str, Any] = {
     "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
 }
 COMPARED = (*THEIRS, "euler_karras", "lms_karras", "dpmpp_2m_karras")
-"""The samplers that diffusers has too. Its Euler ancestral knows no Karras sigmas."""
+"""The samplers that diffusers also has. Its Euler ancestral does not support Karras sigmas."""
 
 
 def relative_error(found: Tensor | NDArray[Any], expected: Tensor | NDArray[Any]) -> float:
-    """max |found - expected| / max |expected|; infinite where the shapes differ, NaN where either holds one."""
+    """max |found - expected| / max |expected|; infinite if the shapes differ, NaN if either contains NaN."""
     a, b = (torch.as_tensor(value).detach().double() for value in (found, expected))
     if a.shape != b.shape:
         return float("inf")
@@ -65,7 +65,7 @@ def vae_pair(config: Config, seed: int = 0) -> tuple[VAE, Any]:
 
 
 def text_pair(config: Config, tokenizer: Path = TOKENIZER, seed: int = 0) -> tuple[TextEncoder, Any]:
-    """Our text encoder and a StableDiffusionPipeline that holds nothing but its own, with the same random weights."""
+    """Our text encoder and a StableDiffusionPipeline with only a text encoder, with the same random weights."""
     weights = random_weights(text_encoder_shapes(config), seed)
     theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**dict(config)))
     prefix = "" if next(iter(theirs.state_dict())).startswith("text_model.") else "text_model."
@@ -85,7 +85,7 @@ def text_pair(config: Config, tokenizer: Path = TOKENIZER, seed: int = 0) -> tup
 
 
 def pipeline_pair(folder: Path) -> tuple[minidiff.Model, Any]:
-    """The folder as minidiff and as diffusers load it, in float32 on the CPU."""
+    """The folder loaded by minidiff and by diffusers, in float32 on the CPU."""
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
         str(folder), safety_checker=None, requires_safety_checker=False, dtype=torch.float32, local_files_only=True
     )
@@ -105,13 +105,13 @@ def mend_clip_skip(pipeline: Any) -> None:
 
 
 def reference_context(pipeline: Any, prompts: list[str], clip_skip: int | None) -> Tensor:
-    """diffusers' context [B,L,D] of the prompts. It skips layers for the prompt only; called so, for negatives too."""
+    """diffusers' context [B,L,D]. Its pipeline applies clip_skip to prompts only; called this way, to negatives too."""
     context: Tensor = pipeline.encode_prompt(prompts, "cpu", 1, False, clip_skip=clip_skip)[0]
     return context
 
 
 def reference_scheduler(name: str, config: Config, steps: int | None = None) -> Any:
-    """diffusers' scheduler for one of our sampler names, made from a model's scheduler config as a user would."""
+    """diffusers' scheduler for one of our sampler names, created from a model's scheduler config as users would."""
     settings = {**config, "use_karras_sigmas": name.endswith("_karras")}
     scheduler = THEIRS[name.removesuffix("_karras")].from_config(settings)
     if steps is not None:

@@ -1,7 +1,7 @@
-"""A model of the caller's against diffusers, both loaded from the same source: networks, samplers, whole images.
+"""A user's model against diffusers, both loaded from the same source: networks, samplers, whole images.
 
-In float32 every output is compared with diffusers' own. In half precision both are compared with diffusers' float32:
-minidiff may be as far from it as diffusers in the same precision is, within a factor.
+In float32 every output is compared with diffusers'. In half precision both are compared with diffusers' float32
+output: minidiff's error may exceed that of diffusers in the same precision by at most a factor.
 """
 
 import gc
@@ -26,8 +26,8 @@ from .reference import COMPARED, mend_clip_skip, reference_context, relative_err
 from .table import LEVELS, Row
 
 BOUNDS = {"network": 1e-4, "latents": 1e-3, "image": 1.0}
-"""Of a float32 row, by its kind. Wide, since what a trained network does to a rounding is not known here; a part
-that is wrong is out of it by far."""
+"""Bounds of float32 rows by kind. They are loose, since it is unknown here how trained networks amplify rounding;
+a wrong part exceeds them by far."""
 HALF_BOUND = 2.0
 PROMPTS = ["a red circle and a blue square", "An old lighthouse on a cliff, " * 20]
 
@@ -36,7 +36,7 @@ Grid = tuple[int, int]
 
 
 class Look(NamedTuple):
-    """One output of both. kind: a key of BOUNDS; an image is [B,H,W,3] in [0,1]."""
+    """One output of both implementations. kind: a key of BOUNDS; images are [B,H,W,3] in [0,1]."""
 
     part: str
     kind: str
@@ -53,9 +53,9 @@ def model_rows(
     half: str | None = None,
     edge: int | None = None,
 ) -> Iterator[Row]:
-    """Every row of a source in float32, then in `half`, which leaves out what draws its noise in that precision.
+    """All rows for a source in float32, then in `half`, without samplers that draw their noise in that precision.
 
-    edge: of the latents; None is the size that the UNet was trained on.
+    edge: of the latents; None is the UNet's training size.
     """
     exact: dict[str, Tensor] = {}
     for look in _looks(*load_pair(source, tokenizer, "float32"), steps, samplers, edge):
@@ -63,14 +63,14 @@ def model_rows(
         yield _exact_row(look)
     if half is None:
         return
-    gc.collect()  # the float32 pair goes before the other comes
+    gc.collect()  # free the float32 pair before loading the other
     samplers = [name for name in samplers if "ancestral" not in name]
     for look in _looks(*load_pair(source, tokenizer, half), steps, samplers, edge):
         yield _half_row(look, exact[look.part], half)
 
 
 def load_pair(source: str, tokenizer: str | None, dtype: str) -> tuple[minidiff.Model, Any]:
-    """The source as minidiff and as diffusers load it, each by its own code, on the CPU; nothing is downloaded."""
+    """The source loaded by minidiff and by diffusers, on the CPU; nothing is downloaded."""
     model = minidiff.load(source, tokenizer=tokenizer, dtype=dtype, device="cpu")
     settings = {"safety_checker": None, "dtype": model.dtype, "local_files_only": True}
     if model.origin.is_dir():
@@ -94,7 +94,7 @@ def _looks(
     yield from _unet_looks(model, pipeline, grid)
     yield from _vae_looks(model, pipeline, grid)
     config = {key: value for key, value in pipeline.scheduler.config.items() if key != "minidiff_defaults"}
-    config["clip_sample"] = False  # Stable Diffusion was made without; a config of PNDM may not say so, and DDIM clips
+    config["clip_sample"] = False  # SD does not clip; a PNDM config may omit it, and DDIM clips by default
     noise, size = _noise(1, model.unet.config.in_channels, *grid, seed=5).to(model.dtype), _pixels(model, grid)
     for name in samplers:
         ask = Ask((PROMPTS[0],), sampler=name, steps=steps, scale=PLAIN.scale, size=size, latents=noise)
@@ -148,7 +148,7 @@ def _exact_row(look: Look) -> Row:
 
 
 def _half_row(look: Look, exact: Tensor, dtype: str) -> Row:
-    """The root of the mean square, since the largest of many roundings is a matter of luck."""
+    """Compares RMS errors, since the maximum of many rounding errors is too random."""
     found, expected = (float((x.double() - exact.double()).square().mean().sqrt()) for x in (look.found, look.expected))
     size = float(exact.double().square().mean().sqrt())
     note = f"relative: {found / size:.1e} and {expected / size:.1e}"
@@ -166,11 +166,11 @@ def _noise(*shape: int, seed: int) -> Tensor:
 
 
 OUR_NAMES = ("num_heads", "down_attention", "up_attention", "mid_block")
-"""Of UNetConfig, which the folder format says otherwise."""
+"""Fields of UNetConfig that the folder format encodes differently."""
 
 
 def _write_configs(folder: Path, model: minidiff.Model) -> None:
-    """What diffusers wants beside a single file, which holds weights alone: configs and a tokenizer, as a folder."""
+    """Write the folder of configs and tokenizer that diffusers needs with a single file, which holds only weights."""
     unet, vae = model.unet.config, model.vae.config
     down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
     levels = len(vae.block_out_channels)
@@ -180,7 +180,7 @@ def _write_configs(folder: Path, model: minidiff.Model) -> None:
             **{key: value for key, value in asdict(unet).items() if key not in OUR_NAMES},
             "mid_block_type": "UNetMidBlock2DCrossAttn" if unet.mid_block else None,
             "attention_head_dim": unet.num_heads,
-            "layers_per_block": unet.layers_per_block[0],  # of a single file it is the same at each level
+            "layers_per_block": unet.layers_per_block[0],  # in single files it is the same at each level
             "down_block_types": [down[not has] for has in unet.down_attention],
             "up_block_types": [up[not has] for has in unet.up_attention],
         },

@@ -1,7 +1,7 @@
-"""How cost grows with the batch, the resolution, the number of boxes and of steps: seconds by turns, in one process.
+"""Cost as a function of batch size, resolution, number of boxes and number of steps, timed in one process.
 
-Steps are compared with diffusers in channels_last, guided passes with the published way; a guided and recorded run has
-no counterpart.
+Steps are compared with diffusers in channels_last, guided passes with the published method; a guided and recorded run
+has no counterpart.
 """
 
 import argparse
@@ -38,28 +38,28 @@ from .timing import Timing, by_turns, gemm_rate, print_timing
 
 BATCHES, BOXES, STEPS, EDGES = (1, 2, 4, 8), (1, 2, 4, 8), (2, 3, 4), (0.5, 0.75, 1.0, 1.25)
 LEVEL = 1.05
-"""What an image of a batch may cost of one alone, a step of a long run of one of a short one, the dearest number of
-boxes of the cheapest.
+"""Maximum cost ratio: an image in a batch to a single one, a step of a long run to one of a short run, the most
+expensive number of boxes to the cheapest.
 """
 BOXES_REPEATS = 4
-"""Boxes take so many times the repeats of the others: of four medians of three, one is 1.05 of another by chance."""
-THEIRS = {"batch": "diffusers", "boxes": "the published way", "resolution": "diffusers"}
-"""What each is compared with."""
+"""Factor for the repeats of boxes: among four medians of three, a ratio of 1.05 occurs by chance."""
+THEIRS = {"batch": "diffusers", "boxes": "the published method", "resolution": "diffusers"}
+"""What each table is compared with."""
 Calls = Mapping[str, Callable[[], object]]
 Found = dict[str, dict[str, Timing]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m bench scaling`."""
-    parser.add_argument("--size", choices=SIZES, default="full", help="of the networks (default: SD 1.5's)")
+    """Add the flags of `python -m bench scaling`."""
+    parser.add_argument("--size", choices=SIZES, default="full", help="size of the networks (default: SD 1.5's)")
     parser.add_argument("--dtype", choices=DTYPES, default=judged_dtype())
-    parser.add_argument("--latents", type=int, default=64, metavar="N", help="of a whole image; batches take N/2")
+    parser.add_argument("--latents", type=int, default=64, metavar="N", help="N x N latents per image; batches use N/2")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="calls of each variant (default 5)")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write a PNG for each")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write a PNG per table")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Four tables; 1 where a ratio is out of its bound."""
+    """Print four tables. Returns 1 if a bound is violated."""
     size, dtype, half = SIZES[args.size], DTYPES[args.dtype], args.latents // 2
     facts = {"dtype": args.dtype, "size": args.size, "latents": f"{args.latents}x{args.latents}"}
     facts |= {"repeats": str(args.repeats), "threads": str(torch.get_num_threads())}
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def batches(unet: UNet, other: Any, everything: Inputs, repeats: int) -> Found:
-    """A step of so many images; seconds per image."""
+    """A step by batch size; seconds per image."""
     inputs = {str(count): _first(everything, 2 * count) for count in BATCHES}
     found = _beside(
         "batch",
@@ -103,7 +103,7 @@ def batches(unet: UNet, other: Any, everything: Inputs, repeats: int) -> Found:
 
 
 def boxes(unet: UNet, published: Published, inputs: Inputs, repeats: int) -> Found:
-    """A guided pass of one image with so many boxes."""
+    """A guided pass for one image by number of boxes."""
 
     def way(count: int) -> Callable[[], object]:
         return lambda: published.gradient(inputs.x, inputs.t, inputs.context, PLACES[:count], tokens(count))
@@ -114,12 +114,12 @@ def boxes(unet: UNet, published: Published, inputs: Inputs, repeats: int) -> Fou
 
 
 def steps(unet: UNet, inputs: Inputs, repeats: int) -> Found:
-    """A run of so many guided and recorded steps."""
+    """A guided and recorded run by number of steps."""
     return _beside("steps", "steps: {}", {str(count): guided_run(unet, inputs, count) for count in STEPS}, {}, repeats)
 
 
 def resolutions(unet: UNet, other: Any, each: Sequence[Inputs], repeats: int) -> Found:
-    """A step of one image of each size."""
+    """A step for one image by resolution."""
     inputs = {str(8 * one.x.shape[-1]): one for one in each}
     return _beside(
         "resolution",
@@ -131,7 +131,7 @@ def resolutions(unet: UNet, other: Any, each: Sequence[Inputs], repeats: int) ->
 
 
 def _beside(what: str, named: str, own: Calls, other: Calls, repeats: int) -> Found:
-    """Both by turns; {} in `named` is a variant's."""
+    """Time both alternately; {} in `named` is the variant's name."""
     both = {("", name): call for name, call in own.items()}
     both |= {(f", {THEIRS[what]}", name): call for name, call in other.items()}
     timings = by_turns({name + whose: call for (whose, name), call in both.items()}, repeats)
@@ -157,7 +157,7 @@ def _rows(found: Mapping[str, Mapping[str, Timing]], dtype: str) -> Iterator[Row
     yield Row("a step of a run", f"{dtype}, to {max(STEPS)}", max(others) / short, LEVEL, f"of a run of {min(STEPS)}")
     medians = [timing.median for timing in found["boxes"].values()]
     ratio = max(medians) / min(medians)
-    yield Row("the dearest number of boxes", f"{dtype}, to {max(BOXES)}", ratio, LEVEL, "of the cheapest")
+    yield Row("the costliest number of boxes", f"{dtype}, to {max(BOXES)}", ratio, LEVEL, "of the cheapest")
     largest = list(found["resolution"])[-1]
     for part, what, name in (
         (f"an image of a batch of {max(BATCHES)}", "batch", str(max(BATCHES))),

@@ -1,4 +1,4 @@
-"""Rows of a benchmark that has bounds: a number, what it may be at most, and whether it is."""
+"""Rows of a benchmark with bounds: a value, its upper bound, and whether it holds."""
 
 import json
 import math
@@ -16,7 +16,7 @@ LEVELS = "1/255"
 
 @dataclass(frozen=True)
 class Row:
-    """`value` in `unit` must not exceed `bound`. `shape` says on what; `note` is what a reader should also know."""
+    """`value` in `unit` must not exceed `bound`. `shape`: the input; `note`: further information."""
 
     part: str
     shape: str
@@ -27,12 +27,12 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """False also for NaN."""
+        """Whether the bound holds; False for NaN."""
         return self.value <= self.bound
 
 
 def print_row(row: Row) -> None:
-    """One line, as soon as it is known."""
+    """Print one row, unbuffered."""
     verdict = "ok" if row.ok else "OUT"
     value = f"{row.value:.2e}" if row.bound < 0.01 else f"{row.value:.3g}"
     note = f"  ({row.note})" if row.note else ""
@@ -40,12 +40,12 @@ def print_row(row: Row) -> None:
 
 
 def print_head() -> None:
-    """The line above the rows."""
+    """Print the table header."""
     print(f"{'part':<38} {'shape':<24} {'value':>9} {'bound':>8}  {'':<3}  unit")
 
 
 def print_rows(rows: Iterable[Row]) -> None:
-    """A whole table, below an empty line."""
+    """Print a whole table, after an empty line."""
     print()
     print_head()
     for row in rows:
@@ -53,8 +53,8 @@ def print_rows(rows: Iterable[Row]) -> None:
 
 
 def finish(rows: Iterable[Row], path: str | None, timings: Mapping[str, Mapping[str, Timing]] | None = None) -> int:
-    """Print the verdict, write rows and timings to `path` as JSON, return the exit code: 1 where a row is out of its
-    bound.
+    """Print the verdict, write rows and timings to `path` as JSON, and return the exit code: 1 if a bound is violated
+    or there are no rows.
     """
     rows = list(rows)
     wrong = [row for row in rows if not row.ok]
@@ -63,7 +63,7 @@ def finish(rows: Iterable[Row], path: str | None, timings: Mapping[str, Mapping[
         print_row(row)
     if path is not None:
         found = {"machine": machine(), "versions": versions(), "arguments": sys.argv[1:]}
-        # JSON has no NaN: such a value is null, and the row is not ok
+        # JSON has no NaN or infinity: such values become null, and the row is not ok
         values = [
             {**asdict(row), "value": row.value if math.isfinite(row.value) else None, "ok": row.ok} for row in rows
         ]

@@ -1,7 +1,7 @@
 """One step of sampling with classifier-free guidance: minidiff against diffusers and OpenVINO, the same weights.
 
-A step is the UNet on two rows, [uncond, cond]. The variants of a stage run by turns in one process, and a ratio is of
-their medians.
+A step is the UNet on two rows, [uncond, cond]. The variants of a stage alternate in one process, and ratios are those
+of their medians.
 """
 
 import argparse
@@ -55,23 +55,23 @@ BOUNDS = (
     (OURS_COMPILED, OPENVINO, 1.0),
     (RECORDED, OURS_COMPILED, 1.03),
 )
-"""Variant, what it is compared with, and the largest ratio of their medians."""
+"""Variant, reference, and the maximum ratio of their medians."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m bench throughput`."""
+    """Add the flags of `python -m bench throughput`."""
     add_network_arguments(parser, [judged_dtype()])
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="steps of each variant (default 5)")
-    parser.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
+    parser.add_argument("--eager", action="store_true", help="skip compiled variants")
 
 
 def run(args: argparse.Namespace) -> int:
-    """A table of variants for each dtype; 1 where a ratio is out of its bound."""
+    """Print a table of variants per dtype. Returns 1 if a bound is violated."""
     facts = {"batch": "2 rows", "latents": f"{args.latents}x{args.latents}", "context": "77", "size": args.size}
     facts |= {"repeats": str(args.repeats), "threads": str(torch.get_num_threads())}
     print_header("one step with classifier-free guidance, random weights", facts)
     if not args.eager:
-        print("compiling takes minutes, all at the first calls", flush=True)
+        print("compiling takes minutes, during the first calls", flush=True)
     rows: list[Row] = []
     timings: dict[str, dict[str, Timing]] = {}
     for name in args.dtype:
@@ -93,10 +93,10 @@ def run(args: argparse.Namespace) -> int:
 def measured(
     size: str, dtype: str, edge: int, repeats: int, stages: Iterable[str]
 ) -> tuple[dict[str, dict[str, Timing]], dict[str, float]]:
-    """Variants by turns, stage by stage, and how far each one's prediction is from that of diffusers as loaded.
+    """Timings of the variants by stage, and each prediction's relative error to that of diffusers as loaded.
 
-    A stage is a process: each network that is packed, or compiled by others, holds the weights once more until it ends,
-    and together all variants do not fit into 24 GB in float32.
+    Each stage is a process: networks that are packed, or compiled by other compilers, hold a second copy of the weights
+    until it ends, and all variants together do not fit into 24 GB in float32.
     """
     found: dict[str, dict[str, Timing]] = {}
     eps: dict[str, np.ndarray] = {}
@@ -109,8 +109,8 @@ def measured(
 
 
 def stage(name: str, size: str, dtype: str, edge: int, repeats: int) -> tuple[dict[str, Timing], dict[str, np.ndarray]]:
-    """The seconds of its variants, over the same weights, and their predictions."""
-    warnings.simplefilter("ignore")  # of torch's compiler and of OpenVINO's converter, about diffusers' code
+    """Timings and predictions of a stage's variants, with the same weights."""
+    warnings.simplefilter("ignore")  # torch's compiler and OpenVINO's converter warn about diffusers' code
     inputs = Inputs.random(SIZES[size], DTYPES[dtype], 2, edge, edge)
     variants = STAGES[name](SIZES[size], unet_weights(SIZES[size], DTYPES[dtype]), inputs)
     eps: dict[str, Tensor] = {}
@@ -119,7 +119,7 @@ def stage(name: str, size: str, dtype: str, edge: int, repeats: int) -> tuple[di
 
 
 def _kept(variants: Mapping[str, Step], eps: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
-    """The same calls, whose last result is in `eps`."""
+    """The same calls, storing their last result in `eps`."""
 
     def kept(name: str, step: Step) -> None:
         eps[name] = step()
@@ -137,7 +137,7 @@ def eager(size: Size, weights: Weights, inputs: Inputs) -> dict[str, Step]:
 
 
 def compiled(size: Size, weights: Weights, inputs: Inputs) -> dict[str, Step]:
-    """Both networks by the same compiler, and the quickest without one."""
+    """Both networks compiled by the same compiler, and the fastest diffusers variant without one."""
     last = _channels_last(weights)
     return {
         LAST: theirs(their_unet(size, last), inputs),
@@ -147,7 +147,7 @@ def compiled(size: Size, weights: Weights, inputs: Inputs) -> dict[str, Step]:
 
 
 def recorded(size: Size, weights: Weights, inputs: Inputs) -> dict[str, Step]:
-    """Ours compiled, with and without a record, and another compiler, which crashes on bfloat16 in channels_last."""
+    """Ours compiled, with and without recording, and OpenVINO, which crashes on bfloat16 weights in channels_last."""
     unet = compiled_unet(size, weights)
     four = choose(cross & (place("mid") | block("up", 1)), unet.positions(*inputs.x.shape[2:]))
     return {
@@ -191,7 +191,7 @@ def ours(unet: UNet, inputs: Inputs) -> Step:
 
 
 def streamed(unet: UNet, inputs: Inputs, record: Record) -> Step:
-    """A step that records, and adds its maps to those of the steps before."""
+    """A step that records and averages its maps with those of earlier steps."""
     kept: list[Maps | None] = [None]
 
     @torch.no_grad()
@@ -205,7 +205,7 @@ def streamed(unet: UNet, inputs: Inputs, record: Record) -> Step:
 
 
 def bounds(found: Mapping[str, Timing], dtype: str) -> Iterator[Row]:
-    """The ratios that have a bound, of the variants that ran."""
+    """The ratios with bounds, for the variants that ran."""
     for name, other, bound in BOUNDS:
         if name in found and other in found:
             ratio = found[name].median / found[other].median

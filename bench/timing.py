@@ -1,7 +1,7 @@
-"""Seconds that can be compared: variants by turns in one process, medians with their spread, and what the machine gave.
+"""Comparable timings: variants alternate in one process; medians with spread, and the machine's current speed.
 
-A shared machine drifts by a third within minutes, so only variants of one call to `by_turns` are compared, and the rate
-of a matrix product before and after says how steady it was.
+The speed of a shared machine varies by a third within minutes, so only variants of one call to `by_turns` are compared,
+and the rate of a matrix product before and after shows how stable it was.
 """
 
 import statistics
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """first: seconds of the first call, with what it compiles or packs. seconds: of the calls after it."""
+    """first: seconds of the first call, including compiling and packing. seconds: those of later calls."""
 
     name: str
     first: float
@@ -30,9 +30,9 @@ class Timing:
 
 
 def by_turns(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
-    """Each variant's first call, then `repeats` rounds in which every variant has its turn.
+    """Time each variant's first call, then `repeats` rounds of one call per variant.
 
-    On CUDA two more between them: a graph is captured at the second.
+    On CUDA two untimed calls come in between: a graph is captured in the second.
     """
     first = {name: seconds(call) for name, call in variants.items()}
     for call in variants.values():
@@ -46,7 +46,7 @@ def by_turns(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Of one call; on CUDA between two events of the device, since calls return before they are done."""
+    """Seconds of one call; on CUDA measured with device events, since calls are asynchronous."""
     if torch.cuda.is_available():
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -60,7 +60,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def best(call: Callable[[], object], budget: float = 0.5) -> float:
-    """Seconds of the quickest of the calls that fit into `budget` seconds, three at least: for single kernels."""
+    """Minimum seconds over the calls that fit into `budget` seconds, at least three: for single kernels."""
     call()
     found: list[float] = []
     while len(found) < 3 or sum(found) < budget:
@@ -69,13 +69,13 @@ def best(call: Callable[[], object], budget: float = 0.5) -> float:
 
 
 def gemm_rate(dtype: torch.dtype, device: torch.device, edge: int = 2048) -> float:
-    """TFLOP/s of a product of two square matrices: what the machine gives at the moment."""
+    """TFLOP/s of a product of two square matrices, i.e. the machine's current speed."""
     a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
     return 2 * edge**3 / best(lambda: a @ b) / 1e12
 
 
 def print_timing(timing: Timing, base: float | None = None) -> None:
-    """One line; base: the seconds that the ratio is taken of."""
+    """Print one line; base: the seconds that the ratio is relative to."""
     low, high = timing.spread
     ratio = "" if base is None else f"  {timing.median / base:5.2f} x"
     print(

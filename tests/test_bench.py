@@ -355,7 +355,7 @@ def test_layout_prints_measures_and_returns(
     code = main(["layout", "--json", str(tmp_path / "rows.json"), "--sheet", str(tmp_path / "sheet.png")])
     printed, written = capsys.readouterr().out, json.loads((tmp_path / "rows.json").read_text())
     assert code == (0 if all(row["ok"] for row in written["rows"]) else 1)
-    assert "the measurer itself: 100.0% of the objects" in printed
+    assert "the measurement itself: 100.0% of the objects" in printed
     assert "seconds per image, in batches of" in printed
     for row in written["rows"]:
         assert row["name"] in printed

@@ -60,7 +60,7 @@ def test_the_best_of_several_calls() -> None:
     assert len(calls) == 4  # the first is not counted
 
 
-# --- the published way
+# --- the published method
 
 
 def test_the_published_way_computes_what_minidiff_does() -> None:
@@ -150,9 +150,9 @@ def test_guided(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     ]
     main(["guided", "--dtype", "float32", *flags])
     found = {row["part"]: row for row in rows(tmp_path / "rows.json")}
-    assert found["gradient against the published way's"]["ok"]
+    assert found["gradient against the published method's"]["ok"]
     assert found["extra memory of a guided pass"]["value"] == pytest.approx(0.2)
-    assert "the published way" in capsys.readouterr().out
+    assert "the published method" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -194,12 +194,12 @@ def test_scaling(tmp_path: Path) -> None:
     timings = json.loads((tmp_path / "rows.json").read_text())["timings"]
     assert list(timings["batch"]) == ["1", "2", "4", "8"] and list(timings["resolution"]) == ["64", "96", "128", "160"]
     assert list(timings["batch, diffusers"]) == list(timings["batch"])
-    assert list(timings["boxes, the published way"]) == list(timings["boxes"])
+    assert list(timings["boxes, the published method"]) == list(timings["boxes"])
     assert [len(timings[what]["1"]["seconds"]) for what in ("batch", "boxes")] == [1, 4]
     assert {row["part"] for row in rows(tmp_path / "rows.json")} == {
         "an image of a batch",
         "a step of a run",
-        "the dearest number of boxes",
+        "the costliest number of boxes",
         "an image of a batch of 8",
         "a guided pass with 8 boxes",
         "a step of 160x160",

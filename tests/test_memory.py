@@ -71,7 +71,7 @@ def test_what_is_counted() -> None:
 
 @pytest.mark.slow
 def test_guided_passes() -> None:
-    """The published way takes 5.2 GB for one."""
+    """The published method takes 5.2 GB for one."""
     one = guided(1)
     assert one <= 0.75e9
     assert guided(4) <= 4.02 * one
