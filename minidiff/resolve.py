@@ -121,6 +121,11 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
 
     ValueError for what does not fit this model.
     """
+    if model.unet.config.inpaints:
+        raise ValueError(
+            f"{model.name} is an inpainting model, which paints inside a mask of a picture; minidiff does not do that "
+            "yet: expected a text-to-image model"
+        )
     defaults = model.defaults
     sampler = choose_sampler(
         model.noise, defaults.sampler, request.sampler, request.karras, request.spacing, request.eta

@@ -126,6 +126,19 @@ def test_full_size_file_is_described_without_reading_it(tmp_path: Path) -> None:
     assert found.ignored["averaged copies (EMA) of the UNet"] == 686
 
 
+def test_inpainting_models(folder: Path, tmp_path: Path) -> None:
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    edit(path, lambda tensors: tensors.update({"conv_in.weight": torch.zeros(32, 9, 3, 3)}))
+    edit_json(folder / "unet/config.json", in_channels=9)
+    whole, single = describe(folder), describe(write_single_file(folder, tmp_path / "x.safetensors"))
+    assert (whole.kind, whole.loads) == ("Stable Diffusion 1.x inpainting folder", True)
+    assert (single.kind, single.loads) == ("Stable Diffusion 1.x inpainting checkpoint", True)
+    assert part(whole, "UNet").config["in_channels"] == part(single, "UNet").config["in_channels"] == 9
+    without = describe(write_single_file(folder, tmp_path / "y.safetensors", vae=False))
+    assert without.kind == "Stable Diffusion 1.x inpainting checkpoint without an autoencoder"
+    assert without.all_problems() == ["it holds no autoencoder; pass one with vae="]
+
+
 def test_variant_and_scheduler(folder: Path) -> None:
     for base in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         (folder / f"{base}.safetensors").rename(folder / f"{base}.fp16.safetensors")
@@ -180,7 +193,6 @@ UNET = "model__diffusion_model__input_blocks__"
 OTHERS = {
     "Stable Diffusion XL": zeros(conditioner__embedders__0__weight=(2,), model__diffusion_model__x=(3,)),
     "Stable Diffusion 2": zeros(cond_stage_model__model__ln_final__weight=(4,)),
-    "inpainting": zeros(**{f"{UNET}0__0__weight": (32, 9, 3, 3)}),
     "InstructPix2Pix": zeros(**{f"{UNET}0__0__weight": (32, 8, 3, 3)}),
     "LoRA": zeros(lora_unet_down_blocks_0__lora_up__weight=(4, 2), lora_te_x__alpha=()),
     "ControlNet": zeros(control_model__x=(1,)),

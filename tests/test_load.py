@@ -14,6 +14,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from compare import relative_error
+from diffusers import UNet2DConditionModel
 from ldm import ldm_tensors, write_single_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -300,6 +302,25 @@ def test_the_tokenizer_of_a_single_file_comes_from_the_hub(
     )
     with pytest.raises(ValueError, match=message):
         load(single)
+
+
+@pytest.mark.parametrize("form", ["folder", "single file"])
+def test_an_inpainting_model(form: str, folder: Path, tiny_model: minidiff.Model, tmp_path: Path) -> None:
+    """Nine channels: latents, mask and the latents of the masked image. The rest is as in any model."""
+    change_json(folder / "unet/config.json", in_channels=9)
+    reference = UNet2DConditionModel.from_config(json.loads((folder / "unet/config.json").read_text())).eval()
+    put(folder / UNET_FILE, reference.state_dict())
+    source = folder if form == "folder" else write_single_file(folder, tmp_path / "inpainting.safetensors")
+    model = load(source, tokenizer=folder / "tokenizer")
+    x, context = torch.randn(1, 9, 8, 8), torch.randn(1, 77, 64)
+    with torch.no_grad():
+        eps, _ = model.unet(x, torch.tensor([500]), context)
+        assert relative_error(eps, reference(x, 500, context).sample) <= 1e-5
+        with pytest.raises(ValueError, match=r"latents have shape \[1, 4, 8, 8\]; expected \[B, 9, h, w\]"):
+            model.unet(x[:, :4], torch.tensor([500]), context)
+    assert minidiff.sites(model, width=32, height=32) == minidiff.sites(tiny_model, width=32, height=32)
+    with pytest.raises(ValueError, match="is an inpainting model, which paints inside a mask of a picture"):
+        minidiff.generate("a cat", model=model)
 
 
 # ---- exchanged parts
@@ -591,14 +612,13 @@ def test_scaling_factors_that_give_no_image(factor: float, folder: Path) -> None
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"in_channels": 9}, "Stable Diffusion inpainting model"),
         ({"in_channels": 8}, "InstructPix2Pix model"),
         ({"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20]}, "Stable Diffusion 2 model"),
         ({"cross_attention_dim": 2048, "addition_embed_type": "text_time"}, "Stable Diffusion XL model"),
         ({"class_embed_type": "projection"}, "class_embed_type is 'projection'.* another kind of model"),
         ({"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256.* another kind of model"),
     ],
-    ids=["inpainting", "pix2pix", "SD 2", "SDXL", "unCLIP", "LCM"],
+    ids=["pix2pix", "SD 2", "SDXL", "unCLIP", "LCM"],
 )
 def test_folders_of_other_models(config: dict[str, object], message: str, folder: Path) -> None:
     change_json(folder / "unet/config.json", **config)
@@ -615,7 +635,6 @@ CONV_IN, TEXT_IN = (
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({CONV_IN: (32, 9, 3, 3)}, "it is a Stable Diffusion inpainting model"),
         ({CONV_IN: (32, 8, 3, 3)}, "it is an image-conditioned model, such as an InstructPix2Pix model"),
         ({TEXT_IN: (32, 1024)}, "it is a Stable Diffusion 2 model"),
         ({"cond_stage_model.model.ln_final.bias": (8,)}, "it is a Stable Diffusion 2 checkpoint"),

@@ -110,12 +110,22 @@ def inpainting(sd15: Shapes) -> Shapes:
     return sd15 | {CONV_IN: (320, 9, 3, 3)}
 
 
+def test_an_inpainting_checkpoint(sd15: Shapes) -> None:
+    assert recognise(inpainting(sd15)).problem is None
+    path = Path("x.safetensors")
+    tensors = {key: Stored(path, key, shape, "F16") for key, shape in inpainting(sd15).items()}
+    source = file_source(path, tensors, Path("tokenizer"), None)
+    assert source.unet == UNetConfig(in_channels=9)
+    assert source.unet.inpaints and source.unet.latent_channels == 4
+    check(source)
+
+
 REFUSED = {
     "SDXL": (lambda s: {"conditioner.embedders.0.transformer.x": (1,), CONV_IN: (320, 4, 3, 3)}, "Diffusion XL"),
     "SD 2": (lambda s: {"cond_stage_model.model.ln_final.bias": (1024,), CONV_IN: (320, 4, 3, 3)}, "Diffusion 2"),
     "SD 2 by width": (lambda s: s | {WIDE_TEXT: (320, 1024)}, "Stable Diffusion 2 model .its text is 1024 wide"),
     "SDXL by width": (lambda s: s | {WIDE_TEXT: (320, 2048)}, "Stable Diffusion XL model .its text is 2048 wide"),
-    "inpainting": (inpainting, "Stable Diffusion inpainting model .its UNet takes 9 channels"),
+    "SD 2 inpainting": (lambda s: inpainting(s) | {WIDE_TEXT: (320, 1024)}, "Stable Diffusion 2 model"),
     "pix2pix": (
         lambda s: s | {CONV_IN: (320, 8, 3, 3)},
         "InstructPix2Pix model or GeoWizard .its UNet takes 8 channels",
@@ -147,7 +157,7 @@ REFUSED = {
     ),
     "inpainting UNet alone": (
         lambda s: {"conv_in.weight": (320, 9, 3, 3), "time_embedding.linear_1.weight": (1280, 320)},
-        "inpainting",
+        "a UNet alone",
     ),
     "text encoder alone": (lambda s: {CLIP: (49408, 768)}, "a text encoder alone"),
     "text encoder of transformers 5.6": (lambda s: {CLIP.removeprefix("text_model."): (49408, 768)}, "a text encoder"),

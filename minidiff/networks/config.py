@@ -64,6 +64,16 @@ class UNetConfig:
     use_linear_projection: bool = False
     sample_size: int = 64
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether its input is latents, a mask and the latents of the masked image: 9 channels instead of 4."""
+        return self.in_channels == 2 * self.out_channels + 1
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents among those of its input."""
+        return self.out_channels if self.inpaints else self.in_channels
+
     @classmethod
     def from_dict(cls, config: Mapping[str, object]) -> "UNetConfig":
         """Read unet/config.json. ValueError where it describes something other than an SD 1.x UNet."""

@@ -160,7 +160,7 @@ def _checkpoint(path: Path, tensors: Tensors, kind: Kind, source: Source) -> Des
     problems = _refusal(kind) or _fit(source, _int(source.text, "max_position_embeddings"))
     return Description(
         name=path.name,
-        kind=kind.name,
+        kind=_called(kind, source.unet.inpaints),
         loads=not problems and not any(part.problems for part in parts),
         content=_content(tensors.values()),
         parts=parts,
@@ -225,7 +225,7 @@ def _describe_folder(folder: Path, name: str, variant: str | None) -> Descriptio
         problems = _fit(folder_source(folder, name, variant, None, None), _int(tokenizer, "length"))
     return Description(
         name=name,
-        kind=kind.name,
+        kind=_called(kind, parts[0].config.get("in_channels") == 9),
         loads=not problems and not any(part.problems for part in parts),
         content=_sum(part.content for part in parts),
         parts=parts,
@@ -293,6 +293,7 @@ def _scheduler(config: Mapping[str, object]) -> dict[str, object]:
 
 def _unet(folder: Path | None, config: UNetConfig, tensors: Tensors) -> Part:
     summary = {
+        "in_channels": config.in_channels,
         "widths": config.block_out_channels,
         "layers": config.layers_per_block,
         "heads": config.num_heads,
@@ -357,6 +358,10 @@ def _state(expected: Shapes, tensors: Tensors) -> tuple[Problem, ...]:
 
 def _problem(error: ValueError) -> tuple[Problem, ...]:
     return (Problem(str(error)),)
+
+
+def _called(kind: Kind, inpaints: bool) -> str:
+    return kind.name.replace("1.x", "1.x inpainting") if inpaints else kind.name
 
 
 def _refusal(kind: Kind) -> tuple[Problem, ...]:

@@ -99,17 +99,14 @@ def name_of(keys: Iterable[str], table: Iterable[tuple[str, str]] = _RELATIVES +
     return next((name for pattern, name in table if re.search(pattern, lines, re.MULTILINE)), None)
 
 
-def refuse_widths(in_channels: int, latent_channels: int, context: int) -> Kind | None:
-    """The relatives of SD 1.x that differ in the widths of the UNet's inputs alone; None for SD 1.x itself."""
-    if in_channels == latent_channels + 5:
-        name, why = (
-            "Stable Diffusion inpainting model",
-            f"its UNet takes {in_channels} channels: latents, mask and masked image",
-        )
-    elif in_channels == 2 * latent_channels:
+def refuse_widths(in_channels: int, context: int) -> Kind | None:
+    """The relatives of SD 1.x that differ in the widths of the UNet's inputs only; None for SD 1.x and its inpainting
+    model (9 channels).
+    """
+    if in_channels == 8:
         name, why = (
             "image-conditioned model, such as an InstructPix2Pix model or GeoWizard",
-            f"its UNet takes {in_channels} channels: latents and those of an image",
+            "its UNet takes 8 channels: latents and those of an image",
         )
     elif context == 1024:
         name, why = "Stable Diffusion 2 model", "its text is 1024 wide"
@@ -117,11 +114,11 @@ def refuse_widths(in_channels: int, latent_channels: int, context: int) -> Kind 
         name, why = "Stable Diffusion XL model", "its text is 2048 wide"
     else:
         return None
-    return Kind(name, f"it is {_a(name)} ({why}); minidiff makes images with text-to-image Stable Diffusion 1.x")
+    return Kind(name, f"it is {_a(name)} ({why}); minidiff makes images with Stable Diffusion 1.x")
 
 
 def _refuse_unet(shapes: Shapes, conv_in: str) -> Kind | None:
-    return refuse_widths(_edge(shapes, conv_in, 1, 4), 4, _context(shapes))
+    return refuse_widths(_edge(shapes, conv_in, 1, 4), _context(shapes))
 
 
 def _checkpoint(shapes: Shapes) -> Kind:

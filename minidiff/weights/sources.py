@@ -95,7 +95,7 @@ def folder_refusal(folder: Path) -> Kind | None:
     """What a folder is, by its UNet's widths, where that is another kind of model."""
     config = read_json(folder / "unet" / "config.json")
     channels, context = config.get("in_channels"), config.get("cross_attention_dim")
-    return refuse_widths(channels, 4, context) if isinstance(channels, int) and isinstance(context, int) else None
+    return refuse_widths(channels, context) if isinstance(channels, int) and isinstance(context, int) else None
 
 
 def _class_name(folder: Path) -> str:
@@ -171,9 +171,9 @@ def check_fit(found: Source, length: int, width: int) -> None:
             f"the UNet reads text {found.unet.cross_attention_dim} wide, the text encoder gives {width}: "
             "they are of different models"
         )
-    if found.unet.in_channels != found.vae.config.latent_channels:
+    if found.unet.latent_channels != found.vae.config.latent_channels:
         raise ValueError(
-            f"the UNet works on {found.unet.in_channels} channels, the autoencoder on "
+            f"the UNet works on {found.unet.latent_channels} channels, the autoencoder on "
             f"{found.vae.config.latent_channels}: they are of different models"
         )
     if length < 3:
