@@ -10,6 +10,7 @@ from .guidance.guide import (
     Guidance as Guidance,
     Report as Report,
 )
+from .guidance.image_prompt import ImagePrompt as ImagePrompt
 from .guidance.layout import Layout as Layout
 from .guidance.objectives import (
     Objective as Objective,
@@ -73,6 +74,7 @@ from .sampling import (
     Euler as Euler,
     EulerAncestral as EulerAncestral,
 )
+from .weights.image_prompt import with_image_prompt as with_image_prompt
 from .weights.load import load as load
 
 __version__: str

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import number, shown, tensor, warn, whole
+from .image_adapter import ImageAdapter
 from .networks.sites import Grid, Site, Where, choose
 from .networks.text import TextEncoder
 from .networks.unet import UNet
@@ -79,8 +80,9 @@ class Model:
 
     `name` is the hub id, or the name of the folder or file; `origin` the folder or file that was read;
     `options` the arguments of `load` that change the images (plain values), for the record; `dtype_choice` why load
-    took its dtype, where it was not told. `adapters`: what was put on it since, in that order. `safety`: the checker
-    that looks at finished pictures, where load was asked for it.
+    took its dtype, where it was not told. `adapters`: what was put on it since, in that order; `image_adapters`: of
+    those that take pictures, what makes tokens of them. `safety`: the checker that looks at finished pictures, where
+    load was asked for it.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Model:
     dtype_choice: str = ""
     adapters: tuple[Adapter, ...] = ()
     safety: SafetyChecker | None = None
+    image_adapters: tuple[ImageAdapter, ...] = ()
 
     def __repr__(self) -> str:
         on = f" with {', '.join(map(str, self.adapters))}" if self.adapters else ""

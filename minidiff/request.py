@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from .draw import Picture
     from .guidance.guide import Guidance
+    from .guidance.image_prompt import ImagePrompt
     from .guidance.layout import Boxes
     from .guidance.objectives import Objective
     from .model import Model
@@ -39,7 +41,15 @@ BUNDLED = "minidiff/shapes"
 """The name of the model that ships inside the package."""
 MOST_IMAGES = 10_000  # per call: the latents alone take 650 MB at 512x512
 _LAST_SEED = 2**64 - 1  # the largest that torch.Generator takes
-_QUIET = ("images_per_prompt", "edits", "attention", "reduce", "output", "progress")  # omitted at their default
+_QUIET = (
+    "images_per_prompt",
+    "image_prompt_scale",
+    "edits",
+    "attention",
+    "reduce",
+    "output",
+    "progress",
+)  # omitted at their default
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +79,10 @@ class Request:
         image), or {"boxes": ..., "weight": 2.0}; token positions may replace the phrase.
     guidance: how to follow boxes: a Guidance, an objective, the name of a published one ("layout",
         "attend_and_excite", "boxdiff", "refocusing", "rnb"), or "none" (for edits that follow boxes themselves).
+    image_prompt: a picture that prompts beside the text, for a model with an IP-Adapter (with_image_prompt): a PIL
+        image, an array, a path, or an ImagePrompt, which says where it counts and how strongly; or a list of them.
+        Those of one adapter, without a box and with the same scale, are read together.
+    image_prompt_scale: how strongly they count; one number, or one per adapter. 0 leaves them out.
     edits: one or several changes to the attention. inputs: tensors that your own edits and recorders read.
     attention: keep attention maps for the result's `attention["phrase"]`: True, or your own Record.
     reduce: how to combine maps over steps: "mean", "last", "per_step", or a function such as minidiff.MEAN.
@@ -102,6 +116,8 @@ class Request:
     negative_context: Tensor | None = None
     boxes: Boxes | Sequence[Boxes | None] | None = None
     guidance: Guidance | Objective | str | Mapping[str, object] | None = None
+    image_prompt: ImagePrompt | Picture | str | Path | Sequence[object] | Mapping[str, object] | None = None
+    image_prompt_scale: float | Sequence[float] = 1.0
     edits: Edit | Sequence[Edit] = ()
     inputs: Inputs | None = None
     attention: bool | Record = False
@@ -204,6 +220,7 @@ class Request:
                 if one is not None:
                     read_regions(one)
         self._check_guidance()
+        self._check_image_prompt()
         if not isinstance(self.edits, tuple) or self.edits or self.attention is not False or self.inputs is not None:
             self._check_attention()
         if not callable(self.reduce):
@@ -230,6 +247,17 @@ class Request:
                 f"guidance is {shown(self.guidance)} but there are no boxes to follow; expected "
                 'boxes={"phrase": (x0, y0, x1, y1)} too, or {"phrase": None} for an objective that needs no position'
             )
+
+    def _check_image_prompt(self) -> None:
+        scale = self.image_prompt_scale
+        several = hasattr(scale, "__len__") and not isinstance(scale, str | bytes) and getattr(scale, "ndim", 1) > 0
+        self._set("image_prompt_scale", (numbers if several else number)("image_prompt_scale", scale))
+        if self.image_prompt is not None:
+            from .guidance.image_prompt import read_image_prompts
+
+            self._set("image_prompt", read_image_prompts(self.image_prompt))
+        elif self.image_prompt_scale != 1:
+            raise ValueError(f"image_prompt_scale is {shown(scale)} but there is no image_prompt; expected both")
 
     def _check_attention(self) -> None:
         from torch import Tensor
@@ -325,6 +353,8 @@ class Request:
                 value = value if isinstance(value, str) else str(value) if isinstance(value, Path) else value.name
             elif field.name == "guidance" and hasattr(value, "plain"):
                 value = value.plain()
+            elif field.name == "image_prompt":
+                value = [one.plain() for one in value]
             elif field.name == "boxes":
                 value = [_plain_boxes(one) for one in value] if isinstance(value, list | tuple) else _plain_boxes(value)
             found[field.name] = value

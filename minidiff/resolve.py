@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .checks import warn
+from .checks import number, warn
 from .guidance.guide import Guidance
+from .guidance.image_prompt import ImagePrompt
 from .guidance.layout import Layout, Region, make_layout, read_regions
 from .model import Model
+from .networks.attention import picture_name
 from .networks.sites import Position, Site
 from .request import Request, listed
 from .sampling import Sampler, choose_sampler, sampler_fields
@@ -196,6 +200,60 @@ def check_latents(request: Request, shape: tuple[int, int, int]) -> Tensor:
             "at the size of the image"
         )
     return request.latents.detach().float().cpu()
+
+
+@torch.no_grad()
+def image_inputs(request: Request, model: Model, there: Mapping[Site, Position], negative: bool) -> dict[str, Tensor]:
+    """What a UNet's forward reads of the image prompts: tokens [B,T,D], or [uncond, cond] with `negative`, and how much
+    they count in the cells of each grid, [1,h,w]. Without pictures, and at scale 0, nothing."""
+    groups: dict[tuple[int, float, int | None], list[ImagePrompt]] = {}
+    for i, (adapter, scale, prompt) in enumerate(_image_prompts(request, model)):
+        if scale != 0:
+            groups.setdefault((adapter, scale, None if prompt.box is None else i), []).append(prompt)
+    found: dict[str, Tensor] = {}
+    counts: Counter[int] = Counter()
+    for (adapter, scale, _), prompts in groups.items():
+        cond, uncond = model.image_adapters[adapter].tokens([prompt.picture for prompt in prompts])
+        halves = [uncond.expand_as(cond), cond] if negative else [cond]  # [n,T,D]
+        tokens = torch.cat([half.flatten(0, 1).expand(request.images, -1, -1) for half in halves])
+        own = counts[adapter]
+        counts[adapter] += 1
+        found[picture_name(adapter, own)] = tokens
+        for grid in {at.grid for at in there.values()}:
+            share = scale * prompts[0].share(grid)
+            found[picture_name(adapter, own, grid)] = share[None].to(model.device, model.dtype)
+    return found
+
+
+def _image_prompts(request: Request, model: Model) -> list[tuple[int, float, ImagePrompt]]:
+    """The image prompts, each with its adapter and its whole scale. ValueError where the model has not so many."""
+    prompts = request.image_prompt
+    if prompts is None:
+        return []
+    assert isinstance(prompts, tuple)  # normalised by Request
+    there = len(model.image_adapters)
+    if not there:
+        raise ValueError(
+            "image_prompt is given but the model has no IP-Adapter; expected one from "
+            "minidiff.with_image_prompt(model, file, image_encoder)"
+        )
+    given = request.image_prompt_scale
+    scales = given if isinstance(given, tuple) else (number("image_prompt_scale", given),) * there
+    if len(scales) != there:
+        raise ValueError(f"image_prompt_scale holds {len(scales)} numbers for {there} adapters; expected one for each")
+    unnamed = [prompt for prompt in prompts if prompt.adapter is None]
+    if there > 1 and unnamed and len(unnamed) != there:
+        raise ValueError(
+            f"image_prompt holds {len(unnamed)} pictures for {there} adapters; expected one for each, in their order, "
+            "or ImagePrompt(picture, adapter=0) to say which reads it"
+        )
+    found, order = [], itertools.count() if there > 1 else itertools.repeat(0)
+    for prompt in prompts:
+        adapter = next(order) if prompt.adapter is None else prompt.adapter
+        if adapter >= there:
+            raise ValueError(f"image_prompt names adapter {adapter}; the model has {there}, counted from 0")
+        found.append((adapter, prompt.scale * scales[adapter], prompt))
+    return found
 
 
 def check_places(how: Guidance, regions: Sequence[Sequence[Region]]) -> None:

@@ -23,7 +23,7 @@ from .networks.text import Phrases
 from .png.chunk import Plain, plain
 from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
 from .request import BUNDLED, Request
-from .resolve import Texts, check_latents, check_places, resolve
+from .resolve import Texts, check_latents, check_places, image_inputs, resolve
 from .result import Images, Result, to_numpy, to_pil
 from .sampling import SamplerStep, Schedule, sample
 from .speed.accelerate import compile_whole, is_compiled
@@ -82,7 +82,8 @@ def sample_steps(request: Request) -> Run:
     edits = tuple(replace(edit, sites=choose(edit.sites, there)) for edit in request.edits)
     encoded = texts.encode(model, request.clip_skip, negative=scale > 1)
     regions = texts.regions(request, model)
-    own = {name: value.to(model.device) for name, value in (request.inputs or {}).items()}
+    given_inputs = {name: value.to(model.device) for name, value in (request.inputs or {}).items()}
+    own = image_inputs(request, model, there, negative=scale > 1) | given_inputs
     guide, given = None, own
     if any(regions):
         layout = texts.layout(model, regions, encoded.shape[1], there)

@@ -141,7 +141,16 @@ def _region(key: object, value: object, find: Callable[[str], tuple[int, ...]], 
     else:
         tokens = _tokens(key, length)
         name = f"tokens:{','.join(map(str, tokens))}"
-    where, weight, masked = f"boxes[{shown(key)}]", 1.0, False
+    return _placed(f"boxes[{shown(key)}]", value, name, tokens)
+
+
+def read_place(name: str, value: object) -> Region:
+    """A box, several or a mask, as the values of `boxes` are, checked; it has no tokens."""
+    return _placed(name, value, name, ())
+
+
+def _placed(where: str, value: object, name: str, tokens: tuple[int, ...]) -> Region:
+    weight, masked = 1.0, False
     if isinstance(value, Mapping):
         if not value.keys() <= {"boxes", "mask", "weight"} or len(value.keys() & {"boxes", "mask"}) != 1:
             raise ValueError(f'{where} is {shown(value)}; expected {{"boxes": ..., "weight": 1.0}} or {{"mask": ...}}')

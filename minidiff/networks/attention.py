@@ -114,6 +114,13 @@ def mask_name(grid: Grid) -> str:
     return f"masks.{grid[0]}x{grid[1]}"
 
 
+def picture_name(adapter: int, number: int, grid: Grid | None = None) -> str:
+    """The name among a forward pass's `inputs` of some pictures' tokens [B,T,D] for an IP-Adapter, or with a grid, of
+    how much they count in each of its cells, [B or 1,h,w]. number: counts what the adapter reads, each by itself.
+    """
+    return f"pictures.{adapter}.{number}{'' if grid is None else f'.{grid[0]}x{grid[1]}'}"
+
+
 def read_input(inputs: Inputs, name: str, expected: str = 'boxes={"phrase": (x0, y0, x1, y1)}') -> Tensor:
     """One of the inputs of a forward pass. ValueError if it is missing, with the argument that provides it."""
     if name not in inputs:
@@ -277,7 +284,7 @@ def attention_probs(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
 class AttentionLayer(nn.Module):
     """Multi-head attention of pixels to text (`context` given) or to each other.
 
-    Weight names as in the folder format.
+    Weight names as in the folder format. `to_k_ip` and `to_v_ip` have one layer for each IP-Adapter on the UNet.
     """
 
     def __init__(self, site: Site, channels: int, context_channels: int, num_heads: int) -> None:
@@ -287,6 +294,7 @@ class AttentionLayer(nn.Module):
         self.to_k = nn.Linear(context_channels, channels, bias=False)
         self.to_v = nn.Linear(context_channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_k_ip, self.to_v_ip = nn.ModuleList(), nn.ModuleList()
 
     def forward(self, x: Tensor, context: Tensor, grid: Grid, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
         """x [B,N,C], context [B,L,C'] -> (new x, what the record keeps of this site or None)."""
@@ -297,6 +305,13 @@ class AttentionLayer(nn.Module):
             out, kept = attention(q, k, v), None
         else:
             out, kept = hooked_attention(self.site, q, k, v, grid, keep, hooks.rows, edits, hooks.inputs)
+        for adapter, layers in enumerate(zip(self.to_k_ip, self.to_v_ip, strict=True)):
+            number = 0
+            while (name := picture_name(adapter, number)) in hooks.inputs:
+                k, v = (self.split_heads(layer(hooks.inputs[name])) for layer in layers)
+                share = hooks.inputs[picture_name(adapter, number, grid)].flatten(1)[:, None, :, None]  # [B,1,N,1]
+                out = out + share * attention(q, k, v)
+                number += 1
         return self.to_out[0](out.transpose(1, 2).flatten(2)), kept  # [B,H,N,D] -> [B,N,C]
 
     def split_heads(self, y: Tensor) -> Tensor:

@@ -59,13 +59,17 @@ def compile_unet(unet: Network) -> Network:
     On the CPU its layers are packed, and the graphs call them by number. The graphs hold no weights, so they cost no
     memory, and later processes, which assign the same numbers, find them in the compiler's cache.
     """
-    if next(unet.parameters()).device.type != "cpu" or not ONEDNN:
-        return compile_network(unet.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
-    numbers = free_numbers()
-    for layer in pack(unet, 0).modules():
-        if isinstance(layer, Packed):
+    return compile_network(number_layers(unet, free_numbers()))
+
+
+def number_layers(network: Network, numbers: Iterator[int]) -> Network:
+    """The same network as graphs take it: on the CPU with packed, numbered layers, elsewhere in channels_last."""
+    if next(network.parameters()).device.type != "cpu" or not ONEDNN:
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for layer in pack(network, 0).modules():
+        if isinstance(layer, Packed) and layer.number is None:
             layer.take_number(next(numbers))
-    return compile_network(unet)
+    return network
 
 
 def free_numbers() -> Iterator[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import shown
-from .accelerate import compile_network, free_numbers, is_compiled
+from .accelerate import compile_network, free_numbers, is_compiled, number_layers, prepare
 from .packed import Packed
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -31,6 +31,19 @@ def with_weights(network: Network, changes: Mapping[str, Tensor]) -> Network:
     if changes:
         vars(new)["changed_weights"] = changed_weights(network) | set(changes)
     return new
+
+
+def with_modules(network: Network, modules: Mapping[str, nn.Module]) -> Network:
+    """A new network with other modules at some paths, packed like its own; it shares everything else with the old one.
+
+    As with_weights: the old network stays as it is, and a compiled one is recompiled.
+    """
+    numbers, new = free_numbers(), nn.ModuleList(modules.values())
+    if is_compiled(network):
+        number_layers(new, numbers)
+    else:
+        prepare(new)
+    return _replaced(network, modules, numbers)
 
 
 def changed_weights(network: nn.Module) -> frozenset[str]:
@@ -75,21 +88,23 @@ def _parameter(value: Tensor, old: Tensor) -> nn.Parameter:
     return nn.Parameter(copy, requires_grad=old.requires_grad)
 
 
-def _replaced(module: Network, changes: Mapping[str, nn.Parameter], numbers: Iterator[int]) -> Network:
-    """A module with some parameters replaced, by path; the module itself if there are none."""
+def _replaced(module: Network, changes: Mapping[str, nn.Parameter | nn.Module], numbers: Iterator[int]) -> Network:
+    """A module with some parameters or modules replaced, by path; the module itself if there are none."""
     if not changes:
         return module
     new = _shell(module)
-    below: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
+    below: dict[str, dict[str, nn.Parameter | nn.Module]] = defaultdict(dict)
     for path, value in changes.items():
         head, _, rest = path.partition(".")
         if rest:
             below[head][rest] = value
+        elif isinstance(value, nn.Module):
+            new._modules[head] = value
         else:
             new._parameters[head] = value
     for name, inner in below.items():
         child = module._modules[name]
-        assert child is not None  # it has these parameters
+        assert child is not None  # the paths lead through it
         new._modules[name] = _replaced(child, inner, numbers)
     if isinstance(new, Packed):
         new.forget()

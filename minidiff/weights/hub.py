@@ -88,6 +88,16 @@ def fetch_tokenizer() -> Path:
         ) from error
 
 
+def fetch_image_encoder(source: str) -> Path:
+    """The local folder of a CLIP vision model: a repository, or a folder in one (owner/name/folder)."""
+    owner, _, rest = source.partition("/")
+    name, _, inside = rest.partition("/")
+    files = ["config.json", "preprocessor_config.json", "model.safetensors"]
+    return (
+        _fetch(f"{owner}/{name}" if name else owner, None, [f"{inside}/{file}".lstrip("/") for file in files]) / inside
+    )
+
+
 def _at(repo: str, revision: str | None) -> str:
     return repo if revision is None else f"{repo} at revision {revision}"
 

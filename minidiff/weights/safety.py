@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..checks import numbers, shown, whole
-from ..pictures import CLIP_MEAN, CLIP_STD
+from ..checks import shown
 from ..request import BUNDLED
 from ..safety import SafetyChecker
 from .files import Stored, check_finite, read_tensors
@@ -15,7 +14,7 @@ from .hub import fetch_safety
 from .open import local_path
 from .sources import folder_tensors, read_json, weight_file
 from .state import check_state
-from .vision import load_vision
+from .vision import load_vision, read_preprocessor
 
 _CONCEPTS, _SPECIAL = 17, 3  # how many embeddings every checker of Stable Diffusion 1.x holds
 
@@ -57,7 +56,7 @@ def find_safety(
     if not (checker / "config.json").is_file():
         raise ValueError(f"{folder} has no safety checker: {checker / 'config.json'} is not there; {mend}")
     config = read_json(checker / "config.json")
-    edge, mean, std = _reading(folder / "feature_extractor" if checker == inside else checker)
+    edge, mean, std = read_preprocessor(folder / "feature_extractor" if checker == inside else checker)
     has = variant is not None and (checker / weight_file("model", variant)).is_file()
     return SafetySource(config, folder_tensors(checker, "model", variant if has else None), edge, mean, std)
 
@@ -100,26 +99,3 @@ def load_safety(found: SafetySource, dtype: torch.dtype, device: torch.device) -
         found.mean,
         found.std,
     )
-
-
-def _reading(folder: Path) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """(edge, mean, std) of preprocessor_config.json. ValueError unless it resizes, cuts and scales as CLIP does."""
-    path = folder / "preprocessor_config.json"
-    config = read_json(path)
-    size, crop = config.get("size", 224), config.get("crop_size", 224)
-    edge = size.get("shortest_edge") if isinstance(size, dict) else size
-    same = crop in (edge, {"height": edge, "width": edge})
-    steps = ("do_resize", "do_center_crop", "do_normalize", "do_rescale")
-    if not same or config.get("resample", 3) != 3 or not all(config.get(step, True) for step in steps):
-        raise ValueError(
-            f"{path}: size {shown(size)}, crop_size {shown(crop)}, resample {shown(config.get('resample', 3))}; "
-            "expected CLIP's: the shorter edge resized (bicubic, 3), its middle cut out and normalised"
-        )
-    edge = whole(f"{path}: size", edge, 1, 2**14)
-    mean, std = (
-        numbers(f"{path}: {key}", config.get(key, default))
-        for key, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
-    )
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"{path}: image_mean {mean}, image_std {std}; expected three numbers each, image_std above 0")
-    return edge, mean, std

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..checks import choice, number, whole
+from ..checks import choice, number, numbers, shown, whole
+from ..image_adapter import ImageEncoder
 from ..networks.text import ACTIVATIONS
+from ..pictures import CLIP_MEAN, CLIP_STD
 from .files import Stored, check_finite, read_tensors
+from .hub import fetch_image_encoder
+from .open import local_path
+from .sources import folder_tensors, read_json
 from .state import check_state
 
 if TYPE_CHECKING:
@@ -51,6 +57,62 @@ def load_vision(
     embeddings.register_buffer("position_ids", positions, persistent=False)  # was on the meta device
     model.eval()  # type: ignore[no-untyped-call, unused-ignore]
     return model.requires_grad_(False)
+
+
+def load_image_encoder(source: str | Path, dtype: torch.dtype, device: torch.device) -> ImageEncoder:
+    """An ImageEncoder from a folder or a hub id. ValueError that says what does not fit."""
+    if not isinstance(source, str | Path) or source == "":
+        raise ValueError(f"image_encoder is {shown(source)}; expected the folder of a CLIP vision model, or a hub id")
+    folder = local_path(source) or fetch_image_encoder(str(source))
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is not there; expected the folder of a CLIP vision model, such as h94/IP-Adapter/models/"
+            "image_encoder"
+        )
+    config = read_json(path)
+    config = config.get("vision_config", config)  # type: ignore[assignment]  # of a whole CLIP
+    if not isinstance(config, dict) or config.get("model_type") != "clip_vision_model":
+        raise ValueError(f"{path}: model_type is not 'clip_vision_model'; expected the config of a CLIP vision model")
+    tensors = folder_tensors(folder, "model", None)
+    vision = load_vision(config, {k: v for k, v in tensors.items() if k.startswith(PREFIX)}, dtype, device)
+    key = "visual_projection.weight"
+    last = {name: tensor for name, tensor in tensors.items() if name == key}
+    rows = last[key].shape[0] if key in last and last[key].shape else 1024
+    shapes = {key: torch.Size((rows, vision.config.hidden_size))}
+    check_state("image encoder", shapes, last)
+    edge = int(vision.config.image_size)  # type: ignore[arg-type, unused-ignore]
+    there = (folder / "preprocessor_config.json").is_file()  # h94/IP-Adapter has none
+    reading = read_preprocessor(folder) if there else (edge, CLIP_MEAN, CLIP_STD)
+    if reading[0] != edge:
+        raise ValueError(
+            f"{folder}/preprocessor_config.json gives {reading[0]} pixels, the image encoder reads {edge}: they are of "
+            "different models"
+        )
+    return ImageEncoder(vision, read_tensors(last, shapes, dtype, device)[key], *reading, str(source))
+
+
+def read_preprocessor(folder: Path) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """(edge, mean, std) of preprocessor_config.json. ValueError unless it resizes, cuts and scales as CLIP does."""
+    path = folder / "preprocessor_config.json"
+    config = read_json(path)
+    size, crop = config.get("size", 224), config.get("crop_size", 224)
+    edge = size.get("shortest_edge") if isinstance(size, dict) else size
+    same = crop in (edge, {"height": edge, "width": edge})
+    steps = ("do_resize", "do_center_crop", "do_normalize", "do_rescale")
+    if not same or config.get("resample", 3) != 3 or not all(config.get(step, True) for step in steps):
+        raise ValueError(
+            f"{path}: size {shown(size)}, crop_size {shown(crop)}, resample {shown(config.get('resample', 3))}; "
+            "expected CLIP's: the shorter edge resized (bicubic, 3), its middle cut out and normalised"
+        )
+    edge = whole(f"{path}: size", edge, 1, 2**14)
+    mean, std = (
+        numbers(f"{path}: {key}", config.get(key, default))
+        for key, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
+    )
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"{path}: image_mean {mean}, image_std {std}; expected three numbers each, image_std above 0")
+    return edge, mean, std
 
 
 def _empty_model(config: Mapping[str, object]) -> CLIPVisionModel:

@@ -1,0 +1,106 @@
+"""Pictures as prompts: which one, how strongly, and where in the image it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..checks import number, shown, whole
+from ..draw import Picture, to_image
+from .layout import Region, read_place
+
+if TYPE_CHECKING:
+    from ..networks.sites import Grid
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePrompt:
+    """A picture that prompts an image beside its text, for a model with an IP-Adapter (see with_image_prompt).
+
+    image: a PIL image, an array [H,W,3] or a tensor [3,H,W] (uint8, or floats in [0,1]), or the path of a file. The
+        vision model sees its middle square.
+    scale: how strongly it counts, times `image_prompt_scale`; 1 is what the adapter was trained with.
+    box: where in the image it counts, as in `boxes`: (x0, y0, x1, y1) in [0,1], several such boxes, or a mask. None is
+        everywhere.
+    adapter: the number of the IP-Adapter that reads it. None is the only one; of several, each reads one picture of a
+        list, in order.
+    name: of the file that the picture is of.
+    """
+
+    image: Picture | str | Path
+    scale: float = 1.0
+    box: object = None
+    adapter: int | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image, str | Path):
+            object.__setattr__(self, "name", Path(self.image).name)
+        object.__setattr__(self, "image", _read(self.image))
+        object.__setattr__(self, "scale", number("image_prompt: scale", self.scale))
+        if self.adapter is not None:
+            object.__setattr__(self, "adapter", whole("image_prompt: adapter", self.adapter, 0))
+        self._region()
+
+    @property
+    def picture(self) -> Image.Image:
+        """The picture in RGB, whatever it was made from."""
+        assert isinstance(self.image, Image.Image)  # __post_init__
+        return self.image
+
+    def share(self, grid: Grid) -> Tensor:
+        """How much it counts in each cell, [h,w] in [0,1]; 1 everywhere without a box. float64, on the CPU."""
+        region = self._region()
+        return torch.ones(grid, dtype=torch.float64, device="cpu") if region is None else region.coverage(grid)
+
+    def plain(self) -> dict[str, object]:
+        """The fields that are not at their defaults."""
+        region = self._region()
+        box = None if region is None else list(region.boxes) if region.mask is None else region.mask
+        named = {"name": self.name, "image": self.picture, "box": box, "adapter": self.adapter}
+        found = {name: value for name, value in named.items() if value is not None}
+        return found | ({} if self.scale == 1 else {"scale": self.scale})
+
+    def _region(self) -> Region | None:
+        return None if self.box is None else read_place("image_prompt: box", self.box)
+
+
+def read_image_prompts(value: object) -> tuple[ImagePrompt, ...]:
+    """What a caller gave as `image_prompt`: one or a list of ImagePrompts, pictures, and mappings of the fields."""
+    several = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not several:
+        raise ValueError("image_prompt is an empty list; expected at least one picture, or None")
+    return tuple(map(_prompt, several))
+
+
+def _prompt(value: Any) -> ImagePrompt:
+    if isinstance(value, ImagePrompt):
+        return value
+    if not isinstance(value, Mapping):
+        return ImagePrompt(value)
+    names = [field.name for field in fields(ImagePrompt)]
+    if "image" not in value or not value.keys() <= set(names):
+        raise ValueError(f"image_prompt is {shown(value)}; expected a mapping with image and some of {names[1:]}")
+    return ImagePrompt(**value)
+
+
+def _read(image: Any) -> Image.Image:
+    try:
+        if not isinstance(image, str | Path):
+            return to_image(image)
+        with Image.open(Path(image).expanduser()) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (
+        OSError,
+        RuntimeError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # Pillow raises all of them
+        raise ValueError(f"image_prompt cannot be read: {error}") from error

@@ -1,0 +1,488 @@
+"""Image prompts against diffusers' load_ip_adapter on the same small files, and what else must hold of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compare import relative_error
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+import minidiff
+from minidiff import ImagePrompt, with_image_prompt
+from minidiff.networks.image_prompt import image_projection
+from minidiff.resolve import image_inputs
+from minidiff.speed import accelerate
+from minidiff.speed.packed import Packed
+from minidiff.weights.image_prompt import _layers
+
+WIDTH, HIDDEN, EMBEDDING = 64, 32, 24  # of the text, of the vision model's layers, of its projection
+# along the cells of every grid, where diffusers' bicubic masks are exact too
+LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+
+
+def shapes_of(kind: str) -> dict[str, tuple[int, ...]]:
+    if kind == "plain":
+        return {"proj.weight": (4 * WIDTH, EMBEDDING)}
+    if kind == "full":
+        return {"proj.0.weight": (HIDDEN, HIDDEN), "proj.3.weight": (WIDTH,)}
+    layers = {f"layers.{i}.0.to_q.weight": (128, 48) for i in range(4)}
+    return {"latents": (1, 6, 48), "proj_in.weight": (48, HIDDEN), "layers.0.1.1.weight": (192, 48)} | layers
+
+
+def write_adapter(path: Path, kind: str, model: minidiff.Model, seed: int = 0) -> Path:
+    """A file with the layout of ip-adapter_sd15.safetensors or ip-adapter-plus_sd15.safetensors."""
+    torch.manual_seed(seed)
+    projection = image_projection(shapes_of(kind), WIDTH)
+    assert projection is not None
+    parts = nn.ModuleDict({"image_proj": projection, "ip_adapter": _layers(model.unet)})
+    state = {}
+    for key, value in parts.state_dict().items():
+        norm = (value.ndim == 1 and "norm" in key) or key.endswith((".1.0.weight", ".1.0.bias", "proj.3.weight"))
+        # keys and values large enough that a wrong one shows
+        state[key] = value + 0.1 * torch.randn(value.shape) if norm else 0.3 * torch.randn(value.shape)
+    save_file(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vision") / "image_encoder"
+    config = CLIPVisionConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        projection_dim=EMBEDDING,
+        hidden_act="gelu",
+    )
+    torch.manual_seed(5)
+    model = CLIPVisionModelWithProjection(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, tiny_model: minidiff.Model) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        kind: write_adapter(folder / f"{kind}.safetensors", kind, tiny_model, seed)
+        for seed, kind in enumerate(("plain", "plus", "full"))
+    }
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: minidiff.Model, files: Mapping[str, Path], encoder_folder: Path) -> minidiff.Model:
+    return with_image_prompt(tiny_model, files["plain"], encoder_folder)
+
+
+@pytest.fixture(scope="module")
+def two(model: minidiff.Model, files: Mapping[str, Path], encoder_folder: Path) -> minidiff.Model:
+    """Both kinds on one model."""
+    return with_image_prompt(model, files["plus"], encoder_folder)
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (40, 56)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+CALL: dict[str, Any] = {"steps": 2, "seed": 4, "guidance_scale": 5.0, "sampler": "ddim", "output": "tensor"}
+
+
+def ours(model: minidiff.Model, **more: Any) -> Tensor:
+    images = minidiff.generate("a red circle", model=model, **{**CALL, **more}).images
+    assert isinstance(images, Tensor)
+    return images
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_folder: Path, encoder_folder: Path) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.image_encoder = CLIPVisionModelWithProjection.from_pretrained(encoder_folder)
+    return pipe
+
+
+def reference(pipe: StableDiffusionPipeline, files: list[Path], scale: Any, masks: Any = None, **more: Any) -> Tensor:
+    """diffusers' image with the adapters, for the same noise."""
+    names = [path.name for path in files]
+    pipe.load_ip_adapter([str(files[0].parent)] * len(names), [""] * len(names), names)
+    pipe.set_ip_adapter_scale(scale)
+    latents = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(CALL["seed"]))[None]
+    return pipe(
+        "a red circle",
+        num_inference_steps=CALL["steps"],
+        guidance_scale=CALL["guidance_scale"],
+        latents=latents,
+        output_type="pt",
+        cross_attention_kwargs=None if masks is None else {"ip_adapter_masks": masks},
+        **more,
+    ).images
+
+
+def mask(*boxes: tuple[float, float, float, float]) -> Tensor:
+    """As diffusers takes them: [1, one for each picture, h, w]."""
+    found = torch.zeros(1, len(boxes), 64, 64)
+    for i, (x0, y0, x1, y1) in enumerate(boxes):
+        found[0, i, int(64 * y0) : int(64 * y1), int(64 * x0) : int(64 * x1)] = 1
+    return found
+
+
+# ---- the same numbers as diffusers
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("plain", 1.0), ("plus", 0.6), ("full", 1.0)])
+def test_each_kind_equals_diffusers(
+    kind: str,
+    scale: float,
+    tiny_model: minidiff.Model,
+    files: Mapping[str, Path],
+    encoder_folder: Path,
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    model = with_image_prompt(tiny_model, files[kind], encoder_folder)
+    found = ours(model, image_prompt=picture(), image_prompt_scale=scale)
+    expected = reference(pipeline, [files[kind]], scale, ip_adapter_image=picture())
+    assert (found - expected).abs().max() < 0.01 / 255
+    assert (found - ours(tiny_model)).abs().max() > 2 / 255
+
+
+def test_the_networks_alone_equal_diffusers(
+    two: minidiff.Model, files: Mapping[str, Path], pipeline: StableDiffusionPipeline
+) -> None:
+    """Tokens and the UNet, before a sampler has averaged anything."""
+    names = ["plain.safetensors", "plus.safetensors"]
+    pipeline.load_ip_adapter([str(files["plain"].parent)] * 2, ["", ""], names)
+    pipeline.set_ip_adapter_scale([0.5, 0.8])
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 7, WIDTH)
+    with torch.no_grad():
+        embeds = pipeline.prepare_ip_adapter_image_embeds([picture(0), picture(1)], None, "cpu", 1, True)
+        expected = pipeline.unet(x, 500, context, added_cond_kwargs={"image_embeds": embeds}).sample
+        theirs = pipeline.unet.encoder_hid_proj(embeds)
+        for adapter, image, tokens in zip(two.image_adapters, (picture(0), picture(1)), theirs, strict=True):
+            cond, uncond = adapter.tokens([image])
+            assert relative_error(torch.cat([uncond, cond]), tokens[:, 0]) <= 1e-5
+        request = minidiff.Request("x", image_prompt=[picture(0), picture(1)], image_prompt_scale=[0.5, 0.8])
+        inputs = image_inputs(request, two, two.unet.positions(8, 8), negative=True)
+        found, _ = two.unet(x, 500, context, inputs=inputs)
+        plain, _ = two.unet(x, 500, context)
+    assert relative_error(found, expected) <= 1e-5
+    assert relative_error(plain, expected) > 1e-2
+
+
+def test_two_at_once_with_masks_equal_diffusers(
+    two: minidiff.Model, files: Mapping[str, Path], pipeline: StableDiffusionPipeline
+) -> None:
+    """Two pictures for the first adapter, each with a box of its own, and one for the second, with a mask."""
+    top = (0.0, 0.0, 1.0, 0.5)
+    prompts = [
+        ImagePrompt(picture(0), 0.5, LEFT, adapter=0),
+        ImagePrompt(picture(1), box=RIGHT, adapter=0),
+        ImagePrompt(picture(2), box={"mask": mask(top)[0, 0]}, adapter=1),
+    ]
+    found = ours(two, image_prompt=prompts, image_prompt_scale=[1.0, 0.8])
+    expected = reference(
+        pipeline,
+        [files["plain"], files["plus"]],
+        [[0.5, 1.0], [0.8]],
+        masks=[mask(LEFT, RIGHT), mask(top)],
+        ip_adapter_image=[[picture(0), picture(1)], [picture(2)]],
+    )
+    assert (found - expected).abs().max() < 0.01 / 255
+
+
+def test_pictures_without_a_place_are_read_together_as_in_diffusers(
+    model: minidiff.Model, files: Mapping[str, Path], pipeline: StableDiffusionPipeline
+) -> None:
+    found = ours(model, image_prompt=[picture(0), picture(1)])
+    expected = reference(pipeline, [files["plain"]], 1.0, ip_adapter_image=[[picture(0), picture(1)]])
+    assert (found - expected).abs().max() < 0.01 / 255
+
+
+# ---- what must hold beside it
+
+
+def test_nothing_is_changed_where_no_picture_counts(tiny_model: minidiff.Model, two: minidiff.Model) -> None:
+    before = ours(tiny_model)
+    assert torch.equal(ours(two), before)
+    assert torch.equal(ours(two, image_prompt=[picture(0), picture(1)], image_prompt_scale=0), before)
+    assert torch.equal(ours(two, image_prompt=ImagePrompt(picture(), 0, adapter=1)), before)
+    assert tiny_model.adapters == () and "to_k_ip" not in " ".join(tiny_model.unet.state_dict())
+
+
+def test_all_else_is_shared(tiny_model: minidiff.Model, two: minidiff.Model) -> None:
+    old, new = dict(tiny_model.unet.named_parameters()), dict(two.unet.named_parameters())
+    assert all(new[name] is old[name] for name in old)
+    added = [name for name in new if name not in old]
+    assert added and all("attn2.to_k_ip." in name or "attn2.to_v_ip." in name for name in added)
+    assert two.image_adapters[0].encoder is two.image_adapters[1].encoder
+    assert repr(two).count("image prompt") == 2
+
+
+def test_a_picture_governs_its_box_alone(model: minidiff.Model) -> None:
+    """One call of the UNet: the share of each cell is exact at every grid, and none outside."""
+    prompt = ImagePrompt(picture(), box=(0.25, 0.0, 0.625, 1.0))
+    request = minidiff.Request("x", image_prompt=prompt, image_prompt_scale=0.5)
+    inputs = image_inputs(request, model, model.unet.positions(8, 8), negative=False)
+    row = [0, 0, 0.5, 0.5, 0.5, 0, 0, 0]
+    assert torch.equal(inputs["pictures.0.0.8x8"], torch.tensor(row).expand(1, 8, 8))
+    assert torch.equal(inputs["pictures.0.0.4x4"][0, 0], torch.tensor([0, 0.5, 0.25, 0]))
+
+
+def test_images_of_a_batch_equal_each_alone(two: minidiff.Model) -> None:
+    prompts = [ImagePrompt(picture(0), box=LEFT, adapter=0), ImagePrompt(picture(1), adapter=1)]
+    call = {**CALL, "model": two, "image_prompt": prompts}
+    together = minidiff.generate(["a circle", "a blue circle"], **{**call, "seed": [3, 4]}).images
+    for i, (prompt, seed) in enumerate([("a circle", 3), ("a blue circle", 4)]):
+        alone = minidiff.generate(prompt, **{**call, "seed": seed}).images
+        assert (together[i] - alone[0]).abs().max() < 1 / 255
+
+
+def test_the_maps_are_those_of_the_text(two: minidiff.Model) -> None:
+    """In the first layer, before any picture has been added, they are as without one; recording changes no picture."""
+    record = minidiff.Record(minidiff.cross, minidiff.ALL)
+    call = {**CALL, "model": two, "image_prompt": [picture(0), picture(1)], "steps": 1, "spacing": "trailing"}
+    with_pictures = minidiff.generate("a red circle", **call, attention=record)
+    without = minidiff.generate("a red circle", **{**call, "image_prompt": None}, attention=record)
+    assert relative_error(with_pictures.images, minidiff.generate("a red circle", **call).images) < 1e-5
+    first, *others = two.unet.sites[1::2]
+    maps, before = with_pictures.attention.maps, without.attention.maps
+    assert torch.equal(maps[first], before[first]) and maps[first].shape[-1] == 77
+    assert all(relative_error(maps[site], before[site]) > 1e-4 for site in others)
+
+
+def test_guidance_sees_the_pictures_of_the_conditional_half(two: minidiff.Model) -> None:
+    """Its first look equals one at the maps of a pass with the conditional tokens alone."""
+    once = minidiff.Guidance(steps=1, iterations=1)
+    call = {**CALL, "model": two, "boxes": {"red circle": LEFT}, "guidance": once}
+    one = minidiff.generate("a red circle", **call, image_prompt=[picture(0), picture(1)])
+    alone = minidiff.generate("a red circle", **{**call, "guidance_scale": 1}, image_prompt=[picture(0), picture(1)])
+    none = minidiff.generate("a red circle", **call)
+    assert torch.equal(one.reports[0].loss[:1], alone.reports[0].loss[:1])
+    assert not torch.allclose(one.reports[0].loss[:1], none.reports[0].loss[:1])
+
+
+def test_edits_act_on_the_text_alone(model: minidiff.Model) -> None:
+    """Where no text is seen, the picture still is."""
+
+    def nothing(site: minidiff.Site, probs: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        return torch.zeros_like(probs)
+
+    edit = minidiff.Edit(minidiff.cross, probs=nothing, rows="all")
+    found = [ours(model, edits=edit, image_prompt=image) for image in (picture(0), picture(1), None)]
+    assert all((found[0] - other).abs().max() > 1 / 255 for other in found[1:])
+
+
+def test_other_weights_go_on_it(model: minidiff.Model) -> None:
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k_ip.0.weight"
+    new = minidiff.with_weights(model.unet, {name: 2 * model.unet.get_parameter(name).detach()})
+    assert (
+        ours(replace(model, unet=new), image_prompt=picture()) - ours(model, image_prompt=picture())
+    ).abs().max() > 0
+    assert torch.equal(ours(replace(model, unet=new)), ours(model))
+
+
+def test_what_a_picture_may_be(model: minidiff.Model, tmp_path: Path) -> None:
+    image = picture()
+    image.save(tmp_path / "cat.png")
+    expected = ours(model, image_prompt=image)
+    for same in (tmp_path / "cat.png", str(tmp_path / "cat.png"), np.asarray(image), {"image": image, "scale": 1}):
+        assert torch.equal(ours(model, image_prompt=same), expected)
+    assert replace(ImagePrompt(tmp_path / "cat.png"), scale=0.5).name == "cat.png"
+
+
+def test_half_precision(tiny_folder: Path, files: Mapping[str, Path], encoder_folder: Path) -> None:
+    model = minidiff.load(tiny_folder, dtype="bfloat16", device="cpu")
+    two = with_image_prompt(with_image_prompt(model, files["plus"], encoder_folder), files["plain"], encoder_folder)
+    assert {parameter.dtype for parameter in two.unet.parameters()} == {torch.bfloat16}
+    found = ours(two, image_prompt=[ImagePrompt(picture(), box=LEFT), picture()])
+    assert found.isfinite().all() and not torch.equal(found, ours(model))
+
+
+@pytest.mark.slow
+def test_compiled_in_one_graph_for_all_pictures(
+    tiny_folder: Path, files: Mapping[str, Path], encoder_folder: Path, two: minidiff.Model
+) -> None:
+    """No break, no graph for a new picture, scale or box; the base's graphs stay as they are."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerate, "_flags", lambda device: {"fullgraph": True, "dynamic": False, "backend": counter})
+        base = minidiff.load(tiny_folder, dtype="float32", device="cpu", compile=True)
+        before = ours(base)
+        numbers = [layer.number for layer in base.unet.modules() if isinstance(layer, Packed)]
+        new = with_image_prompt(with_image_prompt(base, files["plain"], encoder_folder), files["plus"], encoder_folder)
+    assert [layer.number for layer in base.unet.modules() if isinstance(layer, Packed)] == numbers
+    assert len({layer.number for layer in new.unet.modules() if isinstance(layer, Packed)} - {None}) > len(numbers)
+    for prompts in ([picture(0), picture(1)], [picture(1), ImagePrompt(picture(2), 0.5, LEFT)]):
+        assert (ours(new, image_prompt=prompts) - ours(two, image_prompt=prompts)).abs().max() < 1 / 255
+        assert counter.frame_count == 2
+    assert torch.equal(ours(base), before)
+    assert counter.frame_count == 2
+
+
+# ---- what is refused, each by its own message
+
+
+def changed(path: Path, target: Path, change: Any) -> Path:
+    state = load_file(path)
+    save_file(change(state), target)
+    return target
+
+
+def _without(name: str) -> Any:
+    return lambda state: {key: value for key, value in state.items() if key != name}
+
+
+def _resized(suffix: str, *shape: int) -> Any:
+    return lambda state: {k: torch.zeros(shape) if k.endswith(suffix) else v for k, v in state.items()}
+
+
+WRONG = {
+    "SDXL": (
+        "plain",
+        _resized("_ip.weight", 32, 2048),
+        "Stable Diffusion XL makes tokens 2048 wide, and the model's are 64",
+    ),
+    "FaceID": (
+        "plain",
+        lambda s: {
+            "image_proj.norm.weight": s["image_proj.norm.weight"],
+            "image_proj.proj.0.weight": torch.zeros(2, 2),
+        },
+        "FaceID",
+    ),
+    "FaceID plus": ("plain", lambda s: s | {"ip_adapter.0.to_q_lora.down.weight": torch.zeros(4, 4)}, "FaceID"),
+    "a LoRA": ("plain", lambda s: {"lora_unet_x.lora_down.weight": torch.zeros(4, 4)}, "expected an IP-Adapter.* LoRA"),
+    "a missing layer": ("plain", _without("ip_adapter.3.to_v_ip.weight"), r"missing ip_adapter\.3\.to_v_ip\.weight"),
+    "an unknown key": ("plain", lambda s: s | {"image_proj.more": torch.zeros(1)}, r"unexpected image_proj\.more"),
+    "no projection": (
+        "plain",
+        lambda s: {k: v for k, v in s.items() if "image_proj" not in k},
+        "image_proj holds nothing",
+    ),
+    "half a resampler": ("plus", _without("image_proj.proj_in.weight"), r"image_proj\.proj_in\.weight is missing"),
+    "odd heads": ("plus", _resized("to_q.weight", 100, 48), "queries are 100 wide; expected a multiple of 64"),
+    "flat latents": ("plus", _resized("latents", 6), "make no sense"),
+    "another shape": (
+        "plain",
+        _resized("ip_adapter.1.to_k_ip.weight", 5, WIDTH),
+        r"ip_adapter\.1\.to_k_ip\.weight has shape",
+    ),
+    "another UNet's layers": ("plain", _without("ip_adapter.1.to_k_ip.weight"), "missing"),
+    "NaN": (
+        "plain",
+        lambda s: s | {"ip_adapter.1.to_k_ip.weight": torch.full((32, WIDTH), float("nan"))},
+        "not finite.*ip_adapter.1.to_k_ip",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_files_are_named(
+    name: str, tmp_path: Path, tiny_model: minidiff.Model, files: Mapping[str, Path], encoder_folder: Path
+) -> None:
+    kind, change, message = WRONG[name]
+    path = changed(files[kind], tmp_path / "adapter.safetensors", change)
+    with pytest.raises(ValueError, match=rf"(?s)adapter\.safetensors.*{message}"):
+        with_image_prompt(tiny_model, path, encoder_folder)
+
+
+def test_files_that_cannot_be_read_are_named(
+    tmp_path: Path, tiny_model: minidiff.Model, files: Mapping[str, Path], encoder_folder: Path
+) -> None:
+    torch.save({"image_proj": {}}, tmp_path / "ip-adapter.bin")
+    (tmp_path / "cut.safetensors").write_bytes(files["plain"].read_bytes()[:-100])
+    for name, message in (
+        ("ip-adapter.bin", "pickle"),
+        ("cut.safetensors", "too few"),
+        ("none.safetensors", "not there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_image_prompt(tiny_model, tmp_path / name, encoder_folder)
+    for wrong in ((None, files["plain"]), (tiny_model, 7)):
+        with pytest.raises(ValueError, match="expected"):
+            with_image_prompt(*wrong, encoder_folder)
+
+
+def test_wrong_image_encoders_are_named(
+    tmp_path: Path, tiny_model: minidiff.Model, files: Mapping[str, Path], encoder_folder: Path
+) -> None:
+    config = json.loads((encoder_folder / "config.json").read_text())
+    for change, message in (
+        ({"hidden_size": 16}, "embeddings.class_embedding has shape"),
+        ({"model_type": "siglip_vision_model"}, "model_type is not 'clip_vision_model'"),
+        ({"image_size": None}, "image_size is None"),
+        ({"num_attention_heads": 5}, "must be a multiple of 5"),
+        ({"hidden_act": "tanh"}, "hidden_act"),
+        (None, "config.json is not there"),
+    ):
+        folder = tmp_path / "encoder"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(encoder_folder, folder)
+        (folder / "config.json").unlink()
+        if change is not None:
+            (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            with_image_prompt(tiny_model, files["plain"], folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": 16, "size": {"shortest_edge": 16}}))
+    with pytest.raises(ValueError, match="gives 16 pixels, the image encoder reads 32"):
+        with_image_prompt(tiny_model, files["plain"], folder)
+    for wrong in (7, "", "no/such/encoder"):
+        with pytest.raises(ValueError, match=r"image_encoder is|not in the hub's cache"):
+            with_image_prompt(tiny_model, files["plain"], wrong)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("plain", {"projection_dim": 16}), ("plus", {"hidden_size": 16})])
+def test_a_vision_model_of_another_width_is_named(
+    kind: str, size: dict[str, int], tmp_path: Path, tiny_model: minidiff.Model, files: Mapping[str, Path]
+) -> None:
+    sizes = {"hidden_size": HIDDEN, "projection_dim": EMBEDDING} | size
+    config = CLIPVisionConfig(**sizes, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=32)
+    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
+    (name,) = size
+    with pytest.raises(ValueError, match=f"trained with a vision model whose {name} is .* is 16"):
+        with_image_prompt(tiny_model, files[kind], tmp_path)
+
+
+def test_wrong_image_prompts_are_named(tiny_model: minidiff.Model, two: minidiff.Model, tmp_path: Path) -> None:
+    (tmp_path / "no.png").write_text("no picture")
+    three = [picture(i) for i in range(3)]
+    for given, message in (
+        ({"image_prompt": tmp_path / "none.png"}, r"image_prompt cannot be read: .*none\.png"),
+        ({"image_prompt": tmp_path / "no.png"}, "cannot identify image"),
+        ({"image_prompt": 7}, "image_prompt cannot be read: the picture is 7"),
+        ({"image_prompt": []}, "image_prompt is an empty list"),
+        ({"image_prompt": {"picture": picture()}}, "expected a mapping with image"),
+        ({"image_prompt": {"image": picture(), "scale": "much"}}, "image_prompt: scale is 'much'"),
+        ({"image_prompt": {"image": picture(), "box": (0, 0, 2, 1)}}, "image_prompt: box .* outside"),
+        ({"image_prompt": {"image": picture(), "adapter": -1}}, "image_prompt: adapter is -1"),
+        ({"image_prompt": three}, "image_prompt holds 3 pictures for 2 adapters"),
+        ({"image_prompt": ImagePrompt(picture(), adapter=2)}, "names adapter 2; the model has 2"),
+        ({"image_prompt": three[:2], "image_prompt_scale": [1, 1, 1]}, "holds 3 numbers for 2 adapters"),
+        ({"image_prompt": three[:2], "image_prompt_scale": "much"}, "image_prompt_scale is 'much'"),
+        ({"image_prompt": three[:2], "image_prompt_scale": [1, float("nan")]}, "image_prompt_scale is nan"),
+        ({"image_prompt_scale": 0.5}, "there is no image_prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ours(two, **given)
+    with pytest.raises(ValueError, match="the model has no IP-Adapter; expected one from minidiff.with_image_prompt"):
+        ours(tiny_model, image_prompt=picture())
