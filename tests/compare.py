@@ -1,10 +1,10 @@
-"""How far two tensors are apart: the one measure that every parity test uses."""
+"""The error measure that every parity test uses."""
 
 from torch import Tensor
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest absolute expected value, in float64."""
+    """max |found - expected| / max |expected|, in float64."""
     assert found.shape == expected.shape, (found.shape, expected.shape)
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).abs().max() / expected.abs().max())

@@ -2,10 +2,10 @@
 
 import os
 
-# huggingface_hub reads it when it is imported, torch counts its threads when it is imported.
+# Set before the imports: huggingface_hub and torch read the environment when imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Two pools of threads on two cores get in each other's way: one thread each where pytest-xdist runs several processes.
-# Not by default but always, since those inherit what was set here for the process that starts them.
+# Thread pools of several processes slow each other down on two cores: one thread each under pytest-xdist.
+# Not setdefault, since workers inherit the value set here for the main process.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 else:
@@ -29,7 +29,7 @@ from minidiff.networks.vae import VAE
 from minidiff.shapes.folder import INDEX
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"
-# A single file does not tell its numbers of heads and groups: 8, 32 and 64-wide CLIP heads are those that it implies.
+# A single file does not store numbers of heads and groups; it implies 8, 32 and CLIP heads of width 64.
 UNET = {
     "_class_name": "UNet2DConditionModel",
     "_diffusers_version": "0.42.1",
@@ -108,7 +108,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For what compares or times small networks."""
+    """Run with one thread, for tests that compare small networks."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -117,9 +117,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion folder with small random float32 weights, laid out as the hub's: 32x32 pixels, latents 8x8.
+    """A Stable Diffusion folder with small random float32 weights in the hub's layout: 32x32 pixels, latents 8x8.
 
-    Tests read it; those that change something copy it first.
+    Read-only; tests that change something copy it first.
     """
     folder = tmp_path_factory.mktemp("models") / "tiny"
     with torch.random.fork_rng(devices=[]):
@@ -147,7 +147,7 @@ def _write(folder: Path, config: dict, base: str, weights: dict[str, Tensor]) ->
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:
-    """torch's own initialisation, with norms that are not the identity, so that a mixed-up name shows."""
+    """torch's own initialisation, with norms that are not the identity, so that swapped names have an effect."""
     weights = {}
     for key, value in network.state_dict().items():
         norm = "norm" in key.split(".")[-2]

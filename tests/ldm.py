@@ -1,5 +1,5 @@
 """Stable Diffusion's original names: the inverse of the tables in minidiff/weights/names.py. Writes a model folder as
-one file in these names, with what else a file of 2022 holds."""
+one file with these names, plus the other tensors that files of 2022 contain."""
 
 import json
 from pathlib import Path
@@ -82,8 +82,8 @@ def write_single_file(
 ) -> Path:
     """Write `target` from `folder` (whose text file has the hub's keys) and return it.
 
-    vae: False leaves the autoencoder out. text_prefix: "" as in some merged files. flat_vae_attention: as [C,C], where
-    the original code has convolutions [C,C,1,1]. dtype: of the networks' weights. more: other tensors.
+    vae: False omits the autoencoder. text_prefix: "" as in some merged files. flat_vae_attention: [C,C] instead of the
+    original code's convolutions [C,C,1,1]. dtype: of the networks' weights. more: additional tensors.
     """
     tensors = ldm_tensors(folder, flat_vae_attention)
     tensors = {key: value.to(dtype).contiguous() for key, value in tensors.items()}
@@ -99,7 +99,7 @@ def write_single_file(
 
 
 def ldm_tensors(folder: Path, flat_vae_attention: bool = False) -> dict[str, Tensor]:
-    """The weights of the folder's three networks by the names of a single file."""
+    """The weights of the folder's three networks by their names in a single file."""
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     names = unet_names(UNetConfig.from_dict(_json(folder / "unet" / "config.json")))
     tensors = {names[key]: value for key, value in unet.items()}

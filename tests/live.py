@@ -1,6 +1,6 @@
-"""Memory by count: the most bytes that tensors hold at one time, the same number on every machine.
+"""Memory by counting: the peak number of bytes held by tensors, the same on every machine.
 
-With `shapes_only` nothing is computed or allocated, so that a full-size network takes seconds.
+With `shapes_only` nothing is computed or allocated, so that a full-size network takes only seconds.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class _Live(TorchDispatchMode):
-    """Follows the storages of what operators return, but for packed weights."""
+    """Tracks the storages of operator results, except packed weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,12 +40,12 @@ def _storages(values: object) -> Iterator[torch.UntypedStorage]:
 
 
 def shapes_only() -> FakeTensorMode:
-    """Within it networks are made and called without numbers. Real tensors may go in as well."""
+    """In this mode networks are created and called without data. Real tensors are accepted as inputs."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def peak(call: Callable[[], object]) -> int:
-    """Bytes beyond what there was before, at the most, while it is called."""
+    """Peak bytes allocated during the call."""
     with _Live() as live:
         call()
     return live.peak

@@ -1,12 +1,12 @@
-"""Published runs of layout guidance, run again with minidiff's parts.
+"""Published runs of layout guidance, replayed with minidiff's parts.
 
 Chen, Laina and Vedaldi's own code ("paper") and the port in diffusers-layout-guidance ("tflcg") do more than the
-formula says. What they do stands here and not in the library:
+formula says. Those extras are implemented here and not in the library:
 
-- the stop test keeps the last loss across steps, so guidance ends for good at the first look that passes the threshold,
-  and comes before the next look, so that look's move is still made;
-- a box's corners on a grid are cut off by int() (paper) or rounded by round() (tflcg), a cell is in or out;
-- tflcg takes the second half of what it thinks is a batch [uncond, cond], which is the second half of the heads;
+- the stop test uses the last loss across steps, so guidance ends for good at the first evaluation below the threshold;
+  it comes before the next evaluation, so that evaluation's update is still made;
+- box corners on a grid are truncated by int() (paper) or rounded by round() (tflcg); a cell is either in or out;
+- tflcg takes the second half of an assumed batch [uncond, cond], which is in fact the second half of the heads;
 - paper finds a token by counting the prompt's words.
 """
 
@@ -67,10 +67,10 @@ class TflcgCase(TypedDict):
 
 @dataclass(frozen=True)
 class Run:
-    """A published run: what was asked for, and how its code reads it.
+    """A published run: its arguments, and how its code interprets them.
 
-    tokens, boxes: of each object. snap: an edge of a box, counted in cells, to a whole number; None for minidiff's own
-    exact coverage. guidance: with an objective that reads the heads that the code reads. guide: how it stops.
+    tokens, boxes: per object. snap: rounds a box edge in cells to an integer; None for minidiff's own exact coverage.
+    guidance: with an objective that uses the same heads as the code. guide: how it stops.
     """
 
     prompt: str
@@ -86,17 +86,17 @@ class Run:
 
 
 def replay(reference_file: Path, model_folder: Path, dtype: torch.dtype = torch.float64) -> tuple[list[float], Tensor]:
-    """The loss of every look in order, and the latents after every step [S,4,h,w] in the sampler's scaling.
+    """The loss of every evaluation in order, and the latents after every step [S,4,h,w] in the sampler's scaling.
 
-    model_folder: the model's; without a tokenizer it has that of tests/golden. dtype: of the networks and the latents;
-    float64, since a run whose moves multiply a rounding by thousands has no digits of float32 to compare at its end.
+    model_folder: without a tokenizer, that of tests/golden is used. dtype: of the networks and the latents; float64,
+    since a run that amplifies rounding errors by thousands leaves no accurate float32 digits to compare.
     """
     noise = load_file(reference_file)["latents0"]
     return rerun(read_run(reference_file), load_model(model_folder, dtype), noise)
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Model:
-    """float64, which `load` does not offer, too."""
+    """A model in any dtype, including float64, which `load` does not offer."""
     tokenizer = None if (folder / "tokenizer").is_dir() else GOLDEN / "tokenizer"
     model = minidiff.load(folder, tokenizer=tokenizer, dtype="float32", device="cpu")
     for network in (model.unet, model.vae, model.text.model):
@@ -109,9 +109,8 @@ def rerun(
 ) -> tuple[list[float], Tensor]:
     """As `replay`, from unit-variance noise [1,4,h,w].
 
-    starts: latents [S,4,h,w], such as a reference's; every step but the first then begins where they say the step
-    before it ended, so that what is lost to rounding does not add up. first: end after so
-    many steps.
+    starts: latents [S,4,h,w], e.g. a reference's; every step but the first then starts from those of the step before,
+    so that rounding errors do not accumulate. first: stop after this many steps.
     """
     noise = noise.to(model.dtype)
     context = model.text.encode([run.negative, run.prompt])
@@ -123,7 +122,7 @@ def rerun(
 
     def refine(x: Tensor, t: Tensor, abar: float, index: int) -> Tensor:
         if starts is not None and index > 0:
-            x = starts[index - 1 : index].to(x) * abar**0.5  # both samplers' latents are scaled by sigma
+            x = starts[index - 1 : index].to(x) * abar**0.5  # both samplers' latents are scaled by 1 / sqrt(abar)
         return guide.refine(x, t, abar, index)
 
     denoise = Denoise(model, context, run.guidance_scale, 0.0, record=None, edits=(), inputs=None)
@@ -133,12 +132,12 @@ def rerun(
 
 
 def losses(guide: Guide) -> list[float]:
-    """Of every look, in order; of one image."""
+    """The loss of every evaluation in order, for one image."""
     return [float(look.loss) for looks in guide.seen.values() for look in looks]
 
 
 class Sticky(Guide):
-    """Stops for good after the first look that passes the threshold. For one image."""
+    """Stops for good after the first evaluation below the threshold. For one image."""
 
     def refine(self, x: Tensor, t: Tensor, abar: float, index: int) -> Tensor:
         scale, threshold, iterations = self.guidance.at(index)
@@ -172,7 +171,7 @@ def snapped(boxes: Sequence[Box], grid: Grid, snap: Callable[[float], int]) -> T
 
 
 def half_of_the_heads(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
-    """As BOX_MASS, of the second half: [B,H/2,O,L]."""
+    """BOX_MASS of the second half of the heads: [B,H/2,O,L]."""
     return BOX_MASS(site, probs.chunk(2, dim=1)[1], inputs)
 
 
@@ -181,14 +180,14 @@ def of_half_of_the_heads() -> Objective:
 
 
 def read_run(file: Path) -> Run:
-    """From a reference file's metadata."""
+    """Read a run from a reference file's metadata."""
     with safe_open(file, "pt") as opened:
         told = {name: json.loads(text) for name, text in opened.metadata().items()}
     return paper_run(told["case"], told["cfg"]) if "cfg" in told else tflcg_run(told["case"])
 
 
 def paper_run(case: PaperCase, cfg: PaperConfig) -> Run:
-    """The paper's code. It counts the scheduler's calls where minidiff counts steps; in LMS these are the same."""
+    """The paper's code. It counts scheduler calls where minidiff counts steps; with LMS these are the same."""
     words = case["prompt"].strip(".").split(" ")
     return Run(
         prompt=case["prompt"],

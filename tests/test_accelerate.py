@@ -1,4 +1,4 @@
-"""What is packed and what is not, the C library's memory, and what compiling asks for."""
+"""Which layers are packed, the C library's memory, and the options of compilation."""
 
 import copy
 import os
@@ -58,7 +58,7 @@ print(min(after - before for before, after in zip(seen, seen[1:])))
 
 
 def test_what_compiling_asks_for() -> None:
-    """One graph without breaks or new shapes, captured on CUDA."""
+    """One graph without breaks or dynamic shapes, captured on CUDA."""
     asked: list[dict[str, object]] = []
     network = nn.Linear(2, 2)
     with pytest.MonkeyPatch.context() as patch:
@@ -73,12 +73,12 @@ def test_what_compiling_asks_for() -> None:
 
 
 def gradient(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Of something that is not linear, so that it depends on the weights and on x."""
+    """The gradient of a nonlinear function, so that it depends on the weights and on x."""
     return torch.func.grad(lambda x: forward(x).sin().sum())(x)
 
 
 class Small(nn.Module):
-    """The compiler does not take torch's own modules for a whole network."""
+    """Not one of torch's own modules, which the compiler does not treat as a whole network."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Small(nn.Module):
 
 @pytest.mark.slow
 def test_each_network_is_compiled_with_its_own_weights() -> None:
-    """The compiler knows graphs by their code."""
+    """The compiler caches graphs by code, which networks share."""
     x = torch.randn(1, 4, 8, 8)
     for _ in range(2):
         plain = Small().requires_grad_(False)
@@ -156,7 +156,7 @@ def test_callers_with_and_without_gradients_share_a_graph() -> None:
 
 @pytest.mark.slow
 def test_graphs_hold_no_weights() -> None:
-    """Each of the compiler's own making held them all once more, for as long as the process lived."""
+    """With the compiler's own packing, each graph kept a second copy of them for the life of the process."""
     code = """
 import gc, torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Recording and editing attention: nothing changes unless asked, and what comes out is what a slow formula gives."""
+"""Recording and editing attention: results equal slow formulas, and nothing else changes."""
 
 import math
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def unet() -> UNet:
 
 @pytest.fixture
 def batch() -> tuple[Tensor, float, Tensor]:
-    """Two images' worth of [uncond, cond]."""
+    """A batch [uncond, cond] of two images."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(4, 4, 6, 10, generator=generator), 321.0, torch.randn(4, 7, 24, generator=generator)
 
@@ -174,7 +174,7 @@ def test_stop_runs_nothing_behind_the_last_site(unet: UNet, batch: tuple[Tensor,
     for site, probs in maps.items():
         assert torch.equal(probs, expected[site])
     key = next(iter(by_name(unet, last))).key
-    # the site's own module is the last leaf that ran: what follows is its parents closing
+    # the site's own module is the last leaf that ran; only its parents' hooks follow
     assert ran_with_stop[-1] != "conv_out"
     assert [name for name in ran_with_stop if name and not key.startswith(name)][-1] == f"{key}.to_out.0"
 
@@ -199,7 +199,7 @@ def halve(site: Site, logits: Tensor, inputs: Inputs) -> Tensor:
 
 
 def twice(site: Site, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Every token a second time, with twice the value."""
+    """Repeats every token with twice the value."""
     return torch.cat([k, k], dim=2), torch.cat([v, 2 * v], dim=2)
 
 
@@ -215,7 +215,7 @@ def test_edits_of_a_site_act_in_order(unet: UNet, batch: tuple[Tensor, float, Te
     (site,) = sites = by_name(unet, "mid.0.0.cross")
     bias = torch.randn(2, 1, 3, 5, 7)
     record, inputs = Record(sites, ALL), {"bias": bias}
-    plain = unet(*batch, record)[1][site].log()  # the logits but for a constant a pixel
+    plain = unet(*batch, record)[1][site].log()  # the logits up to a constant per pixel
     edits = [Edit(sites, logits=halve), Edit(sites, bias=add_bias), Edit(sites, probs=double_first)]
     found = unet(*batch, record, edits, inputs)[1][site]
     torch.testing.assert_close(found, double_first(site, ((plain + bias) / 2).softmax(-1), inputs))
@@ -233,7 +233,7 @@ def test_edits_of_a_site_act_in_order(unet: UNet, batch: tuple[Tensor, float, Te
 
 
 def test_keys_and_values_stay_on_the_fused_kernel(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
-    """Every token twice, the second with twice the value: the output is one and a half times as large."""
+    """With every token repeated at twice the value, the output is 1.5 times as large."""
     site = next(site for site in unet.sites if site.name == "mid.0.0.cross")
     attn = unet.get_submodule(site.key)
     seen: list[Tensor] = []

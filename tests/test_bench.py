@@ -1,4 +1,4 @@
-"""python -m bench: what it prints, writes and returns, and that it sees a part that is broken."""
+"""python -m bench: what it prints, writes and returns, and that it detects broken parts."""
 
 import json
 import math
@@ -84,7 +84,7 @@ def test_parity_of_the_autoencoder() -> None:
 
 
 def test_parity_of_images(folder: Path) -> None:
-    """One sampler and what a call may hold most of; the slow suite has every one."""
+    """One sampler and the call with the most options; the slow suite covers all."""
     rows = list(bench.images.image_rows(folder, ("lms_karras",), ("3 prompts, negatives, seeds",)))
     assert [row.part for row in rows if not row.ok] == []
     assert [row.part for row in rows] == ["generate, lms_karras", "generate, 3 prompts, negatives, seeds"]
@@ -185,7 +185,7 @@ def test_parity_of_a_model_of_the_callers(folder: Path, tmp_path: Path) -> None:
 def test_a_model_that_loads_wrong_is_seen(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One weight of our UNet is not the file's: a hundredth of one number, of a million."""
+    """A change of 1 % in one of a million weights is detected."""
     load = minidiff.load
 
     def off(*args: object, **kwargs: object) -> minidiff.Model:
@@ -321,7 +321,7 @@ def test_the_words_of_a_prompt() -> None:
 def test_a_share_and_its_interval() -> None:
     share = Share("x", 8, 10, 0.8)
     assert (share.value, share.ok, Share("x", 7, 10, 0.8).ok, Share("x", 0, 0, 0.1).ok) == (0.8, True, False, False)
-    assert share.interval == pytest.approx((0.490, 0.943), abs=1e-3)  # Wilson's, as statsmodels has it
+    assert share.interval == pytest.approx((0.490, 0.943), abs=1e-3)  # Wilson's interval, from statsmodels
     assert Share("x", 10, 10).interval == pytest.approx((0.722, 1.0), abs=1e-3)
 
 
@@ -340,7 +340,7 @@ def test_how_much_denser_attention_is_in_a_box() -> None:
     left[:, :8] = 3
     assert density([even], (0, 0, 0.5, 1)) == pytest.approx(1)
     assert density([left], (0, 0, 0.5, 1)) == pytest.approx(3)
-    # each site counts alike, whatever the size of its numbers: (1 + 1.5) / (1 + 0.5)
+    # each site has equal weight, whatever its magnitude: (1 + 1.5) / (1 + 0.5)
     assert density([100 * even, left], (0, 0, 0.5, 1)) == pytest.approx(2.5 / 1.5)
 
 
@@ -400,7 +400,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 def placed(box: tuple[float, float, float, float], *others: Found) -> Placed:
-    """A red ring asked for in the left half."""
+    """A red ring requested in the left half."""
     ring = Found("ring", "red", box)
     one = Asked(Prompt((("ring", "red"),), None), ((0.0, 0.0, 0.5, 1.0),), "inside")
     return Placed(one, Measured((ring, *others), "white"), (ring,), (bench.boxes.iou(box, one.boxes[0]),))

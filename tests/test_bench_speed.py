@@ -36,7 +36,7 @@ from bench.throughput import LAST, LOADED, OPENVINO, OURS
 from bench.timing import Timing, best, by_turns
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EDGE = 32  # latents at which the boxes are whole cells of every grid that is read, as the published code wants them
+EDGE = 32  # latents at which the boxes are whole cells of every grid used, as the published code requires
 
 
 # --- seconds
@@ -83,7 +83,7 @@ def test_whole_images_are_the_same_image(monkeypatch: pytest.MonkeyPatch) -> Non
     ours, theirs = our_image(TINY, weights, inputs), their_image(TINY, weights, inputs)
     assert relative_error(ours, theirs) <= 1e-3
     monkeypatch.setattr(bench.guided, "GUIDED", 0)
-    assert relative_error(ours, our_image(TINY, weights, inputs)) > 1e-3  # guidance moves it
+    assert relative_error(ours, our_image(TINY, weights, inputs)) > 1e-3  # guidance has an effect
 
 
 def test_the_guide_of_a_benchmark_stops_for_nothing() -> None:
@@ -95,7 +95,7 @@ def test_the_guide_of_a_benchmark_stops_for_nothing() -> None:
     assert (report.steps, report.iterations, len(report.names)) == ((0, 1), (4, 4), 3)
 
 
-# --- what the benches print
+# --- benchmark output
 
 
 def rows(path: Path) -> list[dict]:
@@ -167,7 +167,7 @@ def test_one_measurement_in_a_fresh_process(case: str, library: str) -> None:
 
 @pytest.mark.slow
 def test_memory_is_the_same_in_every_process() -> None:
-    """In the C library's heap these two differ by a tenth from process to process."""
+    """With tensors on the C library's heap, these two vary by 10 % between processes."""
     for case in ("step", "decode"):
         one, other = (measure(case, "minidiff", "float32", "tiny", 2 * EDGE).extra for _ in range(2))
         assert one == pytest.approx(other, rel=0.03)
@@ -241,14 +241,14 @@ def test_lines_are_drawn_from_zero() -> None:
 
 @pytest.mark.slow
 def test_start_up_is_measured_without_sampling() -> None:
-    """Against the imports that no program with CLIP can do without; the bound is for `python -m bench load`, alone."""
+    """Relative to the imports that any program with CLIP needs; only `python -m bench load` checks the bound."""
     row = startup_row(1)
-    assert row.value > 0, row  # 1.1 alone
+    assert row.value > 0, row  # 1.1 on an idle machine
 
 
 @pytest.mark.slow
 def test_a_compiled_gradient_in_bfloat16_is_right() -> None:
-    """torch's own convolution_backward, compiled, was half off here: hence the room's own gradient of convolutions."""
+    """torch's compiled convolution_backward was wrong by half here, hence our own gradient of convolutions."""
     small = Size(unet_dict([32, 64], [True, False], layers=1), TINY.vae, TINY.text)
     weights = unet_weights(small, torch.bfloat16)
     inputs = Inputs.random(small, torch.bfloat16, 1, EDGE, EDGE)

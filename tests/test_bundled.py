@@ -1,4 +1,4 @@
-"""The model that ships inside: it is there, it draws what it is told, and diffusers draws the same."""
+"""The bundled model: it is installed, follows prompts, and gives the same images in diffusers."""
 
 import json
 import tomllib
@@ -60,7 +60,7 @@ def test_its_configs_are_those_that_training_writes(tmp_path: Path) -> None:
         for at in (tmp_path, BUNDLED_FOLDER)
     )
     assert written["tokenizer_config.json"] == bundled["tokenizer_config.json"]
-    # The trainer of tokenizers takes pairs that are as frequent in any order, now and then in another one.
+    # The tokenizer trainer orders equally frequent pairs arbitrarily.
     assert json.loads(written["vocab.json"]).keys() == json.loads(bundled["vocab.json"]).keys()
     assert sorted(written["merges.txt"].split("\n")) == sorted(bundled["merges.txt"].split("\n"))
     for part, config in (("unet", folder.UNET), ("vae", folder.VAE), ("text_encoder", folder.TEXT)):
@@ -104,7 +104,7 @@ def test_its_defaults_are_in_its_folder(model: minidiff.Model) -> None:
 
 
 def test_it_draws_what_it_is_told(model: minidiff.Model) -> None:
-    """More is said by `python -m bench layout`; here a model that is broken must show."""
+    """Detects a broken model; `python -m bench layout` measures accuracy."""
     prompts = [f"an {name}" if name[0] == "o" else f"a {name}" for name in SINGLE]
     images = minidiff.generate(prompts, model=model, steps=10, seed=0).images
     right = 0
@@ -127,7 +127,7 @@ def test_diffusers_loads_it_and_draws_the_same(model: minidiff.Model, sampler: s
     }
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(BUNDLED_FOLDER, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    # from the folder's own config: the pipeline hands on what an earlier scheduler had made of it
+    # from the folder's own config: the pipeline's carries settings of earlier schedulers
     config = json.loads((BUNDLED_FOLDER / "scheduler" / "scheduler_config.json").read_text())
     del config["minidiff_defaults"]
     pipeline.scheduler = kinds[sampler].from_config(config, steps_offset=1)

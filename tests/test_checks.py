@@ -1,4 +1,4 @@
-"""Values from outside: what counts as a number, and how a message shows what came instead."""
+"""Checks of user input: what counts as a number, and how messages show wrong values."""
 
 import math
 from decimal import Decimal

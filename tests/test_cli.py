@@ -1,4 +1,4 @@
-"""The command line: what it prints where, its exit codes, its flags, and the way back from a PNG."""
+"""The command line: its output, exit codes and flags, and reproducing an image from a PNG."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def tiny(tiny_folder: Path, tmp_path: Path) -> tuple[object, ...]:
 
 
 class Asked:
-    """What load() and sample_steps() were given; nothing runs, the command ends as if interrupted."""
+    """The arguments of load() and sample_steps(); nothing runs, the command ends as if interrupted."""
 
     load: dict[str, object]
     request: Request
@@ -220,7 +220,7 @@ def test_progress_bar_is_for_terminals(
     assert "2/2" in terminal.getvalue()
 
 
-# ---- what is wrong
+# ---- errors
 
 
 @pytest.mark.usefixtures("no_load")
@@ -359,7 +359,7 @@ def test_a_picture_does_not_decide_which_model_is_fetched(
     cli("generate", "--from", path, "--model", "owner/name")
     load = asked.load
     assert (load["source"], load["vae"], load["variant"], load["revision"]) == ("owner/name", None, "fp16", "r")
-    # what lies in the cache already is not fetched
+    # what is already in the cache is not downloaded
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: f"/cache/{name}/{file}")
     cli("generate", "--from", path, "--dtype", "float32")
     assert asked.request.model.name == "tiny"
@@ -584,7 +584,7 @@ def test_interrupt(tiny: tuple[object, ...]) -> None:
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     command = [sys.executable, "-m", "minidiff", "generate", "a cat", *map(str, tiny), "--steps", "900"]
-    # A background job of a shell ignores the signal, and so would its children.
+    # A shell's background job ignores the signal, and its children would inherit that.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, preexec_fn=heed)
     os.close(theirs)
@@ -595,7 +595,7 @@ def test_interrupt(tiny: tuple[object, ...]) -> None:
         running.send_signal(signal.SIGINT)
         while True:
             seen += os.read(ours, 1000)
-    except OSError:  # how a terminal ends
+    except OSError:  # raised when a terminal closes
         pass
     os.close(ours)
     assert running.communicate(timeout=60)[0] == b""
@@ -790,7 +790,7 @@ def test_a_guided_image_is_made_again_from_its_png(cli: Cli, tiny: tuple[object,
 
 
 def test_recorded_attention_is_an_argument_in_half_precision(cli: Cli, tiny: tuple[object, ...]) -> None:
-    """There the recorded layers round otherwise than the fused kernel, so the image is another one."""
+    """There recorded layers round differently from the fused kernel, so the image differs."""
     flags = ("--box", BOX, "--seed", 3, "--attention", *tiny)
     _, half, _ = cli("generate", "a cat", *flags, "--dtype", "bfloat16")
     _, full, _ = cli("generate", "a cat", *flags)

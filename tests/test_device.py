@@ -1,4 +1,4 @@
-"""Where networks compute and in what: chosen by what is measured, never by the clock of a test."""
+"""Choice of device and dtype, from given measurements: no test measures time."""
 
 import warnings
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from minidiff.speed.device import Machine, choose_device, choose_dtype, machine,
 
 
 def rates(product: float, convolution: float) -> Mapping[str, float]:
-    """Of a CPU whose float32 runs at 0.1 TFLOP/s."""
+    """A CPU with 0.1 TFLOP/s in float32."""
     return {
         "float32 product": 0.1,
         "float32 convolution": 0.1,

@@ -182,7 +182,7 @@ def test_what_is_no_layout_is_refused() -> None:
 
 def test_a_heat_map_is_brightest_where_the_map_is() -> None:
     heat = torch.zeros(8, 4)
-    heat[6, 1] = 0.003  # its own largest value counts
+    heat[6, 1] = 0.003  # scaled to its own maximum
     drawn = heatmap(Image.new("RGB", (401, 801), (90, 90, 90)), heat)
     assert drawn.size == (401, 801)
     brightness = np.asarray(drawn, dtype=float).sum(axis=2)[:-40]  # without the bar
@@ -208,7 +208,7 @@ def test_a_caption_is_written_and_a_map_of_zeros_is_drawn() -> None:
 def test_a_map_of_any_dtype_and_range_is_drawn_alike() -> None:
     image, heat = Image.new("RGB", (385, 401), "white"), torch.tensor([[0, 1], [2, 4]])
     first, *others = (
-        np.asarray(heatmap(image, value))[:-40]  # without the bar, which says what the colours mean
+        np.asarray(heatmap(image, value))[:-40]  # without the colour bar
         for value in (heat, heat.bfloat16() / 1024, heat.double().requires_grad_() * 1e6, heat.numpy(), heat.tolist())
     )
     assert first.shape == (361, 385, 3)
@@ -221,8 +221,8 @@ def test_maps_on_one_scale_can_be_compared() -> None:
     alone = [np.asarray(heatmap(image, heat))[200, 200] for heat in (bright, half)]
     together = [np.asarray(heatmap(image, heat, vmax=0.8), dtype=int)[200, 200].sum() for heat in (bright, half, dim)]
     assert np.array_equal(*alone) and together[0] > together[1] > together[2]
-    assert np.array_equal(heatmap(image, 2 * bright, vmax=0.8), heatmap(image, bright, vmax=0.8))  # above is as bright
-    assert not np.array_equal(heatmap(image, bright), heatmap(image, 10 * bright))  # the bar says so
+    assert np.array_equal(heatmap(image, 2 * bright, vmax=0.8), heatmap(image, bright, vmax=0.8))  # clipped at vmax
+    assert not np.array_equal(heatmap(image, bright), heatmap(image, 10 * bright))  # the bar shows it
     drawn = heatmaps(image, {"a": bright, "b": half})
     tiles = [heatmap(image, heat, name, 0.8) for name, heat in (("a", bright), ("b", half))]
     assert np.array_equal(drawn, sheet(tiles))

@@ -1,4 +1,4 @@
-"""Edits of the attention equal slow loops over their formulas, and change what they are told to and no more."""
+"""Attention edits equal slow loops over their formulas, and change nothing else."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,7 +45,7 @@ def random_probs(h: int, w: int) -> Tensor:
 
 
 def smooth_box(mask: list[list[float]]) -> list[list[float]]:
-    """(1 2 1) / 4 along both axes, the outermost cells standing for what is outside; brought to a sum of one."""
+    """(1 2 1) / 4 along both axes with replicate padding, normalised to a sum of 1."""
     h, w = len(mask), len(mask[0])
     kernel = {-1: 0.25, 0: 0.5, 1: 0.25}
     found = [
@@ -85,7 +85,7 @@ def test_forward_guidance_equals_a_slow_formula(grid: tuple[int, int], strength:
                             b, head, r, c, token
                         ] + strength * wanted
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    # what no object owns is not touched at all
+    # tokens that no object owns are unchanged
     assert torch.equal(found[2], probs[2])
     assert torch.equal(found[1][..., [0, 1, 3, 4, 5, 6]], probs[1][..., [0, 1, 3, 4, 5, 6]])
 
@@ -122,7 +122,7 @@ def test_the_bias_of_regional_prompting_equals_a_slow_formula(grid: tuple[int, i
             owners = [region.coverage(grid) for region in some if token in region.tokens]
             for r in range(grid[0]):
                 for c in range(grid[1]):
-                    if owners:  # of several the one that covers most
+                    if owners:  # with several boxes, the one that covers most
                         expected[b, 0, r, c, token] = -6.0 * (1 - max(float(mask[r, c]) for mask in owners))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert found.max() <= 0
@@ -244,7 +244,7 @@ def test_an_edit_is_for_the_first_steps_it_names(tiny_model: Model, name: str, s
                 assert relative_error(found[index].latents, everywhere[index]) > 1e-4
                 assert relative_error(found[index].latents, plain[index]) > 1e-4
         if 0 < steps < 4 and name == "forward":
-            # from there on each step goes on as without an edit: a pixel's attention sums to one again
+            # from there on the edit is off: a pixel's attention sums to 1 again
             sums = [next(iter(step.maps.values())).sum(dim=-1) for step in found]
             for index, one in enumerate(sums):
                 assert ((one - 1).abs().max() < 1e-5) == (index >= steps)
@@ -278,9 +278,9 @@ def test_edits_go_with_guidance_by_the_gradient(tiny_model: Model, name: str, gu
     assert both.latents.isfinite().all()
     assert relative_error(both.latents, edited.latents) > 1e-3
     assert relative_error(both.latents, guided.latents) > 1e-3
-    # the guided pass sees the edited attention, so that there is more inside from the start
+    # the guided pass uses the edited attention, so more is inside from the start
     assert (both.reports[0].first_mass > guided.reports[0].first_mass + 0.1).all()
-    # an edit of the unconditional half is none of the guided pass's
+    # edits of the unconditional half do not affect the guided pass
     if guidance_scale > 1:
         other = minidiff.generate(PROMPT, edits=replace(EDITS[name], rows="uncond"), guidance=guidance, **shared)
         torch.testing.assert_close(other.reports[0].first_mass, guided.reports[0].first_mass)
@@ -297,7 +297,7 @@ def test_an_edit_of_the_first_steps_leaves_the_guided_pass_after_them(tiny_model
 
 
 def test_inputs_go_along_with_the_images_that_are_left(tiny_model: Model) -> None:
-    """Weights of words, one row an image, under guidance that stops the images at different looks."""
+    """Word weights, one row per image, with guidance that stops the images at different evaluations."""
     prompts = [PROMPT, "a red ball", "a cat"]
     boxes = [BOXES, {"ball": (0, 0, 1, 0.9)}, {"cat": (0.1, 0.1, 0.7, 0.6)}]
     rows = torch.cat(

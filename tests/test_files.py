@@ -54,7 +54,7 @@ def test_a_header_tells_shape_dtype_and_size(file: Path) -> None:
 
 
 def test_a_full_size_header_needs_no_weights(tmp_path: Path) -> None:
-    """4 GB that nobody wrote: the file is a header and a hole."""
+    """A sparse file of 4 GB: only the header is written."""
     path, size = tmp_path / "sparse.safetensors", 4 * 2**30
     write_header(path, {"x": {"dtype": "F32", "shape": [2**30], "data_offsets": [0, size]}})
     os.truncate(path, path.stat().st_size + size)
@@ -93,7 +93,7 @@ def test_the_recipe_for_a_pickle_works(tmp_path: Path) -> None:
 
 
 def test_a_pickle_is_named_by_the_texts_in_it_and_converts(tmp_path: Path) -> None:
-    vectors = torch.nn.Parameter(torch.randn(4, 768))  # as A1111 saves a textual inversion
+    vectors = torch.nn.Parameter(torch.randn(4, 768))  # A1111's format of a textual inversion
     path = tmp_path / "bad-hands.pt"
     torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "x"}, path)
     with pytest.raises(ValueError, match=r"is a pickle \(by its names: textual inversion embedding\)") as error:
@@ -216,7 +216,7 @@ def test_every_floating_dtype_is_read(tmp_path: Path, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("padding", range(8))
 def test_a_header_of_any_length(tmp_path: Path, padding: int) -> None:
-    """Files of 2022 do not align their tensors: those of SD 1.5's text encoder lie 2 bytes beside a multiple of 4."""
+    """Files of 2022 do not align tensors: offsets of SD 1.5's text encoder are 2 bytes off a multiple of 4."""
     path, weight, x = tmp_path / "x.safetensors", torch.randn(64, 32), torch.randn(5, 32)
     write_header(path, {"w": {"dtype": "F32", "shape": [64, 32], "data_offsets": [0, 8192]}}, padding)
     path.write_bytes(path.read_bytes() + weight.numpy().tobytes())
@@ -248,7 +248,7 @@ def count_maps(path: Path) -> int:
 
 
 def mapped_file(tensor: Tensor) -> str:
-    """The file in whose memory map a tensor lies, "" where in none."""
+    """The file whose memory map holds a tensor, or ""."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, _, _, _, _, *name = line.split(maxsplit=5)
         start, end = (int(part, 16) for part in span.split("-"))
@@ -283,7 +283,7 @@ for path, dtype in zip(sys.argv[1::2], sys.argv[2::2]):
 
 @linux
 def test_peak_memory_stays_near_the_weights(tmp_path: Path) -> None:
-    """100 and 200 MB in 25 tensors: at most 1.3 x the bytes of what comes out, also while converting."""
+    """100 and 200 MB in 25 tensors: at most 1.3 times the size of the result, also while converting."""
     half, single = tmp_path / "half.safetensors", tmp_path / "single.safetensors"
     save_file({f"{i}": torch.ones(2_000_000, dtype=torch.float16) for i in range(25)}, half)
     save_file({f"{i}": torch.ones(2_000_000) for i in range(25)}, single)
@@ -291,7 +291,7 @@ def test_peak_memory_stays_near_the_weights(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PEAK, *(str(part) for run in runs for part in run)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     for path in (half, single):
-        path.unlink()  # pytest keeps its folders for a while
+        path.unlink()  # pytest keeps temporary folders for a while
     assert done.returncode == 0, done.stderr
     peaks = {f"{path.stem} to {dtype}": float(x) for (path, dtype), x in zip(runs, done.stdout.split(), strict=True)}
     assert all(0.9 < peak < 1.3 for peak in peaks.values()), peaks

@@ -1,7 +1,7 @@
 """At full SD 1.5 size, with random weights: parity with diffusers, memory of loading and of guidance.
 
-Runs where 12 GB of memory are free and is shown as skipped elsewhere; about three minutes on two quiet cores. One test
-at a time, whatever pytest-xdist does: each holds a lock.
+Skipped if less than 12 GB of memory are free; takes about three minutes on two idle cores. A lock lets only one test
+run at a time, also under pytest-xdist.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def _alone_with_enough_memory() -> Iterator[None]:
-    """Wait for other workers' full-size tests, then look how much memory is free."""
+    """Wait for other workers' full-size tests, then check the free memory."""
     with (Path(tempfile.gettempdir()) / "minidiff-full-size.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         free = psutil.virtual_memory().available
@@ -49,14 +49,14 @@ def test_parity(part: str, count: int) -> None:
 
 
 def test_memory_of_a_guided_step() -> None:
-    """Above the resident model; the published code takes 5.2 GB (parameters require gradients, maps of every layer)."""
+    """In addition to the model; the published code takes 5.2 GB (parameters require gradients, maps of every layer)."""
     found = measure("guided", "minidiff", "float32", "full", 64)
     assert found.extra <= 1.1e9, found
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Callable[[torch.dtype], Path]]:
-    """Writes a full-size model folder with weights of a dtype; gone after the test, since it holds gigabytes."""
+    """Writes a full-size model folder in a dtype; deleted after the test, since it takes gigabytes."""
     path = tmp_path / "full"
     yield lambda dtype: write_folder(path, SD15, dtype)
     shutil.rmtree(path, ignore_errors=True)
@@ -64,12 +64,12 @@ def folder(tmp_path: Path) -> Iterator[Callable[[torch.dtype], Path]]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is loaded first, so that late imports do not count."""
+    """A small model loaded first, so that late imports do not count."""
     return write_folder(tmp_path_factory.mktemp("models") / "tiny", TINY)
 
 
 def test_loading_half_precision(folder: Callable[[torch.dtype], Path], tiny: Path) -> None:
-    """A float16 folder, converted. Seconds are judged by `python -m bench load`: neighbours decide them here."""
+    """A float16 folder, converted. `python -m bench load` checks the time, which other load affects here."""
     path = folder(torch.float16)
     for dtype in ("float32", "bfloat16"):
         load = load_once("minidiff", path, dtype, tiny)
@@ -77,7 +77,7 @@ def test_loading_half_precision(folder: Callable[[torch.dtype], Path], tiny: Pat
 
 
 def test_loading_single_precision(folder: Callable[[torch.dtype], Path], tiny: Path) -> None:
-    """A float32 folder, halved and as it is. The second is the mapped file: no larger once it is used."""
+    """A float32 folder, converted to bfloat16 and unchanged. The latter stays a mapped file, also after use."""
     path = folder(torch.float32)
     for dtype in ("bfloat16", "float32"):
         load = load_once("minidiff", path, dtype, tiny)

@@ -1,4 +1,4 @@
-"""generate() against diffusers' StableDiffusionPipeline on the same weights, in batches, and its manners."""
+"""generate() against diffusers' StableDiffusionPipeline on the same weights, batches, and general behaviour."""
 
 import json
 import warnings
@@ -37,14 +37,14 @@ SAMPLERS = {
 def pipeline(tiny_folder: Path) -> diffusers.StableDiffusionPipeline:
     found = diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder)
     found.set_progress_bar_config(disable=True)
-    found.folder_config = dict(found.scheduler.config)  # from_config hands settings of one scheduler on to the next
+    found.folder_config = dict(found.scheduler.config)  # from_config passes settings of one scheduler on to the next
     return found
 
 
 def reference(
     pipeline: diffusers.StableDiffusionPipeline, sampler: str, seeds: list[int], **options: object
 ) -> np.ndarray:
-    """[B,H,W,3] uint8, by diffusers, with one generator for each image."""
+    """[B,H,W,3] uint8 from diffusers, with one generator per image."""
     kind, config = SAMPLERS[sampler]
     pipeline.scheduler = kind.from_config(pipeline.folder_config, **config)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -53,7 +53,7 @@ def reference(
 
 
 def largest_difference(images: list[Image.Image], expected: np.ndarray) -> int:
-    """In steps of 1/255. The reference must be a picture, not one colour."""
+    """Largest difference in units of 1/255. The reference must not be a single colour."""
     found = np.stack([np.asarray(image) for image in images]).astype(int)
     assert found.shape == expected.shape
     assert expected.std() > 5
@@ -138,7 +138,7 @@ def test_clip_skip_equals_a_corrected_diffusers(pipeline, tiny_model: Model, cli
         ("EulerDiscreteScheduler", ("euler", True)),
         ("LMSDiscreteScheduler", ("lms", True)),
         ("DPMSolverMultistepScheduler", ("dpmpp_2m", True)),
-        ("EulerAncestralDiscreteScheduler", ("euler_ancestral", False)),  # diffusers ignores the switch there
+        ("EulerAncestralDiscreteScheduler", ("euler_ancestral", False)),  # diffusers ignores this option there
     ],
 )
 def test_karras_in_a_folders_config_reaches_the_run(
@@ -297,7 +297,7 @@ def test_steps_can_be_watched(tiny_model: Model) -> None:
     assert all(step.maps[site].shape == (2, 2, 2, 77) for step in steps)
     assert steps[0].preview().shape == (2, 3, 32, 32)
     expected = minidiff.generate(PROMPTS[:2], model=tiny_model, steps=4, seed=1, output="tensor")
-    # recorded sites are computed another way, so the last bits may differ
+    # recorded sites use another kernel, so the last bits may differ
     assert (run.result().images - expected.images).abs().max() <= 1 / 255
     assert relative_error(steps[-1].denoised, steps[-1].latents) < 0.5
 

@@ -1,4 +1,4 @@
-"""Guidance moves each image of a batch by its own rule and no other, with every sampler, and says what it did."""
+"""Guidance updates each image of a batch independently, with every sampler, and reports what it did."""
 
 import json
 import math
@@ -195,7 +195,7 @@ BOXES = [
 
 
 def by_hand(x: Tensor, region: Region, size: float, threshold: float, iterations: int) -> tuple[Tensor, list[float]]:
-    """One image moved alone: (where it ends, the loss at each look)."""
+    """One image guided alone: (its final latents, the loss at each evaluation)."""
     seen = []
     for _ in range(iterations):
         x = x.detach().requires_grad_()
@@ -225,7 +225,7 @@ def test_each_image_stops_by_its_own_loss(whole_batch: bool) -> None:
         assert float(report.loss[0]) == pytest.approx(seen[-1], rel=1e-5)
         if moves == 0:
             assert torch.equal(found[i], x[i])
-    assert len(set(counts)) >= 3  # or this would not have tested stopping
+    assert len(set(counts)) >= 3  # else stopping would not be tested
     assert 0 in counts
 
 
@@ -255,8 +255,8 @@ def test_a_whole_batch_is_the_same_as_a_shrinking_one() -> None:
 
 @pytest.mark.parametrize("whole_batch", [False, True])
 def test_a_stopped_image_is_looked_at_no_more(whole_batch: bool) -> None:
-    """`Evaluation` says NaN for images that had stopped, and the loss of a report is that of the look that stopped it,
-    whether or not the batch is computed whole.
+    """`Evaluation` holds NaN for images that had stopped, and a report's loss is that of the evaluation that stopped
+    it, whether or not stopped images stay in the batch.
     """
     guidance = Guidance(scale=40.0, threshold=0.25, iterations=6, steps=1)
     guide = toy_guide(guidance, [[region] for region in BOXES], whole_batch=whole_batch)
@@ -332,7 +332,7 @@ def prepared(model: Model, guidance: Guidance, h: int = 8, w: int = 8) -> tuple[
 
 @pytest.mark.parametrize("way", [evaluate, evaluate_whole])
 def test_a_look_does_not_ask_how_the_latents_came_about(tiny_model: Model, way: Callable[..., object]) -> None:
-    """Or a compiled objective would be compiled with the gradient of its gradient."""
+    """Otherwise the compiler would include second derivatives."""
     guide, x = prepared(tiny_model, Guidance())
     guide.evaluate = way
     gradient, found = guide.look(x.requires_grad_(), torch.tensor(600.0), 0.4, torch.arange(2), 0)
@@ -439,7 +439,7 @@ def test_a_batch_of_eight_equals_eight_single_runs(tiny_model: Model) -> None:
     run = minidiff.sample_steps(PROMPTS, seed=1, boxes=LAYOUTS, output="latents", **shared)
     steps = list(run)
     looks = torch.stack([look.loss for step in steps for look in step.report])
-    # a loss at the threshold itself would be decided by rounding
+    # with a loss at the threshold, rounding would decide
     assert (looks - 0.42).abs()[~looks.isnan()].min() > 1e-4
     batch = run.result()
     for i in range(8):
@@ -454,7 +454,7 @@ def test_a_batch_of_eight_equals_eight_single_runs(tiny_model: Model) -> None:
             assert report.iterations == alone.reports[0].iterations
             torch.testing.assert_close(report.mass, alone.reports[0].mass, rtol=1e-4, atol=1e-5)
     counts = {report.iterations for report in batch.reports}
-    assert len(counts) >= 4  # or all stop at the same look
+    assert len(counts) >= 4  # else all stop at the same evaluation
     assert (0, 0, 0) in counts
     assert any(0 < report.iterations[0] < 5 for report in batch.reports if report.iterations)
 
@@ -564,7 +564,7 @@ def test_one_rule_moves_what_the_network_sees_with_every_sampler(tiny_model: Mod
     guidance = Guidance(scale=500.0, threshold=0.0, iterations=1, steps=1)
     shared = {"model": tiny_model, "steps": 1, "sampler": sampler, "spacing": "trailing", "seed": 1, "boxes": CAT}
     seen: list[tuple[Tensor, Tensor]] = []
-    # guidance calls forward itself, so that the hook sees the sampler's own calls
+    # guidance calls forward directly, so the hook sees only the sampler's calls
     handle = tiny_model.unet.register_forward_pre_hook(lambda _, args: seen.append((args[0][-1:], args[1])))
     (plain,) = minidiff.sample_steps("a cat", guidance="none", **shared)
     (step,) = minidiff.sample_steps("a cat", guidance=guidance, **shared)
@@ -581,12 +581,12 @@ def test_one_rule_moves_what_the_network_sees_with_every_sampler(tiny_model: Mod
     (gradient,) = torch.autograd.grad(loss, leaf)
     expected = -500.0 * (1 - 1 / (1 + step.sigma**2)) * gradient
     assert relative_error(moved - x, expected) <= 1e-3
-    # and it reaches the sampler's own state, not the network's input alone: at this noise the output hardly changes
+    # the update reaches the sampler's state, not only the network's input: at this noise the output hardly changes
     assert relative_error(step.latents, plain.latents) > 1e-3
 
 
 def test_what_is_moved_is_the_samplers_state(tiny_model: Model) -> None:
-    """A network that always predicts nothing lets a displacement pass: x after the step is the displaced one."""
+    """With a network that predicts 0, the displacement is preserved: x after the step is displaced."""
     guidance = Guidance(scale=500.0, threshold=0.0, iterations=1, steps=1)
     handle = tiny_model.unet.conv_out.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
     displaced = {}
@@ -596,11 +596,11 @@ def test_what_is_moved_is_the_samplers_state(tiny_model: Model) -> None:
         (moved,) = minidiff.sample_steps("a cat", boxes=CAT, guidance=guidance, **shared)
         (plain,) = minidiff.sample_steps("a cat", boxes=CAT, guidance="none", **shared)
         displaced[sampler] = moved.denoised - plain.denoised
-        # with no noise left the latents are the clean ones; pndm and ddim end at the first training level
+        # at sigma 0 the latents are the clean ones; pndm and ddim end at the first training level
         assert relative_error(moved.latents - plain.latents, displaced[sampler]) <= 1e-2
     handle.remove()
     for sampler, one in displaced.items():
-        # the samplers that start at sqrt(1 + sigma^2) see latents 0.2 % larger than the others
+        # samplers that start at sqrt(1 + sigma^2) have latents 0.2 % larger than the others
         assert relative_error(one, displaced["ddim"]) <= 2e-2, sampler
 
 
@@ -639,7 +639,7 @@ def test_layouts_at_the_limits_are_guided_through_the_network(
     assert found.reports[0].loss.isfinite().all()
     assert found.reports[0].mass.shape == (1, len(boxes))
     whole = list(boxes.values()) == [(0, 0, 1, 1)]
-    if not (whole and name in ("layout", "rnb")):  # there nothing is to be won
+    if not (whole and name in ("layout", "rnb")):  # no improvement is possible there
         assert not torch.equal(found.latents, plain.latents)
 
 
@@ -683,7 +683,7 @@ def test_the_sites_can_be_chosen(tiny_model: Model) -> None:
     (step,) = steps
     for hook in hooks:
         hook.remove()
-    # the guided pass ends in the mid block, before the sampler's own call begins anew
+    # the guided pass ends in the mid block, before the sampler's own call starts
     assert ran.count("mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0") == 2
     assert ran.count("up_blocks.0.resnets.0") == 1
     assert step.report[0].moved.all()
@@ -692,7 +692,7 @@ def test_the_sites_can_be_chosen(tiny_model: Model) -> None:
 
 
 def test_an_objective_may_read_any_kind_of_attention(tiny_model: Model) -> None:
-    """A user's objective of self-attention maps [B,H,h,w,h*w], or of kept columns, is guided as any other."""
+    """A user's objective on self-attention maps [B,H,h,w,h*w], or on kept columns, works like any other."""
     shared = {"model": tiny_model, "steps": 2, "sampler": "ddim", "seed": 1, "boxes": CAT, "output": "latents"}
     plain = minidiff.generate("a cat", guidance="none", **shared)
     for objective in (of_columns, of_pixels, of_pixels + minidiff.layout_loss):
@@ -714,7 +714,7 @@ def of_pixels(maps: Maps, layout: Layout) -> Tensor:
     return torch.stack([probs.square().mean(dim=(1, 2, 3, 4)) for probs in maps.values()]).mean(dim=0)
 
 
-# ---- what it says
+# ---- reports
 
 
 def test_reports_say_what_was_done(tiny_model: Model) -> None:
@@ -742,7 +742,7 @@ def test_reports_say_what_was_done(tiny_model: Model) -> None:
     assert f"ball: {before:.0%} -> {after:.0%} of its attention inside" in str(first)
     assert none.names == ()
     assert str(none) == "guidance did not act: there are no boxes"
-    # each step's own looks
+    # each step's own evaluations
     counts = [len(step.report) for step in (*steps, last)]
     assert counts == [3, 1, 2, 0, 0]
     look = steps[0].report[0]
@@ -826,7 +826,7 @@ def test_bad_boxes_and_guidance_are_named_before_the_network_runs(tiny_model: Mo
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
-    """Counts the graphs of torch.compile, and leaves out the code generation that makes it slow."""
+    """Counts the graphs of torch.compile, without the slow code generation."""
     counting, original = CompileCounterWithBackend("aot_eager"), torch.compile
     torch._dynamo.reset()
 
@@ -842,7 +842,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
 def test_a_compiled_run_is_one_graph_for_steps_and_one_for_guidance(
     tiny_folder: Path, tiny_model: Model, counter: CompileCounterWithBackend
 ) -> None:
-    """fullgraph=True raises at a graph break. New prompts, boxes, scales, thresholds and stops change no graph."""
+    """fullgraph=True raises at a graph break. New prompts, boxes, scales, thresholds and stops need no new graph."""
     compiled = minidiff.load(tiny_folder, dtype="float32", device="cpu", compile=True)
     runs = [
         (
@@ -870,5 +870,5 @@ def test_a_compiled_run_is_one_graph_for_steps_and_one_for_guidance(
         assert relative_error(run.result().latents, expected.latents) <= 1e-4
         found, eager = run.result().reports, expected.reports
         assert [report.iterations for report in found] == [report.iterations for report in eager]
-        assert len({report.iterations for report in found}) == 2  # the images stop at different looks
+        assert len({report.iterations for report in found}) == 2  # the images stop at different evaluations
     assert graphs == [2] * 40

@@ -1,4 +1,4 @@
-"""weights/hub.py: which files are asked for, what its errors say, and a download from a hub on this machine."""
+"""weights/hub.py: which files are requested, its error messages, and a download from a local hub."""
 
 import hashlib
 import json
@@ -33,8 +33,8 @@ NEEDED = sorted(CONFIGS + TOKENIZER + VAE + WEIGHTS)
 
 @dataclass
 class Asked:
-    """Stands for snapshot_download: notes what is asked for and answers with a folder, or with a cache that has as much
-    of it as was asked for."""
+    """Replaces snapshot_download: records the request and returns a folder, or a cache with the requested
+    files."""
 
     folder: Path
     cache: Path | None = None
@@ -55,14 +55,14 @@ class Asked:
 
 @pytest.fixture
 def asked(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
-    """A hub that has one repository: the tiny folder and what else the real one holds."""
+    """A hub with one repository: the tiny folder plus the other files of the real one."""
     hub = Asked(publish(tiny_folder, tmp_path / "repo"))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     return hub
 
 
 def publish(folder: Path, target: Path) -> Path:
-    """A copy of a model folder with files that must not be fetched beside it."""
+    """A copy of a model folder, plus files that must not be downloaded."""
     shutil.copytree(folder, target, copy_function=os.link)
     (target / "safety_checker").mkdir()
     for name in ("safety_checker/model.safetensors", "v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.bin"):
@@ -81,7 +81,7 @@ def test_a_revision_and_a_variant(asked: Asked, tmp_path: Path) -> None:
     asked.cache = tmp_path / "cache"
     assert fetch_model("a/model", "v2", "fp16") == asked.cache
     assert set(asked.repos) == {("a/model", "v2")}
-    weights = ["vae/diffusion_pytorch_model.fp16.safetensors", *WEIGHTS]  # one part has it, the others take the plain
+    weights = ["vae/diffusion_pytorch_model.fp16.safetensors", *WEIGHTS]  # one part has it, others use plain files
     assert sorted(name for name in asked.files if name.endswith(".safetensors")) == sorted(weights)
     with pytest.raises(ValueError, match="a/model at revision v2 holds no .* of the variant 'bf16'"):
         fetch_model("a/model", "v2", "bf16")
@@ -203,7 +203,7 @@ def test_no_hub_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(("error", "problem"), [(OSError("disk full\nmore"), "disk full"), (KeyError(), "KeyError")])
 def test_a_download_that_breaks_off(error: Exception, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The HTTP library's errors are no OSError in every version of huggingface_hub."""
+    """The HTTP library's errors are not OSErrors in every version of huggingface_hub."""
 
     def download(*_: object, **__: object) -> str:
         raise error
@@ -213,11 +213,11 @@ def test_a_download_that_breaks_off(error: Exception, problem: str, monkeypatch:
         fetch_model("a/model", "1", None)
 
 
-# ---- a hub on this machine
+# ---- a local hub
 
 
 class Hub(ThreadingHTTPServer):
-    """Answers as huggingface.co does, as far as snapshot_download asks; `requested` lists the files that were read."""
+    """Emulates huggingface.co as far as snapshot_download needs; `requested` lists the files read."""
 
     def __init__(self, repos: dict[str, Path]) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -305,7 +305,7 @@ print(json.dumps([try_to_load(arguments) for arguments in json.loads(sys.argv[1]
 
 
 def load_elsewhere(hub: Hub, home: Path, offline: bool, *arguments: dict[str, str]) -> list[str | tuple[str, float]]:
-    """What minidiff.load gives in a process of its own, whose hub is ours and whose cache is below `home`."""
+    """The result of minidiff.load in a separate process that uses our hub, with its cache below `home`."""
     url = f"http://127.0.0.1:{hub.server_port}"
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE_"))}
     environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "no_proxy": "*"}

@@ -1,4 +1,4 @@
-"""A1111's text: hand-written examples in the forms its versions wrote, and round trips of anything we write."""
+"""A1111's text: hand-written examples in the formats of its versions, and round trips of our own output."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_prompts_come_back(prompt: str, negative: str) -> None:
 
 
 def _lines(text: str) -> str:
-    """With the line ends that a text has once it is read."""
+    """Line ends as normalised by reading."""
     return f"{text}\n".replace("\r\n", "\n")[:-1]
 
 
@@ -248,5 +248,5 @@ def test_settings_come_back(model: str, model_hash: str, scale: float, eta: floa
 
 @pytest.mark.parametrize("unit", ["a", " ", 'a: "', 'ab: "\\",', 'ab: "x" y,', "\\"])
 def test_a_hostile_line_costs_linear_time(unit: str) -> None:
-    """Quadratic, each of these would take minutes."""
+    """With quadratic run time, each of these would take minutes."""
     parse_infotext("x\nSteps: 20, " + unit * (200_000 // len(unit)))

@@ -1,4 +1,4 @@
-"""describe(): what it says of folders and files, whole, broken and of other kinds, and that load() is of one mind."""
+"""describe(): its results for intact, broken and unsupported folders and files, consistent with load()."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tiny_file(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A copy that a test may break."""
+    """A copy that a test may modify."""
     return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
 
 
@@ -101,7 +101,7 @@ def test_half_precision_averages_and_foreign_keys_are_counted(tiny_folder: Path,
 
 
 def test_full_size_file_is_described_without_reading_it(tmp_path: Path) -> None:
-    """7.7 GB with its averaged copies, of which nothing but the header exists on the disk."""
+    """7.7 GB with EMA weights, as a sparse file of which only the header is on disk."""
     shapes = sd15_shapes()
     unet = {key: shape for key, shape in shapes.items() if key.startswith(LDM_PREFIX["unet"])}
     shapes |= {f"model_ema.{key.replace('.', '')}": shape for key, shape in unet.items()}
@@ -365,7 +365,7 @@ def test_parts_that_do_not_fit(folder: Path) -> None:
 
 @pytest.mark.parametrize(("key", "loads"), [("mid_block.resnets.0.norm1.bias", False), ("conv_in.weight", True)])
 def test_weights_that_are_not_finite(key: str, loads: bool, folder: Path) -> None:
-    """Vectors are looked at always, the others when asked."""
+    """Vectors are always checked, other tensors on request."""
 
     def spoil(tensors: dict[str, Tensor]) -> None:
         tensors[key].view(-1)[0] = torch.nan

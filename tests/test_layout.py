@@ -1,4 +1,4 @@
-"""Boxes and masks cover cells exactly, and what is wrong with them is named."""
+"""Boxes and masks cover cells exactly, and errors name what is wrong."""
 
 import math
 import warnings
@@ -28,14 +28,14 @@ def part(start: float, end: float, cell: int, cells: int) -> float:
 
 
 def slow(box: Box, h: int, w: int) -> Tensor:
-    """Of one box, cell by cell."""
+    """The coverage of one box, cell by cell."""
     x0, y0, x1, y1 = box
     rows = [[part(y0, y1, r, h) * part(x0, x1, c, w) for c in range(w)] for r in range(h)]
     return torch.tensor(rows, dtype=torch.float64)
 
 
 def sampled(boxes: list[Box], h: int, w: int, fine: int = 40) -> Tensor:
-    """The share of many points in each cell that lie in any of the boxes."""
+    """The fraction of many sample points in each cell that lie in any of the boxes."""
     found = torch.zeros(h, w, dtype=torch.float64)
     for r in range(h):
         for c in range(w):
@@ -75,7 +75,7 @@ def test_box_coverage_takes_boxes_of_any_number() -> None:
 
 @pytest.mark.parametrize("grid", [(2, 3), (5, 4)])
 def test_boxes_that_overlap_count_once(grid: tuple[int, int]) -> None:
-    # edges on a raster of 1/120, which the sampled points of both grids fall between
+    # edges at multiples of 1/120, never at sampled points of either grid
     boxes = [(0.1, 0.2, 0.6, 0.7), (0.4, 0.5, 0.9, 1.0), (0.45, 0.55, 0.5, 0.6), (0.1, 0.2, 0.6, 0.7)]
     found = Region("ball", (2,), tuple(boxes)).coverage(grid)
     torch.testing.assert_close(found, sampled(boxes, *grid), rtol=0, atol=1e-12)
@@ -104,7 +104,7 @@ def test_a_box_far_smaller_than_a_cell_is_never_empty(size: float, corner: tuple
 
 
 def masks() -> dict[str, object]:
-    """One mask of 5 x 7 pixels in every form that is taken."""
+    """One mask of 5 x 7 pixels in every accepted form."""
     inside = np.zeros((5, 7), dtype=bool)
     inside[1:4, 2:7] = True
     grey = inside.astype(np.uint8) * 255
@@ -129,8 +129,8 @@ def masks() -> dict[str, object]:
 def test_masks_of_every_kind_cover_cells_exactly(kind: str) -> None:
     region = one(masks()[kind])
     assert region.boxes == ()
-    box = (2 / 7, 1 / 5, 1.0, 4 / 5)  # what those pixels are
-    for grid in [(2, 3), (8, 8), (3, 16), (1, 1), (5, 7)]:  # pixels that do not divide cells, and cells pixels
+    box = (2 / 7, 1 / 5, 1.0, 4 / 5)  # the values of those pixels
+    for grid in [(2, 3), (8, 8), (3, 16), (1, 1), (5, 7)]:  # pixel and cell sizes that do not divide each other
         torch.testing.assert_close(region.coverage(grid), slow(box, *grid), rtol=0, atol=1e-12)
     torch.testing.assert_close(one({"mask": masks()[kind]}).coverage((3, 4)), region.coverage((3, 4)))
 
@@ -152,7 +152,7 @@ def test_a_mask_of_ones_is_not_one_of_bytes() -> None:
     torch.testing.assert_close(one(np.full((2, 2), 255, np.uint8)).coverage((1, 1)), torch.ones(1, 1).double())
 
 
-# ---- what callers write
+# ---- user input
 
 
 def test_regions_are_read_from_every_way_to_write_them() -> None:
@@ -289,7 +289,7 @@ def test_a_mask_of_four_columns_is_named_as_one() -> None:
     cells = np.array([BOX, BOX])
     assert one(cells).mask is None
     assert torch.equal(one({"mask": cells}).coverage((2, 4)), torch.tensor(cells))
-    assert one(cells > 0.2).mask is not None  # booleans are no numbers
+    assert one(cells > 0.2).mask is not None  # booleans are not numbers
 
 
 def test_a_mask_may_be_a_view_and_read_only() -> None:

@@ -1,4 +1,4 @@
-"""weights/load.py: folders and single files to one model, exchanged parts, dtypes, every bad input by its message."""
+"""weights/load.py: folders, single files, replaced parts, dtypes, and error messages for bad input."""
 
 import dataclasses
 import hashlib
@@ -38,7 +38,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs 
 
 @pytest.fixture
 def folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny folder whose files may be exchanged (by `put`, never written to: they are hard links)."""
+    """A copy of the tiny folder whose files may be replaced (with `put`, never written to: they are hard links)."""
     return shutil.copytree(tiny_folder, tmp_path / "copy", copy_function=os.link)
 
 
@@ -99,7 +99,7 @@ def test_diffusers_loads_the_same_weights(tiny_folder: Path, tiny_model: minidif
 
 
 def test_a_whole_clip_is_its_text_encoder(tiny_folder: Path, tiny_model: minidiff.Model, tmp_path: Path) -> None:
-    """Its config has the text encoder's a level deeper, its file the image encoder and the projections beside."""
+    """Its config nests the text encoder's; its file also holds the image encoder and the projections."""
     folder = shutil.copytree(tiny_folder, tmp_path / "tiny")
     config = folder / "text_encoder" / "config.json"
     config.write_text(json.dumps({"text_config": json.loads(config.read_text()), "vision_config": {}}))
@@ -110,7 +110,7 @@ def test_a_whole_clip_is_its_text_encoder(tiny_folder: Path, tiny_model: minidif
 
 
 def test_a_folder_that_diffusers_wrote(tiny_folder: Path, tiny_model: minidiff.Model, tmp_path: Path) -> None:
-    """Its text encoder's keys have no prefix since transformers 5.6."""
+    """Text encoder keys have no prefix since transformers 5.6."""
     from diffusers import StableDiffusionPipeline
 
     StableDiffusionPipeline.from_pretrained(tiny_folder).save_pretrained(tmp_path / "saved")
@@ -146,7 +146,7 @@ def test_a_variant(folder: Path, tiny_model: minidiff.Model) -> None:
 
 
 def test_a_variant_that_one_part_has(folder: Path, tiny_model: minidiff.Model) -> None:
-    """As Stable Diffusion 1.5's own repository has non_ema in unet/ alone. The others take the plain files."""
+    """Like non_ema in Stable Diffusion 1.5's repository, which only unet/ has. Other parts use the plain files."""
     unet = load_file(folder / UNET_FILE)
     put(folder / UNET_FILE.replace(".safetensors", ".non_ema.safetensors"), {k: v + 1 for k, v in unet.items()})
     model = load(folder, variant="non_ema")
@@ -191,7 +191,7 @@ def test_the_scheduler_and_prediction_type(folder: Path) -> None:
     config = folder / "scheduler/scheduler_config.json"
     change_json(config, prediction_type="v_prediction", steps_offset=0, minidiff_defaults={"steps": 9})
     model = load(folder)
-    # StableDiffusionPipeline raises the offset to 1 too.
+    # StableDiffusionPipeline also raises the offset to 1.
     assert (model.noise.prediction_type, model.noise.steps_offset, model.defaults.steps) == ("v_prediction", 1, 9)
     with pytest.raises(ValueError, match="prediction_type.*'x0'.*epsilon, v_prediction"):
         load(folder, prediction_type="x0")
@@ -203,7 +203,7 @@ def test_the_scheduler_and_prediction_type(folder: Path) -> None:
 def test_a_single_file_is_the_same_model(single: Path, tiny_folder: Path, tiny_model: minidiff.Model) -> None:
     model = load(single, tokenizer=tiny_folder / "tokenizer")
     assert_same_weights(model, tiny_model)
-    # The size that it was trained for is in no tensor: SD 1.5's.
+    # No tensor contains the training size: SD 1.5's is assumed.
     assert model.unet.config == replace(tiny_model.unet.config, sample_size=64)
     assert model.vae.config == tiny_model.vae.config
     text = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "hidden_act", "vocab_size")
@@ -323,7 +323,7 @@ def test_an_inpainting_model(form: str, folder: Path, tiny_model: minidiff.Model
         minidiff.generate("a cat", model=model)
 
 
-# ---- exchanged parts
+# ---- replaced parts
 
 
 def other_vae(tiny_folder: Path) -> dict[str, Tensor]:
@@ -349,7 +349,7 @@ def test_another_autoencoder(form: str, folder: Path, tiny_folder: Path, tmp_pat
         prefix = LDM_PREFIX["vae"]
         ldm = {k.removeprefix(prefix): v for k, v in ldm_tensors(folder).items() if k.startswith(prefix)}
         put(given, ldm | ({"loss.logvar": torch.zeros(())} if form == "with loss" else {}))
-    link = tmp_path / "link.safetensors"  # as in the hub's cache: the name of the target tells nothing
+    link = tmp_path / "link.safetensors"  # as in the hub's cache, where the link target's name has no meaning
     link.symlink_to(given)
     assert load(tiny_folder, vae=link).options == {"vae": "link.safetensors"}
     model = load(tiny_folder, vae=given)
@@ -435,7 +435,7 @@ def test_weights_are_the_memory_map_unless_converted(kind: str, folder: Path, tm
 
 
 def mapped(file: Path) -> list[tuple[int, int]]:
-    """Where a file is mapped into memory."""
+    """The address ranges where a file is mapped."""
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(f" {file}")]
     return [(int(line[0].split("-")[0], 16), int(line[0].split("-")[1], 16)) for line in lines]
 

@@ -1,4 +1,4 @@
-"""The measurer: it finds what was drawn, says what it doubts, and is not fooled by another picture's truth."""
+"""The measurement: it finds what was drawn, reports doubts, and rejects another picture's ground truth."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ def picture(*things: Thing, background: str = "white") -> Tensor:
 
 
 def blend(background: Sequence[int], layers: Sequence[tuple[Tensor, Sequence[int]]]) -> Tensor:
-    """A picture of layers of any colour, which the world of shapes may not have."""
+    """A picture from layers of any colour, including ones outside the world of shapes."""
     pixels = torch.tensor(background).float()[:, None, None].expand(3, 128, 128)
     for cover, colour in layers:
         pixels = pixels + cover * (torch.tensor(colour).float()[:, None, None] - pixels)
@@ -27,7 +27,7 @@ def blend(background: Sequence[int], layers: Sequence[tuple[Tensor, Sequence[int
 
 
 def pairs() -> list[object]:
-    """Every colour, and every background, in the quick suite; every pair of them in the slow one."""
+    """All colours and all backgrounds in the fast suite; all pairs of them in the slow one."""
     found = []
     for i, colour in enumerate(COLOURS):
         for j, background in enumerate(BACKGROUNDS):

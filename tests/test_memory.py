@@ -1,4 +1,4 @@
-"""What things cost in memory at SD 1.5's size: counted over shapes, so no machine decides (bench memory measures)."""
+"""Memory use at SD 1.5's size, computed from shapes and so machine-independent (bench memory measures it)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def guided(images: int, edge: int = 64) -> int:
-    """Of a guided pass."""
+    """Peak of a guided pass."""
     mode, unet = _network(lambda: UNet(UNetConfig()))
     with mode:
         inputs = Inputs.random(SD15, torch.float32, images, edge, edge)
@@ -34,7 +34,7 @@ def guided(images: int, edge: int = 64) -> int:
 
 
 def step(images: int, edge: int = 64, keep: Keep | None = None) -> int:
-    """Of a step with classifier-free guidance."""
+    """Peak of a step with classifier-free guidance."""
     mode, unet = _network(lambda: UNet(UNetConfig()))
     record = None if keep is None else Record(choose(self_, unet.positions(edge, edge)), keep)
     with mode, torch.no_grad():
@@ -43,7 +43,7 @@ def step(images: int, edge: int = 64, keep: Keep | None = None) -> int:
 
 
 def decode(edge: int) -> int:
-    """Of latents to an image."""
+    """Peak of decoding latents to an image."""
     mode, vae = _network(lambda: by_strips(VAE(VAEConfig())))
     with mode, torch.no_grad():
         latents = torch.empty(1, 4, edge, edge)
@@ -83,7 +83,7 @@ def test_steps() -> None:
     assert one <= 0.28e9
     assert step(4) <= 4.02 * one
     assert step(1, 128) <= 4.05 * one
-    assert step(1, keep=HEAD_MEAN) <= 2**27 + 5 * 4 * 4096**2 + one  # what is kept of five layers, and a part of one
+    assert step(1, keep=HEAD_MEAN) <= 2**27 + 5 * 4 * 4096**2 + one  # the maps of five layers, and part of another
 
 
 @pytest.mark.slow
@@ -106,11 +106,11 @@ def test_nothing_grows_with_the_steps(tiny_folder: Path) -> None:
             )
         )
 
-    run(2)  # what is packed at its first use
+    run(2)  # packed on first use
     few, many = run(5), run(11)  # both have the four outputs that PNDM keeps
     assert few > 1e5
     latents = 4 * 4 * 8 * 8
-    assert many - few < 6 * latents / 2  # the six more leave numbers in the report, nothing of an image's size
+    assert many - few < 6 * latents / 2  # six more steps add numbers to the report, but nothing of image size
 
 
 @pytest.mark.slow

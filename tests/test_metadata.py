@@ -1,4 +1,4 @@
-"""PNG metadata both ways, other programs' files, damage; and arguments as plain values."""
+"""PNG metadata: writing and reading, other programs' files, damaged files; and arguments as plain values."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def test_files_that_pillow_refuses_in_its_own_ways(tmp_path: Path) -> None:
 def test_truncated_and_damaged_files_raise_only_value_errors(tmp_path: Path) -> None:
     (path,) = result().save(tmp_path / "whole.png")
     data, broken = path.read_bytes(), tmp_path / "broken.png"
-    end = data.index(b"IDAT") + 10  # inside the pixels: the text before them is whole, and yet the file is refused
+    end = data.index(b"IDAT") + 10  # inside the pixel data: the text before it is intact, but the file is refused
     for length in [*range(0, end, 7), end]:
         broken.write_bytes(data[:length])
         with pytest.raises(ValueError, match=r"broken.png"):
@@ -328,7 +328,7 @@ def test_pictures_without_parameters_in_exif(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mark", ["stealth_pnginfo", "stealth_pngcomp", "stealth_rgbinfo", "stealth_rgbcomp"])
 def test_text_hidden_in_pixels_is_read(mark: str, tmp_path: Path) -> None:
-    """Written bit by bit, a pixel after the other, as the programs do."""
+    """Written bit by bit and pixel by pixel, like the other programs."""
 
     def hide(text: str) -> Path:
         data = gzip.compress(text.encode()) if mark.endswith("comp") else text.encode()
@@ -360,11 +360,11 @@ def test_large_and_moving_pictures_are_refused_unread(tmp_path: Path) -> None:
             read_metadata(tmp_path / f"{name}.png")
 
 
-# ---- whatever a file holds
+# ---- arbitrary file content
 
 
 def read(data: bytes) -> None:
-    """Metadata, or a ValueError in one short line; and never an empty prompt where there was one."""
+    """Metadata or a one-line ValueError, and never an empty prompt instead of the real one."""
     try:
         found = read_metadata(io.BytesIO(data))  # type: ignore[arg-type]
     except ValueError as error:
@@ -452,7 +452,7 @@ def test_no_absolute_path_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         secret / "none",
     ]
     assert plain(values) == ["model.safetensors", "model.safetensors", {"x": ["secret"]}, {"secret": 1}, "none"]
-    assert plain("secret/model.safetensors") == "secret/model.safetensors"  # relative: tells nothing of the machine
+    assert plain("secret/model.safetensors") == "secret/model.safetensors"  # relative: not a secret
     assert plain(["/", "p" * 5000, "/nul\0"]) == ["/", "p" * 5000, "/nul\0"]
 
 

@@ -1,4 +1,4 @@
-"""weights/names.py: the tables against diffusers' own converters, and there and back."""
+"""weights/names.py: the tables against diffusers' own converters, and round trips."""
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ Box = tuple[float, float, float, float]
 
 LENGTH = 9  # text tokens
 SITE = Site("mid", 0, 0, "cross")
-# two sites on one grid, so that averages over sites, grids and heads are three different things
+# two sites on one grid, so that averages over sites, grids and heads differ
 SITES = {
     SITE: (3, 2, 4),  # heads, h, w
     Site("down", 1, 0, "cross"): (2, 5, 3),
@@ -33,7 +33,7 @@ SITES = {
     Site("up", 1, 1, "cross"): (4, 5, 3),
     Site("up", 2, 0, "cross"): (1, 6, 6),
 }
-# of each image, of each object: boxes, token positions, weight. Overlaps, a box under a cell, one at the very corner.
+# per image and object: boxes, token positions, weight. With overlaps, a box below cell size, one in the corner.
 OBJECTS: list[list[tuple[list[Box], tuple[int, ...], float]]] = [
     [
         ([(0.1, 0.2, 0.55, 0.7)], (1, 2), 1.0),
@@ -47,12 +47,12 @@ COUNT = max(len(some) for some in OBJECTS)
 
 
 def part(start: float, end: float, cell: int, cells: int) -> float:
-    """How much of a cell an interval covers."""
+    """The fraction of a cell that an interval covers."""
     return max(0.0, min(end, (cell + 1) / cells) - max(start, cell / cells)) * cells
 
 
 def coverage(boxes: Sequence[Box], h: int, w: int) -> list[list[float]]:
-    """Of boxes that do not overlap."""
+    """The coverage of boxes that do not overlap."""
     return [
         [sum(part(y0, y1, r, h) * part(x0, x1, c, w) for x0, y0, x1, y1 in boxes) for c in range(w)] for r in range(h)
     ]
@@ -86,7 +86,7 @@ def random_maps(spread: float = 2.0, seed: int = 0) -> Maps:
 
 
 def kept(objective: Objective, maps: Maps, layout: Layout) -> Maps:
-    """As a UNet would hand them over."""
+    """The maps as a UNet returns them."""
     return {site: objective.keep(site, probs, layout.inputs()) for site, probs in maps.items()}
 
 
@@ -107,7 +107,7 @@ def slow_layout(maps: Maps, objects: Objects) -> float:
                 for head in range(heads):
                     inside = sum(mask[r][c] * float(probs[head, r, c, token]) for r in range(h) for c in range(w))
                     total = sum(float(probs[head, r, c, token]) for r in range(h) for c in range(w))
-                    # sites count alike, however many heads they have
+                    # sites have equal weight, however many heads they have
                     terms.append((1 - inside / total) ** 2 / (len(maps) * len(tokens) * heads))
         whole += weight * sum(terms)
     return whole / sum(weight for _, _, weight in objects)
@@ -143,13 +143,13 @@ def sharpened(mean: list[list[list[float]]], tokens: Sequence[int], factor: floa
 
 
 def mirrored(i: int, n: int) -> int:
-    """An index just outside, reflected at the outermost cell."""
+    """Reflect an index just outside at the outermost cell."""
     return -i if i < 0 else 2 * (n - 1) - i if i >= n else i
 
 
 def filtered(maps: list[list[float]], kernel: list[list[float]]) -> list[list[float]]:
     h, w = len(maps), len(maps[0])
-    if min(h, w) == 1:  # nothing to mirror: the outermost cell again
+    if min(h, w) == 1:  # nothing to reflect: replicate the outermost cell
 
         def at(i: int, n: int) -> int:
             return min(max(i, 0), n - 1)
@@ -165,13 +165,13 @@ def filtered(maps: list[list[float]], kernel: list[list[float]]) -> list[list[fl
 
 
 def gaussian(sigma: float) -> list[list[float]]:
-    """exp(-(d / (2 sigma))^2) on each axis, as Attend-and-Excite's code has it."""
+    """exp(-(d / (2 sigma))^2) on each axis, as in Attend-and-Excite's code."""
     line = [math.exp(-((d / (2 * sigma)) ** 2)) for d in (-1, 0, 1)]
     return [[a * b / sum(line) ** 2 for b in line] for a in line]
 
 
 def excited(maps: Maps, tokens: Sequence[int]) -> dict[tuple[int, int], list[list[float]]]:
-    """A_o of facts/guidance.md on each grid."""
+    """The sharpened, smoothed map A_o of each object on each grid."""
     return {grid: filtered(sharpened(mean, tokens, 100), gaussian(0.5)) for grid, mean in by_grid(maps).items()}
 
 
@@ -188,7 +188,7 @@ def slow_attend_and_excite(maps: Maps, objects: Objects) -> float:
 
 
 def mean_of_top(values: list[float], count: float) -> float:
-    """Of `count` cells, at least one; where that is no whole number the last one counts in part."""
+    """Mean of the `count` largest cells, at least one; a fractional count weights the last one."""
     count = max(count, 1.0)
     left, total = count, 0.0
     for value in sorted(values, reverse=True):
@@ -234,7 +234,7 @@ def slow_refocusing(maps: Maps, objects: Objects) -> float:
             own = coverage(boxes, h, w)
             masks = [coverage(others, h, w) for others, _, _ in objects]
             loss = 1 - max(own[r][c] * found[r][c] for r, c in cells(h, w))
-            for other in masks:  # its own mask among them gives m (1 - m), which is the part of its edge cells outside
+            for other in masks:  # its own mask among them gives m (1 - m), the outside part of its edge cells
                 loss += max(other[r][c] * (1 - own[r][c]) * found[r][c] for r, c in cells(h, w))
             loss += 0.5 * max((1 - max(m[r][c] for m in masks)) * found[r][c] for r, c in cells(h, w))
             losses.append(loss)
@@ -255,7 +255,7 @@ def bounding(found: list[list[bool]]) -> list[list[float]]:
 
 
 def slow_rnb_parts(maps: Maps, objects: Objects) -> list[tuple[float, list[tuple[float, float]]]]:
-    """Of each object: its loss, and on each grid (iou, loss)."""
+    """For each object: its loss, and (iou, loss) on each grid."""
     means = by_grid(maps)
     found_of = []
     for boxes, tokens, _ in objects:
@@ -273,7 +273,7 @@ def slow_rnb_parts(maps: Maps, objects: Objects) -> list[tuple[float, list[tuple
             both = sum(bright[r][c] * mask[r][c] for r, c in inner)
             iou = both / sum(max(bright[r][c], mask[r][c]) for r, c in inner)
             soft = [[1 / (1 + math.exp(-20 * (value - threshold))) for value in row] for row in found]
-            size = sum(map(sum, bright)) or 1.0  # an even map has nothing bright
+            size = sum(map(sum, bright)) or 1.0  # a uniform map has no bright cells
             hard_share = sum(mask[r][c] ** 2 * bright[r][c] for r, c in inner) / size
             soft_share = sum(mask[r][c] * soft[r][c] for r, c in inner) / sum(map(sum, soft))
             loss = (1 - (1 - iou) * hard_share) + (1 - 0.5 * (1 - iou) * soft_share)
@@ -317,7 +317,7 @@ def slow_inside(maps: Maps, objects: Objects) -> float:
 
 
 def moments(line: list[float]) -> tuple[float, float]:
-    """Centre and standard deviation of a bar chart over [0,1], each cell's share spread evenly in it."""
+    """Centre and standard deviation of a histogram over [0,1], uniform within each cell."""
     n, total = len(line), sum(line)
     centre = sum(value * (i + 0.5) / n for i, value in enumerate(line)) / total
     second = sum(value * (((i + 0.5) / n - centre) ** 2 + 1 / (12 * n**2)) for i, value in enumerate(line)) / total
@@ -337,7 +337,7 @@ def slow_extent(maps: Maps, objects: Objects) -> float:
                     rows = picture if turn else [list(column) for column in zip(*picture, strict=True)]
                     lines.append(moments([sum(row) for row in rows]))
                 (centre, spread), (wanted, size) = lines
-                width = math.sqrt(12) * size  # of an even bar
+                width = math.sqrt(12) * size  # std of a uniform bar
                 loss += 3 * ((centre - wanted) / width) ** 2 + math.log(spread / (SPREAD * size)) ** 2
             losses.append(loss)
         whole += weight * sum(losses) / len(losses)
@@ -427,7 +427,7 @@ def test_padding_of_objects_has_no_part_in_a_loss() -> None:
 
 @pytest.fixture(scope="module")
 def unet() -> UNet:
-    """The tiny one in float64, with keys large enough that attention is not flat."""
+    """The tiny UNet in float64, with keys large enough that attention is not flat."""
     torch.manual_seed(3)
     found = UNet(UNetConfig.from_dict(UNET)).double().requires_grad_(False)
     for site in found.sites:
@@ -460,7 +460,7 @@ def on_unet(
 
 
 def slopes(loss: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor, step: float = 1e-5) -> Tensor:
-    """[B]: images do not see each other, so all are moved at once."""
+    """[B]: images are independent, so all are perturbed at once."""
     return (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
 
 
@@ -482,8 +482,8 @@ def test_the_gradient_equals_finite_differences(unet: UNet, name: str) -> None:
 
 
 def frozen_rnb(at: Maps, layout: Layout) -> Callable[[Maps], Tensor]:
-    """rnb_loss [B] with all that its gradient passes by (the bright box, IoU, the map there, the scale of the sharp
-    one, which terms there are) held at one point: a smooth function, whose slope that gradient is.
+    """rnb_loss [B] with everything that its gradient ignores (the bright box, IoU, the map there, the scale of the
+    sharp map, which terms are active) fixed at one point: a smooth function whose derivative is that gradient.
     """
     several = (layout.weights > 0).sum(dim=1) > 1
 
@@ -582,7 +582,7 @@ def test_each_image_has_its_own_gradient(unet: UNet) -> None:
 
 
 def whole_gradient(objective: Objective, maps: Maps, layout: Layout) -> tuple[Tensor, dict[Site, Tensor]]:
-    """Value, and the gradient by all probabilities, whatever the objective keeps of them."""
+    """The loss, and its gradient with respect to all probabilities, whatever the objective keeps of them."""
     leaves = {site: probs.clone().requires_grad_() for site, probs in maps.items()}
     value = objective(kept(objective, leaves, layout), layout)
     found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
@@ -613,7 +613,7 @@ def test_a_sum_records_what_both_can_be_read_from() -> None:
     assert (a + 2 * a).keep == a.keep == BOX_MASS
     assert (b + c).keep == HEAD_MEAN
     assert (a + b).keep == ALL
-    assert columns.keep == ALL  # from which COLUMNS is computed
+    assert columns.keep == ALL  # COLUMNS is computed from it
     there = {site: at for site, at in UNet(UNetConfig.from_dict(UNET)).positions(8, 12).items() if site.kind == "cross"}
     both = (a + b).bound(there)
     assert both.sites == a.bound(there).sites | b.bound(there).sites
@@ -647,7 +647,7 @@ def test_a_sum_reads_each_terms_own_sites(unet: UNet) -> None:
     torch.testing.assert_close(grad, grad_a + 0.5 * grad_b, rtol=1e-7, atol=1e-12)
 
 
-# ---- objectives of one's own
+# ---- user-defined objectives
 
 
 @minidiff.objective
@@ -689,7 +689,7 @@ def test_your_own_function_is_an_objective() -> None:
     torch.testing.assert_close(image, torch.stack([probs[b].mean(0).square().sum() for b in range(3)]))
     total, objects, _ = (2 * of_an_image).look({site: probs.mean(1)}, layout, layout.inputs())
     torch.testing.assert_close(total, 2 * image)
-    assert objects.abs().max() == 0  # a loss of the whole image is no object's
+    assert objects.abs().max() == 0  # a loss of the whole image belongs to no object
     # kept as ALL, read as COLUMNS; summed, not averaged
     assert float(columns({site: probs}, layout)[1]) == pytest.approx(1.5 * float(probs[1, ..., 3].sum()))
     assert [term.name for term in (brightness + columns).terms] == ["brightness", "columns"]
@@ -719,7 +719,7 @@ def test_objectives_are_values() -> None:
     assert a * 1.0 == a
     assert a * 2 != a
     assert a != b
-    # Where holds a function made anew each time, but its text decides
+    # Where holds a new function each time, but equality compares its text
     again = replace(
         a, terms=(replace(a.terms[0], sites=minidiff.cross & (minidiff.place("mid") | minidiff.block("up", 1))),)
     )
@@ -735,7 +735,7 @@ PLAIN = ("attend_and_excite", "boxdiff", "refocusing", "rnb")
 
 
 def test_published_settings() -> None:
-    """Those of facts/guidance.md."""
+    """The papers' settings."""
     chosen = minidiff.layout_loss.settings
     assert (chosen.scale, chosen.threshold, chosen.iterations, chosen.steps, chosen.step_rule) == (
         30,
@@ -757,12 +757,12 @@ def test_published_settings() -> None:
 
 
 HEADS = 2
-WIDE = 14  # text tokens of the properties: more than all objects own
+WIDE = 14  # text tokens in the property tests: more than all objects own
 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[tuple[int, int], list[Region], int]:
-    """A grid, one image's regions, and a seed. Edges from a fine raster, so that all special cases come up."""
+    """A grid, one image's regions, and a seed. Edges from a fine raster, so that all special cases occur."""
     grid = draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
     regions = []
     for o in range(draw(st.integers(1, 8))):
@@ -779,17 +779,17 @@ def layouts(draw: st.DrawFn) -> tuple[tuple[int, int], list[Region], int]:
             x0, y0 = draw(st.floats(0, 0.8)), draw(st.floats(0, 0.8))
             far = st.floats(0.05, 0.19)
             box = (x0, y0, 1.0, 1.0) if kind == "edge" else (x0, y0, x0 + draw(far), y0 + draw(far))
-        twice = draw(st.booleans())  # a phrase that the prompt has twice owns two runs of tokens
+        twice = draw(st.booleans())  # a phrase that occurs twice in the prompt owns two runs of tokens
         tokens = (o + 1, 9 + o % 4) if twice else (o + 1,)
         regions.append(Region(str(o), tokens, (box,), weight=draw(st.sampled_from([0.5, 1.0, 2.0]))))
     return grid, regions, draw(st.integers(0, 1000))
 
 
 def can_move(name: str, mask: Tensor, probs: Tensor, regions: list[Region], loss: float) -> bool:
-    """Whether the objective is not at its minimum, as far as its maps can move it.
+    """Whether the loss can decrease by changing the maps.
 
-    A mask that is the same in all cells sums up the same attention wherever it is: layout_loss, inside_loss and
-    rnb_loss are then constant (the whole picture; a grid of one cell). rnb_loss is zero by definition where the boxes
+    With a mask that is equal in all cells (the whole picture; a grid of one cell), the attention inside does not depend
+    on its position: layout_loss, inside_loss and rnb_loss are constant. rnb_loss is zero by definition where the boxes
     agree.
     """
     uneven = mask.flatten(1).amax(1) - mask.flatten(1).amin(1) > 1e-9
@@ -836,7 +836,7 @@ def test_nothing_is_to_be_won_where_the_box_is_the_whole_picture() -> None:
 
 
 def test_a_box_at_the_edge_and_a_full_one_are_finite_in_float32() -> None:
-    """float32 is what guidance runs in; one mask is full, one a cell, one is smaller than a cell."""
+    """In float32, as guidance runs; with a full mask, one of a single cell, and one below cell size."""
     regions = [
         Region("a", (1,), ((0, 0, 1, 1),)),
         Region("b", (2,), ((0.75, 0.5, 1, 1),)),

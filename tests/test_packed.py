@@ -1,4 +1,4 @@
-"""Packed layers against torch's own: numbers, gradients of any order, state, copies; as operators in a graph."""
+"""Packed layers against torch's own: results, gradients of any order, state, copies; as operators in graphs."""
 
 import contextlib
 import copy
@@ -112,7 +112,7 @@ def test_nothing_is_packed_before_the_first_call_and_no_gradient_before_the_firs
     assert not packed.weight.is_mkldnn
     y = packed(torch.randn(1, 64, 4, 4).requires_grad_())
     assert not packed.derived
-    torch.autograd.grad(y.sum(), y)  # not by the input
+    torch.autograd.grad(y.sum(), y)  # not with respect to the input
     y.sum().backward()
     assert list(packed.derived) == ["turned"]
 
@@ -181,7 +181,7 @@ def test_functional_call_uses_the_weights_that_it_is_given(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["3x3", "large"])
 def test_other_weights_in_its_place_are_used_forward_and_back(kind: str) -> None:
-    """Those of another network for one call, and new ones for good, as who merges a LoRA sets them."""
+    """Another network's weights for one call (functional_call), and permanently, as in merging a LoRA."""
     conv, packed, x = layers(kind)
     other, _, _ = layers(kind)
 
@@ -209,7 +209,7 @@ def test_other_weights_in_its_place_are_used_forward_and_back(kind: str) -> None
 def test_weights_changed_in_place_are_used_forward_and_back(kind: str) -> None:
     plain, packed, x = layers(kind)
     changes: list[Callable[[Tensor], object]] = [lambda weight: weight.mul_(2)]
-    if kind == "large":  # the others are opaque, and take no other numbers
+    if kind == "large":  # the others are opaque and cannot be written to
         changes.append(lambda weight: setattr(weight, "data", weight / 4))
     for change in (lambda weight: None, *changes):
         with torch.no_grad():
@@ -303,7 +303,7 @@ def test_a_packed_linear_layer_and_its_gradient_equal_torchs(
 ) -> None:
     linear = nn.Linear(96, 40, bias=bias).to(dtype).requires_grad_(False)
     packed = PackedLinear(copy.deepcopy(linear))
-    packed(torch.randn(5, 96).to(dtype))  # packed for another number of rows
+    packed(torch.randn(5, 96).to(dtype))  # packed for a different number of rows
     x = torch.randn(*shape, 96).to(dtype)
     for given in (x, x.transpose(0, -2).contiguous().transpose(0, -2)):
         ours, theirs = given.clone().requires_grad_(), given.clone().requires_grad_()
@@ -322,7 +322,7 @@ TILED = (32, 34), (64, 65)
 
 
 def large(dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[nn.Conv2d, PackedConv2d]:
-    """torch's convolution and a packed one, with channels enough."""
+    """torch's convolution and a packed one, with enough channels."""
     conv = nn.Conv2d(*LARGE, 3, padding=1, bias=bias).to(dtype).requires_grad_(False)
     return conv, PackedConv2d(copy.deepcopy(conv))
 
@@ -392,7 +392,7 @@ Numbered = Callable[[Packed], Packed]
 
 @pytest.fixture
 def numbered() -> Iterator[Numbered]:
-    """Gives layers numbers, and drops the graphs, which the compiler knows by their code."""
+    """Numbers layers, and resets the compiler, which caches graphs by code."""
     torch._dynamo.reset()
 
     def numbered(layer: Packed) -> Packed:
@@ -404,7 +404,7 @@ def numbered() -> Iterator[Numbered]:
 
 
 def graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """One graph, without the code generation that makes it slow."""
+    """One graph, without the slow code generation."""
     return torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
 
 
@@ -450,7 +450,7 @@ def test_the_operator_tells_the_compiler_what_it_returns(kind: str, dtype: torch
 
 
 def test_a_graph_takes_no_weights_in_the_place_of_its_layers(numbered: Numbered) -> None:
-    """Its gradient would be taken when they may be gone again."""
+    """Such weights may no longer exist when the gradient is computed."""
     conv, packed, x = layers("3x3")
     numbered(packed)
     call, slope = graph(packed), graph(lambda x: gradient(packed, x))

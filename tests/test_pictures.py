@@ -1,4 +1,4 @@
-"""The pictures beside an image: which are written, where, and what happens when that fails."""
+"""The pictures beside an image: which are written, where, and what happens on failure."""
 
 import pickle
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""README keeps its word: the test command is the one that CI runs, every file has its line, the examples run."""
+"""README is correct: its test command is CI's, its examples run, and it stays short."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""weights/recognise.py: SD 1.x by its tensors, every other kind by its name."""
+"""weights/recognise.py: SD 1.x is recognised by its tensors, other models are named."""
 
 import random
 import re
@@ -84,7 +84,7 @@ def test_the_config_of_any_vae() -> None:
 
 
 def test_one_missing_tensor_does_not_change_the_config(sd15: Shapes) -> None:
-    """So that the strict check names this tensor and no other. All keys that tell the config are among these."""
+    """So that the strict check names only this tensor. Includes all keys from which the config is derived."""
     path, rng = Path("x.safetensors"), random.Random(0)
     telling = [key for key in sd15 if ".op." in key or ".0.in_layers" in key or ".down." in key]
     for missing in [CONV_IN, *telling, *rng.sample(list(sd15), 30)]:
@@ -221,7 +221,7 @@ def test_a_bundle_is_still_a_checkpoint(sd15: Shapes, foreign: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_any_other_tensors_raise_nothing_but_value_errors(sd15: Shapes) -> None:
-    """Parts of a checkpoint, with some shapes and numbers changed, up to the strict check."""
+    """Parts of a checkpoint with some shapes and values changed, up to the strict check."""
     path, rng = Path("x.safetensors"), random.Random(0)
     refused = 0
     for _ in range(60):

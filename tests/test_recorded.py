@@ -35,7 +35,7 @@ def test_reductions_equal_a_loop_by_hand(tiny_model: Model, keep: object, sample
     record = replace(RECORD, keep=keep)
     every = by_hand(tiny_model, record, sampler=sampler)
     assert len(every) == 4
-    # or a reduction that takes any one step would pass
+    # else a reduction that picks one step would pass
     assert all((every[0][site] - every[3][site]).abs().max() > 1e-4 for site in every[0])
     options = shared(tiny_model, sampler=sampler, output="latents", attention=record)
     mean, last, per_step = (
@@ -72,7 +72,7 @@ def test_only_per_step_grows_with_the_run(reduce: Reduce, steps: int) -> None:
     assert set(kept) == set(SITES)
     for found in kept.values():
         assert found.numel() == steps * 2 * 3 * 4 * 4 * 5
-        assert found.untyped_storage().nbytes() == found.numel() * 4  # no view of something larger is kept
+        assert found.untyped_storage().nbytes() == found.numel() * 4  # not a view of something larger
         assert found.device.type == "cpu"
     expected = {MEAN: 2.5, LAST: 5.0, PER_STEP: 2.5}[reduce]
     torch.testing.assert_close(kept[SITES[0]].mean(), torch.tensor(expected))
@@ -82,7 +82,7 @@ def test_only_per_step_grows_with_the_run(reduce: Reduce, steps: int) -> None:
 
 
 def phrase_map(maps: Maps, image: int, tokens: tuple[int, ...], grid: tuple[int, int], heads: bool) -> Tensor:
-    """Slowly: the mean over the sites on a grid, over heads and over tokens."""
+    """Slow reference: the mean over the sites on a grid, over heads and over tokens."""
     found = []
     for kept in maps.values():
         own = kept[image].mean(dim=0) if heads else kept[image]
@@ -102,7 +102,7 @@ def test_a_phrase_is_read_from_every_image(tiny_model: Model, keep: object) -> N
     for image in range(4):
         prompt = PROMPTS[image // 2]
         tokens = tiny_model.text.all_spans(prompt, "red ball")
-        assert len(tokens) == (2 if image < 2 else 4)  # the second prompt has it twice
+        assert len(tokens) == (2 if image < 2 else 4)  # occurs twice in the second prompt
         torch.testing.assert_close(read[image], found.of(image, "red ball"))
         for grid in ((4, 6), (2, 3)):
             expected = phrase_map(found.maps, image, tokens, grid, keep is minidiff.ALL)
@@ -147,7 +147,7 @@ def hand_made(maps: SiteMaps, per_step: bool = False, maps_are_per_head: bool = 
 def test_what_cannot_be_read_is_named(tiny_model: Model) -> None:
     found = minidiff.generate(PROMPTS, output="latents", attention=RECORD, **shared(tiny_model)).attention
     with pytest.raises(ValueError, match="phrase 'cat' is not in the prompt 'the red ball by"):
-        found["cat"]  # the second image's prompt has none
+        found["cat"]  # not in the second image's prompt
     assert found.of(0, "cat").shape == (4, 4)
     with pytest.raises(
         ValueError, match=r"no cross-attention was recorded on a grid \(8, 8\); expected one of .*\(2, 2\)"
@@ -164,7 +164,7 @@ def test_self_attention_is_read_from_a_pixel_and_not_by_phrase(tiny_model: Model
     both = minidiff.Record(minidiff.level(1), minidiff.HEAD_MEAN)
     found = minidiff.generate(PROMPTS, output="latents", attention=both, **shared(tiny_model)).attention
     cross = minidiff.generate(PROMPTS, output="latents", attention=True, **shared(tiny_model)).attention
-    torch.testing.assert_close(found["ball"], cross["ball"], rtol=1e-4, atol=1e-6)  # not averaged with the other kind
+    torch.testing.assert_close(found["ball"], cross["ball"], rtol=1e-4, atol=1e-6)  # without self-attention
     looks = found.from_pixel(1, 0.99, 0.3)
     own = [kept for site, kept in found.maps.items() if site.kind == "self"]
     expected = torch.stack([kept[1, 1, 3].unflatten(-1, (4, 4)) for kept in own]).mean(dim=0)
@@ -237,7 +237,7 @@ def test_maps_of_another_kind_are_named(shape: tuple[int, ...], per_step: bool) 
 
 @pytest.mark.parametrize("keep", [minidiff.BOX_MASS, minidiff.COLUMNS])
 def test_maps_that_name_no_tokens_are_not_read_by_phrase(tiny_model: Model, keep: object) -> None:
-    """BOX_MASS [B,H,O,L] and COLUMNS [B,H,h,w,O] have as many axes as HEAD_MEAN and ALL, but say something else."""
+    """BOX_MASS [B,H,O,L] and COLUMNS [B,H,h,w,O] have as many axes as HEAD_MEAN and ALL, but other meanings."""
     record = Record(minidiff.cross & minidiff.level(1), keep)
     boxes = {"cat": (0, 0, 0.5, 0.5), "red ball": (0.5, 0.5, 1, 1), "and": (0, 0.5, 0.5, 1)}
     result = minidiff.generate(

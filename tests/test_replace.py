@@ -1,4 +1,4 @@
-"""with_weights: other weights in a network, and the old one untouched."""
+"""with_weights: new weights in a network, with the old one unchanged."""
 
 import copy
 import pickle
@@ -54,7 +54,7 @@ def every_layer_packed(network: UNet) -> UNet:
 
 
 @pytest.mark.parametrize("make", [plain, prepare, every_layer_packed])
-@pytest.mark.parametrize("used", [False, True])  # packed layers turn opaque at their first call
+@pytest.mark.parametrize("used", [False, True])  # packed layers become opaque on their first call
 def test_the_new_network_is_as_loaded_with_them_and_the_old_one_as_before(
     base: UNet, batch: tuple[Tensor, Tensor, Tensor], make: Callable[[UNet], UNet], used: bool
 ) -> None:
@@ -167,7 +167,7 @@ def test_half_precision_is_cast(base: UNet) -> None:
 
 
 class Two(nn.Module):
-    """Two layers. (What torch itself defines, a compiler leaves alone.)"""
+    """Two layers. (The compiler skips modules that torch itself defines.)"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class Around(nn.Module):
 
 @pytest.fixture
 def uncompiled_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are made and not compiled, which takes long."""
+    """Traces graphs without compiling them, which is slow."""
     real = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **flags: real(self, backend="eager", **flags))
 
@@ -227,7 +227,7 @@ def test_a_compiled_network_inside_another_takes_the_change() -> None:
 @pytest.mark.parametrize(
     ("dtype", "value", "said"),
     [
-        (torch.float16, torch.full((2,), 1e6), "not finite .* in float16"),  # finite before it is cast
+        (torch.float16, torch.full((2,), 1e6), "not finite .* in float16"),  # finite before the cast
         (torch.float32, torch.ones(2, device="meta"), "expected a torch tensor of floating-point numbers"),
         (torch.float32, torch.ones(2).to_sparse(), "expected a torch tensor of floating-point numbers"),
         (torch.float32, torch.tensor([1.0, torch.inf]), "not finite .* in float32"),

@@ -1,10 +1,10 @@
 """Layout guidance against runs of its two published implementations (tests/golden), loss by loss and step by step.
 
-Bounds are on the largest difference over the largest expected value. The paper's run and tflcg's with one box are
-stable: found 1.6e-5 and 3.7e-5. tflcg's with two boxes, at a scale of 200, is not: noise changed by a float32 rounding
-(6e-8) ends 2e-4 to 1.4e-3 from the reference, since eighteen moves multiply a difference by thousands. There float64,
-which takes minidiff's own rounding away and leaves the reference's, is the measure of the whole run (found 6.7e-4), and
-for float32 each step from the reference's own latents (found 1.5e-4 in the first, 1e-6 in the others).
+Errors are max |difference| / max |expected|. The paper's run and tflcg's with one box are stable (measured 1.6e-5 and
+3.7e-5). tflcg's with two boxes, at a scale of 200, is not: a change of the noise by a float32 rounding (6e-8) ends 2e-4
+to 1.4e-3 from the reference, since eighteen updates amplify a difference by thousands. There the whole run is compared
+in float64, which leaves only the reference's rounding (measured 6.7e-4), and in float32 each step is compared starting
+from the reference's own latents (measured 1.5e-4 in the first, 1e-6 in the others).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def model() -> Model:
 
 
 def errors(losses: list[float], steps: Tensor, file: Path) -> tuple[float, float]:
-    """Of the losses, and of the step that is worst."""
+    """Relative errors of the losses and of the worst step."""
     reference = load_file(file)
     assert len(losses) == len(reference["losses"])
     by_step = [relative_error(found, expected) for found, expected in zip(steps, reference["steps"], strict=True)]
@@ -44,12 +44,12 @@ def errors(losses: list[float], steps: Tensor, file: Path) -> tuple[float, float
 
 
 def check_image(model: Model, latents: Tensor, file: Path) -> None:
-    """Within half a step of 1/255 and, where the reference is made of such steps, the half that its rounding took."""
+    """Within 0.5/255, plus another 0.5/255 for the rounding of a uint8 reference."""
     expected = load_file(file)["image"]
     rounded = expected.dtype == torch.uint8
     expected = (expected.float() / 255 if rounded else expected).reshape(-1, *expected.shape[-3:])
     found = (model.decode(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    assert expected.std() > 0.1  # a picture, not one colour
+    assert expected.std() > 0.1  # not a single colour
     assert (found - expected).abs().max() < (1 if rounded else 0.5) / 255
 
 
@@ -59,7 +59,7 @@ def check_image(model: Model, latents: Tensor, file: Path) -> None:
         pytest.param(PAPER, torch.float32, 1e-4, marks=pytest.mark.slow),
         (ONE_BOX, torch.float32, 2e-4),
         pytest.param(TWO_BOXES, torch.float64, 1e-3, marks=pytest.mark.slow),
-        # see above: no whole run in float32 can promise less
+        # see above: whole runs in float32 cannot be more accurate
         pytest.param(TWO_BOXES, torch.float32, 5e-3, marks=pytest.mark.slow),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else str(value),
@@ -75,7 +75,7 @@ def test_losses_latents_and_image_are_the_published_ones(
 
 
 def test_the_papers_run_begins_as_published(model: Model) -> None:
-    """Its first step, which has all of its looks; the whole run is slow."""
+    """The first step, which has all evaluations; the whole run is slow."""
     reference = load_file(PAPER)
     losses, steps = rerun(read_run(PAPER), model, reference["latents0"], first=1)
     assert len(losses) >= 2
@@ -95,7 +95,7 @@ def test_each_step_of_the_unstable_run_in_float32(model: Model) -> None:
 
 @pytest.mark.slow
 def test_the_librarys_own_guide_makes_the_papers_run(model: Model) -> None:
-    """No look of it passes the threshold, so of all that the published code does only the masks matter."""
+    """The loss never falls below the threshold, so the published code differs only in its masks."""
     run = read_run(PAPER)
     assert run.guidance.objective is layout_loss
     of_losses, of_steps = errors(*rerun(replace(run, guide=Guide), model, load_file(PAPER)["latents0"]), PAPER)
@@ -134,7 +134,7 @@ def test_other_masks_or_heads_make_another_run(model: Model, file: Path, change:
 
 @pytest.mark.slow
 def test_the_published_stop_is_for_good(model: Model) -> None:
-    """minidiff judges every step afresh, and so looks in all ten guided steps."""
+    """minidiff tests every step afresh, and so evaluates the loss in all ten guided steps."""
     run = replace(read_run(ONE_BOX), guide=Guide)
     losses, _ = rerun(run, model, load_file(ONE_BOX)["latents0"])
     reference = load_file(ONE_BOX)["losses"]
@@ -144,7 +144,7 @@ def test_the_published_stop_is_for_good(model: Model) -> None:
 
 @pytest.mark.slow
 def test_the_published_stop_comes_after_the_move(model: Model) -> None:
-    """minidiff, told to guide the first step only, stops at the same look, but does not move for it."""
+    """minidiff, guiding only the first step, stops at the same evaluation, but makes no update for it."""
     run = read_run(ONE_BOX)
     run = replace(run, guide=Guide, guidance=replace(run.guidance, steps=1))
     of_losses, of_steps = errors(*rerun(run, model, load_file(ONE_BOX)["latents0"]), ONE_BOX)

@@ -1,4 +1,4 @@
-"""Request: one value for all that a call can ask, checked without a model, and the same as JSON."""
+"""Request: all arguments of a call as one value, checked without a model, and convertible to JSON."""
 
 import inspect
 import json
@@ -254,7 +254,7 @@ minidiff.generate(again).save("cat.png")
 def test_a_client_passes_mypy_strict(tmp_path: Path) -> None:
     (tmp_path / "client.py").write_text(CLIENT)
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "client.py"]
-    # as if it were installed from a wheel: mypy does not follow setuptools' editable installs
+    # like an install from a wheel: mypy does not follow setuptools' editable installs
     environment = os.environ | {"PYTHONPATH": str(Path(minidiff.__file__).parents[1])}
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert (found.returncode, found.stdout) == (0, "Success: no issues found in 1 source file\n")

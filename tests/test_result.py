@@ -48,7 +48,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def unwritable(tmp_path: Path) -> Path:
-    """A folder that even root cannot make: it lies under a file."""
+    """A folder that even root cannot create: its parent is a file."""
     (tmp_path / "file").write_bytes(b"")
     return tmp_path / "file" / "out"
 
@@ -123,7 +123,7 @@ def test_a_notebook_shows_the_images() -> None:
 
 def test_pixels_are_rounded_as_diffusers_rounds() -> None:
     numpy_to_pil = pytest.importorskip("diffusers.image_processor").VaeImageProcessor.numpy_to_pil
-    halves = (torch.arange(256) + 0.5) / 255  # between two values, where rounding rules differ
+    halves = (torch.arange(256) + 0.5) / 255  # halfway between two values, where rounding rules differ
     tensor = torch.cat([halves, torch.linspace(0, 1, 512)]).clamp(0, 1).reshape(1, 3, 16, 16)
     expected = numpy_to_pil(tensor.permute(0, 2, 3, 1).float().numpy())
     assert np.array_equal(np.asarray(to_pil(tensor)[0]), np.asarray(expected[0]))
@@ -244,7 +244,7 @@ def test_other_formats_are_refused_before_anything_is_written(tmp_path: Path) ->
         check_output_path(3)  # type: ignore[arg-type]
 
 
-# ---- where writing fails
+# ---- failed writes
 
 
 def test_an_unwritable_folder_sends_the_image_to_the_current_one(tmp_path: Path, unwritable: Path) -> None:
@@ -291,7 +291,7 @@ def test_home_then_the_temporary_folder(tmp_path: Path, unwritable: Path, monkey
 
 
 class FullDisk(io.FileIO):
-    """A file whose disk is full after ten bytes."""
+    """A file on a disk that is full after ten bytes."""
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
         super().write(data[:10])

@@ -1,4 +1,4 @@
-"""minidiff.sampling.sample: the loop, what it hands to the network and to refine, and what it yields."""
+"""minidiff.sampling.sample: the loop, what it passes to the network and to refine, and what it yields."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_one_step_for_each_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_network_sees_variance_preserving_latents(name: str) -> None:
-    """With a first sigma of 14.6 the scaled latents have a deviation of 14.6, what the network sees about 1."""
+    """With a first sigma of 14.6 the scaled latents have a std of 14.6, the network's input about 1."""
     sampler, seen = sampler_by_name(name), []
 
     def watched(x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, dict[Site, Tensor]]:
@@ -130,7 +130,7 @@ def test_a_displacement_at_the_start_is_another_start(name: str) -> None:
 
 
 def test_pndm_moves_the_saved_sample_too() -> None:
-    """Both displacements of step 0 reach its result; the second one also the network's second input."""
+    """Both displacements of step 0 reach its result; the second also reaches the network's second input."""
     first, second = 0.1 * torch.cos(start()), 0.05 * torch.sin(start())
     calls = iter([first, second])
     sampler = PNDM()

@@ -1,6 +1,6 @@
 """minidiff.sampling.samplers against diffusers 0.42.1: timesteps, sigmas and whole trajectories in float32.
 
-Where diffusers has no counterpart (custom timesteps outside Euler and DPM++, Karras sigmas for Euler ancestral) the
+Where diffusers has no counterpart (custom timesteps except in Euler and DPM++, Karras sigmas for Euler ancestral) the
 formula is tested instead. No combination below makes diffusers crash; one step of linspace or leading starts at t = 0
 or 1 and gives noise, which is reproduced, with a warning (test_schedule.py).
 """
@@ -56,7 +56,7 @@ AYS = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]  # Align Your Steps' tim
 
 
 def network(x: Tensor, t: Tensor) -> Tensor:
-    """Stands for the UNet: analytic, nonlinear, different at every timestep. Its output is taken as eps or as v."""
+    """Replaces the UNet: analytic, nonlinear, timestep-dependent. Its output is used as eps or v."""
     return torch.tanh(0.7 * x + t / 800) + 0.2 * torch.cos(3 * x - t / 300)
 
 
@@ -75,7 +75,7 @@ def config(prediction_type: str = "epsilon", spacing: str | None = None, **chang
 
 
 def reference(name: str, settings: dict[str, object], steps: int | None, **custom: object) -> Any:
-    """diffusers' scheduler, as a user swaps it in: from_config of the folder's config."""
+    """diffusers' scheduler, created as users would: from_config with the folder's config."""
     scheduler = THEIRS[name].from_config(settings)
     scheduler.set_timesteps(**(custom or {"num_inference_steps": steps}))
     return scheduler
@@ -92,7 +92,7 @@ def trajectory(scheduler: Any, **step_args: object) -> list[Tensor]:
 
 
 def at_the_ends(path: list[Tensor], name: str) -> list[Tensor]:
-    """Of latents after each call, those after each step. Only PNDM's first step has two calls."""
+    """Select the latents after each step from those after each call. Only PNDM's first step has two calls."""
     return path[1:] if name == "pndm" and len(path) > 1 else path
 
 
@@ -102,7 +102,7 @@ def ours(sampler: Sampler, schedule: Schedule) -> list[Tensor]:
 
 
 def assert_same_run(schedule: Schedule, scheduler: Any, rtol: float = 1e-6) -> None:
-    """Equal timesteps, dtype included, and equal sigmas; DDIM's and PNDM's are those of diffusers' alphas_cumprod."""
+    """Equal timesteps, including dtype, and equal sigmas; for DDIM and PNDM from diffusers' alphas_cumprod."""
     assert schedule.timesteps.dtype == scheduler.timesteps.dtype
     assert schedule.timesteps.tolist() == scheduler.timesteps.tolist()
     if hasattr(scheduler, "sigmas"):
@@ -116,7 +116,7 @@ def assert_same_run(schedule: Schedule, scheduler: Any, rtol: float = 1e-6) -> N
 
 
 def assert_same_path(mine: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float = 1e-5) -> None:
-    """Every step within tolerance, largest difference over largest value."""
+    """Every step within the tolerance, as max |difference| / max |expected|."""
     assert len(mine) == len(theirs)
     for a, b in zip(mine, theirs, strict=True):
         assert a.dtype == torch.float32
@@ -172,7 +172,7 @@ def test_other_configs_equal_diffusers(name: str, changes: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("karras", [False, True])
 def test_dpmpp_with_cosine_betas_equals_diffusers(karras: bool) -> None:
-    """Cosine betas end at sigma 20000; with Karras sigmas diffusers cuts the timesteps' fraction off, not rounds."""
+    """Cosine betas end at sigma 20000; with Karras sigmas diffusers truncates timesteps instead of rounding."""
     settings = config(beta_schedule="squaredcos_cap_v2", use_karras_sigmas=karras)
     scheduler, sampler = reference("dpmpp_2m", settings, 15), DPMpp2M(karras=karras)
     schedule = sampler.schedule(NoiseSchedule.from_config(settings), 15)
@@ -224,7 +224,7 @@ def test_euler_takes_fractional_timesteps_like_diffusers() -> None:
 @pytest.mark.parametrize("sampler", [LMS(), EulerAncestral()])
 @pytest.mark.parametrize("custom", [{"timesteps": AYS}, {"sigmas": [9.0, 3.0, 1.0, 0.2, 0.0]}])
 def test_custom_runs_of_the_euler_family_are_eulers(sampler: Sampler, custom: dict[str, Any]) -> None:
-    """Ours: diffusers' LMS and Euler ancestral take none. Their steps on Euler's sigmas are diffusers' steps."""
+    """Ours only: diffusers' LMS and Euler ancestral take none. Their steps on Euler's sigmas equal diffusers'."""
     schedule, euler = sampler.schedule(SD15, **custom), Euler().schedule(SD15, **custom)
     assert schedule.timesteps.tolist() == euler.timesteps.tolist()
     assert (schedule.spans, schedule.init_scale) == (euler.spans, euler.init_scale)
@@ -238,7 +238,7 @@ def test_custom_runs_of_the_euler_family_are_eulers(sampler: Sampler, custom: di
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("custom", [{"timesteps": AYS}, {"sigmas": [9.0, 3.0, 1.0, 0.2, 0.0]}])
 def test_custom_ddim_is_euler_in_other_units(prediction_type: str, custom: dict[str, Any]) -> None:
-    """Ours. Without fresh noise a DDIM step is Euler's in x / sqrt(abar) (Song et al. 2021, eq. 13)."""
+    """Ours only. Without fresh noise a DDIM step is Euler's in x / sqrt(abar) (Song et al. 2021, eq. 13)."""
     noise = replace(SD15, prediction_type=prediction_type, set_alpha_to_one=True)
     schedule, euler = DDIM().schedule(noise, **custom), Euler().schedule(noise, **custom)
     torch.testing.assert_close(schedule.timesteps.float(), euler.timesteps, rtol=1e-6, atol=0)
@@ -260,7 +260,7 @@ def test_custom_ddim_timesteps_end_where_the_config_says(set_alpha_to_one: bool)
 
 @pytest.mark.parametrize("karras", [False, True])
 def test_custom_dpmpp_sigmas_step_as_the_same_sigmas_do(karras: bool) -> None:
-    """Ours: diffusers' DPM++ takes no sigmas. Timesteps are rounded, as with Karras sigmas."""
+    """Ours only: diffusers' DPM++ takes no sigmas. Timesteps are rounded, as with Karras sigmas."""
     plain = DPMpp2M(karras=karras).schedule(SD15, 12)
     schedule = DPMpp2M().schedule(SD15, sigmas=[*plain.sigmas.tolist(), 0.0])
     assert schedule.spans == plain.spans
@@ -269,7 +269,7 @@ def test_custom_dpmpp_sigmas_step_as_the_same_sigmas_do(karras: bool) -> None:
 
 
 def test_euler_ancestral_karras_is_eulers_run_with_ancestral_steps() -> None:
-    """Ours: diffusers has none. Each step adds back the variance it overshot: down^2 + up^2 = end^2."""
+    """Ours only. Each step adds back the variance removed beyond its target: down^2 + up^2 = end^2."""
     sampler, euler = EulerAncestral(karras=True), Euler(karras=True).schedule(SD15, 10)
     schedule = sampler.schedule(SD15, 10)
     assert schedule.spans == euler.spans
@@ -311,7 +311,7 @@ def test_lms_order_equals_diffusers(order: int) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sampler_keeps_nothing(name: str) -> None:
-    """One object, two runs taken turn by turn: each equals the run alone, bit for bit."""
+    """Two interleaved runs with one object: each is bit-equal to the run alone."""
     sampler = sampler_by_name(name)
     long, short = sampler.schedule(SD15, 9), sampler.schedule(SD15, 6)
     alone = ours(sampler, long), ours(sampler, short)
@@ -424,7 +424,7 @@ def test_a_config_whose_sampler_is_not_implemented() -> None:
 
 
 def test_switches_refuse_the_samplers_that_heed_them() -> None:
-    """As diffusers' classes have them: PNDM and LMS know neither, only DDIM and DPM-Solver++ can threshold."""
+    """Same as in diffusers' classes: PNDM and LMS support neither, only DDIM and DPM-Solver++ can threshold."""
     threshold = NoiseSchedule.from_config(config(_class_name="DDIMScheduler", thresholding=True))
     zero = NoiseSchedule.from_config(config(_class_name="DDIMScheduler", rescale_betas_zero_snr=True))
     for noise, key in ((threshold, "thresholding"), (zero, "rescale_betas_zero_snr")):
@@ -467,7 +467,7 @@ def test_numbers_of_numpy_and_torch_are_numbers() -> None:
 
 
 def test_as_many_linspace_steps_as_timesteps() -> None:
-    """diffusers places one timestep twice, divides by a step of no length and goes on with NaN: ours takes no step."""
+    """diffusers repeats a timestep, divides by zero and continues with NaN; ours skips the step."""
     scheduler, schedule = reference("dpmpp_2m", config(), 1000), DPMpp2M().schedule(SD15, 1000)
     assert_same_run(schedule, scheduler)
     path = ours(DPMpp2M(), schedule)

@@ -1,4 +1,4 @@
-"""minidiff.sampling.schedule and spacing: what a model was trained on, and where the steps of a run lie."""
+"""minidiff.sampling.schedule and spacing: the training noise schedule, and the timesteps of a run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_missing_keys_have_diffusers_defaults() -> None:
     noise = NoiseSchedule.from_config({"_class_name": "DDIMScheduler"})
     assert torch.equal(noise.alphas_cumprod, their.DDIMScheduler().alphas_cumprod)
     assert (noise.prediction_type, noise.timestep_spacing, noise.set_alpha_to_one) == ("epsilon", None, None)
-    assert noise.steps_offset == 1  # StableDiffusionPipeline's, not the schedulers' 0
+    assert noise.steps_offset == 1  # StableDiffusionPipeline's default, not the schedulers' 0
     assert noise.skip_prk_steps
 
 
@@ -162,7 +162,7 @@ def test_karras_sigmas_follow_the_formula() -> None:
     sigmas = karras_sigmas(14.6, 0.03, 7)
     assert sigmas[0] == pytest.approx(14.6)
     assert sigmas[-1] == pytest.approx(0.03)
-    np.testing.assert_allclose(np.diff(sigmas ** (1 / 7), 2), 0, atol=1e-12)  # even in the seventh root
+    np.testing.assert_allclose(np.diff(sigmas ** (1 / 7), 2), 0, atol=1e-12)  # linear in the seventh root
 
 
 def test_timesteps_at_inverts_sigmas_at() -> None:
@@ -191,7 +191,7 @@ def test_spacing_given_beats_the_config_which_beats_the_default() -> None:
 
 @pytest.mark.parametrize("steps", [61, 103, 998])
 def test_trailing_has_as_many_timesteps_as_steps(steps: int) -> None:
-    """diffusers has one too many, -1, because its float step overshoots; the others are equal."""
+    """diffusers has an extra one, -1, because its float step overshoots; the others are equal."""
     theirs = their.DDIMScheduler.from_config(config(timestep_spacing="trailing"))
     theirs.set_timesteps(steps)
     assert theirs.timesteps.tolist()[steps:] == [-1]
@@ -232,7 +232,7 @@ def test_nothing_says_how_many_steps(make: Callable[..., Sampler]) -> None:
 
 @pytest.mark.parametrize("make", ALL)
 def test_steps_that_do_not_fit_the_spacing(make: Callable[..., Sampler]) -> None:
-    """diffusers: DDIM and PNDM fail on an index out of range, the others take a step of no length."""
+    """In diffusers, DDIM and PNDM fail with an index out of range, the others take a step of zero length."""
     with pytest.raises(ValueError, match="1000 steps with leading spacing and steps_offset 1 do not fit"):
         make(spacing="leading").schedule(SD15, 1000)
 
@@ -316,7 +316,7 @@ def test_pndm_refuses_what_its_formula_cannot_do() -> None:
 
 @pytest.mark.parametrize("make", ALL)
 def test_torchs_defaults_change_no_bit(make: Callable[..., Sampler]) -> None:
-    """A program that has set a default dtype or device gets the same tables (here on "meta", which holds no values)."""
+    """Tables do not depend on torch's default dtype or device (here "meta", which holds no values)."""
     wanted = make().schedule(SD15, 20)
     kinds = ({}, {"beta_schedule": "squaredcos_cap_v2"}, {"beta_schedule": "linear"}, {"trained_betas": [0.001] * 1000})
     tables = [NoiseSchedule.from_config(config(**kind)).alphas_cumprod for kind in kinds]

@@ -1,4 +1,4 @@
-"""Choosing sites: what a choice means at a size is what the UNet then runs."""
+"""Choosing sites: the sites chosen for a size are those that the UNet then runs."""
 
 import pickle
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from minidiff.networks.sites import Site, Where, at_most, block, choose, cross, 
 
 
 def shape(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
-    """Keep what the UNet really had: h, w, L."""
+    """Keep the actual sizes in the UNet: h, w, L."""
     return torch.tensor([list(probs.shape[2:])])
 
 
@@ -78,7 +78,7 @@ def test_at_most_depends_on_the_size(tiny_model: Model) -> None:
 @pytest.mark.parametrize(("width", "height"), [(None, None), (48, 32), (32, 48), (36, 20), (12, 28), (60, 4)])
 def test_sites_have_the_grids_that_the_unet_sees(tiny_model: Model, width: int | None, height: int | None) -> None:
     found = minidiff.sites(tiny_model, width=width, height=height)
-    assert tuple(found) == tiny_model.unet.sites  # all, in the order in which they run
+    assert tuple(found) == tiny_model.unet.sites  # all, in execution order
     h, w = (8 if size is None else size // 4 for size in (height, width))
     record = Record(frozenset(found), shape, rows="all")
     _, maps = tiny_model.unet(torch.randn(1, 4, h, w), 500.0, torch.randn(1, 77, 64), record)

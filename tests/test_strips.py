@@ -1,4 +1,4 @@
-"""speed/strips.py: what is done strip by strip is what is done whole."""
+"""speed/strips.py: results by strips equal those of the whole grid."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def layers(dtype: torch.dtype) -> tuple[nn.GroupNorm, nn.Conv2d]:
 
 
 def grid(height: int, batch: int = 1) -> Tensor:
-    """Rows that differ in mean and spread, so that no strip's statistics are the grid's."""
+    """Rows that differ in mean and spread, so that no strip has the grid's statistics."""
     rows = torch.linspace(-3, 5, height, dtype=torch.float64)[:, None]
     return rows + rows.abs() * torch.randn(batch, 8, height, 7, dtype=torch.float64) + 100
 
@@ -48,7 +48,7 @@ def test_equals_the_whole(height: int, batch: int, layout: torch.memory_format) 
 
 @torch.no_grad()
 def test_half_precision_rounds_once_a_layer() -> None:
-    """The statistics are float32: around 100 those of bfloat16 give three to twenty times the error."""
+    """Statistics are in float32: for values around 100, bfloat16 ones give 3 to 20 times the error."""
     norm, conv = layers(torch.bfloat16)
     x = grid(11).bfloat16()
     found = norm_silu_conv(norm, conv, x)
@@ -73,11 +73,11 @@ def test_what_is_small_or_has_a_gradient_stays_whole(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("onednn", [True, False])
 def test_a_prepared_autoencoder_works_in_strips(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are no layers to pack, too: a Mac's CPU."""
+    """Also where layers cannot be packed, e.g. on a Mac's CPU."""
     monkeypatch.setattr(accelerate, "ONEDNN", onednn)
     with torch.device("meta"):
         vae = VAE(VAEConfig())
-    monkeypatch.setattr(vae, "parameters", lambda: iter([torch.empty(0)]))  # says that it is on the CPU
+    monkeypatch.setattr(vae, "parameters", lambda: iter([torch.empty(0)]))  # claims to be on the CPU
     layers = [module for module in accelerate.prepare(vae).modules() if hasattr(module, "norm_silu_conv")]
     assert layers
     assert all(layer.norm_silu_conv is norm_silu_conv for layer in layers)

@@ -1,4 +1,4 @@
-"""The house keeps its order: imports point one way, nothing comes from diffusers, and importing minidiff is cheap."""
+"""The package's structure: imports point one way, nothing comes from diffusers, and importing minidiff is cheap."""
 
 import ast
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 import minidiff
 
 ROOT = Path(minidiff.__file__).parent
-# The rooms from the bottom up. A room imports from its own and from those below it; request and vocabulary stand apart.
+# The packages from the bottom up. Each imports only itself and those below; request and vocabulary stand apart.
 FLOORS = [
     {"checks"},
     {"vocabulary", "networks"},
@@ -60,7 +60,7 @@ def test_imports_point_downwards(file: Path) -> None:
     for module in imports(file, types=False):
         top = module.split(".")[0]
         assert top != "diffusers", f"{file} imports {module}"
-        if top == "minidiff" and own != "shapes":  # training sees all
+        if top == "minidiff" and own != "shapes":  # training may import everything
             assert room(module) == own or floor(room(module)) <= floor(own), f"{file} imports {module}"
 
 
@@ -108,7 +108,7 @@ def test_networks_need_torch_alone() -> None:
 
 
 def test_importing_minidiff_is_cheap() -> None:
-    """Counted in modules, since seconds are the machine's: none of the large ones, few beyond torch's."""
+    """Counted in modules, since seconds depend on the machine: no large ones, few beyond torch's."""
     code = "import sys, torch; before = set(sys.modules); import minidiff; print(sorted(set(sys.modules) - before))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     more = ast.literal_eval(out)

@@ -62,13 +62,13 @@ def encoder(state: dict[str, Tensor]) -> TextEncoder:
 
 
 def token_ids(encoder: TextEncoder, prompts: list[str], length: int = 77) -> Tensor:
-    """Padded and cut by transformers itself."""
+    """Padded and truncated by transformers itself."""
     ids = encoder.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return ids.input_ids
 
 
 def slow_context(state: dict[str, Tensor], config: dict[str, object], ids: Tensor, skip: int) -> Tensor:
-    """CLIP's text encoder (Radford et al. 2021) written out; `skip` layers left out before the final norm."""
+    """CLIP's text encoder (Radford et al. 2021) written out; the last `skip` layers are omitted."""
     weights = {key.removeprefix("text_model."): value.double() for key, value in state.items()}
     heads, length = config["num_attention_heads"], ids.shape[1]
 
@@ -163,7 +163,7 @@ def test_truncation_warns_with_the_lost_words(encoder: TextEncoder) -> None:
         warning.message
     )
     assert warning.filename == __file__
-    with pytest.warns(UserWarning, match="prompt 'catcatcat"):  # without a space to cut it at
+    with pytest.warns(UserWarning, match="prompt 'catcatcat"):  # without a space to truncate at
         encoder.encode(["catcat" * 60])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Training of the bundled model, on networks small enough to train in seconds."""
+"""Training of the bundled model, with networks small enough to train in seconds."""
 
 import itertools
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ TEXT_DICT = {**folder.TEXT, "hidden_size": 16, "intermediate_size": 16, "num_hid
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks, two pictures a step, a checkpoint at every step, and a clock that ticks once a look."""
+    """Small networks, two pictures per step, a checkpoint at every step, and a clock that advances at each reading."""
     for name, value in (("VAE", VAE_DICT), ("UNET", UNET_DICT), ("TEXT", TEXT_DICT)):
         monkeypatch.setattr(folder, name, value)
     monkeypatch.setattr(latents, "CHUNK", 4)
@@ -70,12 +70,12 @@ def test_a_run_writes_a_model_that_loads_and_a_sheet(
     assert "autoencoder: step " in said
     assert "unet: step " in said
     assert " dB, " in said
-    # no end of the run without its file: it can be trained on
+    # a finished run keeps its checkpoint, so training can continue
     train.train(tmp_path / "run", minutes=0.3, resume=True)
 
 
 class Cut(BaseException):
-    """Whatever ends a process: nothing may catch it."""
+    """Like the end of the process: must not be caught."""
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def test_the_autoencoder_learns() -> None:
     optimiser = Optimiser({"vae": vae})
     before = autoencoder_loss(vae, 0, 0).detach()
     for step in range(1, 20):
-        optimiser.step(autoencoder_loss(vae, 0, step), 100 + step, 0.0)  # behind the rise of the learning rate
+        optimiser.step(autoencoder_loss(vae, 0, step), 100 + step, 0.0)  # after the learning-rate warm-up
     assert autoencoder_loss(vae, 0, 0) < 0.9 * before
 
 
@@ -172,7 +172,7 @@ def test_fidelity_of_a_perfect_and_of_a_blind_autoencoder(monkeypatch: pytest.Mo
     monkeypatch.setattr(VAE, "encode", lambda self, images: images)
     monkeypatch.setattr(VAE, "decode", lambda self, latents: latents + 0.02)
     psnr, kept = fidelity(vae)
-    assert psnr == pytest.approx(-20 * np.log10(0.01), abs=0.3)  # a little more where the clamp helps
+    assert psnr == pytest.approx(-20 * np.log10(0.01), abs=0.3)  # slightly more where the clamp helps
     assert kept == 1
     monkeypatch.setattr(VAE, "decode", lambda self, latents: torch.zeros_like(latents))
     assert fidelity(vae)[1] < 0.4
@@ -201,7 +201,7 @@ def test_latents_leave_out_the_held_out_pairs_and_are_read_again(
 def test_a_batch_holds_the_pictures_of_its_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latents, "CHUNK", 8)
     monkeypatch.setattr(latents, "FIRST", 16)
-    # an "encoder" that keeps the picture's corner, which is the background
+    # an "encoder" that returns the picture's corner, i.e. the background
     monkeypatch.setattr(VAE, "encode", lambda self, images: images[:, :, :1, :1].expand(-1, -1, 32, 32))
     pool = Latents(VAE(VAEConfig.from_dict(VAE_DICT)), tmp_path, seed=0)
     values, scenes, captions = pool.batch(0, 64)
@@ -216,7 +216,7 @@ Maps = dict[Site, torch.Tensor]
 
 
 class Oracle(nn.Module):
-    """In place of a UNet: knows the clean latents, and attends evenly."""
+    """Replaces the UNet: knows the clean latents, and has uniform attention."""
 
     def __init__(self, clean: torch.Tensor) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ def loss_of(oracle: Oracle, tmp_path: Path) -> float:
 
 
 def test_the_loss_is_that_of_the_velocity_and_of_attention_beside_the_box(tmp_path: Path) -> None:
-    # who knows the velocity is left with the attention: spread evenly, three quarters of it miss the box
+    # with exact velocity only the attention loss remains: of uniform attention, three quarters miss the box
     assert loss_of(Oracle(torch.randn(6, 4, 8, 8)), tmp_path) == pytest.approx(GROUNDING * 0.75**2, rel=1e-4)
 
 
@@ -256,7 +256,7 @@ def test_end_markers_are_hidden_from_half_and_captions_from_some(tmp_path: Path)
     assert there[:, 0].all()
     alone = ~there[:, -1]
     assert 0.4 < alone.float().mean() < 0.6
-    empty = alone & ~there[:, 1]  # without a caption the end markers begin at once
+    empty = alone & ~there[:, 1]  # without a caption, the end markers start immediately
     assert 0.02 < empty.float().mean() < 0.09
     assert there[alone & there[:, 1]][:, 1:4].all()
     assert not there[alone][:, 4:].any()
@@ -329,7 +329,7 @@ def test_muon_makes_the_update_of_a_matrix_orthogonal_and_leaves_the_rest_to_ada
     optimiser.step((network(x) - torch.randn(2, 8, 7, 7)).square().mean(), 99, 0.0)
     change = (network[0].weight.detach() - before["0.weight"]).flatten(1)
     singular = torch.linalg.svdvals(change)
-    assert singular.max() / singular.min() < 2  # Newton-Schulz in bfloat16 brings them near 1, not to it
+    assert singular.max() / singular.min() < 2  # Newton-Schulz in bfloat16 brings them only near 1
     # AdamW's first step has the same size everywhere: the learning rate
     for key in ("0.bias", "1.weight", "1.bias"):
         moved = (dict(network.named_parameters())[key].detach() - before[key]).abs()

@@ -1,4 +1,4 @@
-"""The UNet against diffusers' on the same weights, and its config's manners."""
+"""The UNet against diffusers' on the same weights, and its config."""
 
 from dataclasses import replace
 

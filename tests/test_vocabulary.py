@@ -1,4 +1,4 @@
-"""minidiff.vocabulary: which names there are, and how other programs spell them."""
+"""minidiff.vocabulary: the known names, and other programs' spellings."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_our_names_and_a1111s_come_back(name: str, label: str, karras: bool) -> 
         ("euler_a discrete", "euler_ancestral", False),  # stable-diffusion.cpp
         ("dpm++2m karras", "dpmpp_2m", True),
         ("dpm++2m", "dpmpp_2m", None),
-        ("dpmpp_2m_karras", "dpmpp_2m", True),  # savers of ComfyUI
+        ("dpmpp_2m_karras", "dpmpp_2m", True),  # ComfyUI save nodes
         ("euler_normal", "euler", False),
         ("DPM++ 2M Uniform", "dpmpp_2m", False),
         (" Euler A ", "euler_ancestral", None),
@@ -141,7 +141,7 @@ def test_what_is_no_name(text: object, message: str) -> None:
 
 
 def test_keywords_are_not_ours_and_lead_to_ours() -> None:
-    """To a field, or with a sentence."""
+    """Mapped to a field, or answered with a sentence."""
     for word, meaning in KEYWORDS.items():
         assert word not in FIELDS
         assert " " in meaning or meaning in FIELDS, word

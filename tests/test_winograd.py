@@ -1,4 +1,4 @@
-"""Winograd's convolution against torch's: exact in float64, rounding alike in float32."""
+"""Winograd convolution against torch's: exact in float64, similar rounding in float32."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ SHAPES = [(1, 5, 8, 8), (2, 6, 9, 14), (3, 4, 7, 7), (2, 3, 1, 1), (1, 4, 2, 31)
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("numbers", [1, 150, 10**6])  # a row of tiles at a time, several, all of them
+@pytest.mark.parametrize("numbers", [1, 150, 10**6])  # one row of tiles at a time, several, all
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_it_is_the_convolution(
     shape: tuple[int, ...], bias: bool, numbers: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
@@ -40,7 +40,7 @@ def test_in_float32_it_rounds_as_a_convolution_does() -> None:
         ((2, 1280, 32, 32), 640, True, True),
         ((2, 1280, 32, 32), 1280, False, True),  # 105 MB
         ((2, 640, 16, 16), 1280, False, True),  # too few cells
-        ((8, 640, 16, 16), 1280, False, True),  # for one image as for many
+        ((8, 640, 16, 16), 1280, False, True),  # for one image or many
         ((1, 512, 128, 128), 512, True, False),
         ((1, 128, 512, 512), 128, False, False),  # too few channels
         ((2, 320, 64, 64), 4, False, False),

@@ -1,4 +1,4 @@
-"""The world of coloured shapes: exact boxes, honest captions, the same pictures from the same seed."""
+"""The world of coloured shapes: exact boxes, correct captions, the same pictures for the same seed."""
 
 import math
 import re
@@ -25,7 +25,7 @@ from minidiff.shapes.world import (
 )
 
 BOXES = [(0.2, 0.2, 0.7, 0.7), (0.1, 0.3, 0.7, 0.6), (0.41, 0.07, 0.66, 0.57)]
-# Share of its box that a shape covers, by geometry.
+# Fraction of its box that a shape covers, from geometry.
 AREAS = {
     "circle": math.pi / 4,
     "square": 1.0,
@@ -33,7 +33,7 @@ AREAS = {
     "ring": math.pi / 4 * (1 - 0.52**2),
     "diamond": 0.5,
     "cross": 2 * 0.34 - 0.34**2,
-    # ten triangles of the centre, a point and a notch beside it; the box is 2 sin 72 by 1 + cos 36 degrees
+    # ten triangles, each from the centre, a point and an adjacent notch; the box is 2 sin 72 by 1 + cos 36 degrees
     "star": 5 * 0.42 * math.sin(math.pi / 5) / (2 * math.sin(2 * math.pi / 5) * (1 + math.cos(math.pi / 5))),
 }
 
@@ -49,7 +49,7 @@ def test_a_shape_fills_its_box_exactly(shape: str, box: tuple[float, float, floa
     (cover,) = coverage(SHAPES[shape], torch.tensor([box]))
     rows, columns = (cover > 0.25).any(1).nonzero().flatten(), (cover > 0.25).any(0).nonzero().flatten()
     found = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / SIZE
-    # a point of a thin shape fades out over its last pixels
+    # the point of a thin shape fades out over its last pixels
     assert (found - torch.tensor(box)).abs().max() <= 2.6 / SIZE
 
 
