@@ -76,6 +76,7 @@ from .sampling import (
 )
 from .weights.image_prompt import with_image_prompt as with_image_prompt
 from .weights.load import load as load
+from .weights.words import with_words as with_words
 
 __version__: str
 from .speed.replace import with_weights as with_weights

@@ -190,7 +190,7 @@ class Run(Iterator[Step]):
         maps = SiteMaps({site: found.detach().float().cpu() for site, found in kept.items()})
         asked = texts.negatives if record.rows == "uncond" else texts.prompts
         prompts = None if asked is None else tuple(text for text in asked for _ in range(texts.repeats))
-        text = Phrases(self._model.text.tokenizer, self._model.text.length)
+        text = Phrases(self._model.text.tokenizer, self._model.text.length, added=self._model.text.added)
         return Attention(maps, record.kinds, texts.images, text, prompts, self._reduce is PER_STEP)
 
 

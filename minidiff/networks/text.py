@@ -10,8 +10,8 @@ import difflib
 import re
 import string
 import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,22 +38,25 @@ SIZES = (
 class Phrases:
     """A tokenizer that finds the positions of a prompt's words.
 
-    length: L, the number of positions in a context, 77 in SD 1.5.
+    length: L, the number of positions in a context, 77 in SD 1.5. added: words that the tokenizer does not know (see
+    weights/words.py), each with its rows in the table of token embeddings, one per token. They are found as whole
+    words, in upper or lower case; of two that begin alike, the longer one.
     """
 
     tokenizer: PreTrainedTokenizerFast
     length: int
+    added: Mapping[str, range] = field(default_factory=dict, kw_only=True)
 
     def num_tokens(self, prompt: str) -> int:
         """The number of the prompt's tokens that fit; they have positions 1 to this number, before the end marker."""
-        return min(len(_tokenize(self.tokenizer, prompt)[0]), self.length - 2)
+        return min(len(self._tokenize(prompt)[0]), self.length - 2)
 
     def tokens(self, prompt: str) -> tuple[str, ...]:
         """L labels, one per position: the part of the prompt, as written, that the token stands for.
 
         A character of several tokens (e.g. an emoji) labels each of them. Other labels are "<start>", "<end>", "<pad>".
         """
-        kept = _tokenize(self.tokenizer, prompt)[1][: self.length - 2]
+        kept = self._tokenize(prompt)[1][: self.length - 2]
         labels = ["<start>", *(prompt[start:end] for start, end in kept), "<end>"]
         return (*labels, *["<pad>"] * (self.length - len(labels)))
 
@@ -67,7 +70,7 @@ class Phrases:
         """
         if not isinstance(phrase, str) or not phrase.strip():
             raise ValueError(f"phrase: got {phrase!r}, expected one or more words of the prompt {prompt!r}")
-        matches = _matches(prompt, _tokenize(self.tokenizer, prompt)[1], phrase)
+        matches = _matches(prompt, self._tokenize(prompt)[1], phrase)
         if not matches:
             raise ValueError(_missing(prompt, phrase))
         if occurrence is None and len(matches) > 1:
@@ -93,7 +96,7 @@ class Phrases:
         """Positions of the phrase's tokens at all its occurrences; otherwise like `spans`."""
         if not isinstance(phrase, str) or not phrase.strip():
             return self.spans(prompt, phrase)  # raises ValueError
-        count = len(_matches(prompt, _tokenize(self.tokenizer, prompt)[1], phrase))
+        count = len(_matches(prompt, self._tokenize(prompt)[1], phrase))
         return tuple(token for i in range(max(count, 1)) for token in self.spans(prompt, phrase, i))
 
     def word_weights(self, prompt: str, weights: Mapping[str, float]) -> torch.Tensor:
@@ -102,6 +105,37 @@ class Phrases:
         for phrase, weight in weights.items():
             row[0, list(self.all_spans(prompt, phrase))] = weight
         return row
+
+    def _tokenize(self, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a whole prompt without markers, and the range of characters of each.
+
+        The tokens of one character (its bytes) share its range, those of an added word the word's.
+        """
+        if not isinstance(prompt, str) or re.search(
+            "[\ud800-\udfff]", prompt
+        ):  # half a character, from a broken locale
+            raise ValueError(
+                f"prompt: got {prompt!r} of type {type(prompt).__name__}, expected a string of valid Unicode"
+            )
+        ids: list[int] = []
+        ranges: list[tuple[int, int]] = []
+        for start, text, rows in self._pieces(prompt):
+            more, at = _tokenize(self.tokenizer, text) if rows is None else (rows, [(0, len(text))] * len(rows))
+            ids += more
+            ranges += [(start + first, start + end) for first, end in at]
+        return ids, ranges
+
+    def _pieces(self, prompt: str) -> Iterator[tuple[int, str, range | None]]:
+        """The prompt cut at its added words: the start of each piece, its text, and the rows if it is such a word."""
+        end = 0
+        if self.added:
+            words = sorted(self.added, key=len, reverse=True)
+            for match in re.finditer(_whole_words(words), prompt, re.IGNORECASE):
+                assert match.lastindex is not None  # one group per word
+                yield end, prompt[end : match.start()], None
+                yield match.start(), match[0], self.added[words[match.lastindex - 1]]
+                end = match.end()
+        yield end, prompt[end:], None
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +180,8 @@ class TextEncoder(Phrases):
     def _warn_of_unknown_words(self, prompts: Sequence[str]) -> None:
         if self.words is None:
             return
-        parts = [part for prompt in prompts for part in re.findall(r"\w+|[^\w\s]", prompt.lower())]
+        texts = [text for prompt in prompts for _, text, rows in self._pieces(prompt) if rows is None]
+        parts = [part for text in texts for part in re.findall(r"\w+|[^\w\s]", text.lower())]
         unknown = [part for part in dict.fromkeys(parts) if part not in self.words]
         if unknown:
             text = f"this model does not know {', '.join(map(repr, unknown))}; it knows {' '.join(sorted(self.words))}"
@@ -154,7 +189,7 @@ class TextEncoder(Phrases):
 
     def _ids(self, prompt: str) -> list[int]:
         """L token ids: BOS, the prompt's, EOS, padding. Warns about lost words."""
-        ids, offsets = _tokenize(self.tokenizer, prompt)
+        ids, offsets = self._tokenize(prompt)
         room = self.length - 2
         if len(ids) > room:
             lost = prompt[offsets[room][0] :]
@@ -193,7 +228,12 @@ def text_encoder_shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:
 
 def part(model: CLIPTextModel, name: str) -> torch.nn.Module:
     """A module by its name in the weight file without the prefix, which only some transformers versions use."""
-    return model.get_submodule((PREFIX if hasattr(model, "text_model") else "") + name)
+    return model.get_submodule(part_path(model, name))
+
+
+def part_path(model: CLIPTextModel, name: str) -> str:
+    """The path of that module in this transformers version."""
+    return (PREFIX if hasattr(model, "text_model") else "") + name
 
 
 def size(config: Mapping[str, object], key: str) -> int:
@@ -206,12 +246,7 @@ def norm_eps(config: Mapping[str, object]) -> float:
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a whole prompt without markers, and the range of characters of each.
-
-    The tokens of one character (its bytes) share its range.
-    """
-    if not isinstance(prompt, str) or re.search("[\ud800-\udfff]", prompt):  # half a character, from a broken locale
-        raise ValueError(f"prompt: got {prompt!r} of type {type(prompt).__name__}, expected a string of valid Unicode")
+    """The same for a text without added words."""
     encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     starts = sorted({start for start, _ in encoded["offset_mapping"]})
     following = dict(zip(starts, [*starts, len(prompt)][1:], strict=True))
@@ -222,6 +257,13 @@ def _tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[list[int
             end += 1
         ranges.append((start, end))
     return encoded["input_ids"], ranges
+
+
+def _whole_words(words: Sequence[str]) -> str:
+    """A pattern with one group per word, tried in this order; not inside a longer word, nor before an accent."""
+    forms = [[re.escape(unicodedata.normalize(form, word)) for form in ("NFC", "NFD")] for word in words]
+    groups = "|".join(f"({'|'.join(own)})" for own in forms)
+    return rf"(?:(?<!\w)|(?!\w))(?:{groups})(?:(?<!\w)|(?!\w))(?![\u0300-\u036f])"
 
 
 def _fold(text: str) -> str:

@@ -15,6 +15,9 @@ WITHOUT_VAE = "Stable Diffusion 1.x checkpoint without an autoencoder"
 UNET = "UNet in the folder format"
 AUTOENCODER = "autoencoder (VAE)"
 TEXT_ENCODER = "CLIP text encoder"
+EMBEDDING = "textual inversion embedding"
+TEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2", 1280: "Stable Diffusion XL"}
+"""Whose text encoder is so wide. XL has a second one, of 768."""
 
 # (what some key looks like, what a file with such a key is), in the order in which they are tried. These have a UNet in
 # LDM names, or are told from one by a single key:
@@ -35,7 +38,8 @@ _OTHERS = (
     (r"^(unet|text_encoder):\d+:(up|down)$", "LoRA in cloneofsimo's first format"),
     (r"lora|^lycoris_|\.hada_|\.lokr_", "LoRA"),
     (r"^(ip_adapter|image_proj)\.", "IP-Adapter"),
-    (r"^(emb_params|string_to_param)", "textual inversion embedding"),
+    (r"^(emb_params|string_to_param)", EMBEDDING),
+    (r"^clip_[lg]$", f"{EMBEDDING} of Stable Diffusion XL"),
     (r"^model_ema\.diffusion_model", "checkpoint with averaged weights (EMA) alone"),
     (r"^unet\.(conv_in|down_blocks)\.", "model folder's networks in one file"),
     (r"^(input_blocks|diffusion_model\.input_blocks)\.", "UNet in LDM names alone"),
@@ -74,6 +78,8 @@ def recognise(shapes: Shapes) -> Kind:
     unet = LDM_PREFIX["unet"]
     checkpoint = _has(shapes, f"{unet}input_blocks.")
     name = name_of(shapes, _RELATIVES if checkpoint else _RELATIVES + _OTHERS)
+    if name == EMBEDDING or (name is None and _one_embedding(shapes)):
+        return _embedding(shapes)
     if name is not None:
         return Kind(name, f"it is {_a(name)}; {_WANTED.get(name, 'minidiff makes images with Stable Diffusion 1.x')}")
     if checkpoint:
@@ -84,11 +90,6 @@ def recognise(shapes: Shapes) -> Kind:
         return Kind(AUTOENCODER, _alone("an autoencoder") + ", or pass it as vae=")
     if any(key.endswith("embeddings.token_embedding.weight") for key in shapes):
         return Kind(TEXT_ENCODER, _alone("a text encoder"))
-    if shapes and all(len(shape) <= 2 and shape[-1:] == (768,) for shape in shapes.values()):
-        return Kind(
-            "textual inversion embedding",
-            "it is a textual inversion embedding; minidiff makes images with Stable Diffusion 1.x",
-        )
     some = ", ".join(list(shapes)[:3]) or "none"
     return Kind("unknown", f"its tensors are not those of a Stable Diffusion 1.x checkpoint (the first keys: {some})")
 
@@ -115,6 +116,24 @@ def refuse_widths(in_channels: int, context: int) -> Kind | None:
     else:
         return None
     return Kind(name, f"it is {_a(name)} ({why}); minidiff makes images with Stable Diffusion 1.x")
+
+
+def _one_embedding(shapes: Shapes) -> bool:
+    return len(shapes) == 1 and all(
+        len(shape) <= 2 and shape[-1:] and shape[-1] in TEXT_WIDTHS for shape in shapes.values()
+    )
+
+
+def _embedding(shapes: Shapes) -> Kind:
+    widths = {shape[-1] for shape in shapes.values() if shape}
+    of = next((model for width, model in TEXT_WIDTHS.items() if width in widths and width != 768), None)
+    if of is None:
+        return Kind(
+            EMBEDDING, f"it is {_a(EMBEDDING)}, a word for a model: load(..., words={{word: file}}), --word WORD=FILE"
+        )
+    return Kind(
+        f"{EMBEDDING} of {of}", f"it is {_a(EMBEDDING)} of {of}; minidiff makes images with Stable Diffusion 1.x"
+    )
 
 
 def _refuse_unet(shapes: Shapes, conv_in: str) -> Kind | None:

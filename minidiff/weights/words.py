@@ -1,0 +1,119 @@
+"""Textual inversion (Gal et al. 2022): words whose token embeddings come from a file.
+
+A file holds one tensor, [n,D] or [D]: n vectors for one word, D the width of the text encoder. A1111 and kohya name it
+`emb_params`, diffusers after the word it was trained for, a converted pickle of A1111's "*". The name does not matter:
+the caller gives the word.
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import shown
+from ..model import Adapter, Model
+from ..networks.text import TextEncoder, part, part_path
+from ..speed.replace import with_modules
+from .files import Stored, read_tensors, stored_tensors
+from .recognise import EMBEDDING, TEXT_WIDTHS, recognise
+
+_TABLE = "embeddings.token_embedding"
+
+
+def with_words(model: Model, words: Mapping[str, str | Path]) -> Model:
+    """A model that knows further words, {word: file}. The old one does not change; all but a table is shared.
+
+    A word stands for the vectors of its .safetensors file, a textual inversion embedding: as many tokens as vectors. It
+    is read in prompts and negative prompts wherever it is a whole word, in any case (of two that begin alike, the
+    longer one), and is a phrase like any other in boxes, spans and attention.
+    ValueError for a word that is empty, has whitespace, comes twice or is a token already; for a file that is damaged,
+    or no embedding for this model.
+    """
+    if not isinstance(words, Mapping):
+        raise ValueError(
+            f'words is {shown(words)}; expected {{word: file}}, as in {{"EasyNegative": "easy.safetensors"}}'
+        )
+    text, adapters, table = model.text, list(model.adapters), part(model.text.model, _TABLE).weight
+    assert isinstance(table, Tensor)
+    parts, rows = [table], len(table)
+    for word, file in words.items():
+        _check_word(word, text)
+        path = Path(file).expanduser()
+        vectors = _read(path, text, table)
+        text = replace(text, added={**text.added, word: range(rows, rows + len(vectors))})
+        parts, rows = [*parts, vectors], rows + len(vectors)
+        with path.open("rb") as opened:
+            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+        adapters.append(Adapter("word", word, path.name, sha256, {"vectors": len(vectors)}))
+    longer = nn.Embedding.from_pretrained(torch.cat(parts))
+    text = replace(text, model=with_modules(text.model, {part_path(text.model, _TABLE): longer}))
+    return replace(model, text=text, adapters=tuple(adapters))
+
+
+def embedding(path: Path, tensors: Mapping[str, Stored]) -> Stored:
+    """The tensor of an embedding's file, from its header. ValueError that says what the file is instead."""
+    kind = recognise({key: tensor.shape for key, tensor in tensors.items()}).name
+    names = ", ".join(list(tensors)[:5]) + (f" and {len(tensors) - 5} more" if len(tensors) > 5 else "")
+    expected = f"expected a {EMBEDDING}, which is one tensor [vectors, width]"
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors; {expected}")
+    if tensors.keys() & {"clip_l", "clip_g"}:
+        raise ValueError(
+            f"{path} is a {EMBEDDING} of Stable Diffusion XL or a later model, with vectors for each of its text "
+            f"encoders ({names}); expected one of Stable Diffusion 1.x, which has one text encoder"
+        )
+    if not kind.startswith((EMBEDDING, "unknown")):
+        raise ValueError(f"{path} is no {EMBEDDING}, it is a file of another kind: {kind}")
+    if len(tensors) > 1 and "emb_params" in tensors:
+        raise ValueError(f"{path} has unknown keys beside emb_params ({names}); {expected}")
+    if len(tensors) > 1:
+        raise ValueError(f"{path} holds {len(tensors)} tensors ({names}), and nothing tells which to take; {expected}")
+    (only,) = tensors.values()
+    if not 1 <= len(only.shape) <= 2 or not only.dtype.startswith(("F", "BF")):
+        raise ValueError(f"{path} holds {only.key} of shape {list(only.shape)} and dtype {only.dtype}; {expected}")
+    return only
+
+
+def _read(path: Path, text: TextEncoder, like: Tensor) -> Tensor:
+    """The vectors [n,D] of a file, in the dtype and on the device of `like`. ValueError where they do not fit."""
+    stored, most = embedding(path, stored_tensors(path)), text.length - 2
+    count, width = (1, *stored.shape)[-2:]
+    if width != text.width:
+        of = f", as in {TEXT_WIDTHS[width]}" if width in TEXT_WIDTHS else ""
+        raise ValueError(
+            f"{path} holds vectors {width} wide{of}; the text encoder of this model is {text.width} wide: take an "
+            "embedding that was trained for this kind of model"
+        )
+    if not 1 <= count <= most:
+        raise ValueError(f"{path} holds {count} vectors; expected 1 to {most}, the tokens that a prompt may have")
+    found = read_tensors({"": stored}, {"": torch.Size([count, width])}, like.dtype, like.device)[""]
+    if not found.isfinite().all():  # in the model's dtype: float16 ends at 65504
+        dtype = str(like.dtype).removeprefix("torch.")
+        raise ValueError(f"{path} holds values that are not finite (NaN or infinity) in {dtype}; download it again")
+    return found
+
+
+def _check_word(word: object, text: TextEncoder) -> None:
+    if not isinstance(word, str) or not word or any(map(str.isspace, word)) or not word.isprintable():
+        raise ValueError(f"word is {shown(word)}; expected a name without spaces, as it is to stand in a prompt")
+    there = next((name for name in text.added if _same(name, word)), None)
+    if there is not None:
+        raise ValueError(
+            f"word {word!r} is on this model already, as {there!r} (case does not matter); take another name"
+        )
+    tokenizer = text.tokenizer
+    ids = tokenizer(word, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) == 1 and (ids[0] != tokenizer.unk_token_id or word in tokenizer.all_special_tokens):
+        raise ValueError(
+            f"word {word!r} is a token of this model already, and would lose its meaning; take another name, such as "
+            f"{f'my-{word}'!r}"
+        )
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether the tokenizer would not tell two words apart."""
+    return unicodedata.normalize("NFC", one).lower() == unicodedata.normalize("NFC", other).lower()
