@@ -58,7 +58,8 @@ class Adapter:
     """Something that was put on a model, for its repr and the recipe of its pictures.
 
     kind: "lora", "word" or "image prompt". name: of the file, or the word. file, sha256: where it was read from (its
-    name alone), and what it held. weights: what the user chose, by name, such as {"weight": 0.8}.
+    name alone), and what it held. weights: what the user chose, by name, such as {"weight": 0.8}. short_hash: A1111's
+    own of the file, where it has one.
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Adapter:
     file: str
     sha256: str
     weights: Mapping[str, float] = field(default_factory=dict)
+    short_hash: str = ""
 
     def __str__(self) -> str:
         chosen = ", ".join(f"{name} {value:g}" for name, value in self.weights.items())

@@ -16,6 +16,21 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
+class _Words(argparse.Action):
+    """Collects WORD=FILE as {word: file}."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        word, sign, file = str(values).partition("=")
+        there = getattr(namespace, self.dest) or {}
+        if not (word and sign and file):
+            raise argparse.ArgumentError(self, f"got {values!r}; expected e.g. EasyNegative=EasyNegative.safetensors")
+        if word in there:
+            raise argparse.ArgumentError(self, f"the word {word!r} appears twice; expected one file for it")
+        setattr(namespace, self.dest, {**there, word: file})
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser. Its namespace has `command` and the flags, None (PROMPT: []) if not given, to let generate() decide.
 
@@ -147,6 +162,13 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="NAME", help="cpu or cuda (default: cuda if available)")
     add("--safety", action="store_true", help="write images black that the model folder's safety checker flags")
     add("--safety-from", dest="safety", metavar="SOURCE", help="--safety with the checker of another folder or hub id")
+    add(
+        "--word",
+        dest="words",
+        action=_Words,
+        metavar="WORD=FILE",
+        help="a word for prompts, from the .safetensors file of a textual inversion embedding; repeatable",
+    )
     add("--compile", action="store_true", help="use torch.compile: the first step is slow, later ones faster")
 
 

@@ -22,7 +22,18 @@ if TYPE_CHECKING:
     from .take import Taken
 
 EXIT_OUTPUT, EXIT_INPUT, EXIT_ELSEWHERE, EXIT_INTERRUPTED = 1, 2, 3, 130
-LOADING = ("tokenizer", "vae", "prediction_type", "dtype", "device", "variant", "revision", "compile", "safety")
+LOADING = (
+    "tokenizer",
+    "vae",
+    "prediction_type",
+    "dtype",
+    "device",
+    "variant",
+    "revision",
+    "compile",
+    "safety",
+    "words",
+)
 """The flags that are arguments of load(); the others are fields of a Request."""
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..png.read import Metadata
 
 _OF_THE_MODEL = ("vae", "tokenizer", "prediction_type", "variant", "revision", "dtype")
+_ADAPTER = ("kind", "name", "file", "sha256")
 _NEVER = ("output", "progress", "reduce")  # properties of the call, not of the picture
 # When one of these fields is given, the file's values for the others would contradict it.
 _REPLACED = {
@@ -31,6 +32,7 @@ _REPLACED = {
     "sampler": ("karras", "spacing", "eta"),
     "boxes": ("guidance",),
 }
+_ADAPTER_FLAGS = {"word": "--word {name}=FILE"}  # by the adapter's kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,28 @@ class Taken:
         for name, then in versions.items() if isinstance(versions, dict) else ():
             if name in ("minidiff", "torch", "transformers") and then != version(name):
                 yield f"{self.picture} was made with {name} {then}, this is {version(name)}: the last bits may differ"
+        yield from self._adapter_differences(model)
+
+    def _adapter_differences(self, model: Model) -> Iterator[str]:
+        """Notes on adapters from other files. ValueError for those that the model lacks: no picture chooses files."""
+        made = self.found.info.get("adapters")
+        there = {(one.kind, one.name.lower()): one for one in model.adapters}
+        missing = []
+        for entry in made if isinstance(made, list) else []:
+            kind, name, file, sha256 = map(entry.get, _ADAPTER) if isinstance(entry, dict) else [None] * 4
+            if not (isinstance(kind, str) and isinstance(name, str) and isinstance(sha256, str)):
+                raise ValueError(f"{self.picture}: its adapters are not understood: {shown(entry)}")
+            one = there.get((kind, name.lower()))
+            if one is None:
+                flag = _ADAPTER_FLAGS.get(kind, "load it in Python").format(name=name)
+                missing.append(f"{kind} {name} ({flag}; its file was {file}, of sha256 {sha256[:10]}...)")
+            elif one.sha256 != sha256:
+                yield f"{self.picture} was made with another file for the {kind} {name}, of sha256 {sha256[:10]}..."
+        if missing:
+            raise ValueError(
+                f"{self.picture} was made with what is not on this model, and a picture cannot choose files: pass "
+                f"{', '.join(missing)}"
+            )
 
 
 def take(picture: str, given: Mapping[str, object], loading: Mapping[str, object]) -> Taken:

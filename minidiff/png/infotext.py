@@ -36,9 +36,13 @@ _NUMBERS: tuple[tuple[str, str, Callable[[str, object, float, float], float], fl
     ("Eta DDIM", "eta", number, -math.inf, math.inf),
 )
 """A1111's key, our name, and the range: beyond it, a file is damaged or means harm."""
+_HASHES = {"word": "TI hashes"}
+"""A1111's key for the files of each kind of adapter."""
 
 
-def to_infotext(arguments: Mapping[str, object], *, model_hash: object = None, version: object = None) -> str:
+def to_infotext(
+    arguments: Mapping[str, object], *, model_hash: object = None, version: object = None, adapters: object = None
+) -> str:
     """generate()'s arguments in A1111's grammar. What A1111 has no word for is left out, as are values that are neither
     numbers nor text.
 
@@ -49,7 +53,7 @@ def to_infotext(arguments: Mapping[str, object], *, model_hash: object = None, v
     lines = [prompt]
     if negative or any(line.startswith(NEGATIVE) for line in prompt.split("\n")):
         lines.append(f"{NEGATIVE} {negative}")
-    settings = _settings(arguments) | {"Model hash": model_hash, "Version": version}
+    settings = _settings(arguments) | {"Model hash": model_hash} | _hashes(adapters) | {"Version": version}
     lines.append(
         ", ".join(f"{key}: {_quote(value)}" for key, value in settings.items() if isinstance(value, int | float | str))
     )
@@ -112,6 +116,16 @@ def _settings(arguments: Mapping[str, object]) -> dict[str, object]:
         "Eta DDIM": (get("eta") or None) if sampler == "ddim" else None,
         "RNG": None if seed is None else "CPU",  # our noise is what A1111 draws with this option
     }
+
+
+def _hashes(adapters: object) -> dict[str, str]:
+    """A1111's hashes of the model's adapters, as Result.info lists those: {"TI hashes": "name: hash, name: hash"}."""
+    found: dict[str, list[str]] = {}
+    for entry in adapters if isinstance(adapters, list) else []:
+        if entry["kind"] in _HASHES:
+            name = re.sub("[:,]", "", entry["name"])
+            found.setdefault(_HASHES[entry["kind"]], []).append(f"{name}: {entry['short_hash']}")
+    return {key: ", ".join(hashes) for key, hashes in found.items()}
 
 
 def _take_sampler(rest: dict[str, str]) -> dict[str, Value]:

@@ -71,7 +71,7 @@ def _chunks(arguments: Mapping[str, Plain], info: Mapping[str, Plain]) -> PngInf
     versions = info.get("versions")
     version = f"minidiff {versions['minidiff']}" if isinstance(versions, dict) and "minidiff" in versions else None
     chunks = PngInfo()
-    text = to_infotext(arguments, model_hash=info.get("model_hash"), version=version)
+    text = to_infotext(arguments, model_hash=info.get("model_hash"), version=version, adapters=info.get("adapters"))
     chunks.add_text("parameters", text)  # Pillow writes tEXt where latin-1 will do, else iTXt
     chunks.add_itxt("minidiff", to_chunk(arguments, info))
     return chunks

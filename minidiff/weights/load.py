@@ -35,6 +35,7 @@ from .sources import (
 )
 from .state import check_state
 from .text import load_text_encoder
+from .words import find_embedding, with_words
 
 Network = TypeVar("Network", bound=nn.Module)
 Config = TypeVar("Config")
@@ -52,6 +53,7 @@ def load(
     revision: str | None = None,
     compile: bool = False,
     safety: bool | str | Path = False,
+    words: Mapping[str, str | Path] | None = None,
 ) -> Model:
     """Load a Stable Diffusion 1.x model from safetensors; pickles are refused.
 
@@ -74,10 +76,13 @@ def load(
     safety: True looks at every finished picture with the safety checker that a folder or the hub's repository ships
         (safety_checker/, feature_extractor/); or a folder or hub id that has one. `Result.flagged` says what it found;
         the pictures stay as they are.
+    words: {word: file}, textual inversion embeddings; see with_words.
 
     Raises ValueError that says what is wrong with the source: missing, unexpected and misshapen keys by name, another
     kind of model, a damaged file, an unknown hub id, a model that is neither here nor reachable.
     """
+    for file in (words or {}).values():
+        find_embedding(file)  # a wrong file is reported before the model is read
     device = choose_device(device)
     why, dtype = dtype_choice(dtype, device), choose_dtype(dtype, device)
     found = _find(source, tokenizer, None if vae is None else _vae(vae, variant), variant, revision)
@@ -106,7 +111,7 @@ def load(
         "variant": variant,
         "revision": revision,
     }
-    return Model(
+    model = Model(
         name=found.name,
         origin=found.path,
         unet=compile_unet(unet) if compile else prepare(unet),
@@ -123,6 +128,7 @@ def load(
         dtype_choice=why,
         safety=None if checker is None else load_safety(checker, dtype, device),
     )
+    return with_words(model, words) if words else model
 
 
 def _find(

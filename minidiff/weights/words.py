@@ -42,20 +42,24 @@ def with_words(model: Model, words: Mapping[str, str | Path]) -> Model:
     parts, rows = [table], len(table)
     for word, file in words.items():
         _check_word(word, text)
-        path = Path(file).expanduser()
-        vectors = _read(path, text, table)
+        stored = find_embedding(file)
+        vectors = _read(stored, text, table)
         text = replace(text, added={**text.added, word: range(rows, rows + len(vectors))})
         parts, rows = [*parts, vectors], rows + len(vectors)
-        with path.open("rb") as opened:
+        with stored.path.open("rb") as opened:
             sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-        adapters.append(Adapter("word", word, path.name, sha256, {"vectors": len(vectors)}))
+        adapters.append(Adapter("word", word, stored.path.name, sha256, {"vectors": len(vectors)}, sha256[:12]))
     longer = nn.Embedding.from_pretrained(torch.cat(parts))
     text = replace(text, model=with_modules(text.model, {part_path(text.model, _TABLE): longer}))
     return replace(model, text=text, adapters=tuple(adapters))
 
 
-def embedding(path: Path, tensors: Mapping[str, Stored]) -> Stored:
+def find_embedding(file: str | Path) -> Stored:
     """The tensor of an embedding's file, from its header. ValueError that says what the file is instead."""
+    if not isinstance(file, str | Path):
+        raise ValueError(f"the file of a word is {shown(file)}; expected a path")
+    path = Path(file).expanduser()
+    tensors = stored_tensors(path)
     kind = recognise({key: tensor.shape for key, tensor in tensors.items()}).name
     names = ", ".join(list(tensors)[:5]) + (f" and {len(tensors) - 5} more" if len(tensors) > 5 else "")
     expected = f"expected a {EMBEDDING}, which is one tensor [vectors, width]"
@@ -78,9 +82,9 @@ def embedding(path: Path, tensors: Mapping[str, Stored]) -> Stored:
     return only
 
 
-def _read(path: Path, text: TextEncoder, like: Tensor) -> Tensor:
-    """The vectors [n,D] of a file, in the dtype and on the device of `like`. ValueError where they do not fit."""
-    stored, most = embedding(path, stored_tensors(path)), text.length - 2
+def _read(stored: Stored, text: TextEncoder, like: Tensor) -> Tensor:
+    """The vectors [n,D], in the dtype and on the device of `like`. ValueError where they do not fit."""
+    path, most = stored.path, text.length - 2
     count, width = (1, *stored.shape)[-2:]
     if width != text.width:
         of = f", as in {TEXT_WIDTHS[width]}" if width in TEXT_WIDTHS else ""
