@@ -78,7 +78,7 @@ def recognise(shapes: Shapes) -> Kind:
     unet = LDM_PREFIX["unet"]
     checkpoint = _has(shapes, f"{unet}input_blocks.")
     name = name_of(shapes, _RELATIVES if checkpoint else _RELATIVES + _OTHERS)
-    if name == EMBEDDING or (name is None and _one_embedding(shapes)):
+    if name == EMBEDDING:
         return _embedding(shapes)
     if name is not None:
         return Kind(name, f"it is {_a(name)}; {_WANTED.get(name, 'minidiff makes images with Stable Diffusion 1.x')}")
@@ -90,6 +90,8 @@ def recognise(shapes: Shapes) -> Kind:
         return Kind(AUTOENCODER, _alone("an autoencoder") + ", or pass it as vae=")
     if any(key.endswith("embeddings.token_embedding.weight") for key in shapes):
         return Kind(TEXT_ENCODER, _alone("a text encoder"))
+    if len(shapes) == 1 and all(len(shape) in (1, 2) and shape[-1] in TEXT_WIDTHS for shape in shapes.values()):
+        return _embedding(shapes)
     some = ", ".join(list(shapes)[:3]) or "none"
     return Kind("unknown", f"its tensors are not those of a Stable Diffusion 1.x checkpoint (the first keys: {some})")
 
@@ -116,12 +118,6 @@ def refuse_widths(in_channels: int, context: int) -> Kind | None:
     else:
         return None
     return Kind(name, f"it is {_a(name)} ({why}); minidiff makes images with Stable Diffusion 1.x")
-
-
-def _one_embedding(shapes: Shapes) -> bool:
-    return len(shapes) == 1 and all(
-        len(shape) <= 2 and shape[-1:] and shape[-1] in TEXT_WIDTHS for shape in shapes.values()
-    )
 
 
 def _embedding(shapes: Shapes) -> Kind:
