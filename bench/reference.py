@@ -3,8 +3,10 @@
 The weights are shared, not copied: both implementations hold the same tensors, to save memory at full size.
 """
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,14 +30,55 @@ from .models import TOKENIZER, Config, random_weights, unet_shapes, vae_shapes  
 diffusers.utils.logging.set_verbosity_error()  # it logs every truncated prompt and every unused config key
 diffusers.utils.logging.disable_progress_bar()
 
-THEIRS: Mapping[str, Any] = {
-    "ddim": diffusers.DDIMScheduler,
-    "pndm": diffusers.PNDMScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
-    "lms": diffusers.LMSDiscreteScheduler,
-    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+sys.modules.setdefault("torchsde", ModuleType("torchsde"))  # imported by the next line, used for no more than noise
+from diffusers.schedulers.scheduling_dpmsolver_sde import DPMSolverSDEScheduler  # noqa: E402
+
+
+class SeededSDE(DPMSolverSDEScheduler):
+    """DPMSolverSDEScheduler with noise of the caller's generator, where it has torchsde's with a seed of its own.
+
+    The noise between two sigmas is a Brownian motion's increment over its standard deviation. Of one step the scheduler
+    asks first for start to middle, then for start to end.
+    """
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, return_dict: bool = True
+    ) -> Any:
+        def draw() -> Tensor:
+            noise: Tensor = diffusers.utils.torch_utils.randn_tensor(sample.shape, generator, dtype=torch.float32)
+            return noise
+
+        self.noise_sampler = self.noise_sampler or _increments(draw)
+        return super().step(model_output, timestep, sample, return_dict)
+
+
+def _increments(draw: Callable[[], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    last: list[Any] = []  # where the last step began and was, and its motion until there
+
+    def increment(start: Tensor, end: Tensor) -> Tensor:
+        begun, to = float(start), float(end)
+        _, at, walked = last if last and last[0] == begun else (begun, begun, torch.zeros(()))
+        walked = walked + (at - to) ** 0.5 * draw()
+        last[:] = begun, to, walked
+        found: Tensor = walked / (begun - to) ** 0.5
+        return found
+
+    return increment
+
+
+THEIRS: dict[str, tuple[Any, Config]] = {
+    "ddim": (diffusers.DDIMScheduler, {}),
+    "pndm": (diffusers.PNDMScheduler, {}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "lms": (diffusers.LMSDiscreteScheduler, {}),
+    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
+    "dpm2": (diffusers.KDPM2DiscreteScheduler, {}),
+    "dpm2_ancestral": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
+    "dpmpp_sde": (SeededSDE, {}),
 }
+"""The samplers that diffusers has too: its class, and the settings that make it this algorithm."""
 COMPARED = (*THEIRS, "euler_karras", "lms_karras", "dpmpp_2m_karras")
 """The samplers that diffusers also has. Its Euler ancestral does not support Karras sigmas."""
 
@@ -112,8 +155,8 @@ def reference_context(pipeline: Any, prompts: list[str], clip_skip: int | None) 
 
 def reference_scheduler(name: str, config: Config, steps: int | None = None) -> Any:
     """diffusers' scheduler for one of our sampler names, created from a model's scheduler config as users would."""
-    settings = {**config, "use_karras_sigmas": name.endswith("_karras")}
-    scheduler = THEIRS[name.removesuffix("_karras")].from_config(settings)
+    kind, own = THEIRS[name.removesuffix("_karras")]
+    scheduler = kind.from_config({**config, **own, "use_karras_sigmas": name.endswith("_karras")})
     if steps is not None:
         scheduler.set_timesteps(steps)
     return scheduler

@@ -14,22 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 import minidiff
+from bench.reference import THEIRS
 from minidiff.model import Defaults, Model
 from minidiff.run import guided
 from minidiff.weights.inspect import describe
 
 PROMPTS = ["a cat playing with a ball", "two dogs", "a red circle and a blue square"]
 NEGATIVES = ["blurry", "", "low quality, text"]
-SAMPLERS = {
-    "ddim": (diffusers.DDIMScheduler, {}),
-    "pndm": (diffusers.PNDMScheduler, {}),
-    "euler": (diffusers.EulerDiscreteScheduler, {}),
-    "euler_karras": (diffusers.EulerDiscreteScheduler, {"use_karras_sigmas": True}),
-    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
-    "lms": (diffusers.LMSDiscreteScheduler, {}),
-    "lms_karras": (diffusers.LMSDiscreteScheduler, {"use_karras_sigmas": True}),
-    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
-    "dpmpp_2m_karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+SAMPLERS = THEIRS | {
+    f"{name}_karras": (THEIRS[name][0], {"use_karras_sigmas": True}) for name in ("euler", "lms", "dpmpp_2m")
 }
 
 

@@ -19,9 +19,9 @@ from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.model import Model
 from minidiff.networks.attention import Inputs, Maps, Record
 from minidiff.networks.sites import Site
+from minidiff.vocabulary import SAMPLERS
 
 SITE = Site("mid", 0, 0, "cross")
-SAMPLERS = ("ddim", "pndm", "euler", "euler_ancestral", "lms", "dpmpp_2m")
 STRONG = Guidance(scale=1000.0, threshold=0.0, iterations=2, steps=2)  # the tiny model's attention is nearly flat
 CAT = {"cat": (0.1, 0.1, 0.7, 0.6)}
 

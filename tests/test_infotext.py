@@ -162,7 +162,7 @@ def test_reads_an_old_a1111_text() -> None:
         ("Sampler: DPM++ 2M, Schedule type: Automatic", "dpmpp_2m", False, {}),
         ("Sampler: Euler a, Schedule type: Uniform", "euler_ancestral", False, {}),
         ("Sampler: Euler, Schedule type: Exponential", "euler", False, {"Schedule type": "Exponential"}),
-        ("Sampler: DPM++ SDE, Schedule type: Karras", "DPM++ SDE", True, {}),
+        ("Sampler: DPM fast, Schedule type: Karras", "DPM fast", True, {}),
         ("Sampler: PLMS", "pndm", False, {}),
         ("Sampler: euler A", "euler_ancestral", False, {}),
     ],

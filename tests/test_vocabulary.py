@@ -16,9 +16,14 @@ from minidiff.vocabulary import KEYWORDS, OBJECTIVES, SAMPLERS, a1111_sampler, r
 
 LABELS = {
     "ddim": "DDIM",
+    "dpm2": "DPM2",
+    "dpm2_ancestral": "DPM2 a",
     "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2s_ancestral": "DPM++ 2S a",
+    "dpmpp_sde": "DPM++ SDE",
     "euler": "Euler",
     "euler_ancestral": "Euler a",
+    "heun": "Heun",
     "lms": "LMS",
     "pndm": "PLMS",
 }
@@ -73,6 +78,10 @@ def test_our_names_and_a1111s_come_back(name: str, label: str, karras: bool) -> 
         ("DPM++ 2M Uniform", "dpmpp_2m", False),
         (" Euler A ", "euler_ancestral", None),
         ("plms", "pndm", None),
+        ("k_dpmpp_2s_a", "dpmpp_2s_ancestral", None),
+        ("k_dpm_2_a", "dpm2_ancestral", None),
+        ("DPM++ SDE Karras", "dpmpp_sde", True),
+        ("dpmpp_sde_gpu", "dpmpp_sde", None),
     ],
 )
 def test_other_programs_spellings(text: str, name: str, karras: bool | None) -> None:
@@ -88,6 +97,10 @@ def test_other_programs_spellings(text: str, name: str, karras: bool | None) -> 
         ("EulerAncestralDiscreteScheduler", "euler_ancestral"),
         ("LMSDiscreteScheduler", "lms"),
         ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("HeunDiscreteScheduler", "heun"),
+        ("KDPM2DiscreteScheduler", "dpm2"),
+        ("KDPM2AncestralDiscreteScheduler", "dpm2_ancestral"),
+        ("DPMSolverSDEScheduler", "dpmpp_sde"),
     ],
 )
 def test_diffusers_classes(kind: str, name: str) -> None:
@@ -98,25 +111,23 @@ def test_diffusers_classes(kind: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "label"),
     [
-        ("DPM2", "DPM2"),
         ("DPM++ 2M SDE Karras", "DPM++ 2M SDE"),
         ("dpmpp_2m_sde_gpu", "DPM++ 2M SDE"),
-        ("DPM++ SDE Karras", "DPM++ SDE"),
-        ("k_dpmpp_2s_a", "DPM++ 2S a"),
-        ("k_dpm_2_a", "DPM2 a"),
-        ("KDPM2AncestralDiscreteScheduler", "DPM2 a"),
         ("UniPCMultistepScheduler", "UniPC"),
         ("uni_pc", "UniPC"),
         ("DEIS", "DEIS"),
         ("DDPMScheduler", "DDPM"),
         ("LCM", "LCM"),
         ("TCDScheduler", "TCD"),
+        ("Restart", "Restart"),
+        ("dpm_fast", "DPM fast"),
+        ("ipndm", "IPNDM"),
     ],
 )
 def test_what_is_not_implemented_is_named(text: str, label: str) -> None:
     named = label.replace("+", r"\+")
     with pytest.raises(
-        ValueError, match=rf"sampler .*{named}(, which)? is not implemented; expected one of ddim, dpmpp"
+        ValueError, match=rf"sampler .*{named}(, which)? is not implemented; expected one of ddim, dpm2"
     ):
         read_sampler(text)
 

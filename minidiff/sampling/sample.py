@@ -53,7 +53,8 @@ def sample(
     """Sample from x, unit-variance latents [B,C,h,w], yielding a SamplerStep per step. Nothing is computed ahead.
 
     denoise gets x in variance-preserving scale, in the dtype of `x`, and t as a tensor on x's device, so that a
-    compiled network sees one kind of argument. refine moves x before each call; returning its argument changes no bit.
+    compiled network sees one kind of argument. refine moves x before each call (if every step has two, before its
+    first); returning its argument changes no bit.
     noise returns fresh unit noise of x's shape, for `stochastic` samplers. Arithmetic is float32 or better.
     denoise decides whether gradients are recorded: no torch mode is held across a yield.
     """
@@ -85,7 +86,7 @@ def _steps(
         t = torch.full((), float(schedule.timesteps[call]), dtype=torch.float32, device=x.device)
         growth = math.sqrt(1 + sigma**2) if schedule.space == "ve" else 1.0
         x_vp = (x / growth).to(given)
-        if refine is not None:
+        if refine is not None and len(seen) < sampler.guided_calls:
             moved = _like(refine(x_vp, t, schedule.abar(call), index), x_vp, "refine")
             x, x_vp = x + (moved.to(work) - x_vp.to(work)) * growth, moved
         output, maps = denoise(x_vp, t, sigma, index)

@@ -45,12 +45,14 @@ class Sampler(ABC):
         `usual_spacing`.
     fractions: whether it accepts fractional timesteps.
     settings: other settings of this algorithm in diffusers' config, with the values that are implemented here.
+    guided_calls: how many calls of a step layout guidance moves x before.
     """
 
     name: ClassVar[str]
     usual_spacing: ClassVar[str] = "linspace"
     fractions: ClassVar[bool] = False
     settings: ClassVar[Settings] = {}
+    guided_calls: ClassVar[int] = 2
     spacing: str | None = None
 
     def __post_init__(self) -> None:
@@ -100,9 +102,11 @@ class SigmaSampler(Sampler):
     """A sampler of k-diffusion: space "ve", float32 timesteps (also fractional), sigmas down to 0 or a caller's last.
 
     karras: the noise levels of Karras et al. 2022 (eq. 5) between the first and last sigma of the spacing.
+    rounds: whether Karras timesteps are rounded.
     """
 
     fractions: ClassVar[bool] = True
+    rounds: ClassVar[bool] = False
     settings: ClassVar[Settings] = {"use_exponential_sigmas": (False,), "use_beta_sigmas": (False,)}
     karras: bool = False
 
@@ -117,6 +121,7 @@ class SigmaSampler(Sampler):
             if self.karras:
                 exact = karras_sigmas(float(exact[0]), float(exact[-1]), steps)
                 times = timesteps_at(noise, exact)
+                times = times.round() if self.rounds else times
             levels = np.append(exact, 0.0).astype(np.float32)
         values = [float(level) for level in levels]
         return Schedule(
@@ -150,3 +155,8 @@ def derivative(x: Tensor, output: Tensor, sigma: float, prediction_type: str) ->
     if prediction_type == "epsilon":
         return output
     return signal(sigma) * output + sigma * signal(sigma) ** 2 * x
+
+
+def cleaned(x: Tensor, output: Tensor, sigma: float, prediction_type: str) -> Tensor:
+    """The clean latents that a network output means, for x in "ve" space."""
+    return x - sigma * derivative(x, output, sigma, prediction_type)
