@@ -67,7 +67,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Load:
-    """One load: seconds (`imported` with a tiny load, `touch` reads a number of every page after it), bytes."""
+    """One load: seconds (`imported`: imports and a tiny load, `touch`: reading every page afterwards) and bytes."""
 
     imported: float
     wall: float
@@ -81,18 +81,16 @@ class Load:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `python -m bench load`."""
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="loads per library and case (default 3)")
-    parser.add_argument(
-        "--dir", metavar="FOLDER", help="where the models are written, 4.3 GB at a time (default: temporary)"
-    )
+    parser.add_argument("--dir", metavar="FOLDER", help="folder for the models, 4.3 GB at a time (default: temporary)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what each library took, case by case; 1 where a bound is broken."""
+    """Print each library's numbers case by case. Returns 1 if a bound is violated."""
     if args.repeats < 1:
         raise ValueError(f"--repeats is {args.repeats}; expected at least 1")
     print_header(
         "loading a full-size model from the page cache, against diffusers",
-        {"loads": f"{args.repeats} each, by turns, in fresh processes", "threads": str(torch.get_num_threads())},
+        {"loads": f"{args.repeats} each, alternating, in fresh processes", "threads": str(torch.get_num_threads())},
     )
     rows = [import_row(max(5, args.repeats)), startup_row(max(5, args.repeats))]
     with tempfile.TemporaryDirectory(prefix="minidiff-bench-", dir=args.dir) as name:

@@ -1,4 +1,4 @@
-"""Image prompts against diffusers' load_ip_adapter on the same small files, and what else must hold of them."""
+"""Image prompts against diffusers' load_ip_adapter on the same small files, and their other properties."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def reference(pipe: StableDiffusionPipeline, files: list[Path], scale: Any, mask
 
 
 def mask(*boxes: tuple[float, float, float, float]) -> Tensor:
-    """As diffusers takes them: [1, one for each picture, h, w]."""
+    """In diffusers' format: [1, pictures, h, w]."""
     found = torch.zeros(1, len(boxes), 64, 64)
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         found[0, i, int(64 * y0) : int(64 * y1), int(64 * x0) : int(64 * x1)] = 1
@@ -167,7 +167,7 @@ def test_each_kind_equals_diffusers(
 def test_the_networks_alone_equal_diffusers(
     two: minidiff.Model, files: Mapping[str, Path], pipeline: StableDiffusionPipeline
 ) -> None:
-    """Tokens and the UNet, before a sampler has averaged anything."""
+    """Tokens and UNet output, without a sampler that might average out errors."""
     names = ["plain.safetensors", "plus.safetensors"]
     pipeline.load_ip_adapter([str(files["plain"].parent)] * 2, ["", ""], names)
     pipeline.set_ip_adapter_scale([0.5, 0.8])
@@ -216,7 +216,7 @@ def test_pictures_without_a_place_are_read_together_as_in_diffusers(
     assert (found - expected).abs().max() < 0.01 / 255
 
 
-# ---- what must hold beside it
+# ---- other properties
 
 
 def test_nothing_is_changed_where_no_picture_counts(tiny_model: minidiff.Model, two: minidiff.Model) -> None:
@@ -280,7 +280,7 @@ def test_guidance_sees_the_pictures_of_the_conditional_half(two: minidiff.Model)
 
 
 def test_edits_act_on_the_text_alone(model: minidiff.Model) -> None:
-    """Where no text is seen, the picture still is."""
+    """Without text the picture still has an effect."""
 
     def nothing(site: minidiff.Site, probs: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         return torch.zeros_like(probs)
@@ -338,7 +338,7 @@ def test_compiled_in_one_graph_for_all_pictures(
     assert counter.frame_count == 2
 
 
-# ---- what is refused, each by its own message
+# ---- errors
 
 
 def changed(path: Path, target: Path, change: Any) -> Path:

@@ -113,7 +113,7 @@ def test_decisions_are_those_of_diffusers(folder: Path, reference: StableDiffusi
     assert 10 < sum(expected) < 40
     assert checker(images) == expected
     careful = replace(checker, special_thresholds=torch.ones(3))
-    assert sum(careful(images)) < sum(expected)  # the special concepts had a say in it
+    assert sum(careful(images)) < sum(expected)  # the special concepts had an effect
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -215,7 +215,7 @@ def test_the_command_line_writes_flagged_images_black(
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
 
 
-# ---- where it comes from
+# ---- sources
 
 
 def test_no_checker_unless_asked_for(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_from_the_hub(folder: Path, tiny_folder: Path, monkeypatch: pytest.Monke
     assert asked == [f"b/model@None/{CONFIG}", f"b/model@None/{WEIGHTS}"]
 
 
-# ---- what is refused
+# ---- errors
 
 
 def test_a_single_file_and_the_bundled_model_have_none(tiny_folder: Path, tmp_path: Path) -> None:

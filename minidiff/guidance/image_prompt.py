@@ -1,4 +1,4 @@
-"""Pictures as prompts: which one, how strongly, and where in the image it counts."""
+"""Image prompts: a picture, its strength, and the region where it applies."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ImagePrompt:
-    """A picture that prompts an image beside its text, for a model with an IP-Adapter (see with_image_prompt).
+    """A picture used as a prompt in addition to the text, for a model with an IP-Adapter (see with_image_prompt).
 
-    image: a PIL image, an array [H,W,3] or a tensor [3,H,W] (uint8, or floats in [0,1]), or the path of a file. The
-        vision model sees its middle square.
-    scale: how strongly it counts, times `image_prompt_scale`; 1 is what the adapter was trained with.
-    box: where in the image it counts, as in `boxes`: (x0, y0, x1, y1) in [0,1], several such boxes, or a mask. None is
-        everywhere.
-    adapter: the number of the IP-Adapter that reads it. None is the only one; of several, each reads one picture of a
-        list, in order.
-    name: of the file that the picture is of.
+    image: a PIL image, an array [H,W,3] or a tensor [3,H,W] (uint8, or floats in [0,1]), or a file path. The vision
+        model sees its central square.
+    scale: strength, multiplied by `image_prompt_scale`; 1 is the value in training.
+    box: where it applies, as in `boxes`: (x0, y0, x1, y1) in [0,1], several such boxes, or a mask. None is the whole
+        image.
+    adapter: index of the IP-Adapter that reads it. None means the only one; with several adapters, each reads one
+        picture of a list, in order.
+    name: name of the picture's file.
     """
 
     image: Picture | str | Path
@@ -50,12 +50,12 @@ class ImagePrompt:
 
     @property
     def picture(self) -> Image.Image:
-        """The picture in RGB, whatever it was made from."""
+        """The picture in RGB, in whatever form it was given."""
         assert isinstance(self.image, Image.Image)  # __post_init__
         return self.image
 
     def share(self, grid: Grid) -> Tensor:
-        """How much it counts in each cell, [h,w] in [0,1]; 1 everywhere without a box. float64, on the CPU."""
+        """The fraction of each cell where it applies, [h,w] in [0,1]; all 1 without a box. float64, on the CPU."""
         region = self._region()
         return torch.ones(grid, dtype=torch.float64, device="cpu") if region is None else region.coverage(grid)
 
@@ -72,7 +72,7 @@ class ImagePrompt:
 
 
 def read_image_prompts(value: object) -> tuple[ImagePrompt, ...]:
-    """What a caller gave as `image_prompt`: one or a list of ImagePrompts, pictures, and mappings of the fields."""
+    """Parse `image_prompt`: an ImagePrompt, a picture, a mapping of the fields, or a list of these."""
     several = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not several:
         raise ValueError("image_prompt is an empty list; expected at least one picture, or None")

@@ -145,7 +145,7 @@ def _region(key: object, value: object, find: Callable[[str], tuple[int, ...]], 
 
 
 def read_place(name: str, value: object) -> Region:
-    """A box, several or a mask, as the values of `boxes` are, checked; it has no tokens."""
+    """Parse and check a value as in `boxes`: one or several boxes, or a mask. The region has no tokens."""
     return _placed(name, value, name, ())
 
 

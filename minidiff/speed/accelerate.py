@@ -63,7 +63,7 @@ def compile_unet(unet: Network) -> Network:
 
 
 def number_layers(network: Network, numbers: Iterator[int]) -> Network:
-    """The same network as graphs take it: on the CPU with packed, numbered layers, elsewhere in channels_last."""
+    """Prepare a network for graphs: packed, numbered layers on the CPU, channels_last elsewhere."""
     if next(network.parameters()).device.type != "cpu" or not ONEDNN:
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for layer in pack(network, 0).modules():

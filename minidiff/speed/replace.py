@@ -34,9 +34,9 @@ def with_weights(network: Network, changes: Mapping[str, Tensor]) -> Network:
 
 
 def with_modules(network: Network, modules: Mapping[str, nn.Module]) -> Network:
-    """A new network with other modules at some paths, packed like its own; it shares everything else with the old one.
+    """A new network with some modules replaced, by path, and packed like the others; it shares everything else.
 
-    As with_weights: the old network stays as it is, and a compiled one is recompiled.
+    As in with_weights, the old network is unchanged, and a compiled one is recompiled.
     """
     numbers, new = free_numbers(), nn.ModuleList(modules.values())
     if is_compiled(network):
