@@ -79,7 +79,7 @@ class Load:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m bench load`."""
+    """Add the flags of `python -m bench load`."""
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="loads per library and case (default 3)")
     parser.add_argument("--dir", metavar="FOLDER", help="folder for the models, 4.3 GB at a time (default: temporary)")
 

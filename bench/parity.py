@@ -190,7 +190,7 @@ def text_rows(name: str, config: Config) -> Iterator[Row]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*the text encoder reads", category=UserWarning)
             found = ours.encode(PROMPTS, clip_skip)
-        mended = "" if clip_skip is None else "diffusers mended, #14124"
+        mended = "" if clip_skip is None else "diffusers patched, #14124"
         yield Row(
             f"text, {name}, clip_skip {clip_skip}", shape(found), relative_error(found, expected), BOUND, note=mended
         )

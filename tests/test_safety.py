@@ -1,4 +1,4 @@
-"""The safety checker: loaded as folders ship it, its decisions against diffusers', what becomes of flagged images."""
+"""The safety checker: loading from folders, its decisions against diffusers', and the handling of flagged images."""
 
 import json
 import shutil
