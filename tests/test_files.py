@@ -112,7 +112,7 @@ def test_a_pickle_is_named_by_the_texts_in_it_and_converts(tmp_path: Path) -> No
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "is a Git LFS pointer.*git lfs pull"),
         (b"<!DOCTYPE html><html><body>Sign in", "is a web page"),
-        (b'{"error": "Invalid credentials"}', "is JSON text, such as an error message"),
+        (b'{"error": "Invalid credentials"}', "is JSON text, such as a server's error message"),
         (b"GGUF\x03\x00\x00\x00" + bytes(100), "is a GGUF file, whose quantised weights"),
         (b"\x1f\x8b\x08\x00\x00\x00\x00\x00" + bytes(100), "is a gzip archive"),
         (b"Rar!\x1a\x07\x01\x00" + bytes(100), "is a RAR archive"),

@@ -170,7 +170,7 @@ def test_offline_with_an_empty_cache() -> None:
         minidiff.load("nobody/nothing", revision="1")
     with pytest.raises(ValueError, match=message):
         fetch_vae("nobody/nothing", None)
-    with pytest.raises(ValueError, match=r"no 'tiny-sd' lies here; .* a picture records the last name alone"):
+    with pytest.raises(ValueError, match=r"there is no 'tiny-sd' here; pictures record only the last part"):
         minidiff.load("tiny-sd")
 
 
@@ -209,7 +209,7 @@ def test_a_download_that_breaks_off(error: Exception, problem: str, monkeypatch:
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(ValueError, match=f"the hub did not give a/model at revision 1: {problem}. Try again"):
+    with pytest.raises(ValueError, match=f"could not fetch a/model at revision 1 from the hub: {problem}. Try again"):
         fetch_model("a/model", "1", None)
 
 
@@ -330,7 +330,7 @@ def test_a_download_and_the_cache_after_it(hub: Hub, tmp_path: Path, tiny_model:
     assert found == expected
     assert sorted(hub.requested) == [f"tiny/model/{name}" for name in NEEDED]
     assert nothing.startswith("there is no model 'tiny/nothing' on the hub, and no such file or folder here")
-    assert gated.startswith("gated/model asks for an account that has accepted its terms")
+    assert gated.startswith("gated/model requires an account that has accepted its terms")
     assert revision.startswith("the hub has no tiny/model at revision v9; leave revision out")
 
     hub.requested.clear()

@@ -360,7 +360,7 @@ def test_parts_that_do_not_fit(folder: Path) -> None:
     with pytest.raises(ValueError) as error:
         load(folder)
     assert problem == str(error.value)
-    assert "the UNet reads text 48 wide, the text encoder gives 64" in problem
+    assert "the UNet reads text embeddings 48 wide, the text encoder gives 64" in problem
 
 
 @pytest.mark.parametrize(("key", "loads"), [("mid_block.resnets.0.norm1.bias", False), ("conv_in.weight", True)])

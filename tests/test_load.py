@@ -135,7 +135,7 @@ def test_a_variant(folder: Path, tiny_model: minidiff.Model) -> None:
         }
         put(folder / file.replace(".safetensors", ".fp16.safetensors"), half)
         (folder / file).unlink()
-    with pytest.raises(ValueError, match=r'there is \S+\.fp16\.safetensors; variant="fp16" asks for'):
+    with pytest.raises(ValueError, match=r'there is \S+\.fp16\.safetensors; variant="fp16" loads'):
         load(folder)
     model = load(folder, variant="fp16")
     assert model.options == {"variant": "fp16"}
@@ -173,7 +173,7 @@ def test_sharded_weights(variant: str | None, folder: Path, tiny_model: minidiff
         load(folder, variant=variant)
     (index,) = (folder / "unet").glob("*.index*.json")
     put(index, '{"weight_map": {"conv_in.weight": "../../elsewhere.safetensors"}}')
-    with pytest.raises(ValueError, match="weight_map must name the file, in the same folder, of every tensor"):
+    with pytest.raises(ValueError, match="weight_map must map every tensor to a file in the same folder"):
         load(folder, variant=variant)
 
 
@@ -298,7 +298,7 @@ def test_the_tokenizer_of_a_single_file_comes_from_the_hub(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     message = (
-        "a single file carries no tokenizer, and openai/clip-vit-large-patch14 is not in the hub's cache .* tokenizer="
+        "a single file has no tokenizer, and openai/clip-vit-large-patch14 is not in the hub's cache .* tokenizer="
     )
     with pytest.raises(ValueError, match=message):
         load(single)
@@ -379,14 +379,14 @@ def test_parts_of_different_models(folder: Path, tiny_folder: Path, tmp_path: Pa
     vae = VAE(VAEConfig(latent_channels=3, block_out_channels=(32,), layers_per_block=1))
     put(tmp_path / "three.safetensors", vae.state_dict())
     with pytest.raises(
-        ValueError, match="the UNet works on 4 channels, the autoencoder on 3: they are of different models"
+        ValueError, match="the UNet works on 4 channels, the autoencoder on 3: they are from different models"
     ):
         load(folder, vae=tmp_path / "three.safetensors")
     change_json(folder / "text_encoder/config.json", hidden_size=96, num_hidden_layers=1)
     shapes = text_encoder_shapes(json.loads((folder / "text_encoder/config.json").read_text()))
     put(folder / TEXT_FILE, {key: torch.zeros(shape, dtype=torch.float16) for key, shape in shapes.items()})
     with pytest.raises(
-        ValueError, match="the UNet reads text 64 wide, the text encoder gives 96: they are of different"
+        ValueError, match="the UNet reads text embeddings 64 wide, the text encoder gives 96: they are from different"
     ):
         load(folder)
 
@@ -489,7 +489,7 @@ def test_one_error_names_every_key(folder: Path) -> None:
         "  unexpected conv_in.extra",
         "  conv_out.weight has shape [4, 32, 1, 3], expected [4, 32, 3, 3]",
         "  down_blocks.0.resnets.0.conv1.weight has dtype I8, expected floating-point numbers; "
-        "quantised weights are not read",
+        "quantised weights are not supported",
         "the weights do not fit the autoencoder that its config describes:",
         "  missing quant_conv.weight",
         "the weights do not fit the text encoder that its config describes:",
@@ -582,7 +582,7 @@ def test_a_damaged_single_file(damage: str, single: Path, tmp_path: Path) -> Non
     [
         ("{", "cannot be read as JSON"),
         (b"\xff\xfe{}", "cannot be read as JSON"),
-        ("[1]", "holds list; expected a JSON object"),
+        ("[1]", "contains a list; expected a JSON object"),
         ("[" * 100_000, "cannot be read as JSON"),
         (None, "(is not there; expected|has no config.json: this model comes without an autoencoder; .*vae=)"),
     ],

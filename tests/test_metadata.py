@@ -116,9 +116,7 @@ def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
 def test_metadata_can_be_switched_off(tmp_path: Path) -> None:
     (path,) = result().save(tmp_path / "image.png", metadata=False)
     assert text_chunks(path) == {}
-    with pytest.raises(
-        ValueError, match=r"image.png holds no parameters .*no text chunk; it was saved without metadata"
-    ):
+    with pytest.raises(ValueError, match=r"image.png has no parameters .*no text chunk; it was saved without metadata"):
         read_parameters(path)
 
 
@@ -293,7 +291,7 @@ def fooocus(**values: object) -> str:
     ids=repr,
 )
 def test_other_programs_are_named(chunks: dict[str, str], program: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"image.png was written by {program}, in a form that minidiff does not read"):
+    with pytest.raises(ValueError, match=f"image.png was written by {program}, in a format that minidiff does not"):
         read_metadata(png_with(tmp_path / "image.png", **chunks))
 
 
@@ -317,7 +315,7 @@ def test_a1111s_text_is_read_from_exif(ending: str, encoding: str, tmp_path: Pat
 
 def test_pictures_without_parameters_in_exif(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg", exif=comment(b"ASCII\0\0\0Screenshot"))
-    with pytest.raises(ValueError, match="x.jpg holds no parameters .* it has no text"):
+    with pytest.raises(ValueError, match="x.jpg has no parameters .* it has no text"):
         read_metadata(tmp_path / "x.jpg")
     exif = Image.Exif()
     exif[0x010F], exif[0x0110] = 'prompt:{"3": {}}', 'workflow:{"nodes": []}'

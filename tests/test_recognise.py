@@ -123,8 +123,8 @@ def test_an_inpainting_checkpoint(sd15: Shapes) -> None:
 REFUSED = {
     "SDXL": (lambda s: {"conditioner.embedders.0.transformer.x": (1,), CONV_IN: (320, 4, 3, 3)}, "Diffusion XL"),
     "SD 2": (lambda s: {"cond_stage_model.model.ln_final.bias": (1024,), CONV_IN: (320, 4, 3, 3)}, "Diffusion 2"),
-    "SD 2 by width": (lambda s: s | {WIDE_TEXT: (320, 1024)}, "Stable Diffusion 2 model .its text is 1024 wide"),
-    "SDXL by width": (lambda s: s | {WIDE_TEXT: (320, 2048)}, "Stable Diffusion XL model .its text is 2048 wide"),
+    "SD 2 by width": (lambda s: s | {WIDE_TEXT: (320, 1024)}, "Diffusion 2 model .its text embedding is 1024 wide"),
+    "SDXL by width": (lambda s: s | {WIDE_TEXT: (320, 2048)}, "Diffusion XL model .its text embedding is 2048 wide"),
     "SD 2 inpainting": (lambda s: inpainting(s) | {WIDE_TEXT: (320, 1024)}, "Stable Diffusion 2 model"),
     "pix2pix": (
         lambda s: s | {CONV_IN: (320, 8, 3, 3)},

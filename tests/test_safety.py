@@ -280,9 +280,7 @@ def test_from_the_hub(folder: Path, tiny_folder: Path, monkeypatch: pytest.Monke
 
 def test_a_single_file_and_the_bundled_model_have_none(tiny_folder: Path, tmp_path: Path) -> None:
     single = write_single_file(tiny_folder, tmp_path / "model.safetensors")
-    with pytest.raises(
-        ValueError, match="is a single file, which carries no safety checker; pass a folder or a hub id"
-    ):
+    with pytest.raises(ValueError, match="is a single file, which has no safety checker; pass a folder or a hub id"):
         minidiff.load(single, tokenizer=tiny_folder / "tokenizer", safety=True)
     for source in (tiny_folder, "minidiff/shapes"):
         with pytest.raises(ValueError, match=r"has no safety checker: .*safety_checker/config.json is not there; pass"):
@@ -373,5 +371,5 @@ def test_a_folder_without_its_feature_extractor(folder: Path) -> None:
 
 
 def test_the_file_of_a_checker_is_no_model(folder: Path) -> None:
-    with pytest.raises(ValueError, match="it is a safety checker; it looks at images; pass its folder as safety="):
+    with pytest.raises(ValueError, match="it is a safety checker; it checks images; pass its folder as safety="):
         minidiff.load(folder / WEIGHTS)

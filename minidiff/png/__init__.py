@@ -1,1 +1,1 @@
-"""What a picture file says about its making: A1111's text and our own chunk, both ways."""
+"""Generation parameters in picture files: reading and writing A1111's text and our own chunk."""

@@ -1,6 +1,6 @@
-"""Our chunk of a PNG: generate()'s arguments for this image alone as JSON, both ways.
+"""Our chunk of a PNG: generate()'s arguments for this one image as JSON, written and read.
 
-{"format": 1, "arguments": {...}, "info": {what is true of the run and no argument}, "reproducible": bool}
+{"format": 1, "arguments": {...}, "info": {facts about the run that are not arguments}, "reproducible": bool}
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ..checks import shown
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 
-FORMAT = 1  # a reader refuses any other
+FORMAT = 1  # readers refuse any other
 _DEEPEST = 50  # levels of nesting; guidance takes six
-_TOO_DEEP = f"the chunk is nested too deep; expected at most {_DEEPEST} levels"
+_TOO_DEEP = f"the chunk is nested too deeply; expected at most {_DEEPEST} levels"
 _LONGEST = 1_000_000  # characters; a layout of 256 boxes takes 20,000
 
 
 def to_chunk(arguments: Mapping[str, Plain], info: Mapping[str, Plain]) -> str:
-    """The chunk's text. ValueError for values that JSON cannot hold."""
+    """The chunk's text. ValueError for values that JSON cannot represent."""
     chunk = {"format": FORMAT, "arguments": arguments, "info": info, "reproducible": reproducible(arguments, info)}
     return json.dumps(_strict(chunk), ensure_ascii=False, allow_nan=False)
 
@@ -76,12 +76,12 @@ def _check_depth(value: Plain, left: int = _DEEPEST) -> None:
 
 
 def plain(value: object) -> Plain:
-    """`value` as JSON can hold it.
+    """`value` in a form that JSON can represent.
 
-    Numbers, strings, lists and mappings stay; a dtype or device is its name; a path, or a string that is an existing
-    absolute path, loses its folders. Tensors, arrays and images become {"tensor": {"shape", "dtype", "sha256"}},
-    functions and other objects {"object": "module.qualname"}, dataclasses {"object": ..., "fields": {...}}: see
-    reproducible().
+    Numbers, strings, lists and mappings are kept; a dtype or device becomes its name; a path, or a string that is an
+    existing absolute path, loses its folders. Tensors, arrays and images become {"tensor": {"shape", "dtype",
+    "sha256"}}, functions and other objects {"object": "module.qualname"}, dataclasses {"object": ..., "fields": {...}}:
+    see reproducible().
     """
     if isinstance(value, (Tensor, np.ndarray, np.generic)) and value.ndim == 0:
         value = value.item()
@@ -113,8 +113,8 @@ def plain(value: object) -> Plain:
 
 
 def reproducible(parameters: Mapping[str, Plain], info: Mapping[str, Plain] | None = None) -> bool:
-    """False when a value inside stands for a tensor or an object that the file does not hold, or when the run was
-    stopped early or its model's weights were changed, as `info` says.
+    """False if a value stands for a tensor or an object that the file does not contain, or if `info` says that the run
+    was stopped early or its model's weights were changed.
     """
     odd = not info or not info.keys() & {"stopped_after", "changed_weights"}
     return odd and not any(_marked(value) for value in parameters.values())
@@ -132,7 +132,7 @@ def _marked(value: Plain) -> bool:
 
 
 def _fingerprint(value: Tensor | NDArray[np.generic] | Image.Image) -> Plain:
-    """Equal for equal shape, dtype and bytes, whether tensor or array."""
+    """A fingerprint: equal for equal shape, dtype and bytes, for tensors and arrays alike."""
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         # Through uint8, because numpy has no bfloat16.
@@ -149,7 +149,7 @@ def _qualname(value: object) -> str:
 
 
 def _strict(value: object) -> object:
-    """JSON has no word for nan and inf: {"float": "nan"}."""
+    """Write nan and inf, which JSON lacks, as {"float": "nan"}."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
 """A1111's text about an image, which most programs write into the PNG chunk `parameters`, to and from our names.
 
-    PROMPT, of any number of lines
-    Negative prompt: NEGATIVE PROMPT, likewise
+    PROMPT, any number of lines
+    Negative prompt: NEGATIVE PROMPT, any number of lines
     Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x512, Model hash: 6ce0161689, Model: NAME, Clip skip: 2
 
 After modules/infotext_utils.py and create_infotext in modules/processing.py of AUTOMATIC1111/stable-diffusion-webui
@@ -35,7 +35,7 @@ _NUMBERS: tuple[tuple[str, str, Callable[[str, object, float, float], float], fl
     ("Clip skip", "clip_skip", whole, 0, 100),
     ("Eta DDIM", "eta", number, -math.inf, math.inf),
 )
-"""A1111's key, our name, and the range: beyond it, a file is damaged or means harm."""
+"""A1111's key, our name, and the range; a value beyond it means a damaged or malicious file."""
 _HASHES = {"word": "TI hashes"}
 """A1111's key for the files of each kind of adapter."""
 
@@ -43,10 +43,10 @@ _HASHES = {"word": "TI hashes"}
 def to_infotext(
     arguments: Mapping[str, object], *, model_hash: object = None, version: object = None, adapters: object = None
 ) -> str:
-    """generate()'s arguments in A1111's grammar. What A1111 has no word for is left out, as are values that are neither
-    numbers nor text.
+    """generate()'s arguments in A1111's format. Arguments without a key in A1111 are left out, as are values that are
+    neither numbers nor text.
 
-    One thing does not come back from parse_infotext: a negative prompt with a line that starts with `Negative prompt:`.
+    parse_infotext cannot restore one thing: a negative prompt with a line that starts with `Negative prompt:`.
     """
     texts = (arguments.get(name) for name in ("prompt", "negative_prompt"))
     prompt, negative = (text if isinstance(text, str) else "" for text in texts)
@@ -61,12 +61,12 @@ def to_infotext(
 
 
 def parse_infotext(text: str) -> tuple[dict[str, Value], dict[str, str]]:
-    """A1111's text -> (generate()'s arguments, the settings that have no name of ours as they stand).
+    """A1111's text -> (generate()'s arguments, settings without a name of ours, unchanged).
 
-    The settings are the last line that starts with `Steps:`; lines after them (sd-dynamic-prompts writes its template
-    there) come back as "Template". Of several lines that start with `Negative prompt:` the last one divides (A1111
-    takes the first), since a prompt may hold one. A text on a single line is divided at the same words.
-    ValueError for a text without settings, and for a setting that should be a number and is none.
+    The settings are the last line that starts with `Steps:`; lines after it (sd-dynamic-prompts writes its template
+    there) are returned as "Template". Of several lines that start with `Negative prompt:`, the last begins the negative
+    prompt (in A1111 the first), since a prompt may contain one. Single-line texts are split at the same words.
+    ValueError for a text without settings, and for a setting that should be a number but is not.
     """
     if len(text) > _LONGEST:
         raise ValueError(f"the text has {len(text):,} characters; expected at most {_LONGEST:,}")
@@ -88,9 +88,9 @@ def parse_infotext(text: str) -> tuple[dict[str, Value], dict[str, str]]:
 
 
 def _broken(line: str) -> list[str]:
-    """A text whose line ends were lost, divided where the negative prompt and the settings begin."""
+    """Split a text without line breaks where the negative prompt and the settings begin."""
     body, steps, settings = line.rpartition(" Steps: ")
-    if not steps or len(PAIR.findall(settings)) < 2:  # the words may be the prompt's
+    if not steps or len(PAIR.findall(settings)) < 2:  # "Steps:" may be part of the prompt
         return [line]
     prompt, negative, after = body.rpartition(f" {NEGATIVE}")
     return [*([prompt, f"{NEGATIVE}{after}"] if negative else [body]), f"Steps: {settings}"]
@@ -105,7 +105,7 @@ def _settings(arguments: Mapping[str, object]) -> dict[str, object]:
     return {
         "Steps": get("steps"),
         "Sampler": a1111_sampler(sampler, karras) if isinstance(sampler, str) and sampler else None,
-        # A1111 1.9 and later take a DPM++ 2M that names no schedule for Karras.
+        # A1111 1.9 and later assume Karras for a DPM++ 2M without a schedule type.
         "Schedule type": "Uniform" if sampler == "dpmpp_2m" and not karras else None,
         "CFG scale": get("guidance_scale"),
         "Seed": seed,
@@ -114,12 +114,12 @@ def _settings(arguments: Mapping[str, object]) -> dict[str, object]:
         "Model": get("model"),
         "Clip skip": clip_skip + 1 if isinstance(clip_skip, int) and clip_skip > 0 else None,  # A1111 counts one more
         "Eta DDIM": (get("eta") or None) if sampler == "ddim" else None,
-        "RNG": None if seed is None else "CPU",  # our noise is what A1111 draws with this option
+        "RNG": None if seed is None else "CPU",  # with this option, A1111 draws the same noise as we do
     }
 
 
 def _hashes(adapters: object) -> dict[str, str]:
-    """A1111's hashes of the model's adapters, as Result.info lists those: {"TI hashes": "name: hash, name: hash"}."""
+    """A1111's hashes of the model's adapters, from Result.info: {"TI hashes": "name: hash, name: hash"}."""
     found: dict[str, list[str]] = {}
     for entry in adapters if isinstance(adapters, list) else []:
         if entry["kind"] in _HASHES:
@@ -129,9 +129,9 @@ def _hashes(adapters: object) -> dict[str, str]:
 
 
 def _take_sampler(rest: dict[str, str]) -> dict[str, Value]:
-    """Karras as the end of the sampler's name (before A1111 1.9, and ours) or as a schedule type.
+    """Read Karras from the end of the sampler's name (before A1111 1.9, and ours) or from the schedule type.
 
-    A sampler that we have not stays as it is spelt, for generate() to refuse by name.
+    An unknown sampler keeps its spelling, so that generate() refuses it by name.
     """
     if "Sampler" not in rest:
         return {}
@@ -158,7 +158,7 @@ def _take_numbers(rest: dict[str, str]) -> dict[str, Value]:
 
 
 def _number(text: str) -> float | str:
-    """A number where it is one. "20.0" is 20, as some programs write it."""
+    """The text as a number, if it is one. Some programs write 20 as "20.0"."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(re.sub(r"\.0+$", "", text))
@@ -166,7 +166,7 @@ def _number(text: str) -> float | str:
 
 
 def _quote(value: object) -> str:
-    """A1111's rule (a comma, a colon, a new line), and also where the value would not come back otherwise."""
+    """Quote a value by A1111's rule (a comma, a colon, a new line), or if it could not be read back otherwise."""
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() else repr(value)
     text = str(value)

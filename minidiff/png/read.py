@@ -1,4 +1,4 @@
-"""What a picture file says about its making: our chunk, A1111's text, or the name of the program that wrote it."""
+"""Read the generation parameters of a picture: our chunk, A1111's text, or the name of the program that wrote it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .infotext import parse_infotext
 from .stealth import hidden_text
 
 _PIXELS = 2**26  # 8192 x 8192: Pillow decodes a PNG to find the text behind its pixels
-_USER_COMMENT, _NAMES = 0x9286, (0x010E, 0x010F, 0x0110)  # of EXIF; the latter are description, make and model
-# Programs that do not write as A1111 does, by the keywords of their text chunks, the surest first; and by the keys of
-# the JSON that some write where A1111's text would stand.
+_USER_COMMENT, _NAMES = 0x9286, (0x010E, 0x010F, 0x0110)  # EXIF tags; the latter are description, make and model
+# Programs with other formats than A1111's, by the keywords of their text chunks, most specific first; and by the keys
+# of the JSON that some write in place of A1111's text.
 _CHUNKS = {
     "InvokeAI": ("invokeai_metadata", "invokeai_graph", "sd-metadata", "Dream"),
     "Fooocus": ("fooocus_scheme",),
@@ -34,11 +34,11 @@ _KNOWN = {"minidiff", "parameters"}.union(*_CHUNKS.values())
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a picture says about its making. `source` is "minidiff" or "a1111".
+    """The generation parameters of a picture. `source` is "minidiff" or "a1111".
 
     `arguments` go to generate(**arguments). `info` is the rest: our versions and model, or an A1111 file's model_hash,
-    version and "other" (keys we have no name for). `reproducible`: the arguments alone make the image again, given the
-    same model, versions and dtype; False when one is only a fingerprint of a tensor or the name of an object, and for
+    version and "other" (keys we have no name for). `reproducible`: the arguments alone reproduce the image, given the
+    same model, versions and dtype; False if one is only a fingerprint of a tensor or the name of an object, and for
     A1111's files, whose programs differ in noise and in prompt syntax.
     """
 
@@ -54,8 +54,8 @@ def read_parameters(picture: str | Path) -> dict[str, Plain]:
 
 
 def read_metadata(picture: str | Path) -> Metadata:
-    """From our chunk of a PNG, else from A1111's text: in a PNG, hidden in its pixels, or in EXIF, as JPEG and WebP
-    have it.
+    """Read our chunk of a PNG, else A1111's text: from a PNG chunk, hidden in the pixels, or from EXIF, as in JPEG and
+    WebP.
 
     ValueError: no such file, no picture, damaged, no metadata, or metadata of another program, which is named.
     """
@@ -71,14 +71,14 @@ def read_metadata(picture: str | Path) -> Metadata:
         raise ValueError(f"{picture}: its metadata cannot be read: {error}") from error
     if program is not None:
         raise ValueError(
-            f"{picture} was written by {program}, in a form that minidiff does not read; open it there, or copy prompt "
-            "and settings by hand"
+            f"{picture} was written by {program}, in a format that minidiff does not read; open it there, or copy "
+            "the prompt and settings by hand"
         )
     names = ", ".join(name if name.isprintable() else shown(name) for name in sorted(texts)[:8])
     found = f"text chunks {names}, which are not ours" if texts else "no text chunk"
     raise ValueError(
-        f"{picture} holds no parameters that minidiff can read: it has {found}; it was saved without metadata, lost "
-        "it on the way (many sites remove it), or is another program's"
+        f"{picture} has no parameters that minidiff can read: it has {found}; it was saved without metadata, lost it "
+        "later (many sites remove it), or is from another program"
     )
 
 
@@ -91,16 +91,16 @@ def _a1111(text: str) -> Metadata:
 
 
 def _writer(texts: Mapping[str, str]) -> str | None:
-    """The program that wrote these texts, where it is known and is none that writes as A1111 does."""
+    """The program that wrote these texts; None if it is unknown or writes A1111's format."""
     if texts.get("Software", "").startswith("NovelAI"):
         return "NovelAI"
     text = texts.get("parameters", "").strip()
-    if text.startswith(("{", "[")) and len(text) < 1_000_000:  # a prompt may start so, too
+    if text.startswith(("{", "[")) and len(text) < 1_000_000:  # a prompt may also start like this
         with suppress(ValueError, RecursionError):
             return _named(json.loads(text), _JSON) or "a program that minidiff does not know"
     if text:
         return None
-    graphs = ("workflow", "prompt")  # a prompt of words is another's
+    graphs = ("workflow", "prompt")  # a plain-text prompt is not ComfyUI's
     return _named({key for key in texts if key not in graphs or texts[key].lstrip().startswith("{")}, _CHUNKS)
 
 
@@ -110,7 +110,7 @@ def _named(keys: object, programs: Mapping[str, Sequence[str]]) -> str | None:
 
 
 def _texts(picture: str | Path) -> dict[str, str]:
-    """The texts of a picture by their keyword; what stands in EXIF or in the pixels as `parameters`."""
+    """The texts of a picture by keyword; text from EXIF or the pixels is `parameters`."""
     try:
         with Image.open(picture, formats=("PNG", "JPEG", "WEBP")) as image:
             if image.width * image.height > _PIXELS or getattr(image, "n_frames", 1) > 1:
@@ -128,24 +128,24 @@ def _texts(picture: str | Path) -> dict[str, str]:
         raise ValueError(f"no such file: {picture}") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{picture} is no PNG, JPEG or WebP file") from error
-    except Exception as error:  # on damaged files, Pillow's readers raise whatever their code runs into
+    except Exception as error:  # on damaged files, Pillow's readers may raise anything
         raise ValueError(f"cannot read {picture} as a picture: {error}") from error
 
 
 def _exif_texts(image: Image.Image) -> dict[str, str]:
-    """A1111's text is the user comment; ComfyUI's savers write "workflow:{...}" into other fields."""
+    """The texts in EXIF. A1111's is the user comment; ComfyUI's savers write "workflow:{...}" into other fields."""
     exif = image.getexif()
     fields = (str(exif.get(tag, "")).partition(":") for tag in _NAMES)
     found = {key.lower(): text for key, _, text in fields if key.lower() in ("prompt", "workflow")}
     comment = exif.get_ifd(0x8769).get(_USER_COMMENT, b"")
     text = _decoded(comment) if isinstance(comment, bytes) else str(comment)
-    if "Steps: " in text or text.strip().startswith("{"):  # and not "Screenshot"
+    if "Steps: " in text or text.strip().startswith("{"):  # unlike "Screenshot"
         found["parameters"] = text
     return found
 
 
 def _decoded(comment: bytes) -> str:
-    """An EXIF user comment: eight bytes name its encoding. UNICODE is UTF-16 of either order of bytes, as files go."""
+    """An EXIF user comment: eight bytes name its encoding. UNICODE is UTF-16 of either byte order, in practice."""
     kind, data = comment[:8], comment[8:]
     if kind.startswith(b"UNICODE"):
         little = data[1::2].count(0) > data[::2].count(0)

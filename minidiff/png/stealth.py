@@ -1,7 +1,7 @@
-"""Text hidden in the lowest bits of a picture's pixels ("stealth PNG info"), which survives where text chunks are cut.
+"""Text hidden in the lowest bits of a picture's pixels ("stealth PNG info"), which survives the removal of text chunks.
 
 After ashen-sensored/sd_webui_stealth_pnginfo: column by column, the lowest bits of the alpha channel, or of red, green
-and blue, hold 15 letters that name the form, the length in bits (32 bits, big endian), and UTF-8, gzipped or plain.
+and blue, contain 15 letters that name the format, the length in bits (32 bits, big endian), and UTF-8, gzipped or not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LONGEST = 1_000_000  # bytes
 
 
 def hidden_text(image: Image.Image) -> dict[str, str]:
-    """{"parameters": text}, or NovelAI's several texts; empty where there are none. ValueError where it is damaged."""
+    """{"parameters": text}, or NovelAI's several texts; empty if there are none. ValueError if they are damaged."""
     if image.format != "PNG" or image.mode not in ("RGB", "RGBA"):
         return {}
     for channels in [[3]] * (image.mode == "RGBA") + [[0, 1, 2]]:
@@ -38,7 +38,7 @@ def hidden_text(image: Image.Image) -> dict[str, str]:
 
 
 def _lowest_bits(image: Image.Image, channels: list[int], count: int) -> bytes:
-    """The first bytes that the channels hold, from no more columns than they take."""
+    """The first `count` bytes in the lowest bits of the channels, from only the columns needed."""
     columns = -(-count * 8 // (image.height * len(channels)))
     pixels = np.asarray(image)[:, :columns, channels].swapaxes(0, 1).reshape(-1)
     return np.packbits(pixels[: count * 8] & 1).tobytes()

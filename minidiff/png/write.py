@@ -1,4 +1,4 @@
-"""Writing PNGs: under the next free name, never over a file, elsewhere where a folder cannot be written."""
+"""Writing PNGs: under the next free name, never over a file, and to another folder if one is not writable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OTHER_FORMATS = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".jxl", ".pp
 
 
 def check_output_path(path: str | Path) -> None:
-    """ValueError when Result.save would refuse `path`, for callers who want to know before they generate."""
+    """ValueError if Result.save would refuse `path`, for callers who want to know before generating."""
     try:
         suffix = Path(path).suffix
     except TypeError as error:
@@ -35,13 +35,13 @@ def check_output_path(path: str | Path) -> None:
 
 
 def file_name(prompt: Plain, seed: int | None) -> str:
-    """The name of an image that is saved into a folder: a-red-circle-seed-42.png."""
+    """The file name of an image saved into a folder: a-red-circle-seed-42.png."""
     text = slug(prompt if isinstance(prompt, str) else "")
     return f"{text}.png" if seed is None else f"{text}-seed-{seed}.png"
 
 
 def slug(text: str, limit: int = 60) -> str:
-    """A text as part of a file's name: lower-case ASCII letters, digits, hyphens; "image" for none."""
+    """A text as part of a file name: lower-case ASCII letters, digits, hyphens; "image" if none are left."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     words = re.sub("[^a-z0-9]+", "-", ascii_text).strip("-")
     short = words if len(words) <= limit else words[: limit + 1].rpartition("-")[0] or words[:limit]
@@ -51,9 +51,9 @@ def slug(text: str, limit: int = 60) -> str:
 def png_bytes(
     image: Image.Image, arguments: Mapping[str, Plain] | None = None, info: Mapping[str, Plain] | None = None
 ) -> bytes:
-    """A PNG file; with arguments, it holds A1111's text and our chunk.
+    """A PNG file; with arguments, it contains A1111's text and our chunk.
 
-    Parameters that cannot be written are a warning: the image matters more.
+    Parameters that cannot be written cause only a warning, since the image matters more.
     """
     chunks = None
     if arguments is not None:
@@ -62,7 +62,7 @@ def png_bytes(
         except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
             warn(f"the image is saved without metadata, its parameters cannot be written: {error}")
     buffer = io.BytesIO()
-    # Runs alone: a third less time, photographs 5 % smaller, flat pictures 11 % larger than with zlib's default.
+    # Run-length only: a third less time, photographs 5 % smaller, flat pictures 11 % larger than zlib's default.
     image.save(buffer, format="PNG", pnginfo=chunks, compress_type=zlib.Z_RLE)
     return buffer.getvalue()
 
@@ -72,17 +72,17 @@ def _chunks(arguments: Mapping[str, Plain], info: Mapping[str, Plain]) -> PngInf
     version = f"minidiff {versions['minidiff']}" if isinstance(versions, dict) and "minidiff" in versions else None
     chunks = PngInfo()
     text = to_infotext(arguments, model_hash=info.get("model_hash"), version=version, adapters=info.get("adapters"))
-    chunks.add_text("parameters", text)  # Pillow writes tEXt where latin-1 will do, else iTXt
+    chunks.add_text("parameters", text)  # Pillow writes tEXt if latin-1 suffices, else iTXt
     chunks.add_itxt("minidiff", to_chunk(arguments, info))
     return chunks
 
 
 def write_png(data: bytes, wanted: Path) -> Path:
-    """Write to the next free name, or where that fails into the first of three folders that takes it, with a warning.
+    """Write under the next free name; if that fails, into the first writable of three folders, with a warning.
 
-    OSError where none does.
+    OSError if none is writable.
     """
-    # A plain name elsewhere: the wanted one may be what failed (too long, not encodable).
+    # A plain name elsewhere: the wanted one may be the cause (too long, not encodable).
     name = f"{slug(wanted.stem, limit=120)}.png"
     places = (Path.cwd, Path.home, lambda: Path(tempfile.gettempdir()))
     paths: list[Callable[[], Path]] = [lambda: wanted, *(lambda place=place: place() / name for place in places)]
@@ -98,12 +98,12 @@ def write_png(data: bytes, wanted: Path) -> Path:
         return written
     raise OSError(
         f"could not write {wanted}, nor {name} in the current, home or temporary folder ({'; '.join(failures)}); "
-        "the images are still in the Result: make room, or save to another folder"
+        "the images are still in the Result: free some space, or save to another folder"
     )
 
 
 def _write_new(data: bytes, wanted: Path) -> Path:
-    """Write name.png, or name-1.png ...: the first that is free, claimed with O_EXCL. Leaves no partial file."""
+    """Write name.png, or name-1.png ...: the first free name, claimed with O_EXCL. Leaves no partial file."""
     wanted.parent.mkdir(parents=True, exist_ok=True)
     path = wanted
     for number in itertools.count(1):

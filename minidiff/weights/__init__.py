@@ -1,1 +1,1 @@
-"""Weight files: what they hold, how their keys are named, and loading them strictly."""
+"""Weight files: their kinds, the names of their keys, and strict loading."""

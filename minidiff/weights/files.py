@@ -1,4 +1,4 @@
-"""Safetensors files, header first: what a file holds costs no reading, and its tensors are the memory map itself."""
+"""Safetensors files. The header alone lists a file's tensors; tensors are used from the memory map, without a copy."""
 
 import io
 import json
@@ -16,8 +16,8 @@ from torch import Tensor
 from .recognise import name_of
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-_CHUNK = 128 * 2**20  # bytes of a mapped file that may at most be resident while its tensors are converted
-_MOST_PICKLE = 16 * 2**20  # bytes of a pickle that are looked at; SD 1.5's names take less than one
+_CHUNK = 128 * 2**20  # most bytes of a mapped file to keep resident while its tensors are converted
+_MOST_PICKLE = 16 * 2**20  # most bytes of a pickle to scan; SD 1.5's names take less than 1 MB
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -45,7 +45,7 @@ class Stored:
 def stored_tensors(path: Path) -> dict[str, Stored]:
     """The tensors of a .safetensors file by key, from its header alone.
 
-    ValueError for a file that is not there, a pickle (which can run code when it is read), one cut short or damaged.
+    ValueError for a missing file, a pickle (which can run code when it is read), a truncated or damaged file.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not there; expected a .safetensors file")
@@ -62,7 +62,7 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
 
 
 def file_metadata(path: Path) -> dict[str, str]:
-    """What the header of a .safetensors file says besides its tensors."""
+    """The metadata in the header of a .safetensors file."""
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
@@ -76,7 +76,7 @@ def _pickle(path: Path) -> str:
 
 
 def _pickled(path: Path) -> str | None:
-    """What a pickle holds, told by the texts in it. Its instructions are listed, none is carried out."""
+    """What a pickle contains, from the strings in it. Its opcodes are listed, none is executed."""
     texts: list[str] = []
     try:
         with path.open("rb") as file:
@@ -87,18 +87,18 @@ def _pickled(path: Path) -> str | None:
             else:
                 content = file.read(_MOST_PICKLE)
         stream = io.BytesIO(content)
-        while stream.tell() < len(content):  # torch's old format: several pickles, then the numbers
+        while stream.tell() < len(content):  # torch's old format: several pickles, then the raw data
             texts += [value for _, value, _ in pickletools.genops(stream) if isinstance(value, str)]
-    except Exception:  # cut short, or no pickle at all: what was read before it tells
+    except Exception:  # truncated, or no pickle at all: use the strings found so far
         pass
     return name_of(texts) or (
         "checkpoint" if any(text.startswith("model.diffusion_model.") for text in texts) else None
     )
 
 
-# (first bytes, what a file that begins with them is)
+# (first bytes, what such a file is)
 _FORMATS = (
-    (b"GGUF", "a GGUF file, whose quantised weights are not read"),
+    (b"GGUF", "a GGUF file, whose quantised weights are not supported"),
     (b"\x1f\x8b", "a gzip archive; unpack it first"),
     (b"Rar!", "a RAR archive; unpack it first"),
     (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
@@ -107,7 +107,7 @@ _FORMATS = (
 
 
 def _damage(path: Path, error: Exception) -> str:
-    """Why safetensors cannot read a file, by the first bytes of what people store under that name by mistake."""
+    """Why safetensors cannot read a file, from the first bytes of other formats often saved under that name."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -115,21 +115,21 @@ def _damage(path: Path, error: Exception) -> str:
     except OSError:
         return f"{path} cannot be read: {error}"
     kind = next((kind for magic, kind in _FORMATS if head.startswith(magic)), None)
-    # A safetensors file begins with the length of its header in 8 bytes, of which the last four are 0 in any real one.
+    # A safetensors file begins with the length of its header in 8 bytes; the last four are 0 in any real file.
     if kind is None and len(head) > 8 and any(head[4:8]):
         if head.startswith(b"PK") and not _holds_pickle(path):
             kind = "a zip archive; unpack it first"
         elif head.startswith(b"PK") or head[0] == 0x80:
             return _pickle(path)
         elif head.lstrip()[:1] == b"<":
-            kind = "a web page, not a .safetensors file; the download needs another address or an account"
+            kind = "a web page, not a .safetensors file; the download needs another URL or a login"
         elif head.lstrip()[:1] in (b"{", b"["):
-            kind = "JSON text, such as an error message of the server, not a .safetensors file; download it again"
+            kind = "JSON text, such as a server's error message, not a .safetensors file; download it again"
     if kind is not None:
         return f"{path} is {kind}"
     return (
         f"{path} ({size:,} bytes) cannot be read as safetensors: {error}. {_length(path, size)}It was cut short or "
-        "damaged, or is something else under that name; download it again and compare its sha256 with weights.md"
+        "damaged, or is another kind of file; download it again and compare its sha256 with weights.md"
     )
 
 
@@ -141,7 +141,7 @@ def _holds_pickle(path: Path) -> bool:
 
 
 def _length(path: Path, size: int) -> str:
-    """How the file's length differs from what its header says; nothing where it has none."""
+    """How the file's length differs from what its header says; empty if the header cannot be read."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -149,11 +149,11 @@ def _length(path: Path, size: int) -> str:
         need = 8 + length + max(value["data_offsets"][1] for key, value in header.items() if key != "__metadata__")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return ""
-    return f"Its header asks for {need:,} bytes: {abs(size - need):,} too {'few' if size < need else 'many'}. "
+    return f"Its header implies {need:,} bytes: {abs(size - need):,} too {'few' if size < need else 'many'}. "
 
 
 def how_to_convert(path: Path, target: str | None = None) -> str:
-    """One sentence: the way from a pickle to a safetensors file, named `target` or as the pickle is."""
+    """One sentence that says how to convert a pickle to safetensors, named `target` or like the pickle."""
     save = str(path.with_suffix(".safetensors") if target is None else path.with_name(target))
     return (
         "If you trust its origin, convert it once in Python: from safetensors.torch import save_file; import torch; "
@@ -167,11 +167,11 @@ def how_to_convert(path: Path, target: str | None = None) -> str:
 def read_tensors(
     wanted: Mapping[str, Stored], shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """The wanted tensors in `dtype` on `device` and in these shapes (same elements, other 1-sized edges).
+    """The wanted tensors in `dtype` on `device`, reshaped to `shapes` (which may differ in dimensions of length 1).
 
-    Tensors that need no conversion are the memory map itself: nothing is copied, and pages are read when they are first
-    used. Others are converted one by one, and the map is dropped after every 16th part of them, so that the file never
-    lies in memory beside its copy.
+    Tensors that need no conversion are views of the memory map: nothing is copied, and pages are read on first use.
+    Others are converted one by one, and the map is closed after each 16th of their bytes, so that the file and its copy
+    are never in memory together.
     """
     found: dict[str, Tensor] = {}
     for part in _parts(wanted, dtype, device):
@@ -182,7 +182,7 @@ def read_tensors(
 
 
 def not_finite(tensors: Iterable[Stored], every: bool = False) -> list[str]:
-    """Keys in the file of the tensors that hold NaN or infinity: of `every` one, or of vectors (norms and biases)."""
+    """The file's keys of tensors with NaN or infinity, among `every` tensor or only vectors (norms and biases)."""
     files: dict[Path, list[str]] = defaultdict(list)
     for stored in tensors:
         if every or len(stored.shape) <= 1:
@@ -195,17 +195,17 @@ def not_finite(tensors: Iterable[Stored], every: bool = False) -> list[str]:
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
-    """ValueError that names the vectors (norms and biases) with NaN or infinity; to look at all would read the file."""
+    """ValueError naming the vectors (norms and biases) with NaN or infinity; checking all would read the whole file."""
     bad = [key for key, tensor in state.items() if tensor.ndim <= 1 and not tensor.isfinite().all()]
     if bad:
         raise ValueError(
             f"weights are not finite (NaN or infinity): {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}; such a "
-            "model makes black images. Take another file of it; `minidiff info --check` names all its bad tensors"
+            "model makes black images. Use another file of the model; `minidiff info --check` lists all bad tensors"
         )
 
 
 def _parts(wanted: Mapping[str, Stored], dtype: torch.dtype, device: torch.device) -> list[list[str]]:
-    """Names that share one opening of their file: all that are used as they are, the others by the chunk."""
+    """Names grouped by opening of their file: all tensors used as they are, and the others in chunks."""
     parts: dict[object, list[str]] = defaultdict(list)
     chunk = min(_CHUNK, 1 + sum(tensor.nbytes for tensor in wanted.values()) // 16)
     size = 0

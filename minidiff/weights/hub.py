@@ -1,4 +1,4 @@
-"""The hub: fetch the files that are needed, or find them in its cache. huggingface_hub is imported only then."""
+"""The hub: fetch the files of a model, or find them in the cache. huggingface_hub is only imported when needed."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from .sources import BASES, CLIP_TOKENIZER, TOKENIZER_FILES, folder_unet_config,
 def fetch_model(
     repo: str, revision: str | None, variant: str | None, *, vae: bool = True, tokenizer: bool = True
 ) -> Path:
-    """The local folder of a Stable Diffusion repository: configs, tokenizer and one set of safetensors.
+    """The local folder of a Stable Diffusion repository: configs, tokenizer and one set of safetensors files.
 
-    The configs come first, so that a model of another kind is refused before its weights are fetched.
-    vae, tokenizer: False leaves them out.
+    Configs are fetched first, so that another kind of model is refused before its weights are downloaded.
+    vae, tokenizer: False skips them.
     """
     parts = ["unet", "text_encoder", *(["vae"] if vae else [])]
     configs = [f"{part}/config.json" for part in parts]
@@ -28,8 +28,8 @@ def fetch_model(
         raise ValueError(
             f"{_at(repo, revision)} holds no {', '.join(missing)}; expected a Stable Diffusion 1.x folder with "
             + ("safetensors" if variant is None else f"safetensors of the variant {variant!r}")
-            + ". Pickles (.bin) are not fetched, since reading them can run code. Where the hub cannot be reached, the "
-            "cache may hold a part only"
+            + ". Pickles (.bin) are not fetched, since reading them can run code. If the hub cannot be reached, the "
+            "cache may be incomplete"
         )
     return folder
 
@@ -37,7 +37,7 @@ def fetch_model(
 def _fetch_weights(
     repo: str, revision: str | None, variant: str | None, folder: Path, parts: list[str], wanted: list[str]
 ) -> tuple[Path, list[str]]:
-    """Fetch one set of weights for each part, its shards if need be: the folder, and the parts that have none."""
+    """Fetch one set of weights per part, including shards. Returns the folder and the parts without weights."""
     lacking = parts
     for name in dict.fromkeys((variant, None)):
         wanted = wanted + [
@@ -55,20 +55,20 @@ def _fetch_weights(
 def fetch_vae(repo: str, variant: str | None) -> Path:
     """The local folder of an autoencoder's own repository, such as stabilityai/sd-vae-ft-mse, or a model's vae folder.
 
-    Its weights are the variant's, or where it has none, the plain ones.
+    Fetches the weights of the variant, or the plain ones if it has none.
     """
     for file in dict.fromkeys(weight_file(BASES["vae"], name) for name in (variant, None)):
         folder = _fetch(repo, None, ["config.json", file, "vae/config.json", f"vae/{file}"])
         for found in (folder / "vae", folder):
             if (found / file).is_file():
                 return found
-    raise ValueError(f"{repo} holds no autoencoder; expected config.json and {file}, or the two in vae/")
+    raise ValueError(f"{repo} holds no autoencoder; expected config.json and {file}, at the top or in vae/")
 
 
 def fetch_safety(repo: str, revision: str | None, variant: str | None) -> Path:
     """The local folder of a repository with a safety checker: a model's, or a checker's own.
 
-    Its weights are the variant's, or where it has none, the plain ones. What is not there is left to the caller.
+    Fetches the weights of the variant, or the plain ones if it has none. The caller handles missing files.
     """
     for file in dict.fromkeys(weight_file("model", name) for name in (variant, None)):
         inside = ["safety_checker/config.json", f"safety_checker/{file}", "feature_extractor/preprocessor_config.json"]
@@ -79,12 +79,12 @@ def fetch_safety(repo: str, revision: str | None, variant: str | None) -> Path:
 
 
 def fetch_tokenizer() -> Path:
-    """The local folder of CLIP's tokenizer, which single files do not carry. 1.5 MB."""
+    """The local folder of CLIP's tokenizer (1.5 MB), which single files lack."""
     try:
         return _fetch(CLIP_TOKENIZER, None, [name for name in TOKENIZER_FILES if name != "tokenizer.json"])
     except ValueError as error:
         raise ValueError(
-            f"a single file carries no tokenizer, and {error} Or pass the folder of one with tokenizer="
+            f"a single file has no tokenizer, and {error} Or pass a tokenizer's folder as tokenizer="
         ) from error
 
 
@@ -105,7 +105,7 @@ def _at(repo: str, revision: str | None) -> str:
 def _fetch(repo: str, revision: str | None, files: list[str]) -> Path:
     import huggingface_hub
 
-    # huggingface_hub.errors has not all of them before 0.25.
+    # huggingface_hub.errors lacks some of them before 0.25.
     from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
         GatedRepoError,
         HFValidationError,
@@ -120,13 +120,13 @@ def _fetch(repo: str, revision: str | None, files: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=files))
     except GatedRepoError as error:
         raise ValueError(
-            f"{repo} asks for an account that has accepted its terms: "
+            f"{repo} requires an account that has accepted its terms: "
             "accept them on its page and log in with `hf auth login`."
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"there is no model {repo!r} on the hub, and no such file or folder here; check the spelling (owner/name)"
-            + ("; runwayml's are at stable-diffusion-v1-5/ now." if repo.startswith("runwayml/") else ".")
+            + ("; runwayml's models are now at stable-diffusion-v1-5/." if repo.startswith("runwayml/") else ".")
         ) from error
     except RevisionNotFoundError as error:
         raise ValueError(f"the hub has no {at}; leave revision out for the newest one.") from error
@@ -138,18 +138,18 @@ def _fetch(repo: str, revision: str | None, files: list[str]) -> Path:
             return staged
         moved = ". It moved to stable-diffusion-v1-5/" + repo.partition("/")[2] if repo.startswith("runwayml/") else ""
         if "/" not in repo:
-            moved = f" (no {repo!r} lies here; of a model's folder or file, a picture records the last name alone)"
+            moved = f" (there is no {repo!r} here; pictures record only the last part of a model's path)"
         raise ValueError(
             f"{at} is not in the hub's cache and the hub cannot be reached (or HF_HUB_OFFLINE is set); "
             f"go online once to fetch it, or give a folder or a .safetensors file{moved}."
         ) from error
-    except Exception as error:  # of an HTTP library, which one depends on the version, or of the disk
+    except Exception as error:  # from the disk, or an HTTP library that depends on the version
         problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"the hub did not give {at}: {problem}. Try again; what was fetched is kept") from error
+        raise ValueError(f"could not fetch {at} from the hub: {problem}. Try again; fetched files are kept") from error
 
 
 def _staged(repo: str, revision: str | None) -> Path | None:
-    """The snapshot of a cache that was filled by hand, which huggingface_hub takes with its own refs/ alone."""
+    """A snapshot in a cache that was filled by hand, which huggingface_hub ignores if refs/ is missing."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     root, name = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}", revision or "main"

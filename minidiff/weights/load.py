@@ -1,5 +1,5 @@
-"""load(): a model from the hub, a folder or a single file. On the meta device first, then every weight assigned, none
-left over."""
+"""load(): a model from the hub, a folder or a single file. Built on the meta device, then filled strictly: every weight
+assigned, none left over."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -58,28 +58,28 @@ def load(
     """Load a Stable Diffusion 1.x model from safetensors; pickles are refused.
 
     source: a hub id ("stable-diffusion-v1-5/stable-diffusion-v1-5"), a folder in that format, or a single .safetensors
-        file in LDM names. What exists here is taken before the hub. Default: the bundled
-        model of coloured shapes, "minidiff/shapes".
-    tokenizer: a folder with CLIP's tokenizer; a single file carries none, and without this argument it comes from the
+        file with LDM names. Local paths take precedence over the hub. Default: the bundled model of coloured shapes,
+        "minidiff/shapes".
+    tokenizer: a folder with CLIP's tokenizer; single files have none, and without this argument it comes from the
         hub's cache.
     vae: another autoencoder: a hub id, a folder or a .safetensors file.
-    prediction_type: "epsilon" or "v_prediction", where the source is silent or wrong. A folder says it in its scheduler
-        config; a single file in its tensors, its metadata or a .yaml beside it, or it means epsilon.
-    dtype: what the networks compute in: a torch dtype or "float32", "bfloat16", "float16". None chooses what
-        runs faster: float16 on CUDA, bfloat16 on a CPU that is measured to be faster in it, else float32.
-    device: None is CUDA where there is one, else the CPU.
-    variant: of a folder's or the hub's files, such as "fp16" for model.fp16.safetensors.
-    revision: of the hub's repository: a branch, a tag or a commit.
+    prediction_type: "epsilon" or "v_prediction", if the source does not say or is wrong. A folder says it in its
+        scheduler config; a single file in its tensors, its metadata or a .yaml next to it, else it is epsilon.
+    dtype: the dtype of the networks: a torch dtype or "float32", "bfloat16", "float16". None chooses the fastest:
+        float16 on CUDA, bfloat16 on a CPU where it is measured to be faster, else float32.
+    device: None means CUDA if available, else the CPU.
+    variant: variant of the files in a folder or on the hub, such as "fp16" for model.fp16.safetensors.
+    revision: a branch, tag or commit of the hub's repository.
     compile: run the UNet and the guided objective through torch.compile. The first step of each kind (plain, recorded,
         guided; each batch and size) then waits for the compiler, for one to two minutes at SD 1.5's size; its cache
-        makes that seconds for the next process.
-    safety: True looks at every finished picture with the safety checker that a folder or the hub's repository ships
-        (safety_checker/, feature_extractor/); or a folder or hub id that has one. `Result.flagged` says what it found;
-        the pictures stay as they are.
-    words: {word: file}, textual inversion embeddings; see with_words.
+        reduces that to seconds in later processes.
+    safety: True checks each finished picture with the safety checker in the folder or the hub's repository
+        (safety_checker/, feature_extractor/); or a folder or hub id that has one. `Result.flagged` has the result; the
+        pictures are not changed.
+    words: {word: file} of textual inversion embeddings; see with_words.
 
-    Raises ValueError that says what is wrong with the source: missing, unexpected and misshapen keys by name, another
-    kind of model, a damaged file, an unknown hub id, a model that is neither here nor reachable.
+    Raises ValueError if the source cannot be loaded: missing, unexpected and misshapen keys (by name), another kind of
+    model, a damaged file, an unknown hub id, a model that is neither local nor reachable.
     """
     for file in (words or {}).values():
         find_embedding(file)  # a wrong file is reported before the model is read
@@ -87,7 +87,7 @@ def load(
     why, dtype = dtype_choice(dtype, device), choose_dtype(dtype, device)
     found = _find(source, tokenizer, None if vae is None else _vae(vae, variant), variant, revision)
     checker = find_safety(safety, source, found.path, variant, revision)
-    # StableDiffusionPipeline takes 1 whatever the file says, since SD 1 was trained so; the same images need the same.
+    # StableDiffusionPipeline always uses 1, as in SD 1's training, whatever the file says; equal images need the same.
     noise = replace(NoiseSchedule.from_config(found.scheduler), steps_offset=1)
     if prediction_type is not None:
         noise = replace(noise, prediction_type=prediction_type)
@@ -119,7 +119,7 @@ def load(
         text=text,
         noise=noise,
         defaults=Defaults.from_config(found.scheduler),
-        # A path on this machine means nothing elsewhere: its last part is kept.
+        # A local path means nothing on another machine: keep its last part.
         options={
             key: Path(value).absolute().name if Path(value).exists() else str(value)
             for key, value in given.items()
@@ -138,12 +138,12 @@ def _find(
     path, name = open_source(source, variant, revision, vae=vae is None, tokenizer=folder is None)
     if path.is_dir():
         return folder_source(path, name, variant, folder, vae)
-    tensors = unwrap(stored_tensors(path))  # a bad file is named before the tokenizer is looked for
+    tensors = unwrap(stored_tensors(path))  # report a bad file before looking for the tokenizer
     return file_source(path, tensors, folder or fetch_tokenizer, vae, file_scheduler(path, tensors))
 
 
 def _vae(source: str | Path, variant: str | None) -> VAESource:
-    """Another autoencoder. `variant` is the model's: this one need not have it."""
+    """The autoencoder passed as vae=. `variant` is the model's; this one may lack it."""
     path = local_path(source)
     if path is None:
         folder = fetch_vae(str(source), variant)
@@ -158,11 +158,11 @@ def _vae(source: str | Path, variant: str | None) -> VAESource:
 
 
 def _empty(kind: Callable[[Config], Network], config: Config) -> Network:
-    """The network without memory for its weights."""
+    """The network on the meta device, without memory for its weights."""
     try:
         with torch.device("meta"):
             return kind(config)
-    except RuntimeError as error:  # torch says so of sizes that no memory holds
+    except RuntimeError as error:  # torch's error for sizes beyond any memory
         raise ValueError(f"a network of these sizes cannot be built: {config}: {error}") from error
 
 

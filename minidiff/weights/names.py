@@ -1,8 +1,8 @@
-"""Key tables: the names that weight files use, mapped to those of our modules, which are the folder format's.
+"""Key tables: the names in weight files, mapped to those of our modules, which are the folder format's.
 
-Every table maps the path of a module, or the front part of one, in the file to ours; the longest match counts and what
-follows it stays. So the inverse of a table is the way back. The numbers of the LDM names run over a whole side of the
-network; see weights.md.
+Each table maps a module path in the file, or a prefix of one, to ours; the longest match applies, and the rest of the
+key is kept, so an inverted table maps back. LDM names number the layers through a whole side of the network; see
+weights.md.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ LDM_PREFIX = {
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.transformer.",
 }
-"""Where a single file in LDM names keeps each network. The VAE of a stand-alone file has no prefix."""
+"""The prefix of each network in a single file with LDM names. A stand-alone VAE file has no prefix."""
 
 IGNORED = (
     "alphas_cumprod",
@@ -32,12 +32,12 @@ IGNORED = (
     "v_pred",
     "ztsnr",
 )
-"""Beginnings of keys that hold no weight of a network: the schedule (recomputed exactly) and marks of it, the trainer's
-state and a second, averaged copy of the UNet."""
+"""Prefixes of keys that are no weights of a network: the schedule (recomputed exactly) and its markers, the trainer's
+state, and a second, averaged (EMA) copy of the UNet."""
 
 TEXT_IGNORED = ("position_ids", "text_projection.weight", "logit_scale")
-"""Ends of keys beside a text encoder's weights: 0, 1, ... (corrupted in some merged files), and what CLIP needs to
-compare a text with an image."""
+"""Suffixes of keys that a text encoder does not need: position ids 0, 1, ... (corrupted in some merged files), and what
+CLIP uses to compare texts with images."""
 
 _BARE_UNET = ("diffusion_model.", "input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "out.")
 
@@ -62,8 +62,8 @@ VAE_OLD_ATTENTION = {
 def unet_ldm(levels: int = 4, layers: int = 2) -> dict[str, str]:
     """LDM names of the UNet -> ours, for `levels` resolutions with `layers` resnets each on the way down.
 
-    `input_blocks` 1.. and `output_blocks` 0.. number the layers of all levels through; a change of resolution has a
-    number of its own on the way down, and shares the number of its level's last layer on the way up.
+    `input_blocks` (from 1) and `output_blocks` (from 0) count the layers across all levels; a change of resolution has
+    its own number on the way down, and shares the number of its level's last layer on the way up.
     """
     table = {
         "time_embed.0": "time_embedding.linear_1",
@@ -87,7 +87,7 @@ def unet_ldm(levels: int = 4, layers: int = 2) -> dict[str, str]:
             table[f"output_blocks.{n}.1"] = f"up_blocks.{level}.attentions.{layer}"
         if level < levels - 1:
             n = level * (layers + 1) + layers
-            # Behind the transformer where the level has one, in its place where it has none.
+            # After the transformer if the level has one, else in its place.
             table[f"output_blocks.{n}.1.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
             table[f"output_blocks.{n}.2.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
     return table | _within(resnets, _RESNET)
@@ -114,10 +114,10 @@ def vae_ldm(levels: int = 4, layers: int = 2) -> dict[str, str]:
 
 
 def unwrap(tensors: Mapping[str, T]) -> dict[str, T]:
-    """A single file's tensors by the names of Stable Diffusion's own code, where a program put others around them.
+    """A single file's tensors under the original Stable Diffusion names, undoing other programs' changes.
 
-    What training frameworks put in front of every key goes away; a UNet and a text encoder that merging programs wrote
-    under a shorter or longer name than the rest get theirs back.
+    Prefixes that training frameworks add to every key are removed; a UNet or text encoder that merging programs saved
+    under a shorter or longer prefix gets the usual one.
     """
     found = dict(tensors)
     for wrapper in ("state_dict.", "module.", "model.") * 2:
@@ -139,7 +139,7 @@ def _any(keys: Iterable[str], front: str | tuple[str, ...]) -> bool:
 
 
 def rename(key: str, table: Mapping[str, str]) -> str:
-    """The key with its longest front part that stands in the table replaced; unchanged where none does."""
+    """The key with its longest prefix in the table replaced; unchanged if there is none."""
     parts = key.split(".")
     for n in range(len(parts) - 1, 0, -1):
         front = ".".join(parts[:n])
@@ -149,14 +149,14 @@ def rename(key: str, table: Mapping[str, str]) -> str:
 
 
 def renamed(tensors: Mapping[str, T], table: Mapping[str, str]) -> dict[str, T]:
-    """All tensors by the names that a table gives them."""
+    """All tensors, with keys renamed by the table."""
     return {rename(key, table): tensor for key, tensor in tensors.items()}
 
 
 def invert(table: Mapping[str, str], keys: Iterable[str]) -> dict[str, str]:
-    """The table from our names to the file's, for the network that has these keys in our names.
+    """The table from our names to the file's, for the network with these keys (our names).
 
-    The keys settle the one ambiguity, the number of an upsampler in LDM names: 2 behind a transformer, 1 without.
+    The keys resolve the one ambiguity, the number of an upsampler in LDM names: 2 after a transformer, else 1.
     """
     keys = set(keys)
     inverse: dict[str, str] = {}

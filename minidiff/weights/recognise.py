@@ -1,4 +1,4 @@
-"""What kind of file is this? Answered from the names and shapes of its tensors, to load SD 1.x and refuse the rest by
+"""Recognise the kind of a weight file from its tensors' names and shapes, to load SD 1.x and refuse other models by
 name."""
 
 import re
@@ -17,10 +17,10 @@ AUTOENCODER = "autoencoder (VAE)"
 TEXT_ENCODER = "CLIP text encoder"
 EMBEDDING = "textual inversion embedding"
 TEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2", 1280: "Stable Diffusion XL"}
-"""Whose text encoder is so wide. XL has a second one, of 768."""
+"""The model whose text encoder has this width. SDXL also has a second one, 768 wide."""
 
-# (what some key looks like, what a file with such a key is), in the order in which they are tried. These have a UNet in
-# LDM names, or are told from one by a single key:
+# (pattern of a key, kind of a file with such a key), tried in this order. These have a UNet in LDM names, or a single
+# key distinguishes them from one:
 _RELATIVES = (
     (r"time_stack\.|time_mixer", "Stable Video Diffusion checkpoint"),
     (r"^conditioner\.", "Stable Diffusion XL checkpoint"),
@@ -60,21 +60,21 @@ _WANTED = {
     "model folder's networks in one file": "load the folder that they belong to",
     "UNet in LDM names alone": "use the complete checkpoint, or load the model folder that it belongs to",
     "text encoder in LDM names alone": "use the complete checkpoint",
-    "safety checker": "it looks at images; pass its folder as safety=",
+    "safety checker": "it checks images; pass its folder as safety=",
     "checkpoint with scaled fp8 weights": "use the float16 or bfloat16 file",
 }
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file is. `problem` says why minidiff cannot make images with it alone; None where it can."""
+    """The kind of a file. `problem` says why minidiff cannot make images with it alone; None if it can."""
 
     name: str
     problem: str | None = None
 
 
 def recognise(shapes: Shapes) -> Kind:
-    """The kind of a weight file, from the shapes of its tensors by their keys in the file."""
+    """The kind of a weight file, from {key in the file: shape of the tensor}."""
     unet = LDM_PREFIX["unet"]
     checkpoint = _has(shapes, f"{unet}input_blocks.")
     name = name_of(shapes, _RELATIVES if checkpoint else _RELATIVES + _OTHERS)
@@ -97,7 +97,7 @@ def recognise(shapes: Shapes) -> Kind:
 
 
 def name_of(keys: Iterable[str], table: Iterable[tuple[str, str]] = _RELATIVES + _OTHERS) -> str | None:
-    """What a file with these keys is by the tables above; None where no key tells."""
+    """The kind of a file with these keys, from the tables above; None if no key matches."""
     lines = "\n".join(keys)
     return next((name for pattern, name in table if re.search(pattern, lines, re.MULTILINE)), None)
 
@@ -109,12 +109,12 @@ def refuse_widths(in_channels: int, context: int) -> Kind | None:
     if in_channels == 8:
         name, why = (
             "image-conditioned model, such as an InstructPix2Pix model or GeoWizard",
-            "its UNet takes 8 channels: latents and those of an image",
+            "its UNet takes 8 channels: latents and an encoded image",
         )
     elif context == 1024:
-        name, why = "Stable Diffusion 2 model", "its text is 1024 wide"
+        name, why = "Stable Diffusion 2 model", "its text embedding is 1024 wide"
     elif context == 2048:
-        name, why = "Stable Diffusion XL model", "its text is 2048 wide"
+        name, why = "Stable Diffusion XL model", "its text embedding is 2048 wide"
     else:
         return None
     return Kind(name, f"it is {_a(name)} ({why}); minidiff makes images with Stable Diffusion 1.x")
@@ -153,7 +153,7 @@ def _alone(part: str) -> str:
 
 
 def ldm_levels(shapes: Shapes) -> tuple[int, int]:
-    """(levels, resnets per level) of a UNet in LDM names without prefix, told by where the resolution changes."""
+    """(levels, resnets per level) of a UNet in LDM names without prefix, from where the resolution changes."""
     downs = sorted({int(match[1]) for key in shapes if (match := re.match(r"input_blocks\.(\d{1,2})\.0\.op\.", key))})
     if downs:
         return len(downs) + 1, max(downs[0] - 1, 1)
@@ -161,15 +161,15 @@ def ldm_levels(shapes: Shapes) -> tuple[int, int]:
 
 
 def ldm_vae_levels(shapes: Shapes) -> tuple[int, int]:
-    """(levels, resnets per level) of a VAE in LDM names without prefix; SD 1.x's where the keys do not tell."""
+    """(levels, resnets per level) of a VAE in LDM names without prefix; SD 1.x's if the keys do not show them."""
     return _count(shapes, "encoder.down.{}.") or 4, _count(shapes, "encoder.down.0.block.{}.") or 2
 
 
 def unet_config(shapes: Shapes) -> UNetConfig:
-    """The config of a UNet from its shapes in our names. A tensor that is missing counts as SD 1.x's: the strict check
-    names it later.
+    """The config of a UNet from its shapes in our names. For missing tensors SD 1.x's shape is assumed: the strict
+    check names them later.
 
-    Tensors do not tell the number of heads nor of groups: SD 1.x's 8 and 32.
+    The numbers of heads and groups cannot be read from tensors; SD 1.x's 8 and 32 are assumed.
     """
     widths = _widths("UNet", shapes, "down_blocks.{}.")
     levels = len(widths)
@@ -219,7 +219,7 @@ def text_config(shapes: Shapes) -> dict[str, object]:
 
 
 def _widths(network: str, shapes: Shapes, level: str) -> tuple[int, ...]:
-    """Channels that come out of the first resnet of every level; each of several tensors tells them."""
+    """Output channels of the first resnet of each level, from the first of several tensors that is present."""
     widths: list[int] = []
     while True:
         resnet = f"{level.format(len(widths))}resnets.0."
@@ -230,19 +230,19 @@ def _widths(network: str, shapes: Shapes, level: str) -> tuple[int, ...]:
         widths.append(width)
     if not widths or any(width == 0 or width % 32 for width in widths):
         raise ValueError(
-            f"the levels of the {network} are {widths} wide; expected multiples of 32, since tensors do not tell the "
-            "number of groups (32 in SD 1.x). Another model is read from a folder, where the configs tell"
+            f"the levels of the {network} are {widths} wide; expected multiples of 32, since tensors do not show the "
+            "number of groups (32 in SD 1.x). Load other models from a folder, whose configs state it"
         )
     return tuple(widths)
 
 
 def _context(shapes: Shapes) -> int:
-    """Width of the text that a UNet reads."""
+    """Width of the text embedding that a UNet reads."""
     return next((_edge(shapes, key, 1, 768) for key in shapes if key.endswith("attn2.to_k.weight")), 768)
 
 
 def _edge(shapes: Shapes, key: str, axis: int, default: int) -> int:
-    """An edge of a tensor, SD 1.x's where there is none of a sensible length: the strict check names it later."""
+    """One dimension of a tensor; `default` if missing or implausible, since the strict check names it later."""
     shape = shapes.get(key, ())
     return shape[axis] if axis < len(shape) and 0 < shape[axis] < 2**20 else default
 

@@ -1,4 +1,4 @@
-"""The safety checker out of a model folder: safety_checker/ and feature_extractor/."""
+"""Load the safety checker of a model folder: safety_checker/ and feature_extractor/."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from .sources import folder_tensors, read_json, weight_file
 from .state import check_state
 from .vision import load_vision, read_preprocessor
 
-_CONCEPTS, _SPECIAL = 17, 3  # how many embeddings every checker of Stable Diffusion 1.x holds
+_CONCEPTS, _SPECIAL = 17, 3  # the numbers of embeddings in every checker of Stable Diffusion 1.x
 
 
 @dataclass(frozen=True)
 class SafetySource:
-    """A checker's config, its tensors by the names in the file, and what its image encoder reads."""
+    """A checker's config, its tensors under the file's names, and the preprocessing for its image encoder."""
 
     config: Mapping[str, object]
     tensors: Mapping[str, Stored]
@@ -33,10 +33,10 @@ class SafetySource:
 def find_safety(
     safety: bool | str | Path, source: str | Path, path: Path, variant: str | None, revision: str | None
 ) -> SafetySource | None:
-    """Where the checker is that load's `safety` asks for; None where it asks for none. Weights are not read.
+    """Find the checker for load's `safety` option; None if it asks for none. Weights are not read.
 
-    source, path: the model, as the user named it and where it was found. `variant` is the model's: a checker need not
-    have it. ValueError where there is no checker, only a pickle, or one that reads pictures in another way.
+    source, path: the model, as the user named it and where it was found. `variant` is the model's; a checker may lack
+    it. ValueError if there is no checker, only a pickle, or one with another preprocessing.
     """
     if safety is False:
         return None
@@ -45,7 +45,7 @@ def find_safety(
     mend = "pass a folder or a hub id that has one, such as safety='stable-diffusion-v1-5/stable-diffusion-v1-5'"
     if safety is True:
         if path.is_file():
-            raise ValueError(f"safety=True, but {path} is a single file, which carries no safety checker; {mend}")
+            raise ValueError(f"safety=True, but {path} is a single file, which has no safety checker; {mend}")
         folder = path
         if source != BUNDLED and local_path(source) is None:
             folder = fetch_safety(str(source), revision, variant)
@@ -66,14 +66,14 @@ def load_safety(found: SafetySource, dtype: torch.dtype, device: torch.device) -
     config = found.config.get("vision_config")
     if not isinstance(config, dict):
         raise ValueError(f"safety checker config: vision_config is {shown(config)}; expected an object")
-    prefix = "vision_model."  # of the checker; of the image encoder inside, files before transformers 5.6 have another
+    prefix = "vision_model."  # the checker's; files before transformers 5.6 repeat it for the image encoder inside
     inside = {key.removeprefix(prefix): tensor for key, tensor in found.tensors.items() if key.startswith(prefix)}
     own = {key: tensor for key, tensor in found.tensors.items() if not key.startswith(prefix)}
     vision = load_vision(config, inside, dtype, device)
     if vision.config.image_size != found.edge:
         raise ValueError(
             f"the safety checker's image encoder reads {vision.config.image_size} pixels, its feature extractor gives "
-            f"{found.edge}: they are of different models"
+            f"{found.edge}: they are from different models"
         )
     projection = own.get("visual_projection.weight")
     wide = projection.shape[0] if projection is not None and projection.shape else 768
@@ -85,7 +85,7 @@ def load_safety(found: SafetySource, dtype: torch.dtype, device: torch.device) -
         "special_care_embeds_weights": torch.Size((_SPECIAL,)),
     }
     check_state("safety checker", shapes, own)
-    state = read_tensors(own, shapes, torch.float32, device)  # half precision would move the thresholds
+    state = read_tensors(own, shapes, torch.float32, device)  # half precision would shift the thresholds
     check_finite(state)
     weight, concepts, thresholds, special, special_thresholds = (state[key] for key in shapes)
     return SafetyChecker(

@@ -1,5 +1,5 @@
-"""Where a model comes from: a folder, a single file or the hub, each laid out as the same description of parts. No
-weight is read here."""
+"""Where a model comes from: a folder, a single file or the hub, each turned into the same description of parts. No
+weights are read here."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_conf
 
 @dataclass(frozen=True)
 class VAESource:
-    """An autoencoder's config and its tensors by our names."""
+    """An autoencoder's config, and its tensors under our names."""
 
     config: VAEConfig
     tensors: Mapping[str, Stored]
@@ -41,7 +41,7 @@ class VAESource:
 
 @dataclass(frozen=True)
 class Source:
-    """The parts of a model that can be loaded. Tensors by our names (the text encoder's by the hub's)."""
+    """The parts of a loadable model. Tensors under our names (the text encoder's under the hub's)."""
 
     name: str
     path: Path
@@ -72,14 +72,14 @@ def folder_source(
 
 
 def text_encoder_config(folder: Path) -> dict[str, object]:
-    """What a folder's text encoder is; in the config of a whole CLIP it lies a level deeper."""
+    """The text encoder's config in a folder; the config of a whole CLIP nests it one level deeper."""
     config = read_json(folder / "text_encoder" / "config.json")
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) and "vocab_size" not in config else config
 
 
 def folder_unet_config(folder: Path) -> UNetConfig:
-    """What a folder's UNet is. ValueError where it is of another kind, which this one file tells."""
+    """The UNet's config in a folder. ValueError if it is of another kind of model."""
     if not (folder / "unet").is_dir():
         raise ValueError(
             f"{folder} has no unet/{_class_name(folder)}; "
@@ -92,14 +92,14 @@ def folder_unet_config(folder: Path) -> UNetConfig:
 
 
 def folder_refusal(folder: Path) -> Kind | None:
-    """What a folder is, by its UNet's widths, where that is another kind of model."""
+    """The kind of a folder's model from its UNet's widths; None for SD 1.x."""
     config = read_json(folder / "unet" / "config.json")
     channels, context = config.get("in_channels"), config.get("cross_attention_dim")
     return refuse_widths(channels, context) if isinstance(channels, int) and isinstance(context, int) else None
 
 
 def _class_name(folder: Path) -> str:
-    """In brackets, what the folder says it is; nothing where it says nothing."""
+    """The folder's own class name, in brackets; empty if it has none."""
     for file in ("model_index.json", "config.json"):
         try:
             return f" (its {file} says {read_json(folder / file)['_class_name']!r})"
@@ -115,9 +115,9 @@ def file_source(
     vae: VAESource | None,
     scheduler: Mapping[str, object] = SD15_SCHEDULER_CONFIG,
 ) -> Source:
-    """A single .safetensors file in LDM names, of which the header was read; `tokenizer` is a folder or how to get one.
+    """A single .safetensors file in LDM names, from its header; `tokenizer` is a folder or a function that gets one.
 
-    Keys outside its three networks are left alone, with a warning that names them.
+    Keys outside its three networks are ignored, with a warning that names them.
     """
     kind = recognise({key: tensor.shape for key, tensor in tensors.items()})
     if kind.problem is not None and not (
@@ -127,7 +127,7 @@ def file_source(
     parts = {part: _under(tensors, prefix) for part, prefix in LDM_PREFIX.items()}
     foreign = [key for key in tensors if not key.startswith((*LDM_PREFIX.values(), *IGNORED))]
     if foreign:
-        warn(f"{path.name} holds {len(foreign)} tensors that are no part of Stable Diffusion 1.x: {_some(foreign)}")
+        warn(f"{path.name} holds {len(foreign)} tensors that are not part of Stable Diffusion 1.x: {_some(foreign)}")
     table = unet_ldm(*ldm_levels(_shapes(parts["unet"])))
     unet_tensors = renamed(parts["unet"], table)
     text_tensors = hub_text_tensors(parts["text_encoder"])
@@ -145,10 +145,10 @@ def file_source(
 
 
 def file_scheduler(path: Path, keys: Container[str]) -> dict[str, object]:
-    """What a single file says of its training: by marker tensors, in its metadata or in a .yaml beside it; else SD 1.5.
+    """A single file's scheduler config: from marker tensors, its metadata or a .yaml next to it; else SD 1.5's.
 
-    The tensors `v_pred` and `ztsnr` are ComfyUI's and A1111's markers, `modelspec.prediction_type` is sd-scripts', the
-    .yaml that of the original code.
+    The tensors `v_pred` and `ztsnr` are ComfyUI's and A1111's markers, `modelspec.prediction_type` is sd-scripts', and
+    the .yaml is the original code's.
     """
     beside = path.with_suffix(".yaml")
     yaml = beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else ""
@@ -162,19 +162,19 @@ def file_scheduler(path: Path, keys: Container[str]) -> dict[str, object]:
 
 
 def check_fit(found: Source, length: int, width: int) -> None:
-    """ValueError where the parts of a model do not fit each other; one may have been exchanged.
+    """ValueError if the parts of a model do not fit together, since one may have been replaced.
 
-    length and width: of the text encoder's contexts.
+    length and width: those of the text encoder's contexts.
     """
     if found.unet.cross_attention_dim != width:
         raise ValueError(
-            f"the UNet reads text {found.unet.cross_attention_dim} wide, the text encoder gives {width}: "
-            "they are of different models"
+            f"the UNet reads text embeddings {found.unet.cross_attention_dim} wide, the text encoder gives {width}: "
+            "they are from different models"
         )
     if found.unet.latent_channels != found.vae.config.latent_channels:
         raise ValueError(
             f"the UNet works on {found.unet.latent_channels} channels, the autoencoder on "
-            f"{found.vae.config.latent_channels}: they are of different models"
+            f"{found.vae.config.latent_channels}: they are from different models"
         )
     if length < 3:
         raise ValueError(
@@ -184,11 +184,11 @@ def check_fit(found: Source, length: int, width: int) -> None:
 
 
 def vae_from_folder(folder: Path, variant: str | None) -> VAESource:
-    """An autoencoder's own folder: config.json and its weights, in the names of any year."""
+    """An autoencoder's own folder: config.json and its weights, under old or new names."""
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder} has no config.json: this model comes without an autoencoder; expected one there, or one passed "
-            "as vae="
+            f"{folder} has no config.json: this model comes without an autoencoder; expected one there, or passed as "
+            "vae="
         )
     tensors = folder_tensors(folder, "diffusion_pytorch_model", variant)
     config = VAEConfig.from_dict(read_json(folder / "config.json"))
@@ -207,18 +207,18 @@ def vae_from_file(path: Path) -> VAESource:
 
 
 def _vae_by_shape(tensors: Mapping[str, Stored]) -> VAESource:
-    """An autoencoder without a config, its tensors by LDM names without prefix or by the folder's."""
+    """An autoencoder without a config; tensors in LDM names without prefix, or in the folder's names."""
     table = VAE_OLD_ATTENTION
     if not any(key.startswith("encoder.down_blocks.") for key in tensors):
         table = vae_ldm(*ldm_vae_levels(_shapes(tensors)))
-    # Some carry the loss that they were trained with, a network of its own.
+    # Some files include the training loss, a network of its own.
     found = renamed({key: tensor for key, tensor in tensors.items() if not key.startswith(IGNORED)}, table)
     return VAESource(vae_config(_shapes(found)), found)
 
 
 def hub_text_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """With the prefix that merged files and transformers >= 5.6 leave out, without what is no weight of the encoder,
-    a whole CLIP's image encoder for one."""
+    """Add the prefix that merged files and transformers >= 5.6 omit, and drop what is not part of the text encoder,
+    e.g. a whole CLIP's image encoder."""
     return {
         key if key.startswith("text_model.") else f"text_model.{key}": tensor
         for key, tensor in tensors.items()
@@ -227,7 +227,7 @@ def hub_text_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
 
 
 def folder_tensors(folder: Path, base: str, variant: str | None) -> dict[str, Stored]:
-    """The tensors of one part of a model folder. ValueError that says what is there instead."""
+    """The tensors of one part of a model folder. ValueError if it has none, saying what is there instead."""
     files = weight_files(folder, base, variant)
     if files:
         return {key: tensor for path in files for key, tensor in stored_tensors(path).items()}
@@ -237,8 +237,7 @@ def folder_tensors(folder: Path, base: str, variant: str | None) -> dict[str, St
     pickles = [name for name in found if name.endswith(PICKLES)]
     if others:
         mend = (
-            f"there is {', '.join(others)}; "
-            f'variant="fp16" asks for {base}.fp16.safetensors, no variant for {base}.safetensors'
+            f'there is {", ".join(others)}; variant="fp16" loads {base}.fp16.safetensors, no variant {base}.safetensors'
         )
     elif pickles:
         recipe = how_to_convert(folder / pickles[0], path.name)
@@ -249,13 +248,13 @@ def folder_tensors(folder: Path, base: str, variant: str | None) -> dict[str, St
 
 
 def network_tensors(path: Path, variant: str | None) -> list[Stored]:
-    """The tensors of a model's networks, or of a file that is none all that it holds; none that cannot be read."""
+    """The tensors of a model's networks, or all tensors of a file that is no model; unreadable parts are skipped."""
     if path.is_file():
         tensors = unwrap(stored_tensors(path))
         return [tensors[key] for key in tensors if key.startswith(tuple(LDM_PREFIX.values()))] or list(tensors.values())
     found: list[Stored] = []
     for part, base in BASES.items():
-        with contextlib.suppress(ValueError):  # named by its part
+        with contextlib.suppress(ValueError):  # reported elsewhere, by part
             found += folder_tensors(path / part, base, variant).values()
     return found
 
@@ -266,14 +265,14 @@ def weight_file(base: str, variant: str | None) -> str:
 
 
 def index_file(base: str, variant: str | None) -> str:
-    """The file that says which shard of the weights holds which tensor."""
+    """The index file, which lists the shard of each tensor."""
     return f"{base}.safetensors.index.json" if variant is None else f"{base}.safetensors.index.{variant}.json"
 
 
 def weight_files(folder: Path, base: str, variant: str | None) -> list[Path]:
-    """Where a part's weights are: one file, or the shards that its index names, there or not; empty without either.
+    """The weight files of a part: one file, or the shards in its index, existing or not; empty without either.
 
-    As in diffusers, a part without files of the variant takes the plain ones where another part has some.
+    As in diffusers, a part without files of the variant uses the plain ones if another part has the variant.
     """
     plain = variant is not None and any(folder.parent.glob(f"*/*.{variant}[.-]*safetensors"))
     for name in (variant, None) if plain else (variant,):
@@ -284,23 +283,23 @@ def weight_files(folder: Path, base: str, variant: str | None) -> list[Path]:
             shards = read_json(index).get("weight_map")
             names = {str(file) for file in shards.values()} if isinstance(shards, dict) else set()
             if not names or any(Path(file).name != file for file in names):
-                raise ValueError(f"{index}: weight_map must name the file, in the same folder, of every tensor")
+                raise ValueError(f"{index}: weight_map must map every tensor to a file in the same folder")
             return [folder / file for file in sorted(names)]
     return []
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A config file. ValueError where it is not there or holds no JSON object."""
+    """A config file. ValueError if it is missing or not a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))  # Notepad writes a BOM
     except FileNotFoundError:
         raise ValueError(
-            f"{path} is not there; expected a Stable Diffusion folder with a config in each of its parts"
+            f"{path} is not there; expected a Stable Diffusion folder with a config in each part"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}; expected a JSON object")
+        raise ValueError(f"{path} contains a {type(value).__name__}; expected a JSON object")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Whether the tensors of a file fit a network, by their names, shapes and dtypes."""
+"""Check that a file's tensors fit a network, by their names, shapes and dtypes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class HasShape(Protocol):
-    """A tensor, or what a file's header says of one."""
+    """A tensor, or its entry in a file's header."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -17,7 +17,7 @@ class HasShape(Protocol):
 
 @dataclass(frozen=True)
 class StateProblems:
-    """What keeps weights from fitting a network: keys; for `wrong` ones a line that says what is and what should be."""
+    """Why weights do not fit a network: keys; for `wrong` ones, a line with the found and the expected value."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -27,8 +27,8 @@ class StateProblems:
 def state_problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, HasShape]) -> StateProblems:
     """Compare the tensors of a file with the shapes that a network needs.
 
-    Edges of length 1 at the end do not count: a 1x1 convolution and a linear layer hold the same numbers. Integers are
-    refused: what they stand for is told elsewhere, if anywhere.
+    Trailing dimensions of length 1 are ignored: a 1x1 convolution and a linear layer have the same weights. Integers
+    are refused, since their meaning depends on data stored elsewhere.
     """
     both = [(key, shape, found[key]) for key, shape in expected.items() if key in found]
     shapes = [
@@ -37,7 +37,7 @@ def state_problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, 
         if _trimmed(tensor.shape) != _trimmed(shape)
     ]
     dtypes = [
-        f"{key} has dtype {tensor.dtype}, expected floating-point numbers; quantised weights are not read"
+        f"{key} has dtype {tensor.dtype}, expected floating-point numbers; quantised weights are not supported"
         for key, _, tensor in both
         if not _floating(tensor.dtype)
     ]
@@ -58,7 +58,7 @@ def check_state(name: str, expected: Mapping[str, tuple[int, ...]], found: Mappi
 
 
 def _floating(dtype: object) -> bool:
-    """By its name, torch's ("torch.bfloat16") or that in a file ("BF16")."""
+    """From the dtype's name, torch's ("torch.bfloat16") or a file's ("BF16")."""
     return str(dtype).removeprefix("torch.").upper().startswith(("F", "BF"))
 
 

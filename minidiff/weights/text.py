@@ -1,4 +1,4 @@
-"""The text encoder and its tokenizer out of their files. Importing transformers costs seconds: only where needed."""
+"""Load the text encoder and its tokenizer. Importing transformers takes seconds, so it is imported only when needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_text_encoder(
 
     `state` has the hub file's keys, all with the prefix "text_model."; position_ids are ignored (merged files carry
     corrupt ones). The weights are used as they are, not copied, unless `dtype` asks for another one.
-    One ValueError names every missing, unexpected and misshapen key; others, a bad config or tokenizer.
+    One ValueError names all missing, unexpected and misshapen keys; others report a bad config or tokenizer.
     """
     expected = text_encoder_shapes(config)
     weights = {key: value for key, value in state.items() if not key.endswith("position_ids")}
@@ -42,12 +42,12 @@ def load_text_encoder(
 
 
 def check_vocabulary(reader: PreTrainedTokenizerFast, folder: Path, known: int) -> None:
-    """ValueError where the tokenizer gives an id that the text encoder, which knows so many tokens, does not have."""
+    """ValueError if the tokenizer can give an id beyond the `known` tokens of the text encoder."""
     tokens = max(len(reader), 1 + max(reader.get_vocab().values(), default=0))
     if tokens > known:
         raise ValueError(
             f"tokenizer {folder} has {tokens} tokens, the text encoder knows {known}: "
-            "they do not belong together; take the tokenizer from where the weights come from"
+            "they do not belong together; use the tokenizer from the source of the weights"
         )
 
 
@@ -57,7 +57,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if not any(all((folder / name).is_file() for name in names) for names in choices):
         raise ValueError(
             f"no tokenizer in {folder}: expected vocab.json and merges.txt, or tokenizer.json, with "
-            "tokenizer_config.json beside them; take the folder named tokenizer of a Stable Diffusion 1.5 model"
+            "tokenizer_config.json next to them; use the tokenizer folder of a Stable Diffusion 1.5 model"
         )
     from transformers import CLIPTokenizerFast  # type: ignore[attr-defined, unused-ignore]  # 5.x: CLIPTokenizer's alias
 
@@ -71,7 +71,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def _empty_model(config: Mapping[str, object]) -> CLIPTextModel:
     """The network without weights, on the meta device.
 
-    Only what shapes it is taken from the config: the other keys vary with the transformers version that wrote it.
+    Only the keys that define the network are used: others vary with the transformers version that wrote the config.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -87,7 +87,7 @@ def _empty_model(config: Mapping[str, object]) -> CLIPTextModel:
                 max_position_embeddings=positions,
                 hidden_act=str(config.get("hidden_act", ACTIVATIONS[0])),
                 layer_norm_eps=norm_eps(config),
-                # CLIP's markers are its last two tokens; transformers warns of others, and the context needs neither
+                # CLIP's markers are its last two tokens; transformers warns about others, and the context needs neither
                 bos_token_id=max(vocab - 2, 0),
                 eos_token_id=vocab - 1,
             )

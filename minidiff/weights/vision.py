@@ -1,4 +1,4 @@
-"""CLIP's image encoder out of its files. Importing transformers costs seconds: only where needed."""
+"""Load CLIP's image encoder. Importing transformers takes seconds, so it is imported only when needed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .state import check_state
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
 
-PREFIX = "vision_model."  # every key of a weight file carries it, if none of transformers >= 5.6 wrote it
-# Each size with its default: transformers writes what differs from them, and in older configs all.
+PREFIX = "vision_model."  # of every key of a weight file, unless transformers >= 5.6 wrote it
+# Each size with its default: transformers writes only those that differ, older versions all.
 _SIZES = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -39,7 +39,7 @@ def load_vision(
     """A frozen CLIPVisionModel from its config (a CLIP's `vision_config`) and its tensors, with or without the prefix
     "vision_model."; position_ids are ignored.
 
-    One ValueError names every missing, unexpected and misshapen key; others, a bad config or vectors not finite.
+    One ValueError names all missing, unexpected and misshapen keys; others report a bad config or NaN and infinity.
     """
     model = _empty_model(config)
     own = PREFIX if next(iter(model.state_dict())).startswith(PREFIX) else ""
