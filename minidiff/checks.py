@@ -43,6 +43,11 @@ def whole(name: str, value: object, least: float = -math.inf, most: float = math
     return found
 
 
+def wholes(name: str, values: Iterable[object], least: float = -math.inf, most: float = math.inf) -> tuple[int, ...]:
+    """Several values, each as whole()."""
+    return tuple(whole(name, value, least, most) for value in values)
+
+
 def number(name: str, value: object, least: float = -math.inf, most: float = math.inf, expected: str = "") -> float:
     """A finite number from `least` to `most`; see whole()."""
     try:

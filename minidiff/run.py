@@ -90,8 +90,9 @@ def sample_steps(request: Request) -> Run:
         given = {**layout.inputs(), **own}
         if how is not None:
             check_places(how, regions)
-            bound = replace(how.of_run(schedule.steps), objective=how.objective.bound(there, how.sites))
-            guide = _guide(model, bound, encoded[-texts.images :], layout, regions, edits, own)
+            guide = _guide(
+                model, how.of_run(schedule.steps, there), encoded[-texts.images :], layout, regions, edits, own
+            )
     denoise = Denoise(model, encoded, scale, request.guidance_rescale, record, edits, given)
     used = {
         "seed": tuple(s if request.latents is None or sampler.stochastic else None for s in _seeds(request)),

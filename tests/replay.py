@@ -176,7 +176,12 @@ def half_of_the_heads(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
 
 
 def of_half_of_the_heads() -> Objective:
-    return replace(layout_loss, terms=tuple(replace(term, keep=half_of_the_heads) for term in layout_loss.terms))
+    return replace(
+        layout_loss,
+        terms=tuple(
+            replace(term, keep=minidiff.Keep("half_of_the_heads", half_of_the_heads)) for term in layout_loss.terms
+        ),
+    )
 
 
 def read_run(file: Path) -> Run:

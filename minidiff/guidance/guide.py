@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..checks import choice, is_number, number, shown, whole
 from ..networks.attention import Edit, Inputs, Record
-from ..networks.sites import Site, Where, read_sites
+from ..networks.sites import Position, Site, Where, read_sites
 from ..vocabulary import OBJECTIVES as NAMES
 from .objectives import OBJECTIVES, Objective, Settings
 from .objectives._objective import PerStep, StepRule
@@ -83,10 +83,11 @@ class Guidance:
         for name in ("scale", "threshold", "iterations"):
             object.__setattr__(self, name, _per_step(name, getattr(self, name), steps))
 
-    def of_run(self, steps: int) -> Guidance:
-        """The same for a run of `steps` steps: a fraction becomes a number."""
+    def of_run(self, steps: int, there: Mapping[Site, Position]) -> Guidance:
+        """The same for a run of `steps` steps of a UNet with these sites: a fraction becomes a number."""
         assert self.steps is not None
-        return self if isinstance(self.steps, int) else replace(self, steps=round(self.steps * steps))
+        number = self.steps if isinstance(self.steps, int) else round(self.steps * steps)
+        return replace(self, steps=number, objective=self.objective.bound(there, self.sites))
 
     def at(self, index: int) -> tuple[float, float, int]:
         """Scale, threshold and iterations of a step; 0 iterations after the last guided one."""

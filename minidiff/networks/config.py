@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..checks import number, shown, whole
+from ..checks import number, shown, whole, wholes
 
 _MID_BLOCK = "UNetMidBlock2DCrossAttn"
 
@@ -183,7 +183,7 @@ class _Reader:
                 f"{self.file}: {key} is {shown(value)}; expected a list of 1 to {MOST_LEVELS} whole numbers, one per "
                 "level"
             )
-        return tuple(whole(f"{self.file}: {key}", item, 1, MOST_CHANNELS) for item in value)
+        return wholes(f"{self.file}: {key}", value, 1, MOST_CHANNELS)
 
     def per_level(self, key: str, default: int, levels: int, most: int = MOST_CHANNELS) -> tuple[int, ...]:
         value = self.config.get(key, default)
@@ -193,7 +193,7 @@ class _Reader:
             raise ValueError(
                 f"{self.file}: {key} has {len(value)} values; expected {levels}, one per level of block_out_channels"
             )
-        return tuple(whole(f"{self.file}: {key}", item, 1, most) for item in value)
+        return wholes(f"{self.file}: {key}", value, 1, most)
 
     def blocks(
         self, key: str, plain: str, cross: str | None, default: tuple[bool, ...], levels: int

@@ -12,7 +12,7 @@ import string
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,6 @@ if TYPE_CHECKING:
 
 PREFIX = "text_model."  # every key of a weight file carries it; transformers >= 5.6 dropped it inside CLIPTextModel
 ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's CLIP, and other CLIPs
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,13 +193,44 @@ class TextEncoder(Phrases):
         return ids + [self.tokenizer.pad_token_id] * (self.length - len(ids))
 
 
-def text_encoder_shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:
+class TextConfig(NamedTuple):
+    """What shapes a CLIP text encoder, under the names of its config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    hidden_act: str
+    layer_norm_eps: float
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, object]) -> TextConfig:
+        """Read text_encoder/config.json. ValueError if it cannot be built.
+
+        Sizes have bounds far above those of any CLIP, so that a wrong one is refused before it is looped over.
+        """
+        where = "text encoder config"
+        sizes = {
+            key: whole(f"{where}: {key}", config.get(key), 1, 200 if key == "num_hidden_layers" else 2**20)
+            for key in cls._fields[:6]
+        }
+        found = cls(
+            hidden_act=choice(f"{where}: hidden_act", config.get("hidden_act", ACTIVATIONS[0]), ACTIVATIONS),
+            layer_norm_eps=number(f"{where}: layer_norm_eps", config.get("layer_norm_eps", 1e-5), 0, 1),
+            **sizes,
+        )
+        width, heads = found.hidden_size, found.num_attention_heads
+        if width % heads:
+            raise ValueError(f"{where}: hidden_size is {width}, expected a multiple of {heads}, the heads")
+        return found
+
+
+def text_encoder_shapes(config: Mapping[str, object] | TextConfig) -> dict[str, torch.Size]:
     """Shape of every weight by its key in the hub's files: 196 in SD 1.5. ValueError if the config cannot be built."""
-    vocab, width, inner, layers, heads, positions = (size(config, key) for key in SIZES)
-    choice("text encoder config: hidden_act", config.get("hidden_act", ACTIVATIONS[0]), ACTIVATIONS)
-    norm_eps(config)
-    if width % heads:
-        raise ValueError(f"text encoder config: hidden_size is {width}, expected a multiple of {heads}, the heads")
+    read = config if isinstance(config, TextConfig) else TextConfig.from_dict(config)
+    width, inner, layers = read.hidden_size, read.intermediate_size, read.num_hidden_layers
     layer: dict[str, tuple[int, ...]] = {  # of the weights; a bias has the first of these sizes
         "layer_norm1": (width,),
         "layer_norm2": (width,),
@@ -218,8 +241,8 @@ def text_encoder_shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:
     modules = {f"encoder.layers.{n}.{name}": shape for n in range(layers) for name, shape in layer.items()}
     modules["final_layer_norm"] = (width,)
     shapes: dict[str, tuple[int, ...]] = {
-        "embeddings.token_embedding.weight": (vocab, width),
-        "embeddings.position_embedding.weight": (positions, width),
+        "embeddings.token_embedding.weight": (read.vocab_size, width),
+        "embeddings.position_embedding.weight": (read.max_position_embeddings, width),
     }
     for name, shape in modules.items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
@@ -234,15 +257,6 @@ def part(model: CLIPTextModel, name: str) -> torch.nn.Module:
 def part_path(model: CLIPTextModel, name: str) -> str:
     """The path of that module in this transformers version."""
     return (PREFIX if hasattr(model, "text_model") else "") + name
-
-
-def size(config: Mapping[str, object], key: str) -> int:
-    """A size, within limits far above those of any CLIP, so that a wrong one is refused before it is looped over."""
-    return whole(f"text encoder config: {key}", config.get(key), 1, 200 if key == "num_hidden_layers" else 2**20)
-
-
-def norm_eps(config: Mapping[str, object]) -> float:
-    return number("text encoder config: layer_norm_eps", config.get("layer_norm_eps", 1e-5), 0, 1)
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:

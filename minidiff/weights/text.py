@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..networks.text import ACTIVATIONS, PREFIX, SIZES, TextEncoder, norm_eps, part, size, text_encoder_shapes
+from ..networks.text import PREFIX, TextConfig, TextEncoder, part, text_encoder_shapes
 from .state import check_state
 
 if TYPE_CHECKING:
@@ -25,15 +25,16 @@ def load_text_encoder(
     corrupt ones). The weights are used as they are, not copied, unless `dtype` asks for another one.
     One ValueError names all missing, unexpected and misshapen keys; others report a bad config or tokenizer.
     """
-    expected = text_encoder_shapes(config)
+    sizes = TextConfig.from_dict(config)
+    expected = text_encoder_shapes(sizes)
     weights = {key: value for key, value in state.items() if not key.endswith("position_ids")}
     check_state("text encoder", expected, weights)
     reader = load_tokenizer(tokenizer)
-    check_vocabulary(reader, tokenizer, size(config, "vocab_size"))
-    model = _empty_model(config)
+    check_vocabulary(reader, tokenizer, sizes.vocab_size)
+    model = _empty_model(sizes)
     strip = 0 if next(iter(model.state_dict())).startswith(PREFIX) else len(PREFIX)
     model.load_state_dict({key[strip:]: weights[key].to(dtype=dtype) for key in expected}, strict=True, assign=True)
-    positions = torch.arange(size(config, "max_position_embeddings"), device=model.device)[None]
+    positions = torch.arange(sizes.max_position_embeddings, device=model.device)[None]
     part(model, "embeddings").register_buffer("position_ids", positions, persistent=False)  # was on the meta device
     model.eval()  # type: ignore[no-untyped-call, unused-ignore]
     # a tokenizer without a limit claims 1e30; the encoder has one
@@ -68,27 +69,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _empty_model(config: Mapping[str, object]) -> CLIPTextModel:
+def _empty_model(sizes: TextConfig) -> CLIPTextModel:
     """The network without weights, on the meta device.
 
     Only the keys that define the network are used: others vary with the transformers version that wrote the config.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    vocab, width, inner, layers, heads, positions = (size(config, key) for key in SIZES)
     with torch.device("meta"):
         return CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=vocab,
-                hidden_size=width,
-                intermediate_size=inner,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                max_position_embeddings=positions,
-                hidden_act=str(config.get("hidden_act", ACTIVATIONS[0])),
-                layer_norm_eps=norm_eps(config),
-                # CLIP's markers are its last two tokens; transformers warns about others, and the context needs neither
-                bos_token_id=max(vocab - 2, 0),
-                eos_token_id=vocab - 1,
+                **sizes._asdict(),
+                # CLIP's markers are its last two tokens; transformers warns of others, and the context needs neither
+                bos_token_id=max(sizes.vocab_size - 2, 0),
+                eos_token_id=sizes.vocab_size - 1,
             )
         )

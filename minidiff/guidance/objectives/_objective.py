@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import reduce as fold
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce as fold
 from operator import or_
 from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
@@ -64,14 +64,6 @@ class Term:
     weight: float = 1.0
     needs_boxes: bool = True
 
-    def __post_init__(self) -> None:
-        if not callable(self.function):
-            raise ValueError(f"function is {shown(self.function)}; expected one (maps, layout) -> loss")
-        object.__setattr__(self, "sites", read_sites("sites", self.sites))
-        object.__setattr__(self, "keep", Keep.read(self.keep))
-        choice("reduce", self.reduce, ("mean", "sum", "max"))
-        number("weight", self.weight)
-
     @property
     def record(self) -> Record:
         """What the term needs recorded; it also suffices to compute the mass inside the masks, for the report."""
@@ -100,15 +92,17 @@ class Objective:
 
     terms: tuple[Term, ...]
     settings: Settings = Settings()
-    record: Record = field(init=False, compare=False, repr=False)
-    """What a conditional forward pass records for it, each site once."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.terms, tuple) or not self.terms or not all(isinstance(one, Term) for one in self.terms):
             raise ValueError(f"terms is {shown(self.terms)}; expected a tuple of minidiff's terms, as @objective makes")
         if not isinstance(self.settings, Settings):
             raise ValueError(f"settings is {shown(self.settings)}; expected a minidiff.Settings")
-        object.__setattr__(self, "record", fold(or_, (term.record for term in self.terms)))
+
+    @cached_property
+    def record(self) -> Record:
+        """What a forward pass of conditional rows keeps for it, each site once."""
+        return fold(or_, (term.record for term in self.terms))
 
     @property
     def keep(self) -> Keep:
@@ -237,9 +231,14 @@ def objective(
     second-coarsest grid (16x16 in SD 1.5 at 512 pixels). See `Layout` for `layout`, and `Term` for the options.
     """
 
+    where, kind = read_sites("sites", sites), Keep.read(keep)
+    choice("reduce", reduce, ("mean", "sum", "max"))
+
     def made(function: Loss) -> Objective:
+        if not callable(function):
+            raise ValueError(f"function is {shown(function)}; expected one (maps, layout) -> loss")
         name = getattr(function, "__name__", type(function).__name__)
-        found = Objective((Term(name, function, sites, keep, reduce, needs_boxes=needs_boxes),), settings)
+        found = Objective((Term(name, function, where, kind, reduce, needs_boxes=needs_boxes),), settings)
         if inspect.isfunction(function):
             # The decorated name now refers to the objective; with this name pickle finds the function inside it.
             function.__qualname__ += ".function"
