@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -22,7 +23,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import minidiff
 from minidiff import ImagePrompt, with_image_prompt
+from minidiff.cli.main import main
 from minidiff.networks.image_prompt import image_projection
+from minidiff.png.read import read_metadata
 from minidiff.resolve import image_inputs
 from minidiff.speed import accelerate
 from minidiff.speed.packed import Packed
@@ -370,7 +373,11 @@ WRONG = {
         "FaceID",
     ),
     "FaceID plus": ("plain", lambda s: s | {"ip_adapter.0.to_q_lora.down.weight": torch.zeros(4, 4)}, "FaceID"),
-    "a LoRA": ("plain", lambda s: {"lora_unet_x.lora_down.weight": torch.zeros(4, 4)}, "expected an IP-Adapter.* LoRA"),
+    "a LoRA": (
+        "plain",
+        lambda s: {"lora_unet_x.lora_down.weight": torch.zeros(4, 4)},
+        "is no IP-Adapter; by its tensors, it is: LoRA",
+    ),
     "a missing layer": ("plain", _without("ip_adapter.3.to_v_ip.weight"), r"missing ip_adapter\.3\.to_v_ip\.weight"),
     "an unknown key": ("plain", lambda s: s | {"image_proj.more": torch.zeros(1)}, r"unexpected image_proj\.more"),
     "no projection": (
@@ -486,3 +493,68 @@ def test_wrong_image_prompts_are_named(tiny_model: minidiff.Model, two: minidiff
             ours(two, **given)
     with pytest.raises(ValueError, match="the model has no IP-Adapter; expected one from minidiff.with_image_prompt"):
         ours(tiny_model, image_prompt=picture())
+
+
+# ---- the command line and a picture's recipe
+
+
+def test_the_command_line_and_the_recipe(
+    tiny_folder: Path,
+    files: Mapping[str, Path],
+    encoder_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model: minidiff.Model,
+) -> None:
+    picture(0).save(tmp_path / "cat.png")
+    picture(1).save(tmp_path / "dog.png")
+    adapter = ["--ip-adapter", str(files["plain"]), "--image-encoder", str(encoder_folder)]
+    where = ["--model", str(tiny_folder), "--dtype", "float32", "--device", "cpu"]
+    cat, dog = (f"{tmp_path / name}.png" for name in ("cat", "dog"))
+    shown = ["--image-prompt", f"{cat}=0,0,0.5,1", "--image-prompt", dog, "--image-prompt-scale", "0.5"]
+    asked = ["a red circle", "--steps", "2", "--seed", "4", "--sampler", "ddim", "--guidance-scale", "5"]
+    out = ["--out", str(tmp_path / "made.png")]
+    assert main(["generate", *asked, *where, *adapter, *shown, *out]) == 0
+    prompts = [ImagePrompt(picture(0), box=LEFT), picture(1)]
+    expected = minidiff.generate(
+        "a red circle", model=model, image_prompt=prompts, image_prompt_scale=0.5, **{**CALL, "output": "pil"}
+    )
+    made = np.asarray(Image.open(tmp_path / "made.png"))
+    assert np.array_equal(made, np.asarray(expected.image))
+
+    arguments, info = expected.parameters[0], expected.info
+    kept = read_metadata(tmp_path / "made.png")
+    assert kept.arguments["image_prompt"][0] == arguments["image_prompt"][0] | {"name": "cat.png"}
+    assert kept.arguments["image_prompt"][0]["box"] == [[0, 0, 0.5, 1]]
+    assert len(kept.arguments["image_prompt"][1]["image"]["tensor"]["sha256"]) == 64
+    assert kept.info["adapters"] == info["adapters"] and not kept.reproducible
+    assert info["adapters"][0]["sha256"] == hashlib.sha256(files["plain"].read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match="placeholder for a picture"):
+        minidiff.Request.from_plain(kept.arguments)
+
+    again = ["--from", str(tmp_path / "made.png"), *where, *adapter, "--out", str(tmp_path / "again.png")]
+    capsys.readouterr()
+    assert main(["generate", *again]) == 2
+    assert "pass --image-prompt cat.png=0.0,0.0,0.5,1.0 (whose pixels have the sha256" in capsys.readouterr().err
+    assert main(["generate", *again, *shown[:4]]) == 0
+    assert "image will differ" not in (said := capsys.readouterr().err) and "other image prompts" not in said
+    assert np.array_equal(made, np.asarray(Image.open(tmp_path / "again.png")))
+    assert main(["generate", *again, "--image-prompt", dog]) == 0
+    assert "was made with other image prompts than these" in capsys.readouterr().err
+
+
+def test_wrong_flags_are_named_before_anything_is_loaded(
+    files: Mapping[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture().save(tmp_path / "cat.png")
+    shown = ["--image-prompt", str(tmp_path / "cat.png")]
+    both = ["--image-encoder", "vision"]
+    for flags, message in (
+        (shown, "--image-prompt needs an IP-Adapter"),
+        ([*shown, "--ip-adapter", str(files["plain"])], "expected both"),
+        (["--ip-adapter", str(tmp_path / "none.safetensors"), *both], "none.safetensors is not there"),
+        (["--image-prompt", str(tmp_path / "none.png")], "image_prompt cannot be read"),
+        ([*shown, "--image-prompt-scale", "much"], "expected numbers"),
+    ):
+        assert main(["generate", "a cat", "--model", "no/such", *flags]) == 2
+        assert message in capsys.readouterr().err

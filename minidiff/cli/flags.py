@@ -112,6 +112,19 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
         type=_layout,
         help='a file with {"phrase": [x0, y0, x1, y1], ...}, or a list with one such object or null per prompt',
     )
+    add(
+        "--image-prompt",
+        action="append",
+        type=_image_prompt,
+        metavar='"FILE[=X0,Y0,X1,Y1]"',
+        help="a picture that prompts beside the text, with a box where it alone counts; repeatable; needs --ip-adapter",
+    )
+    add(
+        "--image-prompt-scale",
+        type=_scales,
+        metavar="S[,S...]",
+        help="how strongly the pictures count; one number, or one per adapter (default: 1)",
+    )
     add("--guidance", metavar="NAME", help=f"{', '.join(OBJECTIVES)} or none (default: the model's)")
     add(
         "--attention",
@@ -169,6 +182,8 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="WORD=FILE",
         help="a word for prompts, from the .safetensors file of a textual inversion embedding; repeatable",
     )
+    add("--ip-adapter", action="append", metavar="FILE", help="the .safetensors file of an IP-Adapter; repeatable")
+    add("--image-encoder", metavar="SOURCE", help="a folder or hub id: the CLIP vision model that reads the pictures")
     add("--compile", action="store_true", help="use torch.compile: the first step is slow, later ones faster")
 
 
@@ -177,6 +192,19 @@ def _box(text: str) -> tuple[str, list[float]]:
     if not sign or not phrase.strip():
         raise argparse.ArgumentTypeError(f'got {text!r}; expected e.g. "ball=0.55,0.4,0.95,0.8"')
     return phrase.strip(), _numbers(numbers)
+
+
+def _image_prompt(text: str) -> dict[str, object]:
+    """A picture's file, and its box where four numbers follow."""
+    file, _, numbers = text.rpartition("=")
+    if file and numbers.count(",") == 3:
+        return {"image": file, "box": tuple(_numbers(numbers))}
+    return {"image": text}
+
+
+def _scales(text: str) -> float | list[float]:
+    scales = _numbers(text)
+    return scales if len(scales) > 1 else scales[0]
 
 
 def _layout(path: str) -> tuple[str, object]:

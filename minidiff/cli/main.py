@@ -89,16 +89,20 @@ def _generate(args: argparse.Namespace) -> int:
         of_file = args.layout is not None and str(error).startswith("boxes")
         raise ValueError(f"{args.layout[0]}: {error}" if of_file else error) from error
     _note_unquoted(args.prompt)
+    _check_adapters(args)
 
     from ..png.write import check_output_path
 
     check_output_path(args.out)
     from ..run import sample_steps
     from ..speed.accelerate import keep_memory
+    from ..weights.image_prompt import with_image_prompt
     from ..weights.load import load
 
     keep_memory()
     model = load(request.model, **loading)  # type: ignore[arg-type]
+    for file in args.ip_adapter or ():
+        model = with_image_prompt(model, file, args.image_encoder)
     if args.compile:
         note("--compile: the first step of each kind waits for the compiler, a minute or more for a large model")
     if taken is not None:
@@ -138,6 +142,20 @@ def _fields(args: argparse.Namespace) -> dict[str, object]:
     values = {name: getattr(args, name, None) for name in FIELDS}
     values["boxes"] = _boxes(args)
     return {name: value for name, value in values.items() if value is not None and value != []}
+
+
+def _check_adapters(args: argparse.Namespace) -> None:
+    """ValueError, before anything is loaded, for pictures without an adapter and adapters that are none."""
+    flags = "--ip-adapter FILE --image-encoder FOLDER"
+    if args.image_prompt and not args.ip_adapter:
+        raise ValueError(f"--image-prompt needs an IP-Adapter that reads it; expected {flags} too")
+    if bool(args.ip_adapter) != bool(args.image_encoder):
+        raise ValueError(f"got one of --ip-adapter and --image-encoder; expected both: {flags}")
+    if args.ip_adapter:
+        from ..weights.image_prompt import find_image_adapter
+
+        for file in args.ip_adapter:
+            find_image_adapter(file)
 
 
 def _boxes(args: argparse.Namespace) -> object:

@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checks import shown
+from ..png.chunk import plain, reproducible
 from ..png.read import read_metadata
 from ..request import BUNDLED, FIELDS, Request
 
 if TYPE_CHECKING:
     from ..model import Model
+    from ..png.chunk import Plain
     from ..png.read import Metadata
 
 _OF_THE_MODEL = ("vae", "tokenizer", "prediction_type", "variant", "revision", "dtype")
 _ADAPTER = ("kind", "name", "file", "sha256")
-_NEVER = ("output", "progress", "reduce")  # properties of the call, not of the picture
+# properties of the call, not of the picture; and the names of files, which no picture chooses
+_NEVER = ("output", "progress", "reduce", "image_prompt")
 # When one of these fields is given, the file's values for the others would contradict it.
 _REPLACED = {
     "steps": ("timesteps", "sigmas"),
@@ -32,7 +35,7 @@ _REPLACED = {
     "sampler": ("karras", "spacing", "eta"),
     "boxes": ("guidance",),
 }
-_ADAPTER_FLAGS = {"word": "--word {name}=FILE"}  # by the adapter's kind
+_ADAPTER_FLAGS = {"word": "--word {name}=FILE", "image prompt": "--ip-adapter FILE"}  # by the adapter's kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,22 +93,53 @@ def take(picture: str, given: Mapping[str, object], loading: Mapping[str, object
     for name, value in found.arguments.items():
         if name == "model" or value is None or name in given or name in _NEVER:
             continue
+        if name == "image_prompt_scale" and "image_prompt" not in given:
+            continue
         if name not in FIELDS or name in replaced or _is_fingerprint(value):
             left += [name] if value else []
         else:
             fields[name] = value
     if "boxes" not in {**fields, **given} and "guidance" in fields and fields["guidance"] != "none":
         del fields["guidance"]  # there is nothing to guide
-    Request.from_plain({"prompt": "any", **fields}, origin=picture)
+    Request.from_plain({"prompt": "any", "image_prompt": given.get("image_prompt"), **fields}, origin=picture)
+    same = _same_pictures(picture, found.arguments.get("image_prompt"), given.get("image_prompt"))
     fields["model"], options, more = _model(picture, found, given, loading)
     other = found.info.get("other")
     left += [*more, *(list(other) if isinstance(other, dict) else [])]
-    notes = [f"not taken from {picture}: {', '.join(left)}"] if left else []
+    notes = [] if same else [f"{picture} was made with other image prompts than these"]
+    notes += [f"not taken from {picture}: {', '.join(left)}"] if left else []
     if found.source == "a1111":
         notes.append(f"{picture} was not made by minidiff; noise and prompt syntax differ, so the image will not match")
-    elif not found.reproducible:
+    elif not reproducible({name: held for name, held in found.arguments.items() if name != "image_prompt"}, found.info):
         notes.append(f"{picture} does not record everything needed, so the image will differ")
     return Taken(picture, fields, options, tuple(notes), found)
+
+
+def _same_pictures(picture: str, made: Plain, given: object) -> bool:
+    """Whether the image prompts given are those that made a picture, by their pixels, boxes and scales.
+
+    ValueError, with the flags to pass, where there were some and none are given: no picture chooses files.
+    """
+    if not made or given is not None:
+        from ..guidance.image_prompt import read_image_prompts
+
+        return given is None or _unnamed(made) == _unnamed(plain([one.plain() for one in read_image_prompts(given)]))
+    flags = []
+    for entry in made if isinstance(made, list) else [made]:
+        one = entry if isinstance(entry, dict) else {}
+        box, name = one.get("box"), one.get("name") or "FILE"
+        single = box[0] if isinstance(box, list) and len(box) == 1 else None
+        place = f"={','.join(map(shown, single))}" if isinstance(single, list) else ""
+        sha256 = re.search("[0-9a-f]{64}", str(one.get("image")))
+        of = f" (whose pixels have the sha256 {sha256[0][:12]}...)" if sha256 else ""
+        flags.append(f"--image-prompt {name}{place}{of}")
+    raise ValueError(f"{picture} was prompted with pictures too, and cannot choose files: pass {', '.join(flags)}")
+
+
+def _unnamed(prompts: Plain) -> Plain:
+    """Image prompts without the names of their files."""
+    several = prompts if isinstance(prompts, list) else []
+    return [{key: value for key, value in one.items() if key != "name"} for one in several if isinstance(one, dict)]
 
 
 def _is_fingerprint(value: object) -> bool:

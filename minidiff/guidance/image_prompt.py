@@ -91,6 +91,8 @@ def _prompt(value: Any) -> ImagePrompt:
 
 
 def _read(image: Any) -> Image.Image:
+    if isinstance(image, Mapping):
+        raise ValueError("image_prompt holds a placeholder for a picture, which no file keeps; pass your own")
     try:
         if not isinstance(image, str | Path):
             return to_image(image)

@@ -42,10 +42,7 @@ def with_image_prompt(model: Model, file: str | Path, image_encoder: str | Path)
     """
     if not isinstance(model, Model):
         raise ValueError(f"model is {shown(model)}; expected a Model from minidiff.load")
-    if not isinstance(file, str | Path):
-        raise ValueError(f"file is {shown(file)}; expected the path of an IP-Adapter's .safetensors file")
-    path = Path(file).expanduser()
-    stored = stored_tensors(path)
+    path, stored = find_image_adapter(file)
     try:
         adapter = _empty(model.unet, stored)
     except ValueError as error:
@@ -61,6 +58,24 @@ def with_image_prompt(model: Model, file: str | Path, image_encoder: str | Path)
         image_adapters=(*model.image_adapters, ImageAdapter(projection, encoder)),
         adapters=(*model.adapters, Adapter("image prompt", path.stem, path.name, sha256)),
     )
+
+
+def find_image_adapter(file: str | Path) -> tuple[Path, dict[str, Stored]]:
+    """An IP-Adapter's file and its tensors, from the header alone. ValueError where it is of another kind."""
+    if not isinstance(file, str | Path):
+        raise ValueError(f"file is {shown(file)}; expected the path of an IP-Adapter's .safetensors file")
+    path = Path(file).expanduser()
+    stored = stored_tensors(path)
+    own = {key.removeprefix(_PARTS[0]) for key in stored if key.startswith(_PARTS[0])}
+    if not any(key.startswith(_PARTS) for key in stored):
+        kind = recognise({key: tensor.shape for key, tensor in stored.items()}).name
+        raise ValueError(f"{path} is no IP-Adapter; by its tensors, it is: {kind}")
+    if any(mark in key for key in stored for mark in _FACES) or {"proj.0.weight", "norm.weight"} <= own:
+        raise ValueError(
+            f"{path} is a FaceID adapter, which reads what a face recogniser says; expected one that reads pictures, "
+            "such as ip-adapter-plus-face_sd15.safetensors"
+        )
+    return path, stored
 
 
 def _encoder(model: Model, source: str | Path, path: Path, projection: AnyProjection) -> ImageEncoder:
@@ -103,14 +118,7 @@ def _grown(unet: UNet, layers: nn.ModuleDict) -> UNet:
 def _empty(unet: UNet, stored: Mapping[str, Stored]) -> nn.ModuleDict:
     """An IP-Adapter without memory, named as in the file, once every name and shape is known to fit."""
     shapes = {key: tensor.shape for key, tensor in stored.items()}
-    if not any(key.startswith(_PARTS) for key in shapes):
-        raise ValueError(f"expected an IP-Adapter; by its tensors, this is: {recognise(shapes).name}")
     own = {key.removeprefix(_PARTS[0]): shape for key, shape in shapes.items() if key.startswith(_PARTS[0])}
-    if any(mark in key for key in shapes for mark in _FACES) or {"proj.0.weight", "norm.weight"} <= own.keys():
-        raise ValueError(
-            "this is a FaceID adapter, which reads what a face recogniser says; expected one that reads pictures, such "
-            "as ip-adapter-plus-face_sd15.safetensors"
-        )
     width = unet.config.cross_attention_dim
     theirs = next((s[1] for key, s in shapes.items() if key.endswith(".to_k_ip.weight") and len(s) == 2), width)
     if theirs != width:

@@ -16,6 +16,7 @@ UNET = "UNet in the folder format"
 AUTOENCODER = "autoencoder (VAE)"
 TEXT_ENCODER = "CLIP text encoder"
 EMBEDDING = "textual inversion embedding"
+IMAGE_ADAPTER = "IP-Adapter"
 TEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2", 1280: "Stable Diffusion XL"}
 """The model whose text encoder has this width. SDXL also has a second one, 768 wide."""
 
@@ -37,7 +38,7 @@ _RELATIVES = (
 _OTHERS = (
     (r"^(unet|text_encoder):\d+:(up|down)$", "LoRA in cloneofsimo's first format"),
     (r"lora|^lycoris_|\.hada_|\.lokr_", "LoRA"),
-    (r"^(ip_adapter|image_proj)\.", "IP-Adapter"),
+    (r"^(ip_adapter|image_proj)\.", IMAGE_ADAPTER),
     (r"^(emb_params|string_to_param)", EMBEDDING),
     (r"^clip_[lg]$", f"{EMBEDDING} of Stable Diffusion XL"),
     (r"^model_ema\.diffusion_model", "checkpoint with averaged weights (EMA) alone"),
@@ -80,6 +81,8 @@ def recognise(shapes: Shapes) -> Kind:
     name = name_of(shapes, _RELATIVES if checkpoint else _RELATIVES + _OTHERS)
     if name == EMBEDDING:
         return _embedding(shapes)
+    if name == IMAGE_ADAPTER:
+        return _image_adapter(shapes)
     if name is not None:
         return Kind(name, f"it is {_a(name)}; {_WANTED.get(name, 'minidiff makes images with Stable Diffusion 1.x')}")
     if checkpoint:
@@ -130,6 +133,13 @@ def _embedding(shapes: Shapes) -> Kind:
     return Kind(
         f"{EMBEDDING} of {of}", f"it is {_a(EMBEDDING)} of {of}; minidiff makes images with Stable Diffusion 1.x"
     )
+
+
+def _image_adapter(shapes: Shapes) -> Kind:
+    width = next((shape[-1] for key, shape in shapes.items() if key.endswith("_ip.weight") and shape), 768)
+    of = {768: "", 1024: " of Stable Diffusion 2", 2048: " of Stable Diffusion XL"}.get(width, " of another model")
+    mend = "put it on a model: with_image_prompt, --ip-adapter" if not of else "minidiff takes those of SD 1.5"
+    return Kind(f"{IMAGE_ADAPTER}{of}", f"it is {_a(IMAGE_ADAPTER)}{of}, which reads pictures as prompts; {mend}")
 
 
 def _refuse_unet(shapes: Shapes, conv_in: str) -> Kind | None:
