@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import minidiff
 from minidiff.cli.main import main
 from minidiff.png.read import read_metadata
+from minidiff.weights.inspect import describe
 
 LAYOUTS: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
     "a1111": lambda vectors: {"emb_params": vectors},
@@ -264,6 +265,26 @@ def test_a_file_cut_short_a_missing_one_and_no_path(file: Path, tiny_model: mini
         minidiff.with_words(tiny_model, ["a"])  # type: ignore[arg-type]
 
 
+def test_info_tells_what_an_embedding_is_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", emb_params=torch.zeros(8, 768))
+    found = describe(path)
+    assert not found.loads
+    assert found.kind == "textual inversion embedding"
+    assert str(found.all_problems()[0]).endswith("load a model, and add it with words={word: file} or --word WORD=FILE")
+    (part,) = found.parts
+    fits = "Stable Diffusion 1.x"
+    assert (part.name, part.config) == ("embedding", {"key": "emb_params", "vectors": 8, "width": 768, "fits": fits})
+
+    found = describe(write(path, **{"<x>": torch.zeros(1024)}))
+    assert found.kind == "textual inversion embedding of Stable Diffusion 2"
+    assert found.parts[0].config == {"key": "<x>", "vectors": 1, "width": 1024, "fits": "Stable Diffusion 2"}
+    found = describe(write(path, clip_l=torch.zeros(2, 768), clip_g=torch.zeros(2, 1280)))
+    assert found.kind == "textual inversion embedding of Stable Diffusion XL"
+    assert "vectors for each of its text encoders" in str(found.all_problems()[1])
+    found = describe(write(path, emb_params=torch.tensor(3.0)))
+    assert "holds emb_params of shape [] and dtype F32" in str(found.all_problems()[1])
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -291,6 +312,10 @@ def test_two_words_of_one_name(tiny_model: minidiff.Model, file: Path) -> None:
 PICKLES: dict[str, Callable[[Tensor], dict[str, object]]] = {
     "a1111": lambda vectors: {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "x", "step": 9},
     "a1111, a parameter": lambda vectors: {"string_to_param": {"*": torch.nn.Parameter(vectors)}, "step": 9},
+    "the original code's": lambda vectors: {
+        "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(vectors)}),
+        "string_to_token": {"*": torch.tensor(265)},
+    },
     "diffusers": lambda vectors: {"<birb-style>": vectors[0]},
 }
 

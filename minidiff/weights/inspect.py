@@ -20,7 +20,9 @@ from .open import open_source
 from .recognise import (
     AUTOENCODER,
     CHECKPOINT,
+    EMBEDDING,
     TEXT_ENCODER,
+    TEXT_WIDTHS,
     UNET,
     WITHOUT_VAE,
     Kind,
@@ -49,6 +51,7 @@ from .sources import (
 )
 from .state import state_problems
 from .text import check_vocabulary, load_tokenizer
+from .words import find_embedding
 
 Tensors = Mapping[str, Stored]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -187,6 +190,8 @@ def _alone(path: Path, tensors: Tensors, kind: Kind) -> tuple[Part, ...]:
         return (_unet(None, unet_config(_shapes(tensors)), tensors),)
     if kind.name == AUTOENCODER:
         return (_vae(None, vae_from_file(path)),)
+    if kind.name.startswith(EMBEDDING):
+        return (_vectors(find_embedding(path)),)
     if kind.name == TEXT_ENCODER:
         text = hub_text_tensors(tensors)
         return (_text(None, text_config(_shapes(text)), text),)
@@ -196,6 +201,14 @@ def _alone(path: Path, tensors: Tensors, kind: Kind) -> tuple[Part, ...]:
     }
     parts["other tensors"] = [tensor for key, tensor in tensors.items() if not key.startswith(_KNOWN)]
     return tuple(Part(name, None, {}, _content(found)) for name, found in parts.items() if found)
+
+
+def _vectors(stored: Stored) -> Part:
+    *_, count, width = (1, *stored.shape)
+    fits = TEXT_WIDTHS.get(width, "no Stable Diffusion")
+    return Part(
+        "embedding", None, {"key": stored.key, "vectors": count, "width": width, "fits": fits}, _content([stored])
+    )
 
 
 def _ignored(tensors: Tensors) -> dict[str, int]:

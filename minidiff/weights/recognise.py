@@ -124,14 +124,12 @@ def refuse_widths(in_channels: int, context: int) -> Kind | None:
 
 
 def _embedding(shapes: Shapes) -> Kind:
-    widths = {shape[-1] for shape in shapes.values() if shape}
-    of = next((model for width, model in TEXT_WIDTHS.items() if width in widths and width != 768), None)
-    if of is None:
-        return Kind(
-            EMBEDDING, f"it is {_a(EMBEDDING)}, a word for a model: load(..., words={{word: file}}), --word WORD=FILE"
-        )
+    of = [TEXT_WIDTHS[shape[-1]] for shape in shapes.values() if shape[-1:] in ((1024,), (1280,))]
+    if of:
+        name = f"{EMBEDDING} of {of[0]}"
+        return Kind(name, f"it is a {name}; minidiff makes images with Stable Diffusion 1.x")
     return Kind(
-        f"{EMBEDDING} of {of}", f"it is {_a(EMBEDDING)} of {of}; minidiff makes images with Stable Diffusion 1.x"
+        EMBEDDING, f"it is a {EMBEDDING}; load a model, and add it with words={{word: file}} or --word WORD=FILE"
     )
 
 

@@ -85,7 +85,7 @@ def find_embedding(file: str | Path) -> Stored:
 def _read(stored: Stored, text: TextEncoder, like: Tensor) -> Tensor:
     """The vectors [n,D], in the dtype and on the device of `like`. ValueError where they do not fit."""
     path, most = stored.path, text.length - 2
-    count, width = (1, *stored.shape)[-2:]
+    *_, count, width = (1, *stored.shape)
     if width != text.width:
         of = f", as in {TEXT_WIDTHS[width]}" if width in TEXT_WIDTHS else ""
         raise ValueError(
