@@ -157,6 +157,7 @@ def how_to_convert(path: Path, target: str | None = None) -> str:
     save = str(path.with_suffix(".safetensors") if target is None else path.with_name(target))
     return (
         "If you trust its origin, convert it once in Python: from safetensors.torch import save_file; import torch; "
+        "torch.serialization.add_safe_globals([torch.nn.ParameterDict]); "  # in early textual inversions
         f"d = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
         "d = d.get('state_dict') or d.get('string_to_param') or d; "
         "t = {str(k): v.detach().contiguous() for k, v in d.items() if hasattr(v, 'shape')}; "
