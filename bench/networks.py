@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidiff.guidance.guide import Guidance, Guide, evaluate, evaluate_whole
+from minidiff.guidance.guide import Guidance, Guide, look_loss
 from minidiff.guidance.layout import Region, make_layout
 from minidiff.guidance.objectives.layout import layout_loss
 from minidiff.networks.attention import HEAD_MEAN, Maps, Record
@@ -158,8 +158,8 @@ def layout_guide(
         [regions] * rows, [objects + 3] * rows, 77, {at.grid for at in there.values()}, inputs.x.device
     )
     names = [[region.name for region in regions]] * rows
-    look = compile_whole(evaluate_whole, unet) if whole else evaluate
-    return Guide(how, unet.forward, inputs.context, layout, names, whole_batch=whole, evaluate=look)
+    look = compile_whole(look_loss, unet) if whole else look_loss
+    return Guide(how, unet.forward, inputs.context, layout, names, whole_batch=whole, loss=look)
 
 
 def tokens(objects: int) -> Sequence[Sequence[int]]:

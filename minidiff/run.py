@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .asked import asked
 from .checks import warn
-from .guidance.guide import Guidance, Guide, evaluate, evaluate_whole
+from .guidance.guide import Guidance, Guide, look_loss
 from .guidance.layout import Layout, Region, plain_boxes
 from .model import Model
 from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
@@ -298,7 +298,7 @@ def _guide(
     """The run's Guide, compiled if the model is."""
     names = [[region.name for region in some] for some in regions]
     compiled = is_compiled(model.unet)
-    look = compile_whole(evaluate_whole, model.unet) if compiled else evaluate
+    look = compile_whole(look_loss, model.unet) if compiled else look_loss
     return Guide(how, model.unet.forward, context, layout, names, edits, inputs, compiled, look)
 
 

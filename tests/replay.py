@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import minidiff
-from minidiff.guidance.guide import Evaluation, Guidance, Guide
+from minidiff.guidance.guide import Evaluation, Guidance, Guide, evaluate
 from minidiff.guidance.layout import Box, Layout, Region, make_layout
 from minidiff.guidance.objectives import Objective
 from minidiff.guidance.objectives.layout import layout_loss
@@ -144,7 +144,7 @@ class Sticky(Guide):
         for _ in range(iterations):
             if any(loss <= threshold for loss in losses(self)):
                 break
-            gradient, found = self.evaluate(
+            gradient, found = evaluate(
                 x, self.forward, self.guidance.objective, self.record, (), t, self.context, self.layout, {}
             )
             self.seen.setdefault(index, []).append(Evaluation(*found, moved=torch.ones(1, dtype=torch.bool)))

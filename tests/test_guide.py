@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import minidiff
-from minidiff.guidance.guide import Guidance, Guide, evaluate, evaluate_whole
+from minidiff.guidance.guide import Guidance, Guide, evaluate
 from minidiff.guidance.layout import Layout, Region, make_layout
 from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.model import Model
@@ -330,13 +330,43 @@ def prepared(model: Model, guidance: Guidance, h: int = 8, w: int = 8) -> tuple[
     return Guide(bound, model.unet.forward, context, layout, [["a", "b"], ["c"]]), torch.randn(2, 4, h, w)
 
 
-@pytest.mark.parametrize("way", [evaluate, evaluate_whole])
-def test_a_look_does_not_ask_how_the_latents_came_about(tiny_model: Model, way: Callable[..., object]) -> None:
+def test_a_look_does_not_ask_how_the_latents_came_about(tiny_model: Model) -> None:
     """Otherwise the compiler would include second derivatives."""
     guide, x = prepared(tiny_model, Guidance())
-    guide.evaluate = way
-    gradient, found = guide.look(x.requires_grad_(), torch.tensor(600.0), 0.4, torch.arange(2), 0)
+    gradient, found = guide.look(x.requires_grad_(), torch.tensor(600.0), 0.4, torch.arange(2), 0, -math.inf)
+    assert gradient is not None
     assert not any(value.requires_grad for value in (gradient, *found))
+
+
+@pytest.mark.parametrize("whole_batch", [False, True])
+def test_a_look_that_moves_nothing_runs_no_pass_back(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, whole_batch: bool
+) -> None:
+    """Half of all looks, in a run: each step's last. One per move of the slower image is left."""
+    guide, x = prepared(tiny_model, Guidance(scale=300.0, iterations=4, steps=1))
+    guide.whole_batch = whole_batch
+    first = evaluate(
+        x,
+        guide.forward,
+        guide.guidance.objective,
+        guide.record,
+        (),
+        torch.tensor(600.0),
+        guide.context,
+        guide.layout,
+        {},
+    )[1][0]
+    guide.guidance = replace(guide.guidance, threshold=float(first.max()) * 0.999)
+    calls = []
+    real = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given: calls.append(given) or real(*given))
+    guide.refine(x, torch.tensor(600.0), 0.36, 0)
+    looks = guide.seen[0]
+    assert len(calls) == sum(bool(look.moved.any()) for look in looks) > 0
+    assert not looks[-1].moved.any() or len(looks) == 4
+    guide.guidance = replace(guide.guidance, threshold=float(first.max()) * 1.001)
+    assert torch.equal(guide.refine(x, torch.tensor(600.0), 0.36, 1 - 1), x)
+    assert len(calls) == sum(bool(look.moved.any()) for look in guide.seen[0])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
         [Tensor, Tensor, Tensor, Record | None, Sequence[Edit], Inputs | None],
         tuple[Tensor | None, dict[Site, Tensor]],
     ]
-    Evaluated: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, Tensor]]
+    Looked: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, Tensor]]
+    Evaluated: TypeAlias = tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]]
 
 MOST_STEPS = MOST_ITERATIONS = 1000  # no model has more timesteps; an iteration is one forward and backward pass
 STEP_RULES = ("variance", "plain", "unit")
@@ -213,30 +214,26 @@ def _times(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def evaluate(x: Tensor, *look: Any) -> Evaluated:
+def evaluate(
+    x: Tensor, *look: Any, threshold: Tensor | float = -math.inf, loss: Callable[..., Looked] | None = None
+) -> Evaluated:
     """Each image's gradient of its loss with respect to x, and (loss [B], loss per object [B,O], mass inside [B,O]).
 
-    look: the other arguments of `_loss`.
+    look: the other arguments of `look_loss`. threshold: where no image's loss is above it (a number, or [B]), the pass
+    back through the network is not run, and the gradient is None. loss: `look_loss`, or the same compiled.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        total, found = _loss(x, *look)
+        total, found = (loss or look_loss)(x, *look)
     if not total.requires_grad:
         raise ValueError("the objective's loss does not depend on the maps: it has no gradient to descend")
+    if not (found[0] > threshold).any():
+        return None, found
     (gradient,) = torch.autograd.grad(total, x)
     return gradient, found
 
 
-def evaluate_whole(x: Tensor, *look: Any) -> Evaluated:
-    """The same as a pure function of tensors, which can be compiled as one graph.
-
-    Run eagerly it needs 1.5 times the memory: torch.func.grad always records the gradient's own graph.
-    """
-    gradient, (_, found) = torch.func.grad_and_value(_loss, has_aux=True)(x, *look)
-    return gradient, found
-
-
-def _loss(
+def look_loss(
     x: Tensor,
     forward: Forward,
     objective: Objective,
@@ -246,7 +243,8 @@ def _loss(
     context: Tensor,
     layout: Layout,
     inputs: Inputs,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+) -> Looked:
+    """The sum of the images' losses, which are independent, and what `evaluate` returns beside their gradients."""
     given = {**layout.inputs(), **inputs}
     _, maps = forward(x.to(context.dtype), t, context, record, edits, given)
     total, objects, mass = objective.look(maps, layout, given)
@@ -258,6 +256,7 @@ class Guide:
 
     guidance, edits: with their sites chosen. context [B,L,D]: the conditional one; guided passes run no other.
     whole_batch: keep stopped images in the batch without updating them, since a compiled graph needs a fixed size.
+    loss: `look_loss`, or the same compiled.
     """
 
     def __init__(
@@ -270,13 +269,13 @@ class Guide:
         edits: Sequence[Edit] = (),
         inputs: Inputs | None = None,
         whole_batch: bool = False,
-        evaluate: Callable[..., Evaluated] = evaluate,
+        loss: Callable[..., Looked] = look_loss,
     ) -> None:
         self.guidance, self.forward, self.context, self.layout, self.names = guidance, forward, context, layout, names
         self.record = guidance.objective.record
         self.edits = tuple(replace(edit, rows="all") for edit in edits if edit.rows != "uncond")
         self.inputs = inputs or {}
-        self.whole_batch, self.evaluate = whole_batch, evaluate
+        self.whole_batch, self.loss = whole_batch, loss
         self.seen: dict[int, list[Evaluation]] = {}
         placed = [(mask > 0).flatten(2).any(dim=2) for mask in layout.masks.values()][:1]
         self._placeless = [(~some & (layout.weights > 0)).cpu() for some in placed]
@@ -293,11 +292,14 @@ class Guide:
             if len(left) == 0:
                 break
             rows = torch.arange(len(x), device=x.device) if self.whole_batch else left
-            gradient, found = self.look(moved[rows], t, abar, rows, index)
             live = torch.isin(rows, left)
-            going = live & (found[0] > threshold)
+            limits = torch.where(live, threshold, math.inf)
+            gradient, found = self.look(moved[rows], t, abar, rows, index, limits)
+            going = found[0] > limits
             self._remember(index, len(x), rows[live], [value[live] for value in found], going[live])
             left = rows[going]
+            if gradient is None:
+                break
             if self.guidance.step_rule == "unit":
                 gradient = gradient / gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
             step = size * gradient.to(x.dtype)
@@ -305,8 +307,8 @@ class Guide:
             moved = moved.index_copy(0, left, moved[left] - step[going])
         return moved
 
-    def look(self, x: Tensor, t: Tensor, abar: float, rows: Tensor, index: int) -> Evaluated:
-        """The gradient and the evaluation for some of the images."""
+    def look(self, x: Tensor, t: Tensor, abar: float, rows: Tensor, index: int, limits: Tensor | float) -> Evaluated:
+        """The gradient, where a loss is above its limit, and the evaluation for some of the images."""
         batch = len(self.context)
         own = {name: _rows(value, rows, batch) for name, value in self.inputs.items()}
         inputs = {"t": t, "sigma": torch.full_like(t, math.sqrt((1 - abar) / abar)), **own}
@@ -323,7 +325,7 @@ class Guide:
         # detached: the update does not differentiate through x's history, compiled or not
         arguments: tuple[Any, ...] = (x.detach(), *look, inputs)
         with torch.inference_mode(False):  # inference mode gives zero gradients in torch 2.11
-            return self.evaluate(*tree_map_only(Tensor, _usable, arguments))
+            return evaluate(*tree_map_only(Tensor, _usable, arguments), threshold=limits, loss=self.loss)
 
     def _remember(self, index: int, batch: int, rows: Tensor, found: Sequence[Tensor], going: Tensor) -> None:
         loss, object_loss, mass = (
