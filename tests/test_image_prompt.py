@@ -376,7 +376,7 @@ WRONG = {
     "a LoRA": (
         "plain",
         lambda s: {"lora_unet_x.lora_down.weight": torch.zeros(4, 4)},
-        "is no IP-Adapter; by its tensors, it is: LoRA",
+        "is not an IP-Adapter; by its tensors, it is: LoRA",
     ),
     "a missing layer": ("plain", _without("ip_adapter.3.to_v_ip.weight"), r"missing ip_adapter\.3\.to_v_ip\.weight"),
     "an unknown key": ("plain", lambda s: s | {"image_proj.more": torch.zeros(1)}, r"unexpected image_proj\.more"),

@@ -225,11 +225,11 @@ BAD_FILES: dict[str, tuple[dict[str, Tensor], str]] = {
     "NaN": ({"x": torch.full((1, 64), torch.nan)}, r"not finite \(NaN or infinity\) in float32"),
     "several": (
         {"<a>": torch.zeros(2, 64), "<b>": torch.zeros(2, 64)},
-        "holds 2 tensors .<a>, <b>., and nothing tells which to take",
+        "holds 2 tensors .<a>, <b>., none known as the embedding",
     ),
     "unknown keys": (
         {"emb_params": torch.zeros(2, 64), "more": torch.zeros(2)},
-        "has unknown keys beside emb_params .emb_params, more.",
+        "has unknown keys besides emb_params .emb_params, more.",
     ),
     "LoRA": ({"lora_unet_x.lora_down.weight": torch.zeros(4, 64)}, "is no textual inversion embedding, .* LoRA"),
     "a picture": ({"x": torch.zeros(2, 2, 64)}, r"holds x of shape \[2, 2, 64\] and dtype F32; expected"),
@@ -293,10 +293,10 @@ def test_info_tells_what_an_embedding_is_for(tmp_path: Path) -> None:
         ("a\u00a0b", "expected a name without spaces"),
         ("\ud800", "expected a name without spaces"),
         (7, "word is 7; expected a name"),
-        ("Cat", "word 'Cat' is a token of this model already, .* such as 'my-Cat'"),
-        ("*", r"word '\*' is a token of this model already"),
-        ("<|endoftext|>", "is a token of this model already"),
-        ("EASYNEG", "word 'EASYNEG' is on this model already, as 'EasyNeg'"),
+        ("Cat", "word 'Cat' is already a token of this model .* such as 'my-Cat'"),
+        ("*", r"word '\*' is already a token of this model"),
+        ("<|endoftext|>", "is already a token of this model"),
+        ("EASYNEG", "this model already has the word 'EASYNEG', as 'EasyNeg'"),
     ],
 )
 def test_bad_words_are_refused(word: str, message: str, model: minidiff.Model, file: Path) -> None:
@@ -305,7 +305,7 @@ def test_bad_words_are_refused(word: str, message: str, model: minidiff.Model, f
 
 
 def test_two_words_of_one_name(tiny_model: minidiff.Model, file: Path) -> None:
-    with pytest.raises(ValueError, match="word 'easyneg' is on this model already, as 'EasyNeg'"):
+    with pytest.raises(ValueError, match="this model already has the word 'easyneg', as 'EasyNeg'"):
         minidiff.with_words(tiny_model, {"EasyNeg": file, "easyneg": file})
 
 

@@ -115,8 +115,8 @@ def mask_name(grid: Grid) -> str:
 
 
 def picture_name(adapter: int, number: int, grid: Grid | None = None) -> str:
-    """The name among a forward pass's `inputs` of some pictures' tokens [B,T,D] for an IP-Adapter, or with a grid, of
-    how much they count in each of its cells, [B or 1,h,w]. number: counts what the adapter reads, each by itself.
+    """The key in `inputs` of the pictures' tokens [B,T,D] for an IP-Adapter, or, with a grid, of their weight in each
+    cell, [B or 1,h,w]. number: counts the pictures that the adapter reads separately.
     """
     return f"pictures.{adapter}.{number}{'' if grid is None else f'.{grid[0]}x{grid[1]}'}"
 

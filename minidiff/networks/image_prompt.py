@@ -1,9 +1,9 @@
-"""IP-Adapter's own networks (Ye et al. 2023, arXiv:2308.06721): what a vision model says of a picture, to tokens.
+"""IP-Adapter's own networks (Ye et al. 2023, arXiv:2308.06721): from a vision model's features to tokens.
 
-The tokens are as wide as the text's. The UNet attends to them with keys and values of their own: `to_k_ip` and
-`to_v_ip` of its AttentionLayers. Names of weights are those of the files, under `image_proj.`.
+The tokens are as wide as the text's. The UNet attends to them with separate keys and values: `to_k_ip` and `to_v_ip`
+of its AttentionLayers. Weights are named as in the files, under `image_proj.`.
 
-Shapes: n pictures, E numbers that the vision model gives for each picture or each of its P patches, T tokens, D wide.
+Shapes: n pictures, E features from the vision model per picture or per each of its P patches, T tokens, D wide.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Projection(nn.Module):
 
 
 class FullProjection(nn.Module):
-    """The "full face" adapter: one token for each patch, the class token included."""
+    """The "full face" adapter: one token per patch, including the class token."""
 
     reads = "patches"
 
@@ -84,7 +84,7 @@ class Resampler(nn.Module):
 
 
 class Reader(nn.Module):
-    """Attention of the queries to the patches and to themselves."""
+    """Attention from the queries to the patches and to themselves."""
 
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
@@ -114,13 +114,13 @@ _KINDS: tuple[tuple[str, type[AnyProjection]], ...] = (
     ("proj.3.weight", FullProjection),
     ("latents", Resampler),
 )
-"""(A key that only this kind has, its network)."""
+"""(A key that is unique to one kind, the network of that kind)."""
 
 
 def image_projection(shapes: Shapes, width: int) -> AnyProjection | None:
-    """The network of these tensors (named without `image_proj.`), for a UNet whose text is so wide; None: of no kind.
+    """The network for these tensors (named without `image_proj.`) and a text this wide; None if no kind matches.
 
-    Its sizes are the tensors' own. KeyError where one that tells them is missing, ValueError where it tells nonsense.
+    Its sizes come from the tensors. KeyError if a tensor needed for them is missing, ValueError if they make no sense.
     """
     kind = next((kind for key, kind in _KINDS if key in shapes), None)
     return None if kind is None else kind(shapes, width)

@@ -118,7 +118,7 @@ class Phrases:
         return ids, ranges
 
     def _pieces(self, prompt: str) -> Iterator[tuple[int, str, range | None]]:
-        """The prompt cut at its added words: the start of each piece, its text, and the rows if it is such a word."""
+        """Split the prompt at added words: the start of each piece, its text, and its rows if it is an added word."""
         end = 0
         if self.added:
             words = sorted(self.added, key=len, reverse=True)
@@ -194,7 +194,7 @@ class TextEncoder(Phrases):
 
 
 class TextConfig(NamedTuple):
-    """What shapes a CLIP text encoder, under the names of its config.json."""
+    """The sizes and settings of a CLIP text encoder, named as in its config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -255,12 +255,12 @@ def part(model: CLIPTextModel, name: str) -> torch.nn.Module:
 
 
 def part_path(model: CLIPTextModel, name: str) -> str:
-    """The path of that module in this transformers version."""
+    """The path of a module (see part()) in this transformers version."""
     return (PREFIX if hasattr(model, "text_model") else "") + name
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """The same for a text without added words."""
+    """Phrases._tokenize for a text without added words."""
     encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     starts = sorted({start for start, _ in encoded["offset_mapping"]})
     following = dict(zip(starts, [*starts, len(prompt)][1:], strict=True))

@@ -1,4 +1,4 @@
-"""with_image_prompt(): an IP-Adapter on a model, so that pictures prompt it beside the text."""
+"""with_image_prompt(): add an IP-Adapter to a model, to prompt it with pictures as well as text."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .vision import load_image_encoder
 
 _PARTS = ("image_proj.", "ip_adapter.")
 _FACES = ("perceiver_resampler.", "to_k_lora.", "to_q_lora.")
-"""What the names of FaceID's tensors hold, and no other's."""
+"""Parts of tensor names that only FaceID adapters have."""
 
 
 def with_image_prompt(model: Model, file: str | Path, image_encoder: str | Path) -> Model:
-    """The model with an IP-Adapter, which shares all else with it; the old one does not change.
+    """The model with an IP-Adapter; it shares everything else with the old model, which does not change.
 
-    generate's `image_prompt` then takes a picture. Call it again to put on another adapter: they count from 0.
+    generate's `image_prompt` then takes a picture. Call again to add another adapter; adapters count from 0.
 
     file: a .safetensors file as published for SD 1.5: the plain one, "plus" and "plus face" (with a resampler), "full
         face" or "light". image_encoder: the CLIP vision model that it was trained with, a folder with config.json and
-        model.safetensors (and preprocessor_config.json, where it is not CLIP's usual one), or a hub id, also of a
-        folder in it: "h94/IP-Adapter/models/image_encoder".
-    Source: Ye et al. 2023, IP-Adapter. ValueError where the file is another kind of adapter, or one of the two does not
+        model.safetensors (and preprocessor_config.json, if it is not CLIP's usual one), or a hub id, optionally with
+        a folder in it: "h94/IP-Adapter/models/image_encoder".
+    Source: Ye et al. 2023, IP-Adapter. ValueError if the file is another kind of adapter, or one of the two does not
     fit.
     """
     if not isinstance(model, Model):
@@ -61,7 +61,7 @@ def with_image_prompt(model: Model, file: str | Path, image_encoder: str | Path)
 
 
 def find_image_adapter(file: str | Path) -> tuple[Path, dict[str, Stored]]:
-    """An IP-Adapter's file and its tensors, from the header alone. ValueError where it is of another kind."""
+    """An IP-Adapter's file and its tensors, from the header alone. ValueError for another kind of file."""
     if not isinstance(file, str | Path):
         raise ValueError(f"file is {shown(file)}; expected the path of an IP-Adapter's .safetensors file")
     path = Path(file).expanduser()
@@ -69,17 +69,17 @@ def find_image_adapter(file: str | Path) -> tuple[Path, dict[str, Stored]]:
     own = {key.removeprefix(_PARTS[0]) for key in stored if key.startswith(_PARTS[0])}
     if not any(key.startswith(_PARTS) for key in stored):
         kind = recognise({key: tensor.shape for key, tensor in stored.items()}).name
-        raise ValueError(f"{path} is no IP-Adapter; by its tensors, it is: {kind}")
+        raise ValueError(f"{path} is not an IP-Adapter; by its tensors, it is: {kind}")
     if any(mark in key for key in stored for mark in _FACES) or {"proj.0.weight", "norm.weight"} <= own:
         raise ValueError(
-            f"{path} is a FaceID adapter, which reads what a face recogniser says; expected one that reads pictures, "
+            f"{path} is a FaceID adapter, which reads a face recogniser's features; expected one that reads pictures, "
             "such as ip-adapter-plus-face_sd15.safetensors"
         )
     return path, stored
 
 
 def _encoder(model: Model, source: str | Path, path: Path, projection: AnyProjection) -> ImageEncoder:
-    """The vision model: that of an adapter before, where it is the same."""
+    """The vision model, shared with an earlier adapter if it is the same."""
     there = (one.encoder for one in model.image_adapters if one.encoder.origin == str(source))
     encoder = next(there, None) or load_image_encoder(source, model.dtype, model.device)
     kind, axis = ("projection_dim", 0) if projection.reads == "embedding" else ("hidden_size", 1)
@@ -87,7 +87,7 @@ def _encoder(model: Model, source: str | Path, path: Path, projection: AnyProjec
     if width != projection.inputs:
         raise ValueError(
             f"{path} was trained with a vision model whose {kind} is {projection.inputs}, that of {source} is {width}; "
-            "expected the one of its kind (h94/IP-Adapter/models/image_encoder, but for files named vit-G)"
+            "expected the one it was trained with (h94/IP-Adapter/models/image_encoder, except for vit-G files)"
         )
     return encoder
 
@@ -106,7 +106,7 @@ def _fill(adapter: nn.ModuleDict, path: Path, stored: Mapping[str, Stored], mode
 
 
 def _grown(unet: UNet, layers: nn.ModuleDict) -> UNet:
-    """The UNet with one more pair of layers in each cross-attention."""
+    """The UNet with another pair of layers in each cross-attention."""
     modules: dict[str, nn.Module] = {}
     for site, pair in zip(_sites(unet), layers.values(), strict=True):
         for name, layer in cast("nn.ModuleDict", pair).items():
@@ -116,7 +116,7 @@ def _grown(unet: UNet, layers: nn.ModuleDict) -> UNet:
 
 
 def _empty(unet: UNet, stored: Mapping[str, Stored]) -> nn.ModuleDict:
-    """An IP-Adapter without memory, named as in the file, once every name and shape is known to fit."""
+    """An IP-Adapter on the meta device, named as in the file, after checking that all names and shapes fit."""
     shapes = {key: tensor.shape for key, tensor in stored.items()}
     own = {key.removeprefix(_PARTS[0]): shape for key, shape in shapes.items() if key.startswith(_PARTS[0])}
     width = unet.config.cross_attention_dim
@@ -148,7 +148,7 @@ def _projection(shapes: Mapping[str, tuple[int, ...]], width: int) -> AnyProject
 
 
 def _sites(unet: UNet) -> list[Site]:
-    """The layers in the order in which the file counts them: the middle one comes last."""
+    """The cross-attention layers in the file's order: the mid block's comes last."""
     last = [site for site in unet.sites if site.place == "mid"]
     return [site for site in [*(site for site in unet.sites if site.place != "mid"), *last] if site.kind == "cross"]
 

@@ -60,7 +60,7 @@ def load_vision(
 
 
 def load_image_encoder(source: str | Path, dtype: torch.dtype, device: torch.device) -> ImageEncoder:
-    """An ImageEncoder from a folder or a hub id. ValueError that says what does not fit."""
+    """An ImageEncoder from a folder or a hub id. ValueError if something does not fit."""
     if not isinstance(source, str | Path) or source == "":
         raise ValueError(f"image_encoder is {shown(source)}; expected the folder of a CLIP vision model, or a hub id")
     folder = local_path(source) or fetch_image_encoder(str(source))
@@ -86,14 +86,14 @@ def load_image_encoder(source: str | Path, dtype: torch.dtype, device: torch.dev
     reading = read_preprocessor(folder) if there else (edge, CLIP_MEAN, CLIP_STD)
     if reading[0] != edge:
         raise ValueError(
-            f"{folder}/preprocessor_config.json gives {reading[0]} pixels, the image encoder reads {edge}: they are of "
-            "different models"
+            f"{folder}/preprocessor_config.json gives {reading[0]} pixels, the image encoder reads {edge}: they are "
+            "from different models"
         )
     return ImageEncoder(vision, read_tensors(last, shapes, dtype, device)[key], *reading, str(source))
 
 
 def read_preprocessor(folder: Path) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """(edge, mean, std) of preprocessor_config.json. ValueError unless it resizes, cuts and scales as CLIP does."""
+    """(edge, mean, std) from preprocessor_config.json. ValueError unless it resizes, crops and scales as CLIP does."""
     path = folder / "preprocessor_config.json"
     config = read_json(path)
     size, crop = config.get("size", 224), config.get("crop_size", 224)
@@ -103,7 +103,7 @@ def read_preprocessor(folder: Path) -> tuple[int, tuple[float, ...], tuple[float
     if not same or config.get("resample", 3) != 3 or not all(config.get(step, True) for step in steps):
         raise ValueError(
             f"{path}: size {shown(size)}, crop_size {shown(crop)}, resample {shown(config.get('resample', 3))}; "
-            "expected CLIP's: the shorter edge resized (bicubic, 3), its middle cut out and normalised"
+            "expected CLIP's: the shorter edge resized (bicubic, 3), centre-cropped and normalised"
         )
     edge = whole(f"{path}: size", edge, 1, 2**14)
     mean, std = (

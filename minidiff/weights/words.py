@@ -1,7 +1,7 @@
 """Textual inversion (Gal et al. 2022): words whose token embeddings come from a file.
 
-A file holds one tensor, [n,D] or [D]: n vectors for one word, D the width of the text encoder. A1111 and kohya name it
-`emb_params`, diffusers after the word it was trained for, a converted pickle of A1111's "*". The name does not matter:
+A file has one tensor, [n,D] or [D]: n vectors for one word, D the width of the text encoder. A1111 and kohya name it
+`emb_params`, diffusers after the word it was trained for, converted pickles of A1111 "*". The name does not matter:
 the caller gives the word.
 """
 
@@ -25,13 +25,13 @@ _TABLE = "embeddings.token_embedding"
 
 
 def with_words(model: Model, words: Mapping[str, str | Path]) -> Model:
-    """A model that knows further words, {word: file}. The old one does not change; all but a table is shared.
+    """A model with additional words, {word: file}. The old one does not change and shares all but the embedding table.
 
-    A word stands for the vectors of its .safetensors file, a textual inversion embedding: as many tokens as vectors. It
-    is read in prompts and negative prompts wherever it is a whole word, in any case (of two that begin alike, the
-    longer one), and is a phrase like any other in boxes, spans and attention.
-    ValueError for a word that is empty, has whitespace, comes twice or is a token already; for a file that is damaged,
-    or no embedding for this model.
+    A word stands for the vectors of its .safetensors file, a textual inversion embedding, with one token per vector. It
+    is recognised in prompts and negative prompts as a whole word, in any case (if two begin alike, the longer one), and
+    can be a phrase like any other in boxes, spans and attention.
+    ValueError for a word that is empty, has whitespace, occurs twice or is a token already; for a file that is damaged
+    or not an embedding for this model.
     """
     if not isinstance(words, Mapping):
         raise ValueError(
@@ -55,7 +55,7 @@ def with_words(model: Model, words: Mapping[str, str | Path]) -> Model:
 
 
 def find_embedding(file: str | Path) -> Stored:
-    """The tensor of an embedding's file, from its header. ValueError that says what the file is instead."""
+    """The tensor of an embedding's file, from its header. ValueError if the file is something else, which it names."""
     if not isinstance(file, str | Path):
         raise ValueError(f"the file of a word is {shown(file)}; expected a path")
     path = Path(file).expanduser()
@@ -73,9 +73,9 @@ def find_embedding(file: str | Path) -> Stored:
     if not kind.startswith((EMBEDDING, "unknown")):
         raise ValueError(f"{path} is no {EMBEDDING}, it is a file of another kind: {kind}")
     if len(tensors) > 1 and "emb_params" in tensors:
-        raise ValueError(f"{path} has unknown keys beside emb_params ({names}); {expected}")
+        raise ValueError(f"{path} has unknown keys besides emb_params ({names}); {expected}")
     if len(tensors) > 1:
-        raise ValueError(f"{path} holds {len(tensors)} tensors ({names}), and nothing tells which to take; {expected}")
+        raise ValueError(f"{path} holds {len(tensors)} tensors ({names}), none known as the embedding; {expected}")
     (only,) = tensors.values()
     if not 1 <= len(only.shape) <= 2 or not only.dtype.startswith(("F", "BF")):
         raise ValueError(f"{path} holds {only.key} of shape {list(only.shape)} and dtype {only.dtype}; {expected}")
@@ -83,7 +83,7 @@ def find_embedding(file: str | Path) -> Stored:
 
 
 def _read(stored: Stored, text: TextEncoder, like: Tensor) -> Tensor:
-    """The vectors [n,D], in the dtype and on the device of `like`. ValueError where they do not fit."""
+    """The vectors [n,D], in the dtype and on the device of `like`. ValueError if they do not fit."""
     path, most = stored.path, text.length - 2
     *_, count, width = (1, *stored.shape)
     if width != text.width:
@@ -103,21 +103,21 @@ def _read(stored: Stored, text: TextEncoder, like: Tensor) -> Tensor:
 
 def _check_word(word: object, text: TextEncoder) -> None:
     if not isinstance(word, str) or not word or any(map(str.isspace, word)) or not word.isprintable():
-        raise ValueError(f"word is {shown(word)}; expected a name without spaces, as it is to stand in a prompt")
+        raise ValueError(f"word is {shown(word)}; expected a name without spaces, as used in prompts")
     there = next((name for name in text.added if _same(name, word)), None)
     if there is not None:
         raise ValueError(
-            f"word {word!r} is on this model already, as {there!r} (case does not matter); take another name"
+            f"this model already has the word {word!r}, as {there!r} (case does not matter); use another name"
         )
     tokenizer = text.tokenizer
     ids = tokenizer(word, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) == 1 and (ids[0] != tokenizer.unk_token_id or word in tokenizer.all_special_tokens):
         raise ValueError(
-            f"word {word!r} is a token of this model already, and would lose its meaning; take another name, such as "
+            f"word {word!r} is already a token of this model and would lose its meaning; use another name, such as "
             f"{f'my-{word}'!r}"
         )
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether the tokenizer would not tell two words apart."""
+    """Whether two words are the same for the tokenizer."""
     return unicodedata.normalize("NFC", one).lower() == unicodedata.normalize("NFC", other).lower()

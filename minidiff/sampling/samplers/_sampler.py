@@ -45,7 +45,7 @@ class Sampler(ABC):
         `usual_spacing`.
     fractions: whether it accepts fractional timesteps.
     settings: other settings of this algorithm in diffusers' config, with the values that are implemented here.
-    guided_calls: how many calls of a step layout guidance moves x before.
+    guided_calls: the number of calls per step before which layout guidance moves x.
     """
 
     name: ClassVar[str]
@@ -158,5 +158,5 @@ def derivative(x: Tensor, output: Tensor, sigma: float, prediction_type: str) ->
 
 
 def cleaned(x: Tensor, output: Tensor, sigma: float, prediction_type: str) -> Tensor:
-    """The clean latents that a network output means, for x in "ve" space."""
+    """The clean latents from a network output, for x in "ve" space."""
     return x - sigma * derivative(x, output, sigma, prediction_type)

@@ -1,4 +1,4 @@
-"""Samplers that call the network twice in a step."""
+"""Samplers that call the network twice per step."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TwoCallSampler(SigmaSampler):
-    """Calls the network where a step begins and at `_middle`, a sigma in between. A step that ends at 0 is Euler's.
+    """Calls the network at the start of a step and at `_middle`, a sigma in between. A step to 0 is an Euler step.
 
-    Space "ve". n steps down to 0 make 2 n - 1 calls. Layout guidance moves x at the first call of a step only.
+    Space "ve". n steps down to 0 make 2 n - 1 calls. Layout guidance moves x only before the first call of a step.
     """
 
     guided_calls: ClassVar[int] = 1
@@ -31,7 +31,7 @@ class TwoCallSampler(SigmaSampler):
         """The sigma of a step's second call."""
 
     def _middle_time(self, noise: NoiseSchedule, middle: float, after: float | None) -> float:
-        """The timestep of a step's second call; `after` is that of the next step."""
+        """The timestep of a step's second call; `after` is the next step's first."""
         return float(timesteps_at(noise, np.array([middle]))[0])
 
     def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:

@@ -1,4 +1,4 @@
-"""DPM-Solver-2, Lu et al. 2022 (arXiv 2206.00927), as k-diffusion's sample_dpm_2."""
+"""DPM-Solver-2, Lu et al. 2022 (arXiv 2206.00927), like k-diffusion's sample_dpm_2."""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from minidiff.sampling.spacing import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class DPM2(TwoCallSampler):
-    """Alg. 1 with r = 1/2: a step along the slope in its middle, in log sigma. Karras timesteps are rounded."""
+    """Alg. 1 with r = 1/2: a step along the slope at its midpoint in log sigma. Karras timesteps are rounded."""
 
     name: ClassVar[str] = "dpm2"
     rounds: ClassVar[bool] = True

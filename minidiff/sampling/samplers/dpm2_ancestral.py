@@ -1,4 +1,4 @@
-"""DPM-Solver-2 with fresh noise, as k-diffusion's sample_dpm_2_ancestral."""
+"""DPM-Solver-2 with fresh noise, like k-diffusion's sample_dpm_2_ancestral."""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from minidiff.sampling.spacing import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class DPM2Ancestral(TwoCallSampler):
-    """DPM2's step to down = end^2 / start, then the noise that leads up to end. The middle of both, in log sigma, is
+    """DPM2's step to down = end^2 / start, then noise back up to end. The midpoint of start and down in log sigma is
     end itself. Karras timesteps are rounded.
     """
 

@@ -14,9 +14,9 @@ from minidiff.sampling.spacing import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class DPMpp2SAncestral(TwoCallSampler):
-    """Alg. 1 with r = 1/2 to down = end^2 / start, then the noise that leads up to end. diffusers has none.
+    """Alg. 1 with r = 1/2 to down = end^2 / start, then noise back up to end. Not in diffusers.
 
-    The middle of start and down, in log sigma, is end itself.
+    The midpoint of start and down in log sigma is end itself.
     """
 
     name: ClassVar[str] = "dpmpp_2s_ancestral"

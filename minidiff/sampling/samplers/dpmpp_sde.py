@@ -1,4 +1,4 @@
-"""DPM-Solver++(2S) on the reverse SDE, as k-diffusion's sample_dpmpp_sde."""
+"""DPM-Solver++(2S) on the reverse SDE, like k-diffusion's sample_dpmpp_sde."""
 
 import math
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from minidiff.sampling.spacing import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class DPMppSDE(TwoCallSampler):
-    """r = 1/2, eta 1: an ancestral step to the middle, in log sigma, and one to the end with what is seen there.
+    """r = 1/2, eta 1: an ancestral step to the midpoint in log sigma, and one to the end with the output from there.
 
-    Both add noise of one Brownian motion in sigma. k-diffusion and diffusers draw it from torchsde's tree, which has a
-    seed of its own; here its two increments of a step are drawn one after the other: other numbers of the same law.
+    Both add noise from one Brownian motion in sigma. k-diffusion and diffusers draw it from torchsde's tree, which has
+    its own seed; here the two increments of a step are drawn in turn: other numbers, the same distribution.
     """
 
     name: ClassVar[str] = "dpmpp_sde"
@@ -46,7 +46,7 @@ class DPMppSDE(TwoCallSampler):
 
 
 def _ancestral(x: Tensor, clean: Tensor, start: float, end: float, walked: Tensor) -> Tensor:
-    """Euler's step to down = end^2 / start, then up to end with the motion's increment over the step."""
+    """An Euler step to down = end^2 / start, then back up to end with the Brownian increment over the step."""
     down = end**2 / start
     up = math.sqrt(end**2 - down**2) / math.sqrt(start - end)
     return clean + down / start * (x - clean) + up * walked

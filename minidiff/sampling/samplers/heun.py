@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Heun(TwoCallSampler):
-    """Alg. 1: an Euler step, taken again with the mean of the slopes at both of its ends."""
+    """Alg. 1: an Euler step, repeated with the mean of the slopes at both ends."""
 
     name: ClassVar[str] = "heun"
 
