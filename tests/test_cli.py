@@ -259,7 +259,7 @@ def test_bad_arguments_are_one_line_and_exit_code_2(flags: list[str], text: str,
     [
         (["--width", 30], "width is 30; expected a positive multiple of 4 pixels, such as 32"),
         (["--sampler", "euler", "--eta", 0.5], "eta is 0.5"),
-        (["--sampler", "pndm", "--karras"], "expected one with it: dpm2, dpm2_ancestral"),
+        (["--sampler", "pndm", "--karras"], "expected one with it: deis, dpm2, dpm2_ancestral"),
         (["--spacing", "odd"], "odd"),
         (["--clip-skip", 9], "clip_skip: got 9, expected 0 to 2"),
         (["--dtype", "int8"], "dtype 'int8' is unknown"),

@@ -40,7 +40,9 @@ from minidiff.sampling import (
     sampler_by_name,
     sampler_fields,
 )
+from minidiff.sampling.samplers.deis import DEIS, log_integrals
 from minidiff.sampling.samplers.lms import lagrange_integrals
+from minidiff.sampling.samplers.uni_pc import UniPC
 from minidiff.sampling.spacing import timesteps_at
 from minidiff.vocabulary import SAMPLERS
 
@@ -90,9 +92,13 @@ def _made(name: str, settings: str) -> Any:
 def trajectory(scheduler: Any, **step_args: object) -> list[Tensor]:
     """Latents after each of diffusers' calls, with the noise that ours draws.
 
-    Where a step has two calls (order 2) in float64: diffusers' (x - (x - sigma * eps)) / sigma cancels at small sigmas.
+    In float64 where diffusers' float32 cancels: (x - (x - sigma * eps)) / sigma with two calls a step (order 2), and
+    DEIS' weights, from logarithms.
     """
-    dtype = torch.float64 if scheduler.order == 2 else torch.float32
+    exact = scheduler.order == 2 or "DEIS" in type(scheduler).__name__
+    dtype = torch.float64 if exact else torch.float32
+    if exact:
+        scheduler.sigmas = scheduler.sigmas.double()
     x, out = start().to(dtype) * scheduler.init_noise_sigma, []
     if "generator" in inspect.signature(scheduler.step).parameters:
         step_args["generator"] = torch.Generator().manual_seed(5)
@@ -152,9 +158,11 @@ def assert_same_path(mine: Sequence[Tensor], theirs: Sequence[Tensor], tolerance
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-@pytest.mark.parametrize("spacing", [None, "leading", "trailing"])
+EPS_AND_V = [("epsilon", None), ("epsilon", "leading"), ("epsilon", "trailing"), ("v_prediction", None)]
+
+
+@pytest.mark.parametrize(("prediction_type", "spacing"), EPS_AND_V)
 @pytest.mark.parametrize("steps", [1, 2, 10, 20, 50])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", list(THEIRS))
 def test_every_step_equals_diffusers(name: str, prediction_type: str, steps: int, spacing: str | None) -> None:
     if name == "dpm2_ancestral" and steps == 2 and spacing is None:
@@ -167,10 +175,12 @@ def test_every_step_equals_diffusers(name: str, prediction_type: str, steps: int
     assert_same_path(ours(sampler, schedule), at_the_ends(trajectory(scheduler), sampler, schedule))
 
 
-@pytest.mark.parametrize("spacing", [None, "leading", "trailing"])
+KARRAS = sorted(set(THEIRS) - {"ddim", "pndm", "euler_ancestral"})
+
+
+@pytest.mark.parametrize(("prediction_type", "spacing"), EPS_AND_V)
 @pytest.mark.parametrize("steps", [1, 2, 10, 50])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", ["euler", "lms", "dpmpp_2m", "heun", "dpm2", "dpm2_ancestral", "dpmpp_sde"])
+@pytest.mark.parametrize("name", KARRAS)
 def test_karras_equals_diffusers(name: str, prediction_type: str, steps: int, spacing: str | None) -> None:
     if name == "dpm2_ancestral" and steps == 2 and spacing is None:
         pytest.skip("as above")
@@ -408,11 +418,97 @@ def test_lms_coefficients_integrate_the_lagrange_basis(order: int) -> None:
         assert weight == pytest.approx((integral(1.1) - integral(2.7)) / basis(nodes[i]), rel=1e-9)
 
 
+@pytest.mark.parametrize("end", [1.1, 0.0])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_deis_weights_integrate_the_lagrange_basis_in_log_sigma(order: int, end: float) -> None:
+    nodes = [2.7, 5.0, 9.1][:order]
+    grid = np.linspace(max(end, 1e-9) ** 0.25, 2.7**0.25, 20_001) ** 4  # dense near 0
+    for i, weight in enumerate(log_integrals(nodes, 2.7, end)):
+        basis = np.ones_like(grid)
+        for other in nodes[:i] + nodes[i + 1 :]:
+            basis *= np.log(grid / other) / math.log(nodes[i] / other)
+        assert weight == pytest.approx(-np.trapezoid(basis, grid), rel=1e-5)
+
+
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_lms_order_equals_diffusers(order: int) -> None:
     sampler = LMS(order=order)
     theirs = trajectory(reference("lms", config(), 10), order=order)
     assert_same_path(ours(sampler, sampler.schedule(SD15, 10)), theirs)
+
+
+@pytest.mark.parametrize("karras", [False, True])
+@pytest.mark.parametrize("steps", [2, 10, 20])
+@pytest.mark.parametrize(
+    ("sampler", "changes"),
+    [
+        (DEIS(order=1), {"solver_order": 1}),
+        (DEIS(order=3), {"solver_order": 3}),
+        (UniPC(order=1), {"solver_order": 1}),
+        (UniPC(order=3), {"solver_order": 3}),
+        (UniPC(order=3, solver="bh1"), {"solver_order": 3, "solver_type": "bh1"}),
+    ],
+)
+def test_solvers_of_other_orders_equal_diffusers(
+    sampler: Any, changes: dict[str, object], steps: int, karras: bool
+) -> None:
+    kind, _ = THEIRS[sampler.name]
+    settings = config(_class_name=kind.__name__, use_karras_sigmas=karras, **changes)
+    scheduler, sampler = reference(sampler.name, settings, steps), replace(sampler, karras=karras)
+    noise = NoiseSchedule.from_config(settings)
+    assert noise.sampler == sampler
+    mine, theirs = ours(sampler, sampler.schedule(noise, steps)), trajectory(scheduler)
+    last = steps - 1 if getattr(sampler, "solver", "") == "bh1" else steps  # where diffusers multiplies 0 by infinity
+    assert_same_path(mine[:last], theirs[:last])
+    assert mine[-1].isfinite().all()
+
+
+def test_dpmpp_3m_sde_equals_k_diffusions() -> None:
+    """sample_dpmpp_3m_sde of k-diffusion, eta 1, in float64."""
+    sampler = sampler_by_name("dpmpp_3m_sde")
+    schedule = sampler.schedule(SD15, 12)
+    noise, out = fresh_noise(), []
+    x = start().double() * math.sqrt(schedule.spans[0][0] ** 2 + 1)  # k-diffusion's x is variance exploding
+    clean_1, clean_2, h_1, h_2 = x, x, 0.0, 0.0
+    for i, (sigma, to) in enumerate(schedule.spans):
+        clean = x - sigma * network(x / math.sqrt(sigma**2 + 1), schedule.timesteps[i].float())
+        if to == 0:
+            x = clean
+        else:
+            h = math.log(sigma / to)
+            x = math.exp(-2 * h) * x - math.expm1(-2 * h) * clean
+            phi_2 = math.expm1(-2 * h) / (2 * h) + 1
+            if i > 1:
+                r0, r1 = h_1 / h, h_2 / h
+                d1_0, d1_1 = (clean - clean_1) / r0, (clean_1 - clean_2) / r1
+                d1, d2 = d1_0 + (d1_0 - d1_1) * r0 / (r0 + r1), (d1_0 - d1_1) / (r0 + r1)
+                x = x + phi_2 * d1 - (phi_2 / (2 * h) - 0.5) * d2
+            elif i > 0:
+                x = x + phi_2 * (clean - clean_1) / (h_1 / h)
+            x = x + noise() * to * math.sqrt(-math.expm1(-2 * h))
+            h_1, h_2 = h, h_1
+        clean_1, clean_2 = clean, clean_1
+        out.append(x / math.sqrt(to**2 + 1))
+    assert_same_path(ours(sampler, schedule), out)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])
+def test_guidance_at_any_step_moves_what_follows(name: str) -> None:
+    """With a network that predicts nothing, a displacement reaches the result whichever step it comes before."""
+    sampler = sampler_by_name(name)
+    schedule, push = sampler.schedule(SD15, 8), 0.1 * torch.cos(start())
+
+    def last(moved: int) -> Tensor:
+        def refine(x: Tensor, t: Tensor, abar: float, index: int) -> Tensor:
+            return x + push if index == moved else x
+
+        def nothing(x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, Any]:
+            return torch.zeros_like(x), {}
+
+        return list(sample(nothing, start(), schedule, sampler, refine, fresh_noise()))[-1].latents
+
+    for moved in range(8):
+        assert (last(moved) - last(-1)).abs().max() > 0.02, moved
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -459,11 +555,11 @@ def test_names() -> None:
     assert sampler_by_name("lms_karras") == sampler_by_name("LMS", karras=True) == LMS(karras=True)
     assert sampler_by_name("Euler a", karras=True) == EulerAncestral(karras=True)
     assert sampler_by_name("DPM++ 2M Karras", spacing="leading") == DPMpp2M(karras=True, spacing="leading")
-    with pytest.raises(ValueError, match="sampler 'unipc' is UniPC, which is not implemented; expected one of ddim"):
-        sampler_by_name("unipc")
+    with pytest.raises(ValueError, match="sampler 'restart' is Restart, which is not implemented; expected one of"):
+        sampler_by_name("restart")
     with pytest.raises(
         ValueError,
-        match=r"karras is True with sampler 'ddim'; expected .*: dpm2, dpm2_anc.*, dpmpp_2m, .*euler, euler_anc",
+        match=r"karras is True with sampler 'ddim'; expected .*: deis, dpm2, dpm2_anc.*, dpmpp_2m, .*euler, euler_anc",
     ):
         sampler_by_name("ddim_karras")
     with pytest.raises(ValueError, match="karras is False but the sampler is 'dpmpp_2m_karras'"):
@@ -522,8 +618,8 @@ def test_the_fields_of_a_sampler_give_it_again(sampler: Sampler) -> None:
 
 
 def test_a_config_whose_sampler_is_not_implemented() -> None:
-    noise = NoiseSchedule.from_config(config(_class_name="UniPCMultistepScheduler"))
-    with pytest.raises(ValueError, match="config names 'UniPCMultistepScheduler', which is not implemented; name a"):
+    noise = NoiseSchedule.from_config(config(_class_name="IPNDMScheduler"))
+    with pytest.raises(ValueError, match="config names 'IPNDMScheduler', which is not implemented; name a"):
         choose_sampler(noise, None)
     assert choose_sampler(noise, None, "lms") == LMS()
     with pytest.raises(ValueError, match=r"the scheduler config names no scheduler \(it has no _class_name\)"):

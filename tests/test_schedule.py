@@ -23,12 +23,16 @@ from minidiff.sampling import (
     EulerAncestral,
     NoiseSchedule,
     Sampler,
+    sampler_by_name,
 )
 from minidiff.sampling.spacing import karras_sigmas, sigmas_at, timesteps_at
 
 their: Any = diffusers  # untyped
 SD15 = NoiseSchedule.from_config(SD15_SCHEDULER_CONFIG)
 ALL: tuple[Callable[..., Sampler], ...] = (DDIM, PNDM, Euler, EulerAncestral, LMS, DPMpp2M)
+
+
+SDE = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
 
 
 def config(**changes: object) -> dict[str, object]:
@@ -95,6 +99,11 @@ def test_clip_sample_is_ignored() -> None:
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++"}, DPMpp2M()),
         ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -math.inf}, DPMpp2M()),
         ({"use_karras_sigmas": True}, PNDM()),
+        ({"_class_name": "HeunDiscreteScheduler", "use_karras_sigmas": True}, sampler_by_name("heun", karras=True)),
+        ({"_class_name": "DPMSolverSinglestepScheduler"}, sampler_by_name("dpmpp_2s")),
+        (SDE, sampler_by_name("dpmpp_2m_sde")),
+        ({**SDE, "solver_type": "heun"}, sampler_by_name("dpmpp_2m_sde_heun")),
+        ({**SDE, "solver_order": 3, "use_karras_sigmas": True}, sampler_by_name("dpmpp_3m_sde", karras=True)),
     ],
 )
 def test_the_configs_class_names_a_sampler(changes: dict[str, object], sampler: Sampler) -> None:
@@ -105,7 +114,8 @@ def test_the_configs_class_names_a_sampler(changes: dict[str, object], sampler: 
 @pytest.mark.parametrize(
     ("changes", "refusal"),
     [
-        ({"_class_name": "UniPCMultistepScheduler"}, "names 'UniPCMultistepScheduler', which"),
+        ({"_class_name": "IPNDMScheduler"}, "names 'IPNDMScheduler', which"),
+        ({"_class_name": "UniPCMultistepScheduler", "solver_order": 4}, "with solver_order 4"),
         ({"_class_name": None}, "names no scheduler (it has no _class_name)"),
         ({"_class_name": 3}, "names 3, which"),
         ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, "with rescale_betas_zero_snr True"),
@@ -113,7 +123,7 @@ def test_the_configs_class_names_a_sampler(changes: dict[str, object], sampler: 
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "with timestep_type 'continuous'"),
         ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "with use_beta_sigmas True"),
         ({"_class_name": "EulerDiscreteScheduler", "sigma_max": 700.0}, "with sigma_max 700.0"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "sde-dpmsolver"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver"}, "sde-dpmsolver"),
         ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "with solver_order 3"),
     ],
 )

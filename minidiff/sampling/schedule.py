@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,9 @@ MOST_TIMESTEPS = 100_000  # 100 times that of any Stable Diffusion; tables and r
 # Switches that change the noise levels or the latents. They are in the `settings` of samplers whose scheduler in
 # diffusers has them; the others ignore them.
 _SWITCHES = ("rescale_betas_zero_snr", "thresholding")
+
+# What diffusers' DPMSolverMultistepScheduler is with algorithm_type sde-dpmsolver++, by its other settings.
+_SDE = ("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
 
 # scheduler/scheduler_config.json of stable-diffusion-v1-5, also used for single files, which have no config.
 SD15_SCHEDULER_CONFIG: Mapping[str, object] = MappingProxyType(
@@ -163,15 +165,16 @@ def _own_sampler(config: Mapping[str, object]) -> tuple[Sampler | None, str]:
         name = None
     if name is None:
         return None, f"names {shown(kind)}, which is not implemented"
-    made = sampler_class(name)
-    for key, known in made.settings.items():
-        value = config.get(key)
-        if value is not None and value not in known:
-            return None, f"names {kind} with {key} {shown(value)}, which is not implemented"
-    heeded = "use_karras_sigmas" not in made.settings and "karras" in {one.name for one in fields(made)}
-    karras = _flag(config, "use_karras_sigmas") and heeded
-    changes: dict[str, Any] = {"karras": True} if karras else {}
-    return replace(made(), **changes), ""
+    _flag(config, "use_karras_sigmas")
+    refusals = []
+    stochastic = name == "dpmpp_2m" and config.get("algorithm_type") == "sde-dpmsolver++"
+    for one in _SDE if stochastic else (name,):
+        made = sampler_class(one)
+        wrong = [key for key, known in made.settings.items() if config.get(key) not in (None, *known)]
+        if not wrong:
+            return made(**made.of_config(config)), ""
+        refusals.append(f"names {kind} with {wrong[0]} {shown(config[wrong[0]])}, which is not implemented")
+    return None, refusals[0]
 
 
 def _number(config: Mapping[str, object], key: str, default: float) -> float:

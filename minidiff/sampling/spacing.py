@@ -183,6 +183,6 @@ def levels_back(noise: NoiseSchedule, times: Floats, steps: int, final: float) -
 
 
 def training_karras(noise: NoiseSchedule, steps: int) -> Floats:
-    """Karras sigmas over the whole training range, then 0: [steps + 1]."""
+    """Karras sigmas over the whole training range [steps]."""
     known = noise.training_sigmas()
-    return np.append(karras_sigmas(float(known[-1]), float(known[0]), steps), 0.0)
+    return karras_sigmas(float(known[-1]), float(known[0]), steps)

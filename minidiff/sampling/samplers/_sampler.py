@@ -6,8 +6,8 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -67,6 +67,12 @@ class Sampler(ABC):
     def stochastic(self) -> bool:
         """Whether `run` draws fresh noise."""
         return False
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, object]) -> dict[str, Any]:
+        """The fields that diffusers' config of this algorithm sets."""
+        heeds = "use_karras_sigmas" not in cls.settings and "karras" in {one.name for one in fields(cls)}
+        return {"karras": True} if heeds and config.get("use_karras_sigmas") else {}
 
     def schedule(
         self, noise: NoiseSchedule, steps: int | None = None, *, timesteps: Custom = None, sigmas: Custom = None

@@ -1,58 +1,32 @@
-"""DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095)."""
-
-from __future__ import annotations
+"""DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095)."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-import numpy as np
 from torch import Tensor
 
-from minidiff.sampling.samplers._sampler import Ask, Draw, Sampler, Settings, predict, signal
-from minidiff.sampling.spacing import Schedule, sigmas_at, spaced_timesteps, timesteps_at, training_karras, vp_schedule
-
-if TYPE_CHECKING:
-    from minidiff.sampling.schedule import Floats, NoiseSchedule
+from minidiff.sampling.samplers._multistep import MultistepSampler, first_order
+from minidiff.sampling.samplers._sampler import Ask, Draw, Settings, predict
+from minidiff.sampling.spacing import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPMpp2M(Sampler):
-    """DPM-Solver++ 2M, Alg. 2, midpoint; first order in the first and last step.
-
-    Space "vp". karras: sigmas (eq. 5 of Karras et al. 2022) over the whole training range, timesteps rounded. A run of
-    n steps is spaced as n + 1 points, and the lowest is dropped.
-    """
+class DPMpp2M(MultistepSampler):
+    """Alg. 2, midpoint; first order in the first and last step."""
 
     name: ClassVar[str] = "dpmpp_2m"
+    truncates_cosine: ClassVar[bool] = True
     settings: ClassVar[Settings] = {
+        **MultistepSampler.settings,
         "algorithm_type": ("dpmsolver++", "deis"),  # diffusers reads deis as dpmsolver++ and these types as midpoint
         "solver_order": (2,),
         "solver_type": ("midpoint", "bh1", "bh2", "logrho"),
-        "final_sigmas_type": ("zero",),
         "lambda_min_clipped": (-math.inf,),
         "use_lu_lambdas": (False,),
-        "use_flow_sigmas": (False,),
-        "use_exponential_sigmas": (False,),
-        "use_beta_sigmas": (False,),
         "rescale_betas_zero_snr": (False,),
-        "thresholding": (False,),
     }
-    karras: bool = False
-
-    def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
-        if levels is None and not self.karras:
-            if times is None:
-                times = spaced_timesteps(noise, steps, self._spacing(noise), drop_last=True)
-            levels = np.append(sigmas_at(noise, times), 0.0)
-        else:
-            levels = training_karras(noise, steps) if levels is None else levels
-            times = timesteps_at(noise, levels[:-1])
-            # diffusers rounds, but truncates with cosine betas
-            times = np.floor(times) if noise.beta_schedule == "squaredcos_cap_v2" else times.round()
-        levels = levels.astype(np.float32).astype(np.float64)
-        return vp_schedule(self.name, noise, times, levels[:-1], levels[1:])
 
     def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:
         before, last = 0.0, None  # the previous call's sigma and clean latents
@@ -64,7 +38,6 @@ class DPMpp2M(Sampler):
             if last is not None and call < len(schedule.spans) - 1 and before > start > end:
                 ratio = math.log(before / start) / math.log(start / end)  # h_0 / h, in lambda = -log sigma
                 target = clean + (clean - last) / (2 * ratio)
-            # alpha' * (1 - exp(-h)) is alpha' * (1 - end / start)
-            x = signal(end) / signal(start) * end / start * x + signal(end) * (1 - end / start) * target
+            x = first_order(x, target, start, end)
             before, last = start, clean
             yield x

@@ -1,0 +1,86 @@
+"""The schedule that diffusers' solvers of the DPM-Solver family share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from minidiff.checks import whole
+from minidiff.sampling.samplers._sampler import Draw, Sampler, Settings, signal
+from minidiff.sampling.spacing import Schedule, sigmas_at, spaced_timesteps, timesteps_at, training_karras, vp_schedule
+
+if TYPE_CHECKING:
+    from minidiff.sampling.schedule import Floats, NoiseSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultistepSampler(Sampler):
+    """Space "vp", one call a step, whole timesteps. A run of n steps is spaced as n + 1 points, the lowest is dropped.
+
+    karras: sigmas (eq. 5 of Karras et al. 2022) over the whole training range, timesteps rounded.
+    truncates_cosine: whether diffusers truncates Karras timesteps of cosine betas instead.
+    """
+
+    truncates_cosine: ClassVar[bool] = False
+    settings: ClassVar[Settings] = {
+        "final_sigmas_type": ("zero",),
+        "use_flow_sigmas": (False,),
+        "use_exponential_sigmas": (False,),
+        "use_beta_sigmas": (False,),
+        "thresholding": (False,),
+    }
+    karras: bool = False
+
+    def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
+        if levels is None and not self.karras:
+            if times is None:
+                times = spaced_timesteps(noise, steps, self._spacing(noise), drop_last=True)
+            levels = sigmas_at(noise, times)
+            levels = np.append(levels, self._end(noise, float(noise.training_sigmas()[0])))
+        else:
+            if levels is None:
+                levels = training_karras(noise, steps)
+                levels = np.append(levels, self._end(noise, float(levels[-1])))
+            times = timesteps_at(noise, levels[:-1])
+            truncated = self.truncates_cosine and noise.beta_schedule == "squaredcos_cap_v2"
+            times = np.floor(times) if truncated else times.round()
+        levels = levels.astype(np.float32).astype(np.float64)
+        return vp_schedule(self.name, noise, times, levels[:-1], levels[1:])
+
+    def _end(self, noise: NoiseSchedule, lowest: float) -> float:
+        """Where a run ends; lowest: the smallest sigma of its kind of levels."""
+        return 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderedSampler(MultistepSampler):
+    """A solver of order 1 to 3."""
+
+    order: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "order", whole("order", self.order, 1, 3, "1, 2 or 3"))
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, object]) -> dict[str, Any]:
+        order = config.get("solver_order")
+        return super().of_config(config) | ({} if order is None else {"order": order})
+
+
+def first_order(x: Tensor, clean: Tensor, start: float, end: float) -> Tensor:
+    """DDIM's step as in Lu et al. 2022 (arXiv 2211.01095), eq. 9: 1 - exp(-h) is 1 - end / start."""
+    return signal(end) / signal(start) * end / start * x + signal(end) * (1 - end / start) * clean
+
+
+def sde_step(x: Tensor, clean: Tensor, bend: Tensor | None, start: float, end: float, fresh: Draw) -> Tensor:
+    """SDE-DPM-Solver++'s first-order step, with what higher orders add to the clean latents' part."""
+    ratio = (end / start) ** 2  # exp(-2 h)
+    target = (1 - ratio) * clean if bend is None else (1 - ratio) * clean + bend
+    x = signal(end) / signal(start) * ratio * x + signal(end) * target
+    return x + signal(end) * end * math.sqrt(1 - ratio) * fresh() if 0 < end < start else x
