@@ -412,13 +412,28 @@ def test_wrong_files_are_named(
         with_image_prompt(tiny_model, path, encoder_folder)
 
 
+def test_a_pickle_is_refused_with_a_recipe_that_works(
+    tmp_path: Path, tiny_model: minidiff.Model, files: Mapping[str, Path], encoder_folder: Path
+) -> None:
+    """The older files hold two nested dictionaries."""
+    nested: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in load_file(files["plus"]).items():
+        part, _, name = key.partition(".")
+        nested[part][name] = value
+    torch.save(nested, tmp_path / "ip-adapter.bin")
+    with pytest.raises(ValueError, match="is a pickle") as caught:
+        with_image_prompt(tiny_model, tmp_path / "ip-adapter.bin", encoder_folder)
+    exec(str(caught.value).split("in Python: ")[1], {})
+    model = with_image_prompt(tiny_model, tmp_path / "ip-adapter.safetensors", encoder_folder)
+    expected = with_image_prompt(tiny_model, files["plus"], encoder_folder)
+    assert torch.equal(ours(model, image_prompt=picture()), ours(expected, image_prompt=picture()))
+
+
 def test_files_that_cannot_be_read_are_named(
     tmp_path: Path, tiny_model: minidiff.Model, files: Mapping[str, Path], encoder_folder: Path
 ) -> None:
-    torch.save({"image_proj": {}}, tmp_path / "ip-adapter.bin")
     (tmp_path / "cut.safetensors").write_bytes(files["plain"].read_bytes()[:-100])
     for name, message in (
-        ("ip-adapter.bin", "pickle"),
         ("cut.safetensors", "too few"),
         ("none.safetensors", "not there"),
     ):

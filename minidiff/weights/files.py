@@ -160,6 +160,7 @@ def how_to_convert(path: Path, target: str | None = None) -> str:
         "torch.serialization.add_safe_globals([torch.nn.ParameterDict]); "  # in early textual inversions
         f"d = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
         "d = d.get('state_dict') or d.get('string_to_param') or d; "
+        "d = {f'{k}.{n}': v for k, p in d.items() for n, v in p.items()} if 'ip_adapter' in d else d; "
         "t = {str(k): v.detach().contiguous() for k, v in d.items() if hasattr(v, 'shape')}; "
         f"assert t, 'no tensors'; save_file(t, {save!r})"
     )
