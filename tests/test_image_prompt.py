@@ -14,79 +14,51 @@ import numpy as np
 import pytest
 import torch
 from compare import relative_error
-from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import minidiff
+from bench.image_prompts import (
+    EMBEDDING,
+    HIDDEN,
+    KINDS,
+    SCALE,
+    SEED,
+    load_pipeline,
+    network_errors,
+    put_on,
+    random_picture as picture,
+    their_image,
+    write_image_adapter,
+    write_image_encoder,
+)
 from minidiff import ImagePrompt, with_image_prompt
 from minidiff.cli.main import main
-from minidiff.networks.image_prompt import image_projection
 from minidiff.png.read import read_metadata
 from minidiff.resolve import image_inputs
 from minidiff.speed import accelerate
 from minidiff.speed.packed import Packed
-from minidiff.weights.image_prompt import _layers
 
-WIDTH, HIDDEN, EMBEDDING = 64, 32, 24  # of the text, of the vision model's layers, of its projection
-# along the cells of every grid, where diffusers' bicubic masks are exact too
+WIDTH = 64  # of the text
+# on cell boundaries of every grid, where diffusers' bicubic masks are exact too
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
-
-
-def shapes_of(kind: str) -> dict[str, tuple[int, ...]]:
-    if kind == "plain":
-        return {"proj.weight": (4 * WIDTH, EMBEDDING)}
-    if kind == "full":
-        return {"proj.0.weight": (HIDDEN, HIDDEN), "proj.3.weight": (WIDTH,)}
-    layers = {f"layers.{i}.0.to_q.weight": (128, 48) for i in range(4)}
-    return {"latents": (1, 6, 48), "proj_in.weight": (48, HIDDEN), "layers.0.1.1.weight": (192, 48)} | layers
-
-
-def write_adapter(path: Path, kind: str, model: minidiff.Model, seed: int = 0) -> Path:
-    """A file with the layout of ip-adapter_sd15.safetensors or ip-adapter-plus_sd15.safetensors."""
-    torch.manual_seed(seed)
-    projection = image_projection(shapes_of(kind), WIDTH)
-    assert projection is not None
-    parts = nn.ModuleDict({"image_proj": projection, "ip_adapter": _layers(model.unet)})
-    state = {}
-    for key, value in parts.state_dict().items():
-        norm = (value.ndim == 1 and "norm" in key) or key.endswith((".1.0.weight", ".1.0.bias", "proj.3.weight"))
-        # keys and values large enough that a wrong one shows
-        state[key] = value + 0.1 * torch.randn(value.shape) if norm else 0.3 * torch.randn(value.shape)
-    save_file(state, path)
-    return path
+CALL: dict[str, Any] = {"steps": 2, "seed": SEED, "guidance_scale": SCALE, "sampler": "ddim", "output": "tensor"}
 
 
 @pytest.fixture(scope="module")
 def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vision") / "image_encoder"
-    config = CLIPVisionConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-        projection_dim=EMBEDDING,
-        hidden_act="gelu",
-    )
-    torch.manual_seed(5)
-    model = CLIPVisionModelWithProjection(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    return folder
+    return write_image_encoder(tmp_path_factory.mktemp("vision") / "image_encoder")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, tiny_model: minidiff.Model) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("adapters")
     return {
-        kind: write_adapter(folder / f"{kind}.safetensors", kind, tiny_model, seed)
-        for seed, kind in enumerate(("plain", "plus", "full"))
+        kind: write_image_adapter(folder / f"{kind}.safetensors", kind, tiny_model, seed)
+        for seed, kind in enumerate(KINDS)
     }
 
 
@@ -101,13 +73,6 @@ def two(model: minidiff.Model, files: Mapping[str, Path], encoder_folder: Path) 
     return with_image_prompt(model, files["plus"], encoder_folder)
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (40, 56)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
-
-
-CALL: dict[str, Any] = {"steps": 2, "seed": 4, "guidance_scale": 5.0, "sampler": "ddim", "output": "tensor"}
-
-
 def ours(model: minidiff.Model, **more: Any) -> Tensor:
     images = minidiff.generate("a red circle", model=model, **{**CALL, **more}).images
     assert isinstance(images, Tensor)
@@ -115,29 +80,8 @@ def ours(model: minidiff.Model, **more: Any) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_folder: Path, encoder_folder: Path) -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.image_encoder = CLIPVisionModelWithProjection.from_pretrained(encoder_folder)
-    return pipe
-
-
-def reference(pipe: StableDiffusionPipeline, files: list[Path], scale: Any, masks: Any = None, **more: Any) -> Tensor:
-    """diffusers' image with the adapters, for the same noise."""
-    names = [path.name for path in files]
-    pipe.load_ip_adapter([str(files[0].parent)] * len(names), [""] * len(names), names)
-    pipe.set_ip_adapter_scale(scale)
-    latents = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(CALL["seed"]))[None]
-    return pipe(
-        "a red circle",
-        num_inference_steps=CALL["steps"],
-        guidance_scale=CALL["guidance_scale"],
-        latents=latents,
-        output_type="pt",
-        cross_attention_kwargs=None if masks is None else {"ip_adapter_masks": masks},
-        **more,
-    ).images
+def pipeline(tiny_folder: Path, encoder_folder: Path) -> Any:
+    return load_pipeline(tiny_folder, encoder_folder)
 
 
 def mask(*boxes: tuple[float, float, float, float]) -> Tensor:
@@ -158,41 +102,30 @@ def test_each_kind_equals_diffusers(
     tiny_model: minidiff.Model,
     files: Mapping[str, Path],
     encoder_folder: Path,
-    pipeline: StableDiffusionPipeline,
+    pipeline: Any,
 ) -> None:
     model = with_image_prompt(tiny_model, files[kind], encoder_folder)
     found = ours(model, image_prompt=picture(), image_prompt_scale=scale)
-    expected = reference(pipeline, [files[kind]], scale, ip_adapter_image=picture())
+    put_on(pipeline, [files[kind]], scale)
+    expected = their_image(pipeline, steps=2, ip_adapter_image=picture())
     assert (found - expected).abs().max() < 0.01 / 255
     assert (found - ours(tiny_model)).abs().max() > 2 / 255
 
 
-def test_the_networks_alone_equal_diffusers(
-    two: minidiff.Model, files: Mapping[str, Path], pipeline: StableDiffusionPipeline
-) -> None:
+def test_the_networks_alone_equal_diffusers(two: minidiff.Model, files: Mapping[str, Path], pipeline: Any) -> None:
     """Tokens and UNet output, without a sampler that might average out errors."""
-    names = ["plain.safetensors", "plus.safetensors"]
-    pipeline.load_ip_adapter([str(files["plain"].parent)] * 2, ["", ""], names)
-    pipeline.set_ip_adapter_scale([0.5, 0.8])
-    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 7, WIDTH)
+    pictures = [picture(0), picture(1)]
+    put_on(pipeline, [files["plain"], files["plus"]], [0.5, 0.8])
+    assert network_errors(two, pipeline, pictures, [0.5, 0.8]) <= 1e-5
     with torch.no_grad():
-        embeds = pipeline.prepare_ip_adapter_image_embeds([picture(0), picture(1)], None, "cpu", 1, True)
-        expected = pipeline.unet(x, 500, context, added_cond_kwargs={"image_embeds": embeds}).sample
+        embeds = pipeline.prepare_ip_adapter_image_embeds(pictures, None, "cpu", 1, True)
         theirs = pipeline.unet.encoder_hid_proj(embeds)
-        for adapter, image, tokens in zip(two.image_adapters, (picture(0), picture(1)), theirs, strict=True):
+        for adapter, image, tokens in zip(two.image_adapters, pictures, theirs, strict=True):
             cond, uncond = adapter.tokens([image])
             assert relative_error(torch.cat([uncond, cond]), tokens[:, 0]) <= 1e-5
-        request = minidiff.Request("x", image_prompt=[picture(0), picture(1)], image_prompt_scale=[0.5, 0.8])
-        inputs = image_inputs(request, two, two.unet.positions(8, 8), negative=True)
-        found, _ = two.unet(x, 500, context, inputs=inputs)
-        plain, _ = two.unet(x, 500, context)
-    assert relative_error(found, expected) <= 1e-5
-    assert relative_error(plain, expected) > 1e-2
 
 
-def test_two_at_once_with_masks_equal_diffusers(
-    two: minidiff.Model, files: Mapping[str, Path], pipeline: StableDiffusionPipeline
-) -> None:
+def test_two_at_once_with_masks_equal_diffusers(two: minidiff.Model, files: Mapping[str, Path], pipeline: Any) -> None:
     """Two pictures for the first adapter, each with a box of its own, and one for the second, with a mask."""
     top = (0.0, 0.0, 1.0, 0.5)
     prompts = [
@@ -201,10 +134,10 @@ def test_two_at_once_with_masks_equal_diffusers(
         ImagePrompt(picture(2), box={"mask": mask(top)[0, 0]}, adapter=1),
     ]
     found = ours(two, image_prompt=prompts, image_prompt_scale=[1.0, 0.8])
-    expected = reference(
+    put_on(pipeline, [files["plain"], files["plus"]], [[0.5, 1.0], [0.8]])
+    expected = their_image(
         pipeline,
-        [files["plain"], files["plus"]],
-        [[0.5, 1.0], [0.8]],
+        steps=2,
         masks=[mask(LEFT, RIGHT), mask(top)],
         ip_adapter_image=[[picture(0), picture(1)], [picture(2)]],
     )
@@ -212,10 +145,11 @@ def test_two_at_once_with_masks_equal_diffusers(
 
 
 def test_pictures_without_a_place_are_read_together_as_in_diffusers(
-    model: minidiff.Model, files: Mapping[str, Path], pipeline: StableDiffusionPipeline
+    model: minidiff.Model, files: Mapping[str, Path], pipeline: Any
 ) -> None:
     found = ours(model, image_prompt=[picture(0), picture(1)])
-    expected = reference(pipeline, [files["plain"]], 1.0, ip_adapter_image=[[picture(0), picture(1)]])
+    put_on(pipeline, [files["plain"]], 1.0)
+    expected = their_image(pipeline, steps=2, ip_adapter_image=[[picture(0), picture(1)]])
     assert (found - expected).abs().max() < 0.01 / 255
 
 

@@ -127,7 +127,7 @@ def _empty(unet: UNet, stored: Mapping[str, Stored]) -> nn.ModuleDict:
             f"this adapter{of} makes tokens {theirs} wide, and the model's are {width}; expected one of SD 1.5"
         )
     with torch.device("meta"):
-        adapter = nn.ModuleDict({"image_proj": _projection(own, width), "ip_adapter": _layers(unet)})
+        adapter = nn.ModuleDict({"image_proj": _projection(own, width), "ip_adapter": key_value_layers(unet)})
     check_state("adapter", {key: tuple(value.shape) for key, value in adapter.state_dict().items()}, stored)
     return adapter
 
@@ -153,7 +153,7 @@ def _sites(unet: UNet) -> list[Site]:
     return [site for site in [*(site for site in unet.sites if site.place != "mid"), *last] if site.kind == "cross"]
 
 
-def _layers(unet: UNet) -> nn.ModuleDict:
+def key_value_layers(unet: UNet) -> nn.ModuleDict:
     """Keys and values of each cross-attention, by the file's number: 1, 3, 5, ..., as it counts self-attention too."""
     width = unet.config.cross_attention_dim
     found = nn.ModuleDict()
