@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .checks import choice, number, numbers, shown, tensor, whole
-from .vocabulary import KEYWORDS, SPACINGS, read_sampler
+from .vocabulary import EMPHASES, KEYWORDS, SPACINGS, SYNTAXES, read_sampler
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +42,7 @@ BUNDLED = "minidiff/shapes"
 MOST_IMAGES = 10_000  # per call: the latents alone take 650 MB at 512x512
 _LAST_SEED = 2**64 - 1  # the largest that torch.Generator takes
 _QUIET = (
+    "syntax",
     "images_per_prompt",
     "image_prompt_scale",
     "edits",
@@ -60,6 +61,11 @@ class Request:
     model: a Model from `minidiff.load`, or a hub id, folder or .safetensors file, loaded for this call only. Default:
         the bundled model of coloured shapes, which needs no download.
     negative_prompt: one text for all prompts, or one per prompt; or `negative_context` [P,L,D].
+    syntax: "plain" reads prompts as they are, up to the text encoder's length. "a1111" reads AUTOMATIC1111's marks, and
+        texts of any length in chunks of that length: (word:1.3), (word), [word], BREAK; escape brackets as \\( and \\).
+        Phrases of boxes and of attention are found in the text without marks.
+    emphasis: how weights act, with a syntax: "a1111" (default) multiplies encodings and restores their mean, "compel"
+        moves them away from the empty prompt's, or towards those of the prompt without the words, "none" ignores them.
     width, height: in pixels, multiples of the autoencoder's factor (8 in SD 1.5); default: the UNet's training size.
     steps: sampling steps; or `timesteps` (descending, 0 to 999) or `sigmas` (descending to 0, one more than steps).
     guidance_scale: w in eps_uncond + w * (eps_cond - eps_uncond) (Ho and Salimans 2022, eq. 6), at least 1; 1 runs the
@@ -97,6 +103,8 @@ class Request:
     _: KW_ONLY
     model: Model | str | Path = BUNDLED
     negative_prompt: str | Sequence[str] | None = None
+    syntax: str = "plain"
+    emphasis: str | None = None
     width: int | None = None
     height: int | None = None
     steps: int | None = None
@@ -162,12 +170,27 @@ class Request:
                 f"negative_prompt holds {negatives} texts for {self.prompts} prompts; expected one for all, or one "
                 "per prompt"
             )
+        self._check_syntax()
         self._set("images_per_prompt", whole("images_per_prompt", self.images_per_prompt, 1))
         if self.images > MOST_IMAGES:
             raise ValueError(
                 f"images_per_prompt is {self.images_per_prompt} for {self.prompts} prompts; expected at most "
                 f"{MOST_IMAGES} images in one call"
             )
+
+    def _check_syntax(self) -> None:
+        choice("syntax", self.syntax, SYNTAXES)
+        if self.emphasis is not None:
+            choice("emphasis", self.emphasis, EMPHASES)
+        if self.syntax == "plain":
+            if self.emphasis is not None:
+                raise ValueError(f'emphasis is {self.emphasis!r} but the syntax is plain; expected syntax="a1111" too')
+            return
+        from .prompts.parse import check
+
+        for texts in (self.prompt, self.negative_prompt):
+            for text in listed(texts or ""):
+                check(text)
 
     def _check_numbers(self) -> None:
         for name in ("width", "height", "steps"):

@@ -18,8 +18,7 @@ from .guidance.guide import Guidance, Guide, look_loss
 from .guidance.layout import Layout, Region, plain_boxes
 from .model import Model
 from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
-from .networks.sites import Position, Site, choose, cross, level
-from .networks.text import Phrases
+from .networks.sites import Grid, Position, Site, choose, cross, level
 from .png.chunk import Plain, plain
 from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
 from .request import BUNDLED, Request
@@ -84,6 +83,11 @@ def sample_steps(request: Request) -> Run:
     regions = texts.regions(request, model)
     given_inputs = {name: value.to(model.device) for name, value in (request.inputs or {}).items()}
     own = image_inputs(request, model, there, negative=scale > 1) | given_inputs
+    unread = texts.unread
+    if unread is not None:
+        own["unread"] = unread.to(model.device)
+        skip = Edit(choose(cross, there), bias=_skip_unread)
+        edits += (skip, replace(skip, rows="uncond")) if scale > 1 else (skip,)
     guide, given = None, own
     if any(regions):
         layout = texts.layout(model, regions, encoded.shape[1], there)
@@ -191,8 +195,7 @@ class Run(Iterator[Step]):
         maps = SiteMaps({site: found.detach().float().cpu() for site, found in kept.items()})
         asked = texts.negatives if record.rows == "uncond" else texts.prompts
         prompts = None if asked is None else tuple(text for text in asked for _ in range(texts.repeats))
-        text = Phrases(self._model.text.tokenizer, self._model.text.length, added=self._model.text.added)
-        return Attention(maps, record.kinds, texts.images, text, prompts, self._reduce is PER_STEP)
+        return Attention(maps, record.kinds, texts.images, texts.phrases, prompts, self._reduce is PER_STEP)
 
 
 class Denoise:
@@ -252,6 +255,10 @@ def _only_rows(name: str, rows: str) -> Literal["all"]:
             'expected "cond" or "all", or a larger scale'
         )
     return "all"
+
+
+def _skip_unread(site: Site, grid: Grid, inputs: Inputs) -> Tensor:
+    return inputs["unread"]
 
 
 @dataclass(frozen=True)

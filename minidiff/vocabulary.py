@@ -25,6 +25,8 @@ OBJECTIVES = _stems(_HERE / "guidance" / "objectives") or (
 )
 SPACINGS = ("leading", "linspace", "trailing")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SYNTAXES = ("plain", "a1111")
+EMPHASES = ("a1111", "compel", "none")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 # Known samplers under the name they have or would have here, and A1111's spelling (ComfyUI's if A1111 has none).

@@ -393,12 +393,12 @@ def test_from_a1111(cli: Cli, asked: Asked, tmp_path: Path) -> None:
     path = write_png(tmp_path / "a.png", parameters=A1111)
     _, _, err = cli("generate", "--from", path, "--model", "m")
     got = asked.request
-    assert (got.prompt, got.negative_prompt) == ("a cat, (masterpiece:1.2)", "blurry")
+    assert (got.prompt, got.negative_prompt, got.syntax) == ("a cat, (masterpiece:1.2)", "blurry", "a1111")
     assert (got.steps, got.sampler, got.karras, got.clip_skip) == (2, "dpmpp_2m", True, 1)
     assert (got.guidance_scale, got.seed, got.width, got.height) == (6.5, 9, 16, 32)
     assert err[:2] == [
         f"note: not taken from {path}: Hires upscale",
-        f"note: {path} was not made by minidiff; noise and prompt syntax differ, so the image will not match",
+        f"note: {path} was not made by minidiff; its noise differs, so the image will not match",
     ]
 
 

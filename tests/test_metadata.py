@@ -186,6 +186,7 @@ def test_an_a1111_file_is_read_into_our_names(tmp_path: Path) -> None:
             "height": 768,
             "clip_skip": 1,
             "model": "v1-5-pruned-emaonly",
+            "syntax": "a1111",
         }
     )
     assert back.info == {"model_hash": "6ce0161689", "version": "v1.10.1", "other": {"ENSD": "31337"}}

@@ -23,6 +23,8 @@ WRONG = {
     "prompt": [7, ["a", None], [], b"a"],
     "model": [3, None, ["a"]],
     "negative_prompt": [7, ["a", "b"]],
+    "syntax": ["A1111", "compel", None, 3],
+    "emphasis": ["a1111", "strong", 3, ["a1111"]],
     "width": [0, -8, 8.0, "8", True, np.array([8]), float("inf")],
     "height": [0, 10.5, "8"],
     "steps": [0, 2.5, "2", np.float32(2)],

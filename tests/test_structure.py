@@ -14,7 +14,7 @@ ROOT = Path(minidiff.__file__).parent
 FLOORS = [
     {"checks"},
     {"vocabulary", "networks"},
-    {"sampling", "guidance", "recorded", "speed", "draw", "pictures", "safety", "image_adapter"},
+    {"sampling", "guidance", "prompts", "recorded", "speed", "draw", "pictures", "safety", "image_adapter"},
     {"model"},
     {"weights", "png", "result", "request", "asked"},
     {"resolve"},

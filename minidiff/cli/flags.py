@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from ..vocabulary import OBJECTIVES, SAMPLERS
+from ..vocabulary import EMPHASES, OBJECTIVES, SAMPLERS, SYNTAXES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,6 +71,17 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="TEXT",
         help="what to avoid; give one for all prompts, or one per prompt",
+    )
+    add(
+        "--syntax",
+        metavar="NAME",
+        help=f"{' or '.join(SYNTAXES)}: how prompts are read; a1111 knows (word:1.3), [word], BREAK and long prompts "
+        "(default: plain)",
+    )
+    add(
+        "--emphasis",
+        metavar="NAME",
+        help=f"{', '.join(EMPHASES[:-1])} or {EMPHASES[-1]}: how the weights of --syntax a1111 act (default: a1111)",
     )
     add("--width", type=int, metavar="PIXELS", help="a multiple of 8 in SD 1.5 (default: the model's training size)")
     add("--height", type=int, metavar="PIXELS", help="see --width")

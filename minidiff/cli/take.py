@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ..checks import shown
 from ..png.chunk import plain, reproducible
 from ..png.read import read_metadata
+from ..prompts.parse import NETWORK
 from ..request import BUNDLED, FIELDS, Request
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _REPLACED = {
     "sigmas": ("steps", "timesteps"),
     "sampler": ("karras", "spacing", "eta"),
     "boxes": ("guidance",),
+    "syntax": ("emphasis",),
 }
 _ADAPTER_FLAGS = {"word": "--word {name}=FILE", "image prompt": "--ip-adapter FILE"}  # by the adapter's kind
 
@@ -97,6 +99,9 @@ def take(picture: str, given: Mapping[str, object], loading: Mapping[str, object
             continue
         if name not in FIELDS or name in replaced or _is_fingerprint(value):
             left += [name] if value else []
+        elif name in ("prompt", "negative_prompt") and isinstance(value, str) and found.source == "a1111":
+            fields[name] = NETWORK.sub("", value)
+            left += [f"{network[0]} (load such a file with --lora)" for network in NETWORK.finditer(value)]
         else:
             fields[name] = value
     if "boxes" not in {**fields, **given} and "guidance" in fields and fields["guidance"] != "none":
@@ -109,7 +114,7 @@ def take(picture: str, given: Mapping[str, object], loading: Mapping[str, object
     notes = [] if same else [f"{picture} was made with other image prompts than these"]
     notes += [f"not taken from {picture}: {', '.join(left)}"] if left else []
     if found.source == "a1111":
-        notes.append(f"{picture} was not made by minidiff; noise and prompt syntax differ, so the image will not match")
+        notes.append(f"{picture} was not made by minidiff; its noise differs, so the image will not match")
     elif not reproducible({name: held for name, held in found.arguments.items() if name != "image_prompt"}, found.info):
         notes.append(f"{picture} does not record everything needed, so the image will differ")
     return Taken(picture, fields, options, tuple(notes), found)

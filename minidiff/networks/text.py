@@ -27,6 +27,22 @@ ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's CLIP, and other CLIPs
 
 
 @dataclass(frozen=True, eq=False)
+class Tokens:
+    """A prompt as the text encoder reads it.
+
+    text: in which phrases are found. ids: of its tokens, without markers. ranges: the characters of `text` that each
+    stands for. places: its position in the context; there are fewer where the rest is cut off. size: the positions of
+    a chunk, which begins with a start marker: L, if there is one.
+    """
+
+    text: str
+    ids: Sequence[int]
+    ranges: Sequence[tuple[int, int]]
+    places: Sequence[int]
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
 class Phrases:
     """A tokenizer that finds the positions of a prompt's words.
 
@@ -41,16 +57,24 @@ class Phrases:
 
     def num_tokens(self, prompt: str) -> int:
         """The number of the prompt's tokens that fit; they have positions 1 to this number, before the end marker."""
-        return min(len(self._tokenize(prompt)[0]), self.length - 2)
+        return len(self.read(prompt).places)
+
+    def read(self, prompt: str) -> Tokens:
+        """The prompt's tokens and their positions."""
+        ids, ranges = self._tokenize(prompt)
+        return Tokens(prompt, ids, ranges, range(1, min(len(ids), self.length - 2) + 1), self.length)
 
     def tokens(self, prompt: str) -> tuple[str, ...]:
         """L labels, one per position: the part of the prompt, as written, that the token stands for.
 
         A character of several tokens (e.g. an emoji) labels each of them. Other labels are "<start>", "<end>", "<pad>".
         """
-        kept = self._tokenize(prompt)[1][: self.length - 2]
-        labels = ["<start>", *(prompt[start:end] for start, end in kept), "<end>"]
-        return (*labels, *["<pad>"] * (self.length - len(labels)))
+        read = self.read(prompt)
+        labels = {place: read.text[start:end] for place, (start, end) in zip(read.places, read.ranges, strict=False)}
+        for first in range(0, self.length, read.size):
+            labels[first] = "<start>"
+            labels[next(place for place in range(first, self.length) if place not in labels)] = "<end>"
+        return tuple(labels.get(place, "<pad>") for place in range(self.length))
 
     def spans(self, prompt: str, phrase: str, occurrence: int | None = None) -> tuple[int, ...]:
         """Positions of the phrase's tokens in the prompt.
@@ -62,9 +86,10 @@ class Phrases:
         """
         if not isinstance(phrase, str) or not phrase.strip():
             raise ValueError(f"phrase: got {phrase!r}, expected one or more words of the prompt {prompt!r}")
-        matches = _matches(prompt, self._tokenize(prompt)[1], phrase)
+        read = self.read(prompt)
+        matches = _matches(read.text, read.ranges, phrase)
         if not matches:
-            raise ValueError(_missing(prompt, phrase))
+            raise ValueError(_missing(read.text, phrase))
         if occurrence is None and len(matches) > 1:
             raise ValueError(
                 f"phrase {phrase!r} occurs {len(matches)} times in the prompt {prompt!r}: "
@@ -77,18 +102,19 @@ class Phrases:
                 f"phrase {phrase!r} occurs {len(matches)} time(s) in the prompt {prompt!r}"
             )
         first, last = matches[index]
-        if last >= self.length - 2:
+        if last >= len(read.places):
             raise ValueError(
                 f"phrase {phrase!r} is lost by truncation: it needs the prompt's tokens {first + 1} to {last + 1}, "
                 f"and the text encoder reads {self.length - 2}; move it to the front, or shorten the prompt"
             )
-        return tuple(range(first + 1, last + 2))
+        return tuple(read.places[first : last + 1])
 
     def all_spans(self, prompt: str, phrase: str) -> tuple[int, ...]:
         """Positions of the phrase's tokens at all its occurrences; otherwise like `spans`."""
         if not isinstance(phrase, str) or not phrase.strip():
             return self.spans(prompt, phrase)  # raises ValueError
-        count = len(_matches(prompt, self._tokenize(prompt)[1], phrase))
+        read = self.read(prompt)
+        count = len(_matches(read.text, read.ranges, phrase))
         return tuple(token for i in range(max(count, 1)) for token in self.spans(prompt, phrase, i))
 
     def word_weights(self, prompt: str, weights: Mapping[str, float]) -> torch.Tensor:
@@ -157,19 +183,28 @@ class TextEncoder(Phrases):
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or len(prompts) == 0:
             raise ValueError(f"prompts: got {prompts!r}, expected a non-empty list of strings; write [prompt] for one")
+        ids = torch.tensor(list(map(self._ids, prompts)))
+        self.warn_of_unknown_words(prompts)
+        return self.encode_ids(ids, clip_skip)
+
+    def encode_ids(self, ids: Tensor, clip_skip: int | None = None, mask: Tensor | None = None) -> Tensor:
+        """Contexts [N,L,D] of token ids [N,L], with their markers and padding.
+
+        mask [N,L]: 0 where no token may look, 1 elsewhere; default: 1.
+        """
         layers = int(self.model.config.num_hidden_layers)
         if clip_skip is not None and not 0 <= clip_skip < layers:
             raise ValueError(f"clip_skip: got {clip_skip}, expected 0 to {layers - 1}: the encoder has {layers} layers")
-        ids = torch.tensor(list(map(self._ids, prompts)), device=self.model.device)
-        self._warn_of_unknown_words(prompts)
-        output = self.model(input_ids=ids, output_hidden_states=clip_skip is not None)
+        ids, mask = ids.to(self.model.device), None if mask is None else mask.to(self.model.device)
+        output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=clip_skip is not None)
         context: Tensor = output.last_hidden_state
         if clip_skip is not None:
-            # hidden_states[n] is the output of the first n layers, without the final norm
+            # hidden_states[n] is what the first n layers make of the embeddings, without the final norm
             context = part(self.model, "final_layer_norm")(output.hidden_states[layers - clip_skip])
         return context
 
-    def _warn_of_unknown_words(self, prompts: Sequence[str]) -> None:
+    def warn_of_unknown_words(self, prompts: Sequence[str]) -> None:
+        """Warn of words that are not in `words`."""
         if self.words is None:
             return
         texts = [text for prompt in prompts for _, text, rows in self._pieces(prompt) if rows is None]
@@ -181,15 +216,18 @@ class TextEncoder(Phrases):
 
     def _ids(self, prompt: str) -> list[int]:
         """L token ids: BOS, the prompt's, EOS, padding. Warns about lost words."""
-        ids, offsets = self._tokenize(prompt)
-        room = self.length - 2
-        if len(ids) > room:
-            lost = prompt[offsets[room][0] :]
+        read, room = self.read(prompt), self.length - 2
+        if len(read.ids) > room:
+            lost = prompt[read.ranges[room][0] :]
             line = " ".join(prompt.split())
             name = line if len(line) <= 60 else f"{line[:56]} ..."
-            text = f"prompt {name!r} has {len(ids)} tokens, the text encoder reads {room}: lost {lost!r}"
-            warn(text)
-        ids = [self.tokenizer.bos_token_id, *ids[:room], self.tokenizer.eos_token_id]
+            text = f"prompt {name!r} has {len(read.ids)} tokens, the text encoder reads {room}: lost {lost!r}"
+            warn(f'{text}; syntax="a1111" reads all of it, in chunks')
+        return self.framed(read.ids[:room])
+
+    def framed(self, ids: Sequence[int]) -> list[int]:
+        """L token ids: BOS, these, EOS, padding."""
+        ids = [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
         return ids + [self.tokenizer.pad_token_id] * (self.length - len(ids))
 
 

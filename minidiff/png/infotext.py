@@ -38,6 +38,8 @@ _NUMBERS: tuple[tuple[str, str, Callable[[str, object, float, float], float], fl
 """A1111's key, our name, and the range; a value beyond it means a damaged or malicious file."""
 _HASHES = {"word": "TI hashes"}
 """A1111's key for the files of each kind of adapter."""
+_EMPHASIS: Mapping[object, str] = {"a1111": "Original", "none": "Ignore", "compel": "compel"}
+"""Ours to A1111's, which has none for compel's and leaves out its default."""
 
 
 def to_infotext(
@@ -84,6 +86,10 @@ def parse_infotext(text: str) -> tuple[dict[str, Value], dict[str, str]]:
     negative = "\n".join(body[divide:]).removeprefix(NEGATIVE).removeprefix(" ")
     arguments: dict[str, Value] = {"prompt": "\n".join(body[:divide]), "negative_prompt": negative}
     model: dict[str, Value] = {"model": rest.pop("Model")} if "Model" in rest else {}
+    emphases = [ours for ours, theirs in _EMPHASIS.items() if theirs == rest.get("Emphasis")]
+    if emphases:
+        arguments |= {"syntax": "a1111", "emphasis": str(emphases[0])}
+        del rest["Emphasis"]
     return arguments | _take_sampler(rest) | _take_numbers(rest) | model, rest
 
 
@@ -114,6 +120,7 @@ def _settings(arguments: Mapping[str, object]) -> dict[str, object]:
         "Model": get("model"),
         "Clip skip": clip_skip + 1 if isinstance(clip_skip, int) and clip_skip > 0 else None,  # A1111 counts one more
         "Eta DDIM": (get("eta") or None) if sampler == "ddim" else None,
+        "Emphasis": _EMPHASIS.get(get("emphasis") or "a1111") if get("syntax") == "a1111" else None,
         "RNG": None if seed is None else "CPU",  # with this option, A1111 draws the same noise as we do
     }
 

@@ -87,6 +87,8 @@ def _a1111(text: str) -> Metadata:
     names = {"Model hash": "model_hash", "Version": "version"}
     info: dict[str, Plain] = {names[key]: value for key, value in rest.items() if key in names}
     info["other"] = {key: value for key, value in rest.items() if key not in names}
+    if not rest.get("Version", "").startswith("minidiff"):  # ours say how they were read
+        arguments.setdefault("syntax", "a1111")
     return Metadata({**arguments}, info, reproducible=False, source="a1111")
 
 

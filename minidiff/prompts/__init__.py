@@ -1,0 +1,1 @@
+"""Prompts with marks: a text as weighted pieces, pieces as chunks of tokens, chunks as a context."""
