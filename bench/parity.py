@@ -10,6 +10,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -226,9 +227,8 @@ def analytic(x: Tensor, t: Tensor) -> Tensor:
 
 def _path(scheduler: Any, start: Tensor) -> Iterator[Tensor]:
     """Latents after each of diffusers' calls."""
-    x, given = start * scheduler.init_noise_sigma, {}
-    if "generator" in scheduler.step.__code__.co_varnames:
-        given = {"generator": torch.Generator().manual_seed(5)}
+    x, given = start * scheduler.init_noise_sigma, {"generator": torch.Generator().manual_seed(5), "eta": 0.0}
+    given = {name: value for name, value in given.items() if name in signature(scheduler.step).parameters}
     for t in scheduler.timesteps:
         x = scheduler.step(analytic(scheduler.scale_model_input(x, t), t.float()), t, x, **given).prev_sample
         yield x

@@ -96,6 +96,9 @@ THEIRS: dict[str, tuple[Any, Config]] = {
     "dpmpp_3m_sde": (MendedThirdOrder, {**SDE, "solver_order": 3, "solver_type": "heun", "lower_order_final": False}),
     "deis": (diffusers.DEISMultistepScheduler, {}),
     "uni_pc": (diffusers.UniPCMultistepScheduler, {}),
+    "ddpm": (diffusers.DDPMScheduler, {}),
+    "lcm": (diffusers.LCMScheduler, {}),
+    "tcd": (diffusers.TCDScheduler, {}),
 }
 """The samplers that diffusers has too: its class, and the settings that make it this algorithm."""
 COMPARED = (*THEIRS, "euler_karras", "lms_karras", "dpmpp_2m_karras")

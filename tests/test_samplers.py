@@ -40,8 +40,11 @@ from minidiff.sampling import (
     sampler_by_name,
     sampler_fields,
 )
+from minidiff.sampling.samplers.ddpm import DDPM
 from minidiff.sampling.samplers.deis import DEIS, log_integrals
+from minidiff.sampling.samplers.lcm import LCM
 from minidiff.sampling.samplers.lms import lagrange_integrals
+from minidiff.sampling.samplers.tcd import TCD
 from minidiff.sampling.samplers.uni_pc import UniPC
 from minidiff.sampling.spacing import timesteps_at
 from minidiff.vocabulary import SAMPLERS
@@ -100,8 +103,11 @@ def trajectory(scheduler: Any, **step_args: object) -> list[Tensor]:
     if exact:
         scheduler.sigmas = scheduler.sigmas.double()
     x, out = start().to(dtype) * scheduler.init_noise_sigma, []
-    if "generator" in inspect.signature(scheduler.step).parameters:
+    takes = inspect.signature(scheduler.step).parameters
+    if "generator" in takes:
         step_args["generator"] = torch.Generator().manual_seed(5)
+    if "eta" in takes:
+        step_args.setdefault("eta", 0.0)  # as pipelines do; TCD's own is 0.3
     module = sys.modules[type(scheduler).__module__]
     with patch.object(
         module, "randn_tensor", lambda shape, generator, **_: torch.randn(shape, generator=generator), create=True
@@ -175,7 +181,7 @@ def test_every_step_equals_diffusers(name: str, prediction_type: str, steps: int
     assert_same_path(ours(sampler, schedule), at_the_ends(trajectory(scheduler), sampler, schedule))
 
 
-KARRAS = sorted(set(THEIRS) - {"ddim", "pndm", "euler_ancestral"})
+KARRAS = sorted(set(THEIRS) - {"ddim", "pndm", "euler_ancestral", "ddpm", "lcm", "tcd"})
 
 
 @pytest.mark.parametrize(("prediction_type", "spacing"), EPS_AND_V)
@@ -461,6 +467,55 @@ def test_solvers_of_other_orders_equal_diffusers(
     last = steps - 1 if getattr(sampler, "solver", "") == "bh1" else steps  # where diffusers multiplies 0 by infinity
     assert_same_path(mine[:last], theirs[:last])
     assert mine[-1].isfinite().all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_tcd_eta_equals_diffusers(eta: float, steps: int) -> None:
+    schedule = TCD(eta=eta).schedule(SD15, steps)
+    scheduler = reference("tcd", config(), steps)
+    assert_same_path(ours(TCD(eta=eta), schedule), trajectory(scheduler, eta=eta))
+
+
+@pytest.mark.parametrize("kind", [LCM, TCD])
+@pytest.mark.parametrize("changes", [{"original_inference_steps": 100}, {"timestep_scaling": 0.01}])
+def test_settings_of_distilled_models_equal_diffusers(kind: Any, changes: dict[str, object]) -> None:
+    """A small scaling lets LCM's boundary condition be seen."""
+    settings = config(_class_name=THEIRS[kind.name][0].__name__, **changes)
+    noise, scheduler = NoiseSchedule.from_config(settings), reference(kind.name, settings, 4)
+    assert isinstance(noise.sampler, kind)
+    schedule = noise.sampler.schedule(noise, 4)
+    assert_same_run(schedule, scheduler)
+    assert_same_path(ours(noise.sampler, schedule), trajectory(scheduler))
+
+
+@pytest.mark.parametrize("sampler", [LCM(), TCD(), TCD(eta=0.5), DDPM()])
+def test_custom_timesteps_of_those_that_step_exactly_equal_diffusers(sampler: Sampler) -> None:
+    timesteps = [999, 779, 259, 19]
+    scheduler = reference(sampler.name, config(), None, timesteps=timesteps)
+    schedule = sampler.schedule(SD15, timesteps=timesteps)
+    assert_same_run(schedule, scheduler)
+    given = {"eta": sampler.eta} if isinstance(sampler, TCD) else {}
+    assert_same_path(ours(sampler, schedule), trajectory(scheduler, **given))
+
+
+def test_distilled_timesteps() -> None:
+    """4 of 50; or spaced as asked, whatever the model's config says."""
+    leading = replace(SD15, timestep_spacing="leading")
+    assert LCM().schedule(leading, 4).timesteps.tolist() == [999, 759, 499, 259]
+    assert TCD(spacing="trailing").schedule(leading, 4).timesteps.tolist() == [999, 749, 499, 249]
+    for sampler in (LCM(), TCD()):
+        with pytest.raises(ValueError, match="60 steps with original_steps 50 and 1000 .* expected at most"):
+            sampler.schedule(SD15, 60)
+        assert len(replace(sampler, original_steps=100).schedule(SD15, 60).spans) == 60
+    with pytest.raises(ValueError, match=r"tcd takes no sigmas.* pass timesteps"):
+        TCD().schedule(SD15, sigmas=[9.0, 1.0, 0.0])
+    assert LCM().schedule(SD15, sigmas=[9.0, 1.0, 0.0]).spans == ((9.0, 1.0), (1.0, 0.0))
+
+
+def test_ddpm_is_ddim_with_eta_1() -> None:
+    mine = ours(DDPM(), DDPM().schedule(SD15, sigmas=[9.0, 3.0, 1.0, 0.2, 0.0]))
+    assert_same_path(mine, ours(DDIM(eta=1), DDIM().schedule(SD15, sigmas=[9.0, 3.0, 1.0, 0.2, 0.0])))
 
 
 def test_dpmpp_3m_sde_equals_k_diffusions() -> None:

@@ -16,6 +16,7 @@ from minidiff.vocabulary import KEYWORDS, OBJECTIVES, SAMPLERS, a1111_sampler, r
 
 LABELS = {
     "ddim": "DDIM",
+    "ddpm": "DDPM",
     "deis": "DEIS",
     "dpm2": "DPM2",
     "dpm2_ancestral": "DPM2 a",
@@ -29,8 +30,10 @@ LABELS = {
     "euler": "Euler",
     "euler_ancestral": "Euler a",
     "heun": "Heun",
+    "lcm": "LCM",
     "lms": "LMS",
     "pndm": "PLMS",
+    "tcd": "TCD",
     "uni_pc": "UniPC",
 }
 
@@ -110,6 +113,9 @@ def test_other_programs_spellings(text: str, name: str, karras: bool | None) -> 
         ("DPMSolverSDEScheduler", "dpmpp_sde"),
         ("DPMSolverSinglestepScheduler", "dpmpp_2s"),
         ("DEISMultistepScheduler", "deis"),
+        ("DDPMScheduler", "ddpm"),
+        ("LCMScheduler", "lcm"),
+        ("TCDScheduler", "tcd"),
         ("UniPCMultistepScheduler", "uni_pc"),
     ],
 )
@@ -121,9 +127,6 @@ def test_diffusers_classes(kind: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "label"),
     [
-        ("DDPMScheduler", "DDPM"),
-        ("LCM", "LCM"),
-        ("TCDScheduler", "TCD"),
         ("Restart", "Restart"),
         ("dpm_fast", "DPM fast"),
         ("ipndm", "IPNDM"),
@@ -132,7 +135,7 @@ def test_diffusers_classes(kind: str, name: str) -> None:
 def test_what_is_not_implemented_is_named(text: str, label: str) -> None:
     named = label.replace("+", r"\+")
     with pytest.raises(
-        ValueError, match=rf"sampler .*{named}(, which)? is not implemented; expected one of ddim, deis"
+        ValueError, match=rf"sampler .*{named}(, which)? is not implemented; expected one of ddim, ddpm"
     ):
         read_sampler(text)
 

@@ -171,7 +171,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="spacing of the timesteps: leading, linspace or trailing (default: the sampler's)",
     )
-    add("--eta", type=float, metavar="E", help="0 to 1, fresh noise in each step of ddim (default: 0)")
+    add("--eta", type=float, metavar="E", help="0 to 1, fresh noise in each step of ddim or tcd (default: 0)")
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
