@@ -20,6 +20,7 @@ from torch import Tensor
 from minidiff.networks.unet import UNet
 from minidiff.sampling import SD15_SCHEDULER_CONFIG, NoiseSchedule, Schedule, sample, sampler_by_name
 
+from .adapters import adapter_rows
 from .images import image_rows
 from .machine import print_header
 from .models import SD15, TINY, Config, text_dict, unet_dict, vae_dict, write_folder
@@ -272,6 +273,7 @@ SMALL: dict[str, Callable[[], Iterator[Row]]] = {
     "text": lambda: text_rows("small", text_dict(64, 256, 3, 4)),
     "samplers": _each(lambda: (sampler_rows(name) for name in COMPARED)),
     "images": _small_images,
+    "adapters": adapter_rows,
 }
 FULL: dict[str, Callable[[], Iterator[Row]]] = {
     "unet": lambda: unet_rows("SD 1.5", SD15.unet, GRIDS, 1),

@@ -76,6 +76,10 @@ from .sampling import (
 )
 from .weights.image_prompt import with_image_prompt as with_image_prompt
 from .weights.load import load as load
+from .weights.lora import (
+    LoRA as LoRA,
+    with_loras as with_loras,
+)
 from .weights.words import with_words as with_words
 
 __version__: str

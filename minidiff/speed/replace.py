@@ -26,11 +26,16 @@ def with_weights(network: Network, changes: Mapping[str, Tensor]) -> Network:
     """
     if not isinstance(network, nn.Module):
         raise ValueError(f"network is {shown(network)}; expected one such as model.unet")
-    there = dict(network.named_parameters(remove_duplicate=False))
-    new = _replaced(network, _copies(there, changes), free_numbers())
+    new = adapted(network, changes)
     if changes:
         vars(new)["changed_weights"] = changed_weights(network) | set(changes)
     return new
+
+
+def adapted(network: Network, changes: Mapping[str, Tensor]) -> Network:
+    """with_weights for changes that the model's `adapters` tell of: they do not count among changed_weights()."""
+    there = dict(network.named_parameters(remove_duplicate=False))
+    return _replaced(network, _copies(there, changes), free_numbers())
 
 
 def with_modules(network: Network, modules: Mapping[str, nn.Module]) -> Network:

@@ -1,7 +1,7 @@
 """load(): a model from the hub, a folder or a single file. Built on the meta device, then filled strictly: every weight
 assigned, none left over."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +19,7 @@ from ..speed.accelerate import compile_unet, prepare
 from ..speed.device import choose_device, choose_dtype, dtype_choice
 from .files import Stored, check_finite, read_tensors, stored_tensors
 from .hub import fetch_tokenizer, fetch_vae
+from .lora import LoRA, read_loras, with_loras
 from .names import unwrap
 from .open import local_path, open_source
 from .safety import find_safety, load_safety
@@ -54,6 +55,7 @@ def load(
     compile: bool = False,
     safety: bool | str | Path = False,
     words: Mapping[str, str | Path] | None = None,
+    loras: Sequence[LoRA | str | Path] = (),
 ) -> Model:
     """Load a Stable Diffusion 1.x model from safetensors; pickles are refused.
 
@@ -77,12 +79,14 @@ def load(
         (safety_checker/, feature_extractor/); or a folder or hub id that has one. `Result.flagged` has the result; the
         pictures are not changed.
     words: {word: file} of textual inversion embeddings; see with_words.
+    loras: files, or LoRA(file, weight), to merge into the model; see with_loras.
 
     Raises ValueError if the source cannot be loaded: missing, unexpected and misshapen keys (by name), another kind of
     model, a damaged file, an unknown hub id, a model that is neither local nor reachable.
     """
     for file in (words or {}).values():
         find_embedding(file)  # a wrong file is reported before the model is read
+    read_loras(loras)  # a wrong one need not wait for the model
     device = choose_device(device)
     why, dtype = dtype_choice(dtype, device), choose_dtype(dtype, device)
     found = _find(source, tokenizer, None if vae is None else _vae(vae, variant), variant, revision)
@@ -128,6 +132,7 @@ def load(
         dtype_choice=why,
         safety=None if checker is None else load_safety(checker, dtype, device),
     )
+    model = with_loras(model, *loras) if loras else model
     return with_words(model, words) if words else model
 
 

@@ -53,10 +53,27 @@ _OTHERS = (
     (r"^(vision_model|visual)\.", "CLIP image encoder, or a whole CLIP"),
 )
 
+CONTEXTS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+"""Width of the text that a UNet reads -> whose it is."""
+# (what some key of a LoRA looks like, what it is for or of which kind)
+_NO_LORA_OF_OURS = (
+    (
+        r"lora_te2_|text_encoder_2\.|transformer_blocks[._][1-9]|label_emb|add_embedding",
+        "a LoRA for Stable Diffusion XL",
+    ),
+    (r"(double|single)_(transformer_)?blocks[._]", "a LoRA for Flux"),
+    (r"joint_blocks[._]", "a LoRA for Stable Diffusion 3"),
+    (r"^(lora_)?transformer[._]", "a LoRA for a transformer, such as Flux or Stable Diffusion 3"),
+    (r"motion_modules[._]", "a LoRA for AnimateDiff"),
+    (r"\.b?oft_|oft_(blocks|diag|R)", "an OFT, which rotates weights"),
+    (r"\.on_input$", "an (IA)3, which scales activations"),
+    (r"\.(a|b|bm|c)[12]\.weight$|\.bm[12]\.", "a GLoRA"),
+)
 
+_ON_A_MODEL = "it changes a model; load the model, and put this on it with loras=[...] or --lora"
 _WANTED = {
-    "LoRA": "it changes a model; load the model itself",
-    "LoRA in cloneofsimo's first format": "it changes a model; load the model itself",
+    "LoRA": _ON_A_MODEL,
+    "LoRA in cloneofsimo's first format": _ON_A_MODEL,
     "checkpoint with averaged weights (EMA) alone": "use the complete checkpoint, or its non-EMA part",
     "model folder's networks in one file": "load the folder that they belong to",
     "UNet in LDM names alone": "use the complete checkpoint, or load the model folder that it belongs to",
@@ -99,6 +116,22 @@ def recognise(shapes: Shapes) -> Kind:
     return Kind("unknown", f"its tensors are not those of a Stable Diffusion 1.x checkpoint (the first keys: {some})")
 
 
+def lora_problem(shapes: Shapes) -> str | None:
+    """Why a file is no LoRA for Stable Diffusion 1.x, by its keys alone; None where they do not tell."""
+    if not shapes:
+        return "it holds no tensors"
+    if not is_lora(shapes):
+        kind = recognise(shapes)
+        return f"it is {_a(kind.name)}, no LoRA" if kind.name != "unknown" else "its tensors are not those of a LoRA"
+    what = name_of(shapes, _NO_LORA_OF_OURS)
+    return None if what is None else f"it is {what}; minidiff reads LoRA, LoHa, LoKr, DoRA for Stable Diffusion 1.x"
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether keys are those of a LoRA or one of its kin, for whatever model."""
+    return name_of(keys, [row for row in _OTHERS if row[1].startswith("LoRA")]) is not None
+
+
 def name_of(keys: Iterable[str], table: Iterable[tuple[str, str]] = _RELATIVES + _OTHERS) -> str | None:
     """The kind of a file with these keys, from the tables above; None if no key matches."""
     lines = "\n".join(keys)
@@ -114,10 +147,8 @@ def refuse_widths(in_channels: int, context: int) -> Kind | None:
             "image-conditioned model, such as an InstructPix2Pix model or GeoWizard",
             "its UNet takes 8 channels: latents and an encoded image",
         )
-    elif context == 1024:
-        name, why = "Stable Diffusion 2 model", "its text embedding is 1024 wide"
-    elif context == 2048:
-        name, why = "Stable Diffusion XL model", "its text embedding is 2048 wide"
+    elif context in CONTEXTS:
+        name, why = f"{CONTEXTS[context]} model", f"its text embedding is {context} wide"
     else:
         return None
     return Kind(name, f"it is {_a(name)} ({why}); minidiff makes images with Stable Diffusion 1.x")
