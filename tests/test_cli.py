@@ -158,7 +158,8 @@ def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: Asked, tmp_path
         "--model=m --negative-prompt=n --width=16 --height=24 --timesteps=900,500.5 --guidance-scale=2 "
         "--guidance-rescale=0.5 --clip-skip=1 --sampler=lms --karras --spacing=trailing --seed=3,4 "
         "--images=2 --variant=fp16 --revision=r --vae=v --tokenizer=t --prediction-type=v_prediction --dtype=bf16 "
-        "--device=cuda --compile --safety-from=s --word=w=x --word=v=y --box=cat=0,0,1,1 --guidance=boxdiff --attention"
+        "--device=cuda --compile --safety-from=s --word=w=x --word=v=y --lora=f=0.5 --box=cat=0,0,1,1 "
+        "--guidance=boxdiff --attention"
     )
     cli("generate", "a cat", *flags.split())
     assert asked.load == {
@@ -173,6 +174,7 @@ def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: Asked, tmp_path
         "compile": True,
         "safety": "s",
         "words": {"w": "x", "v": "y"},
+        "loras": [minidiff.LoRA("f", 0.5)],
     }
     expected = {
         "prompt": ["a cat"],

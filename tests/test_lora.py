@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +20,7 @@ from bench.adapters import BOUND, CASES, SMALL, errors, merged_pair, tensors_of
 from bench.models import write_folder
 from bench.reference import diffusers, relative_error
 from minidiff import LoRA, with_loras
+from minidiff.cli.main import main
 from minidiff.speed.accelerate import is_compiled
 from minidiff.speed.packed import pack
 from minidiff.speed.replace import changed_weights
@@ -237,6 +240,56 @@ def test_what_is_recorded(model: minidiff.Model, path: Path) -> None:
     assert with_loras(model, path).adapters[0].short_hash == "ab12ab12ab12"
     save_file(one(), path, metadata={"sshs_model_hash": "no, a hash: at all"})
     assert re.fullmatch("[0-9a-f]{12}", with_loras(model, path).adapters[0].short_hash)
+
+
+# ---- the command line, and the picture made again
+
+
+def cli(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, list[str]]:
+    code = main(["generate", *map(str, argv)])
+    return code, capsys.readouterr().err.splitlines()
+
+
+def pixels(path: Path) -> Tensor:
+    return torch.from_numpy(np.array(Image.open(path)))
+
+
+def test_a_picture_is_made_again(folder: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("--model", folder, "--dtype", "float32", "--steps", 2, "--seed", 3, "--width", 32, "--height", 32)
+    with_it, again, without = (tmp_path / f"{name}.png" for name in ("a", "b", "c"))
+    assert cli(capsys, "a cat", *small, "--lora", f"{lora}=0.5,0.25", "--out", with_it) == (0, [])
+    found = minidiff.read_metadata(with_it)
+    assert found.reproducible and "changed_weights" not in found.info
+    (entry,) = found.info["adapters"]
+    assert (entry["kind"], entry["file"]) == ("lora", "both.safetensors")
+    assert entry["weights"] == {"weight": 0.5, "text_weight": 0.25}
+    text = Image.open(with_it).text["parameters"]
+    assert f'Lora hashes: "both: {entry["short_hash"]}"' in text
+    code, err = cli(capsys, "--from", with_it, "--model", folder, "--out", again)
+    assert code == 2 and "pass lora both (--lora FILE; its file was both.safetensors, of sha256" in err[-1]
+    assert cli(capsys, "--from", with_it, "--model", folder, "--lora", lora, "--out", again) == (0, [])
+    assert torch.equal(pixels(again), pixels(with_it))
+    assert cli(capsys, "--from", with_it, "--model", folder, "--lora", f"{lora}=0", "--out", without) == (0, [])
+    assert not torch.equal(pixels(without), pixels(with_it))
+    other = tmp_path / "both.safetensors"
+    save_file(one(), other)
+    code, err = cli(capsys, "--from", with_it, "--model", folder, "--lora", other, "--out", tmp_path / "d.png")
+    assert code == 0
+    assert any("was made with another file for the lora both, of sha256" in line for line in err)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("no.safetensors", "no.safetensors is not there; expected a .safetensors file"),
+        ("x.safetensors=strong", "got 'x.safetensors=strong'; expected e.g. style.safetensors=0.8"),
+        ("x.safetensors=1,2,3", "expected one or two weights"),
+        ("a=b.safetensors", "a=b.safetensors is not there"),
+    ],
+)
+def test_flags_that_are_wrong(flag: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = cli(capsys, "a cat", "--model", folder, "--lora", flag)
+    assert code == 2 and message in err[-1]
 
 
 # ---- what is refused

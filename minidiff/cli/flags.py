@@ -2,11 +2,15 @@
 
 import argparse
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from ..vocabulary import EMPHASES, OBJECTIVES, SAMPLERS, SYNTAXES
+
+LoraFlag: TypeAlias = "tuple[str, float | None, float | None]"
+"""File, weight and text weight of --lora, None where not given."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -193,6 +197,14 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="WORD=FILE",
         help="a word for prompts, from the .safetensors file of a textual inversion embedding; repeatable",
     )
+    add(
+        "--lora",
+        dest="loras",
+        action="append",
+        type=_lora,
+        metavar="FILE[=WEIGHT[,TEXT_WEIGHT]]",
+        help="a LoRA, LoCon, LoHa, LoKr or DoRA for the model, and how strongly it counts (default: 1); repeatable",
+    )
     add("--ip-adapter", action="append", metavar="FILE", help="the .safetensors file of an IP-Adapter; repeatable")
     add("--image-encoder", metavar="SOURCE", help="a folder or hub id: the CLIP vision model that reads the pictures")
     add("--compile", action="store_true", help="use torch.compile: the first step is slow, later ones faster")
@@ -216,6 +228,18 @@ def _image_prompt(text: str) -> dict[str, object]:
 def _scales(text: str) -> float | list[float]:
     scales = _numbers(text)
     return scales if len(scales) > 1 else scales[0]
+
+
+def _lora(text: str) -> LoraFlag:
+    file, sign, numbers = text.rpartition("=")
+    if not re.fullmatch(r"[-+.,\d\s]+(e[-+]?\d+)?", numbers, re.IGNORECASE) or not sign:
+        if file.lower().endswith(".safetensors"):
+            raise argparse.ArgumentTypeError(f"got {text!r}; expected e.g. style.safetensors=0.8")
+        return text, None, None  # a name may hold the sign
+    weight, *more = _numbers(numbers)
+    if len(more) > 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected one or two weights, e.g. style.safetensors=0.8,0.5")
+    return file, weight, more[0] if more else None
 
 
 def _layout(path: str) -> tuple[str, object]:

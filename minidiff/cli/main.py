@@ -19,6 +19,7 @@ from .flags import parser
 if TYPE_CHECKING:
     from ..request import Request
     from ..result import Result
+    from .flags import LoraFlag
     from .take import Taken
 
 EXIT_OUTPUT, EXIT_INPUT, EXIT_ELSEWHERE, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -33,6 +34,7 @@ LOADING = (
     "compile",
     "safety",
     "words",
+    "loras",
 )
 """The flags that are arguments of load(); the others are fields of a Request."""
 
@@ -98,8 +100,11 @@ def _generate(args: argparse.Namespace) -> int:
     from ..speed.accelerate import keep_memory
     from ..weights.image_prompt import with_image_prompt
     from ..weights.load import load
+    from ..weights.lora import LoRA
 
     keep_memory()
+    flags: list[LoraFlag] = loading["loras"] or []
+    loading["loras"] = [LoRA(file, 1.0 if weight is None else weight, text) for file, weight, text in flags]
     model = load(request.model, **loading)  # type: ignore[arg-type]
     for file in args.ip_adapter or ():
         model = with_image_prompt(model, file, args.image_encoder)

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checks import shown
+from ..checks import number, shown
 from ..png.chunk import plain, reproducible
 from ..png.read import read_metadata
 from ..prompts.parse import NETWORK
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..model import Model
     from ..png.chunk import Plain
     from ..png.read import Metadata
+    from .flags import LoraFlag
 
 _OF_THE_MODEL = ("vae", "tokenizer", "prediction_type", "variant", "revision", "dtype")
 _ADAPTER = ("kind", "name", "file", "sha256")
@@ -37,7 +38,8 @@ _REPLACED = {
     "boxes": ("guidance",),
     "syntax": ("emphasis",),
 }
-_ADAPTER_FLAGS = {"word": "--word {name}=FILE", "image prompt": "--ip-adapter FILE"}  # by the adapter's kind
+# The kind of an adapter -> its flag.
+_ADAPTER_FLAGS = {"word": "--word {name}=FILE", "lora": "--lora FILE", "image prompt": "--ip-adapter FILE"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +111,7 @@ def take(picture: str, given: Mapping[str, object], loading: Mapping[str, object
     Request.from_plain({"prompt": "any", "image_prompt": given.get("image_prompt"), **fields}, origin=picture)
     same = _same_pictures(picture, found.arguments.get("image_prompt"), given.get("image_prompt"))
     fields["model"], options, more = _model(picture, found, given, loading)
+    options["loras"] = list(_weighted(picture, found, loading.get("loras")))
     other = found.info.get("other")
     left += [*more, *(list(other) if isinstance(other, dict) else [])]
     notes = [] if same else [f"{picture} was made with other image prompts than these"]
@@ -181,6 +184,22 @@ def _model(
         else:
             left.append(name)
     return model, taken, left
+
+
+def _weighted(picture: str, found: Metadata, loras: object) -> Iterator[LoraFlag]:
+    """The files of --lora, those without a weight with the weights that they had in the picture."""
+    made = found.info.get("adapters")
+    entries = [one for one in made if isinstance(one, dict)] if isinstance(made, list) else []
+    for file, weight, text_weight in loras if isinstance(loras, list) else []:
+        entry = next((one for one in entries if (one.get("kind"), one.get("name")) == ("lora", Path(file).stem)), None)
+        if weight is None and entry is not None:
+            entries.remove(entry)  # a file that was put on twice has two weights
+            own = entry.get("weights")
+            weights = {**own} if isinstance(own, dict) else {}
+            weight = number(f"{picture}: the weight of {file}", weights.get("weight"))
+            if weights.get("text_weight") is not None:
+                text_weight = number(f"{picture}: the text_weight of {file}", weights["text_weight"])
+        yield file, weight, text_weight
 
 
 def _described(named: object, made: object) -> str:

@@ -36,7 +36,7 @@ _NUMBERS: tuple[tuple[str, str, Callable[[str, object, float, float], float], fl
     ("Eta DDIM", "eta", number, -math.inf, math.inf),
 )
 """A1111's key, our name, and the range; a value beyond it means a damaged or malicious file."""
-_HASHES = {"word": "TI hashes"}
+_HASHES = {"word": "TI hashes", "lora": "Lora hashes"}
 """A1111's key for the files of each kind of adapter."""
 _EMPHASIS: Mapping[object, str] = {"a1111": "Original", "none": "Ignore", "compel": "compel"}
 """Ours to A1111's, which has none for compel's and leaves out its default."""

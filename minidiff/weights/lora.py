@@ -214,6 +214,8 @@ class Change:
     def delta(self, parts: Parts, weight: Tensor) -> Tensor:
         """What is added to the weight, of its shape, in float32. RuntimeError or KeyError where parts do not fit."""
         found = self.format.delta(parts)
+        if self.rank == 0:
+            raise RuntimeError("they have no rank")
         if self.rank is not None and ("alpha" in parts or self.alpha is not None):
             alpha = self.alpha if self.alpha is not None else parts["alpha"].reshape(())
             found = found * (alpha / self.rank)
@@ -334,7 +336,7 @@ def _check_fit(path: Path, changes: Sequence[Change], networks: Mapping[str, Sha
             change.delta(parts, torch.empty(shape, device="meta"))
         except KeyError as error:
             problems.append(f"{listed}: its {error.args[0]} is missing")
-        except (RuntimeError, IndexError, ZeroDivisionError):
+        except (RuntimeError, IndexError):
             problems.append(f"{listed}: they do not make a change of {name} {list(shape)}")
     _refuse(path, problems)
 
