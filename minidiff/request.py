@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 Output = Literal["pil", "numpy", "tensor", "latents"]
+FITS = ("resize", "crop", "pad")
 OUTPUTS = ("pil", "numpy", "tensor", "latents")
 REDUCTIONS = ("mean", "last", "per_step")
 BUNDLED = "minidiff/shapes"
@@ -44,6 +45,8 @@ _LAST_SEED = 2**64 - 1  # the largest that torch.Generator takes
 _QUIET = (
     "syntax",
     "images_per_prompt",
+    "fit",
+    "paste",
     "image_prompt_scale",
     "edits",
     "attention",
@@ -80,6 +83,15 @@ class Request:
     images_per_prompt: images of the same prompt are adjacent. Image i of a batch equals, within 1/255 in float32, the
         image made alone from its seed.
     latents: initial latents instead of noise, [images,4,h,w] of unit variance.
+    image: a picture to start from, one for all prompts or one per prompt: a PIL image, an array [H,W,3], a tensor
+        [3,H,W] or a path; turned as its EXIF says, white where it is transparent. It sets the default size.
+    strength: in (0,1], how much of it is made anew: the last steps * strength steps run, from the picture with noise.
+        Default: 0.8, or 1 with a mask, which then starts from noise alone.
+    mask: where to paint in `image` (white, 1), which stays elsewhere: an image, a path, numbers [H,W] in [0,1], or
+        "alpha", which paints where the picture is transparent. Inpainting models (9 channels) need both.
+    fit: how `image` and `mask` get to width and height: "resize" (stretched), "crop" (the middle), or "pad" (all of
+        it; the mask paints around it).
+    paste: with a mask, give finished images the picture's own pixels outside it.
     boxes: where to place things: {phrase of the prompt: (x0, y0, x1, y1)}, from the left and top in [0,1]; one mapping
         for all prompts, or a list with one (or None) per prompt. A phrase may have several boxes, a mask ([H,W] or an
         image), or {"boxes": ..., "weight": 2.0}; token positions may replace the phrase.
@@ -120,6 +132,11 @@ class Request:
     seed: int | Sequence[int] | None = None
     images_per_prompt: int = 1
     latents: Tensor | None = None
+    image: Picture | str | Path | Sequence[Picture | str | Path] | None = None
+    strength: float | None = None
+    mask: Picture | NDArray[np.generic] | str | Path | Sequence[object] | None = None
+    fit: str = "resize"
+    paste: bool = True
     context: Tensor | None = None
     negative_context: Tensor | None = None
     boxes: Boxes | Sequence[Boxes | None] | None = None
@@ -243,6 +260,7 @@ class Request:
                 if one is not None:
                     read_regions(one)
         self._check_guidance()
+        self._check_image()
         self._check_image_prompt()
         if not isinstance(self.edits, tuple) or self.edits or self.attention is not False or self.inputs is not None:
             self._check_attention()
@@ -270,6 +288,25 @@ class Request:
                 f"guidance is {shown(self.guidance)} but there are no boxes to follow; expected "
                 'boxes={"phrase": (x0, y0, x1, y1)} too, or {"phrase": None} for an objective that needs no position'
             )
+
+    def _check_image(self) -> None:
+        choice("fit", self.fit, FITS)
+        if not isinstance(self.paste, bool):
+            raise ValueError(f"paste is {shown(self.paste)}; expected True or False")
+        if self.image is None:
+            for name in ("mask", "strength"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is given without image; expected the picture that it is about, too")
+            return
+        from .pictures import read_each, read_mask, read_picture
+
+        if self.latents is not None:
+            raise ValueError("got both image and latents; expected one of them to start from")
+        self._set("image", read_each("image", self.image, self.prompts, read_picture))
+        if self.mask is not None:
+            self._set("mask", read_each("mask", self.mask, self.prompts, read_mask))
+        if self.strength is not None:
+            self._set("strength", number("strength", self.strength, 1e-6, 1, "a number above 0, at most 1"))
 
     def _check_image_prompt(self) -> None:
         scale = self.image_prompt_scale
@@ -353,6 +390,8 @@ class Request:
                 "seed": self.seed[i] if isinstance(self.seed, list | tuple) else self.seed,
                 "images_per_prompt": 1,
                 "latents": row(self.latents, i),
+                "image": of(self.image),
+                "mask": of(self.mask),
                 "boxes": self.layouts[p],
                 "guidance": self.guidance if self.layouts[p] or self.guidance == "none" else None,
             }

@@ -180,11 +180,8 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
 
     ValueError for what does not fit this model.
     """
-    if model.unet.config.inpaints:
-        raise ValueError(
-            f"{model.name} is an inpainting model, which paints inside a mask of a picture; minidiff does not do that "
-            "yet: expected a text-to-image model"
-        )
+    if model.unet.config.inpaints and request.mask is None:
+        raise ValueError(f"{model.name} is an inpainting model, which paints inside a mask; expected image= and mask=")
     defaults = model.defaults
     sampler = choose_sampler(
         model.noise, defaults.sampler, request.sampler, request.karras, request.spacing, request.eta
@@ -201,9 +198,17 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
         "steps": None if custom else defaults.steps if request.steps is None else request.steps,
         "guidance_scale": defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
         "seed": _seeds(request),
+        **({} if request.image is None else {"strength": _strength(request)}),
         **sampler_fields(sampler),
     }
     return request.filled(values), sampler, how
+
+
+def _strength(request: Request) -> float:
+    """As given, or the pipelines' defaults."""
+    if request.strength is not None:
+        return request.strength
+    return 0.8 if request.mask is None else 1.0
 
 
 def _seeds(request: Request) -> tuple[int, ...]:
@@ -216,11 +221,15 @@ def _seeds(request: Request) -> tuple[int, ...]:
 
 
 def _size(request: Request, model: Model) -> tuple[int, int]:
-    """(width, height) in pixels; default: that of the latents given, else the UNet's training size."""
+    """(width, height) in pixels; default: that of the latents or (rounded down) the picture given, else the UNet's
+    training size.
+    """
     factor = model.vae.config.factor
     width = height = model.unet.config.sample_size * factor
     if request.latents is not None:
         width, height = request.latents.shape[3] * factor, request.latents.shape[2] * factor
+    if isinstance(request.image, tuple):
+        width, height = (max(factor, edge // factor * factor) for edge in request.image[0].size)
     for name, size in (("width", request.width), ("height", request.height)):
         if size is not None and size % factor:
             near = max(factor, round(size / factor) * factor)
@@ -246,9 +255,17 @@ def _check_memory(model: Model, width: int, height: int, images: int) -> None:
         )
 
 
-def check_latents(request: Request, shape: tuple[int, int, int]) -> Tensor:
-    """The latents given, in float32 on the CPU. ValueError unless they are [images, *shape]."""
+def latent_shape(request: Request, model: Model) -> tuple[int, int, int]:
+    """[C,h,w] of an image's latents, for a request with its size."""
+    assert request.width is not None and request.height is not None
+    config = model.vae.config
+    return config.latent_channels, request.height // config.factor, request.width // config.factor
+
+
+def check_latents(request: Request, model: Model) -> Tensor:
+    """The latents given, in float32 on the CPU. ValueError unless there is one per image, at its size."""
     assert request.latents is not None
+    shape = latent_shape(request, model)
     if tuple(request.latents.shape) != (request.images, *shape):
         raise ValueError(
             f"latents are {list(request.latents.shape)}; expected a tensor {[request.images, *shape]}: one per image, "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .asked import asked
+from .canvas import Canvas, begin
 from .checks import warn
 from .guidance.guide import Guidance, Guide, look_loss
 from .guidance.layout import Layout, Region, plain_boxes
@@ -22,7 +23,7 @@ from .networks.sites import Grid, Position, Site, choose, cross, level
 from .png.chunk import Plain, plain
 from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
 from .request import BUNDLED, Request
-from .resolve import Texts, check_latents, check_places, image_inputs, resolve
+from .resolve import Texts, check_places, image_inputs, latent_shape, resolve
 from .result import Images, Result, to_numpy, to_pil
 from .sampling import SamplerStep, Schedule, sample
 from .speed.accelerate import compile_whole, is_compiled
@@ -68,11 +69,11 @@ def sample_steps(request: Request) -> Run:
     texts = Texts.of(request, model)
     request, sampler, how = resolve(request, model)
     schedule = sampler.schedule(model.noise, request.steps, timesteps=request.timesteps, sigmas=request.sigmas)
-    scale, factor = request.guidance_scale, model.vae.config.factor
-    assert scale is not None and request.width is not None and request.height is not None  # resolved
-    shape = model.vae.config.latent_channels, request.height // factor, request.width // factor
+    scale, shape = request.guidance_scale, latent_shape(request, model)
+    assert scale is not None  # resolved
     noise = _Noise(tuple(torch.Generator().manual_seed(seed) for seed in _seeds(request)), shape)
-    start = noise() if request.latents is None else check_latents(request, shape)
+    begun = begin(request, model, sampler, schedule, noise)
+    schedule = begun.schedule
     if scale == 1 and texts.any_negative:
         warn("the negative prompt has no effect at guidance_scale 1")
     there = model.unet.positions(*shape[1:])
@@ -82,7 +83,7 @@ def sample_steps(request: Request) -> Run:
     encoded = texts.encode(model, request.clip_skip, negative=scale > 1)
     regions = texts.regions(request, model)
     given_inputs = {name: value.to(model.device) for name, value in (request.inputs or {}).items()}
-    own = image_inputs(request, model, there, negative=scale > 1) | given_inputs
+    own = image_inputs(request, model, there, negative=scale > 1) | begun.inputs | given_inputs
     unread = texts.unread
     if unread is not None:
         own["unread"] = unread.to(model.device)
@@ -106,8 +107,8 @@ def sample_steps(request: Request) -> Run:
     timings = {"load": loaded - started, "text": time.perf_counter() - loaded}
     fresh = noise if sampler.stochastic else None
     refine = None if guide is None else guide.refine
-    steps = sample(denoise, start.to(model.device), schedule, sampler, refine, fresh)
-    return Run(request.filled(used), model, texts, schedule, steps, regions, guide, record, timings)
+    steps = sample(denoise, begun.latents.to(model.device), schedule, sampler, refine, fresh, begun.hold)
+    return Run(request.filled(used), model, texts, schedule, steps, regions, guide, record, timings, begun.canvas)
 
 
 class Run(Iterator[Step]):
@@ -128,12 +129,14 @@ class Run(Iterator[Step]):
         guide: Guide | None,
         record: Record | None,
         timings: Mapping[str, float],
+        canvas: Canvas | None = None,
     ) -> None:
         layouts = [plain_boxes(some) or None for some in regions[:: texts.repeats]]
         negatives = None if request.negative_context is not None else texts.negatives
         self.request = request.filled({"boxes": layouts, "negative_prompt": negatives})
         self._model, self._texts, self._schedule, self._steps = model, texts, schedule, steps
         self._guide, self._record, self._timings = guide, record, dict(timings)
+        self._canvas = canvas if request.paste else None
         self._names = [[region.name for region in some] for some in regions]
         self._reduce = request.reduce if callable(request.reduce) else _REDUCTIONS[request.reduce]
         self._last: Step | None = None
@@ -170,6 +173,7 @@ class Run(Iterator[Step]):
         flagged: tuple[bool, ...] | None = None
         if self.request.output != "latents":
             pixels = _pixels(self._model, latents)
+            pixels = pixels if self._canvas is None else self._canvas.pasted(pixels)
             output = self.request.output
             images = pixels if output == "tensor" else to_numpy(pixels) if output == "numpy" else to_pil(pixels)
             flagged = None if self._model.safety is None else self._model.safety(to_pil(pixels))

@@ -154,12 +154,14 @@ def test_exit_code_1_where_nothing_can_be_written(
 
 
 def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: Asked, tmp_path: Path) -> None:
+    start = tmp_path / "start.png"
+    Image.new("RGB", (4, 2)).save(start)
     flags = (
         "--model=m --negative-prompt=n --width=16 --height=24 --timesteps=900,500.5 --guidance-scale=2 "
         "--guidance-rescale=0.5 --clip-skip=1 --sampler=lms --karras --spacing=trailing --seed=3,4 "
         "--images=2 --variant=fp16 --revision=r --vae=v --tokenizer=t --prediction-type=v_prediction --dtype=bf16 "
         "--device=cuda --compile --safety-from=s --word=w=x --word=v=y --lora=f=0.5 --box=cat=0,0,1,1 "
-        "--guidance=boxdiff --attention"
+        f"--guidance=boxdiff --attention --image={start} --mask=alpha --strength=0.5 --fit=pad --no-paste"
     )
     cli("generate", "a cat", *flags.split())
     assert asked.load == {
@@ -195,7 +197,13 @@ def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: Asked, tmp_path
         "boxes": {"cat": {"weight": 1.0, "boxes": [[0.0, 0.0, 1.0, 1.0]]}},
         "guidance": "boxdiff",
         "attention": True,
+        "image": asked.request.plain()["image"],
+        "mask": ["alpha"],
+        "strength": 0.5,
+        "fit": "pad",
+        "paste": False,
     }
+    assert asked.request.image[0].size == (4, 2)  # type: ignore[index]
     assert asked.request.plain() == expected
     cli("generate", "a", "b", "--model=m", "--sigmas=9,1,0", "--negative-prompt=c", "--negative-prompt=d", "--seed=5")
     assert asked.request.sigmas == (9.0, 1.0, 0.0)

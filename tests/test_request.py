@@ -40,6 +40,11 @@ WRONG = {
     "seed": [-1, 2**64, 1.5, "1", [1, 2], True],
     "images_per_prompt": [0, 1.5, 10**9],
     "latents": [3, torch.zeros(4, 8, 8), torch.zeros(1, 4, 8, 8, dtype=torch.int64), torch.full((1, 4, 8, 8), np.nan)],
+    "image": [7, "no/such.png", [], [None], {"tensor": {}}, np.zeros((4, 4)), [[1]]],
+    "strength": [0, 1.5, "1", 0.5],  # 0.5 is right, with an image
+    "mask": [3, "no/such.png", torch.ones(4, 4)],
+    "fit": ["fill", 3, None],
+    "paste": [1, "yes", None],
     "negative_context": [3, torch.zeros(77, 64)],
     "boxes": [3, "cat", {"cat": 3}, {"cat": (0, 0, 2, 1)}, [None, None], {"cat": (0, 0, 0, 0)}],
     "guidance": [7.5, "magic", {"scale": 3, "wrong": 1}, 3],

@@ -18,6 +18,7 @@ FLOORS = [
     {"model"},
     {"weights", "png", "result", "request", "asked"},
     {"resolve"},
+    {"canvas"},
     {"run"},
     {"cli", "__init__"},
     {"__main__"},

@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         "generate", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
     )
     _add_image_flags(generate)
+    _add_picture_flags(generate)
     _add_layout_flags(generate)
     _add_sampling_flags(generate)
     _add_model_flags(generate)
@@ -108,6 +109,29 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
         dest="png",
         metavar="PICTURE",
         help="read the settings from a picture made by minidiff or A1111; other flags override them",
+    )
+
+
+def _add_picture_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("starting from a picture").add_argument
+    add(
+        "--image",
+        action="append",
+        metavar="PICTURE",
+        help="start from a picture; give one for all prompts, or one per prompt",
+    )
+    add("--strength", type=float, metavar="S", help="0 to 1, how much of it changes (default: 0.8; with --mask, 1)")
+    add(
+        "--mask",
+        action="append",
+        metavar="PICTURE",
+        help='paint where it is white and keep the rest; "alpha" paints where the image is transparent',
+    )
+    add("--fit", metavar="NAME", help="how it gets to --width and --height: resize (default), crop or pad")
+    add(
+        "--paste",
+        action=argparse.BooleanOptionalAction,
+        help="outside the mask, give the result the picture's own pixels (default: yes)",
     )
 
 

@@ -7,7 +7,7 @@ cache; the caller can name any.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _OF_THE_MODEL = ("vae", "tokenizer", "prediction_type", "variant", "revision", "dtype")
 _ADAPTER = ("kind", "name", "file", "sha256")
 # properties of the call, not of the picture; and the names of files, which no picture chooses
+_PICTURES = ("image", "mask", "image_prompt")  # given again, since no picture holds another
 _NEVER = ("output", "progress", "reduce", "image_prompt")
 # When one of these fields is given, the file's values for the others would contradict it.
 _REPLACED = {
@@ -108,19 +109,32 @@ def take(picture: str, given: Mapping[str, object], loading: Mapping[str, object
             fields[name] = value
     if "boxes" not in {**fields, **given} and "guidance" in fields and fields["guidance"] != "none":
         del fields["guidance"]  # there is nothing to guide
-    Request.from_plain({"prompt": "any", "image_prompt": given.get("image_prompt"), **fields}, origin=picture)
+    started = _started(picture, left, given)
+    pictures = {"image_prompt": given.get("image_prompt"), "image": started}  # which other fields need
+    checked = Request.from_plain({"prompt": "any", **pictures, **fields}, origin=picture)
     same = _same_pictures(picture, found.arguments.get("image_prompt"), given.get("image_prompt"))
     fields["model"], options, more = _model(picture, found, given, loading)
     options["loras"] = list(_weighted(picture, found, loading.get("loras")))
     other = found.info.get("other")
     left += [*more, *(list(other) if isinstance(other, dict) else [])]
     notes = [] if same else [f"{picture} was made with other image prompts than these"]
+    if started and "image" in found.arguments and checked.plain()["image"] != [found.arguments["image"]]:
+        notes.append(f"{picture} was made from another picture than {started}")
     notes += [f"not taken from {picture}: {', '.join(left)}"] if left else []
     if found.source == "a1111":
         notes.append(f"{picture} was not made by minidiff; its noise differs, so the image will not match")
-    elif not reproducible({name: held for name, held in found.arguments.items() if name != "image_prompt"}, found.info):
+    elif not reproducible({n: held for n, held in found.arguments.items() if n not in _PICTURES}, found.info):
         notes.append(f"{picture} does not record everything needed, so the image will differ")
     return Taken(picture, fields, options, tuple(notes), found)
+
+
+def _started(picture: str, left: Sequence[str], given: Mapping[str, object]) -> object:
+    """The first picture given to start from. ValueError where a picture was made from others: none chooses files."""
+    missing = [f"--{name}" for name in ("image", "mask") if name in left]
+    if missing:
+        raise ValueError(f"{picture} was made from a picture that it does not hold: pass {' and '.join(missing)}")
+    start = given.get("image")
+    return start[0] if isinstance(start, list) else start
 
 
 def _same_pictures(picture: str, made: Plain, given: object) -> bool:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..checks import number, shown, whole
-from ..draw import Picture, to_image
+from ..draw import Picture
+from ..pictures import read_picture
 from .layout import Region, read_place
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class ImagePrompt:
     def __post_init__(self) -> None:
         if isinstance(self.image, str | Path):
             object.__setattr__(self, "name", Path(self.image).name)
-        object.__setattr__(self, "image", _read(self.image))
+        object.__setattr__(self, "image", read_picture("image_prompt", self.image).convert("RGB"))
         object.__setattr__(self, "scale", number("image_prompt: scale", self.scale))
         if self.adapter is not None:
             object.__setattr__(self, "adapter", whole("image_prompt: adapter", self.adapter, 0))
@@ -88,21 +89,3 @@ def _prompt(value: Any) -> ImagePrompt:
     if "image" not in value or not value.keys() <= set(names):
         raise ValueError(f"image_prompt is {shown(value)}; expected a mapping with image and some of {names[1:]}")
     return ImagePrompt(**value)
-
-
-def _read(image: Any) -> Image.Image:
-    if isinstance(image, Mapping):
-        raise ValueError("image_prompt holds a placeholder for a picture, which no file keeps; pass your own")
-    try:
-        if not isinstance(image, str | Path):
-            return to_image(image)
-        with Image.open(Path(image).expanduser()) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except (
-        OSError,
-        RuntimeError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # Pillow raises all of them
-        raise ValueError(f"image_prompt cannot be read: {error}") from error

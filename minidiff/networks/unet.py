@@ -17,6 +17,9 @@ from .attention import AttentionLayer, Edit, Hooks, Inputs, Maps, Record
 from .config import UNetConfig
 from .sites import Place, Position, Site, Where
 
+MASKED = "masked"
+"""The input of an inpainting UNet [B,5,h,w]: the mask, 1 where to paint, and the latents of the masked picture."""
+
 
 class UNet(nn.Module):
     """`eps, maps = unet(x, t, context)`. `unet.sites` lists the attention layers in execution order."""
@@ -69,10 +72,12 @@ class UNet(nn.Module):
         x [B,C,h,w], variance-preserving (scaled by 1/sqrt(1+sigma^2)); t a number or [B], in training timesteps (0 to
         999); context [B,L,D].
         Returns (eps [B,C,h,w], maps). maps is empty without `record`; eps is None when `record.stop` ended the pass.
-        inputs: tensors that keeps and edits read, on x's device. ValueError if x or context has the wrong shape, or if
+        inputs: tensors that keeps and edits read, on x's device; an inpainting UNet reads `MASKED` of them, or takes x
+        with all its channels. ValueError if x or context has the wrong shape, or if
         `record` or `edits` name sites that this UNet does not have.
         """
         hooks = self._hooks(record, edits, inputs)
+        x = self._with_masked(x, inputs)
         self._check(x, context)
         emb = self.time_embedding(self._timesteps(x, t).to(x.dtype))
         y = self.conv_in(x)
@@ -97,6 +102,13 @@ class UNet(nn.Module):
                 # Halving rounds up (65 -> 33), so the size comes from the skip connection, not from doubling.
                 y = block.upsamplers[0](y, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(y))), maps
+
+    def _with_masked(self, x: Tensor, inputs: Inputs | None) -> Tensor:
+        """x with the mask and the masked picture behind it, where an inpainting UNet gets them as an input."""
+        masked = (inputs or {}).get(MASKED)
+        if masked is None or not self.config.inpaints:
+            return x
+        return torch.cat([x, masked.to(x.dtype).repeat(len(x) // len(masked), 1, 1, 1)], dim=1)
 
     def _timesteps(self, x: Tensor, t: Tensor | float) -> Tensor:
         t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(len(x))

@@ -119,6 +119,7 @@ def _settings(arguments: Mapping[str, object]) -> dict[str, object]:
         "Model hash": None,  # its place in the line
         "Model": get("model"),
         "Clip skip": clip_skip + 1 if isinstance(clip_skip, int) and clip_skip > 0 else None,  # A1111 counts one more
+        "Denoising strength": get("strength"),
         "Eta DDIM": (get("eta") or None) if sampler == "ddim" else None,
         "Emphasis": _EMPHASIS.get(get("emphasis") or "a1111") if get("syntax") == "a1111" else None,
         "RNG": None if seed is None else "CPU",  # with this option, A1111 draws the same noise as we do

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     # (x, variance preserving, [B,C,h,w]; t, float32 []; abar; step) -> moved x, a new tensor
     Refine = Callable[[Tensor, Tensor, float, int], Tensor]
 
+Hold = Callable[[Tensor, float], Tensor]
+"""(x, variance preserving, [B,C,h,w]; sigma) -> x with a part of it replaced, at sigma 0 by clean latents."""
+
 
 @dataclass(frozen=True, eq=False)
 class SamplerStep:
@@ -49,12 +52,14 @@ def sample(
     sampler: Sampler,
     refine: Refine | None = None,
     noise: Draw | None = None,
+    hold: Hold | None = None,
 ) -> Iterator[SamplerStep]:
     """Sample from x, unit-variance latents [B,C,h,w], yielding a SamplerStep per step. Nothing is computed ahead.
 
     denoise gets x in variance-preserving scale, in the dtype of `x`, and t as a tensor on x's device, so that a
     compiled network sees one kind of argument. refine moves x before each call (if every step has two, before its
     first); returning its argument changes no bit.
+    hold replaces a part of x before each call but the first, and of the last and the predicted latents (inpainting).
     noise returns fresh unit noise of x's shape, for `stochastic` samplers. Arithmetic is float32 or better.
     denoise decides whether gradients are recorded: no torch mode is held across a yield.
     """
@@ -70,11 +75,17 @@ def sample(
             f"{sampler.name} draws fresh noise but none was given; "
             "pass noise, a function that returns unit noise of the latents' shape"
         )
-    return _steps(denoise, x, schedule, sampler, refine, noise)
+    return _steps(denoise, x, schedule, sampler, refine, noise, hold)
 
 
 def _steps(
-    denoise: Denoise, x: Tensor, schedule: Schedule, sampler: Sampler, refine: Refine | None, noise: Draw | None
+    denoise: Denoise,
+    x: Tensor,
+    schedule: Schedule,
+    sampler: Sampler,
+    refine: Refine | None,
+    noise: Draw | None,
+    hold: Hold | None,
 ) -> Iterator[SamplerStep]:
     given, work = x.dtype, torch.promote_types(x.dtype, torch.float32)
     index = 0
@@ -85,6 +96,8 @@ def _steps(
         # a fill, not a copy, to avoid a GPU sync; a tensor, so that a compiled network does not recompile at each step
         t = torch.full((), float(schedule.timesteps[call]), dtype=torch.float32, device=x.device)
         growth = math.sqrt(1 + sigma**2) if schedule.space == "ve" else 1.0
+        if hold is not None and call > 0:  # the first call's x is the caller's
+            x = _like(hold(x / growth, sigma), x, "hold") * growth
         x_vp = (x / growth).to(given)
         if refine is not None and len(seen) < sampler.guided_calls:
             moved = _like(refine(x_vp, t, schedule.abar(call), index), x_vp, "refine")
@@ -101,6 +114,9 @@ def _steps(
     def finished(latents: Tensor) -> SamplerStep:  # its own scope, to hold no tensors across the yield
         (first, _, _, maps), (last, x_vp, output, _) = seen[0], seen[-1]
         clean, _ = predict(x_vp.to(work), output, float(schedule.sigmas[last]), schedule.prediction_type)
+        if hold is not None:
+            clean = hold(clean, 0.0)
+            latents = hold(latents, 0.0) if index == schedule.steps - 1 else latents
         began = float(schedule.timesteps[first]), float(schedule.sigmas[first])
         seen.clear()
         return SamplerStep(index, *began, latents.to(given), clean.to(given), maps)

@@ -31,6 +31,7 @@ class Schedule:
         end. Mostly (sigmas[i], sigmas[i + 1]); DDIM and PNDM count back T // steps timesteps, as in diffusers.
     steps: the number of steps; a sampler may call the network more than once in a step.
     init_scale: the factor for unit-variance latents. space: "vp" or "ve". sampler: the name of the one that made it.
+    before: sigmas of the calls that were left out, where a run starts from a picture.
     """
 
     timesteps: Tensor
@@ -41,6 +42,7 @@ class Schedule:
     space: str
     prediction_type: str
     sampler: str
+    before: tuple[float, ...] = ()
 
     def abar(self, call: int) -> float:
         """Signal variance at a call, in (0, 1): from the schedule's sigma, never looked up at a rounded timestep."""

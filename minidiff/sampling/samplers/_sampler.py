@@ -6,7 +6,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -46,6 +46,7 @@ class Sampler(ABC):
     fractions: whether it accepts fractional timesteps.
     settings: other settings of this algorithm in diffusers' config, with the values that are implemented here.
     guided_calls: the number of calls per step before which layout guidance moves x.
+    calls_per_step: calls of the network in a step that is neither the first nor the last.
     """
 
     name: ClassVar[str]
@@ -53,6 +54,7 @@ class Sampler(ABC):
     fractions: ClassVar[bool] = False
     settings: ClassVar[Settings] = {}
     guided_calls: ClassVar[int] = 2
+    calls_per_step: ClassVar[int] = 1
     spacing: str | None = None
 
     def __post_init__(self) -> None:
@@ -91,6 +93,19 @@ class Sampler(ABC):
     @abstractmethod
     def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
         """schedule() with checked values: the caller's timesteps [steps] or sigmas [steps + 1], or neither."""
+
+    def rest(self, noise: NoiseSchedule, schedule: Schedule, skip: int) -> Schedule:
+        """A schedule less its first `skip` steps, for latents that have the noise of its first call already."""
+        first = skip * self.calls_per_step
+        return replace(
+            schedule,
+            timesteps=schedule.timesteps[first:],
+            sigmas=schedule.sigmas[first:],
+            spans=schedule.spans[first:],
+            steps=schedule.steps - skip,
+            init_scale=1.0,
+            before=tuple(schedule.sigmas[:first].tolist()),
+        )
 
     @abstractmethod
     def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:

@@ -25,6 +25,7 @@ class TwoCallSampler(SigmaSampler):
     """
 
     guided_calls: ClassVar[int] = 1
+    calls_per_step: ClassVar[int] = 2
 
     @abstractmethod
     def _middle(self, start: float, end: float) -> float:

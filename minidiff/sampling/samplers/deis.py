@@ -44,7 +44,7 @@ class DEIS(OrderedSampler):
         for call, (start, end) in enumerate(schedule.spans):
             x, output = ask(x, call)
             _, eps = predict(x, output, start, schedule.prediction_type)
-            left = schedule.steps - call if schedule.steps < 15 else self.order
+            left = schedule.steps - call if schedule.steps + len(schedule.before) < 15 else self.order
             if end < start:
                 seen = [(start, eps), *seen][: self.order]
                 used = seen[:left]

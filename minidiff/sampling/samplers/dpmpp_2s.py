@@ -41,7 +41,7 @@ class DPMpp2S(MultistepSampler):
         for call, (start, end) in enumerate(schedule.spans):
             there, output = ask(x, call)
             clean, _ = predict(there, output, start, schedule.prediction_type)
-            if call % 2 == 1 and begun > start > end > 0:
+            if (call + len(schedule.before)) % 2 == 1 and begun > start > end > 0:
                 ratio = math.log(begun / start) / math.log(begun / end)
                 origin = origin + (there - x)  # what guidance moved there it moves here too
                 x = first_order(origin, first + (clean - first) / (2 * ratio), begun, end)

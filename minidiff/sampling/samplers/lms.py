@@ -16,7 +16,8 @@ from minidiff.sampling.spacing import Schedule
 class LMS(SigmaSampler):
     """Adams-Bashforth with uneven steps, order 1 to 4. Layout guidance was published with it.
 
-    The coefficients are exact, where diffusers integrates numerically.
+    The coefficients are exact, where diffusers integrates numerically. One of diffusers' choices is kept: a run that
+    starts from a picture weighs its first slopes as if it had those of the calls left out.
     """
 
     name: ClassVar[str] = "lms"
@@ -31,8 +32,9 @@ class LMS(SigmaSampler):
         for call, (start, end) in enumerate(schedule.spans):
             x, output = ask(x, call)
             slopes = (*slopes, derivative(x, output, start, schedule.prediction_type))[-self.order :]
-            nodes = [schedule.spans[i][0] for i in range(call + 1 - len(slopes), call + 1)]
-            for weight, slope in zip(lagrange_integrals(nodes, start, end), slopes, strict=True):
+            nodes = [*schedule.before, *(first for first, _ in schedule.spans[: call + 1])][-self.order :]
+            weights = lagrange_integrals(nodes, start, end)[-len(slopes) :]
+            for weight, slope in zip(weights, slopes, strict=True):
                 x = x + weight * slope
             yield x
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,24 +39,29 @@ class PNDM(Sampler):
                 "dpmpp_2m"
             )
         times = spaced_timesteps(noise, steps, self._spacing(noise))
+        return self._of_calls(noise, times if steps == 1 else np.concatenate([times[:2], times[1:]]), steps)
+
+    def rest(self, noise: NoiseSchedule, schedule: Schedule, skip: int) -> Schedule:
+        """As in diffusers: the calls without the first `skip`, of which the second again repeats the first's step, now
+        at the timestep after it. So the latents lag a step behind the timesteps, and keep a little noise.
+        """
+        return self._of_calls(noise, schedule.timesteps[skip:].numpy().astype(np.float64), schedule.steps)
+
+    def _of_calls(self, noise: NoiseSchedule, times: Floats, steps: int) -> Schedule:
+        """The Schedule of the calls at these timesteps, spaced for `steps` steps; the second repeats the first's."""
         known, ends = noise.exact_sigmas(), levels_back(noise, times, steps, final_sigma(noise, alpha_to_one=False))
         run = vp_schedule(self.name, noise, times, known[times.astype(int)], ends)
-        if steps == 1:
+        if len(times) == 1:
             return run
         above = float(known[int(times[1]) + noise.num_train_timesteps // steps])
-        return replace(
-            run,
-            timesteps=torch.cat([run.timesteps[:2], run.timesteps[1:]]),
-            sigmas=torch.cat([run.sigmas[:2], run.sigmas[1:]]),
-            spans=(run.spans[0], (above, run.spans[1][0]), *run.spans[1:]),
-        )
+        return replace(run, spans=(run.spans[0], (above, float(run.sigmas[1])), *run.spans[2:]), steps=len(times) - 1)
 
     def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:
         spans, kind = schedule.spans, schedule.prediction_type
         x, output = ask(x, 0)
         outputs: tuple[Tensor, ...] = (output,)
         arrived = _moved(x, output, *spans[0], kind)
-        if schedule.steps == 1:
+        if len(spans) == 1:
             yield arrived
             return
         there, second = ask(arrived, 1)
