@@ -173,6 +173,18 @@ def test_a_word_that_does_not_fit_is_lost_as_any_other(model: minidiff.Model) ->
     assert model.text.num_tokens(prompt) == 75
 
 
+def test_a_chunk_does_not_part_its_vectors(model: minidiff.Model) -> None:
+    """As in A1111, where it goes to the next chunk whole, and nothing goes with it."""
+    trees = {count: "tree " * count + "(easyneg:1.2)" for count in (72, 73)}
+    prompts = [*trees.values(), "tree " * 70 + "," + " tree" * 3 + " easyneg", "easyneg " * 26]
+    small = {"width": 16, "height": 16, "steps": 2, "guidance_scale": 1, "output": "latents"}
+    made = minidiff.generate(prompts, model=model, syntax="a1111", attention=True, **small)
+    text = made.attention.text  # type: ignore[union-attr]
+    assert text.spans(prompts[0], "easyneg") == (73, 74, 75)
+    assert text.spans(prompts[1], "easyneg") == text.spans(prompts[2], "easyneg") == (78, 79, 80)
+    assert text.all_spans(prompts[3], "easyneg") == (*range(1, 76), 78, 79, 80)
+
+
 # ---- pictures
 
 

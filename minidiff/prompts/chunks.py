@@ -57,8 +57,10 @@ class Marked(Phrases):
             ranges += [(len(text) + start, len(text) + end) for start, end in at]
             groups += [group] * len(more)
             text += piece.text
-        comma = self.tokenizer.get_vocab().get(",</w>")
-        starts = _starts([token == comma for token in ids], breaks, self.size - 2)
+        comma = self.tokenizer.convert_tokens_to_ids(",</w>")  # get_vocab() would cost a tenth of a second
+        added = {rows.start: len(rows) for rows in self.added.values()}
+        counts = [added.get(token, 1) for token in ids]
+        starts = _starts([token == comma for token in ids], counts, breaks, self.size - 2)
         places = [
             chunk * self.size + 1 + n
             for chunk, (first, end) in enumerate(pairwise([*starts, len(ids)]))
@@ -67,10 +69,11 @@ class Marked(Phrases):
         return Chunks(text, ids, ranges, places, self.size, [parts[group].weight for group in groups], groups, starts)
 
 
-def _starts(commas: Sequence[bool], breaks: Sequence[int], room: int) -> list[int]:
-    """The first token of each chunk, as A1111 fills them. room: for a chunk's own tokens."""
+def _starts(commas: Sequence[bool], counts: Sequence[int], breaks: Sequence[int], room: int) -> list[int]:
+    """The first token of each chunk, as A1111 fills them. counts: of the tokens that stay together from each one on.
+    room: for a chunk's own tokens."""
     starts, comma, ends = [0], None, Counter(breaks)
-    for token, is_comma in enumerate(commas):
+    for token, (is_comma, count) in enumerate(zip(commas, counts, strict=True)):
         if ends[token]:
             starts += [token] * ends[token]
             comma = None
@@ -80,6 +83,9 @@ def _starts(commas: Sequence[bool], breaks: Sequence[int], room: int) -> list[in
             comma = None  # A1111 forgets that a chunk began with one
         elif is_comma:
             comma = token
+        if token + count - starts[-1] > room:
+            starts.append(token)
+            comma = None
     return starts + [len(commas)] * (ends[len(commas)] - 1)  # no chunk after a BREAK at the end
 
 
