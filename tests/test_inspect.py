@@ -194,7 +194,10 @@ OTHERS = {
     "Stable Diffusion XL": zeros(conditioner__embedders__0__weight=(2,), model__diffusion_model__x=(3,)),
     "Stable Diffusion 2": zeros(cond_stage_model__model__ln_final__weight=(4,)),
     "InstructPix2Pix": zeros(**{f"{UNET}0__0__weight": (32, 8, 3, 3)}),
-    "LoRA": zeros(lora_unet_down_blocks_0__lora_up__weight=(4, 2), lora_te_x__alpha=()),
+    "LoRA": zeros(
+        lora_unet_mid_block_attentions_0_proj_in__lora_up__weight=(1280, 2),
+        lora_unet_mid_block_attentions_0_proj_in__lora_down__weight=(2, 1280),
+    ),
     "ControlNet": zeros(control_model__x=(1,)),
     "textual inversion": zeros(emb_params=(2, 768)),
     "without a text encoder": zeros(**{f"{UNET}0__0__weight": (32, 4, 3, 3)}, first_stage_model__x=(5,)),

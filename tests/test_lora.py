@@ -24,6 +24,7 @@ from minidiff.cli.main import main
 from minidiff.speed.accelerate import is_compiled
 from minidiff.speed.packed import pack
 from minidiff.speed.replace import changed_weights
+from minidiff.weights.inspect import describe
 from minidiff.weights.lora_names import split
 
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -118,7 +119,7 @@ def test_the_first_format_counts_as_its_trainer_did(model: minidiff.Model, path:
             assert relative_error(found[short[name]] - base[short[name]], change) <= 1e-5
     del tensors["unet:7:up"], tensors["unet:7:down"]
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"keys that fit nowhere in this model: .*unet:0:"):
+    with pytest.raises(ValueError, match=r"keys that fit nowhere in the model: .*unet:0:"):
         with_loras(model, path)  # it counts other layers, and numbers do not tell which
     save_file({"<s1>": torch.zeros(64), **one()}, path)
     with pytest.warns(UserWarning, match=r"also holds the words <s1>, which are left out"):
@@ -242,6 +243,41 @@ def test_what_is_recorded(model: minidiff.Model, path: Path) -> None:
     assert re.fullmatch("[0-9a-f]{12}", with_loras(model, path).adapters[0].short_hash)
 
 
+# ---- minidiff info
+
+
+SD15_Q = torch.zeros(320, 4), torch.zeros(4, 320)
+SD15_TEXT = "lora_te_text_model_encoder_layers_11_self_attn_q_proj"
+
+
+def test_info_says_what_a_file_changes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = {f"{Q}.lora_up.weight": SD15_Q[0], f"{Q}.lora_down.weight": SD15_Q[1], f"{Q}.alpha": torch.tensor(2.0)}
+    file |= {f"{K}.hada_w{n}_a": torch.zeros(320, 8) for n in (1, 2)} | {
+        f"{K}.hada_w{n}_b": torch.zeros(8, 768) for n in (1, 2)
+    }
+    file |= {f"{SD15_TEXT}.diff": torch.zeros(768, 768), f"{SD15_TEXT}.diff_b": torch.zeros(768)}
+    save_file(file, path)
+    found = describe(path)
+    unet, text = found.parts
+    assert (found.kind, found.loads) == ("LoRA", False)
+    assert "put this on it with loras=[...] or --lora" in found.all_problems()[0]
+    assert unet.config == {
+        "layers": 2,
+        "format": "1 LoRA, 1 LoHa",
+        "rank": "4 to 8",
+        "alpha": "2",
+        "fits": "Stable Diffusion 1.5",
+    }
+    assert text.config["layers"] == 1 and text.config["format"] == "full" and text.config["rank"] == "none"
+    assert (unet.name, unet.content.tensors, text.name, text.content.tensors) == ("UNet", 7, "text encoder", 2)
+    assert main(["info", str(path)]) == 0
+    assert "  rank: 4 to 8\n  alpha: 2\n" in capsys.readouterr().out
+    save_file(file | {f"{K}.dora_scale": torch.ones(319, 1)}, path)
+    assert "they do not make a change of" in describe(path).all_problems()[0]
+    save_file(one(down=1024, name=K), path)
+    assert "it is a LoRA for Stable Diffusion 2" in describe(path).all_problems()[0]
+
+
 # ---- the command line, and the picture made again
 
 
@@ -311,7 +347,7 @@ WRONG: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     ),
     "SD 2, width": (
         lambda: one(down=1024, name=K),
-        "Stable Diffusion 2 .its text is 1024 wide, this model's 32",
+        "Stable Diffusion 2 .its text is 1024 wide, the model's 32",
     ),
     "Flux, Kohya": (lambda: one(name="lora_unet_double_blocks_0_img_attn_proj"), "a LoRA for Flux"),
     "Flux, PEFT": (
@@ -339,7 +375,7 @@ WRONG: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     ),
     "keys of nowhere": (
         lambda: one() | one(name="lora_unet_down_blocks_9_x"),
-        r"2 of 4 keys that fit nowhere in this model: lora_unet_down_blocks_9_x.lora_down.weight, lora",
+        r"2 of 4 keys that fit nowhere in the model: lora_unet_down_blocks_9_x.lora_down.weight, lora",
     ),
     "unknown parts": (lambda: one() | {f"{Q}.lora_side.weight": torch.ones(1)}, "1 of 3 keys that fit nowhere"),
 }

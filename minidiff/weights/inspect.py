@@ -15,6 +15,7 @@ from ..networks.unet import UNet
 from ..networks.vae import VAE
 from ..sampling import NoiseSchedule, choose_sampler
 from .files import Stored, not_finite, stored_tensors
+from .lora_info import lora_changes
 from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED, unwrap
 from .open import open_source
 from .recognise import (
@@ -26,6 +27,7 @@ from .recognise import (
     UNET,
     WITHOUT_VAE,
     Kind,
+    is_lora,
     recognise,
     text_config,
     unet_config,
@@ -181,7 +183,7 @@ def _counted(path: Path, tensors: Tensors, kind: Kind, problems: tuple[Problem, 
         parts = _alone(path, tensors, kind)
     except ValueError as error:
         parts, problems = (), problems + _problem(error)
-    return Description(path.name, kind.name, False, _content(tensors.values()), parts, _refusal(kind) + problems)
+    return Description(path.name, kind.name, False, _content(tensors.values()), parts, problems + _refusal(kind))
 
 
 def _alone(path: Path, tensors: Tensors, kind: Kind) -> tuple[Part, ...]:
@@ -190,6 +192,9 @@ def _alone(path: Path, tensors: Tensors, kind: Kind) -> tuple[Part, ...]:
         return (_unet(None, unet_config(_shapes(tensors)), tensors),)
     if kind.name == AUTOENCODER:
         return (_vae(None, vae_from_file(path)),)
+    if is_lora(tensors):
+        found = lora_changes(path)
+        return tuple(Part(one.network, None, one.summary, _content(one.tensors)) for one in found)
     if kind.name.startswith(EMBEDDING):
         return (_vectors(find_embedding(path)),)
     if kind.name == TEXT_ENCODER:

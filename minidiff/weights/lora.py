@@ -246,14 +246,14 @@ def read_changes(path: Path, networks: Mapping[str, Shapes], config: UNetConfig,
     tensors = stored_tensors(path)
     problem = lora_problem({key: stored.shape for key, stored in tensors.items()})
     if problem is not None:
-        raise ValueError(f"{path} cannot be put on this model: {problem}")
+        raise ValueError(f"{path} cannot be put on the model: {problem}")
     layers, left = _layers(path, tensors, networks, config)
     words, unknown = [key for key in left if WORDS.match(key)], [key for key in left if not WORDS.match(key)]
     changes = _changes(path, layers, list(alphas(path, file_metadata(path))))
     _check_fit(path, changes, networks)
     if unknown and (strict or not changes):
         raise ValueError(
-            f"{path} has {len(unknown)} of {len(tensors)} keys that fit nowhere in this model: {_list(unknown)}. It is "
+            f"{path} has {len(unknown)} of {len(tensors)} keys that fit nowhere in the model: {_list(unknown)}. It is "
             "for another model, or of a format that minidiff does not read; strict=False of with_loras leaves them out"
         )
     if words:
@@ -330,8 +330,8 @@ def _check_fit(path: Path, changes: Sequence[Change], networks: Mapping[str, Sha
             context = change.format.delta(parts)[0].numel() if name.endswith("attn2.to_k.weight") else None
             if context != shape[-1] and context in CONTEXTS:
                 raise ValueError(
-                    f"{path} cannot be put on this model: it is a LoRA for {CONTEXTS[context]} (its text is {context} "
-                    f"wide, this model's {shape[-1]})"
+                    f"{path} cannot be put on the model: it is a LoRA for {CONTEXTS[context]} (its text is {context} "
+                    f"wide, the model's {shape[-1]})"
                 )
             change.delta(parts, torch.empty(shape, device="meta"))
         except KeyError as error:
@@ -344,7 +344,7 @@ def _check_fit(path: Path, changes: Sequence[Change], networks: Mapping[str, Sha
 def _refuse(path: Path, problems: Sequence[str]) -> None:
     if problems:
         more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-        raise ValueError("\n  ".join([f"{path} does not fit this model:", *problems[:5], *more]))
+        raise ValueError("\n  ".join([f"{path} does not fit the model:", *problems[:5], *more]))
 
 
 def _read(path: Path, changes: Sequence[Change], device: torch.device) -> dict[str, Tensor]:
