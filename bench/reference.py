@@ -23,6 +23,7 @@ from minidiff.networks.config import UNetConfig, VAEConfig  # noqa: E402
 from minidiff.networks.text import TextEncoder, text_encoder_shapes  # noqa: E402
 from minidiff.networks.unet import UNet  # noqa: E402
 from minidiff.networks.vae import VAE  # noqa: E402
+from minidiff.vocabulary import read_sampler  # noqa: E402
 from minidiff.weights.text import load_text_encoder  # noqa: E402
 
 from .models import TOKENIZER, Config, random_weights, unet_shapes, vae_shapes  # noqa: E402
@@ -101,7 +102,7 @@ THEIRS: dict[str, tuple[Any, Config]] = {
     "tcd": (diffusers.TCDScheduler, {}),
 }
 """The samplers that diffusers has too: its class, and the settings that make it this algorithm."""
-COMPARED = (*THEIRS, "euler_karras", "lms_karras", "dpmpp_2m_karras")
+COMPARED = (*THEIRS, "euler_karras", "lms_karras", "dpmpp_2m_karras", "euler_beta", "dpmpp_2m_sde_exponential")
 """The samplers that diffusers also has. Its Euler ancestral does not support Karras sigmas."""
 
 
@@ -177,8 +178,9 @@ def reference_context(pipeline: Any, prompts: list[str], clip_skip: int | None) 
 
 def reference_scheduler(name: str, config: Config, steps: int | None = None) -> Any:
     """diffusers' scheduler for one of our sampler names, created from a model's scheduler config as users would."""
-    kind, own = THEIRS[name.removesuffix("_karras")]
-    scheduler = kind.from_config({**config, **own, "use_karras_sigmas": name.endswith("_karras")})
+    name, levels = read_sampler(name)
+    kind, own = THEIRS[name]
+    scheduler = kind.from_config({**config, **own, f"use_{levels}_sigmas": True})
     if steps is not None:
         scheduler.set_timesteps(steps)
     return scheduler

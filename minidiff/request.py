@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .checks import choice, number, numbers, shown, tensor, whole
-from .vocabulary import EMPHASES, KEYWORDS, SPACINGS, SYNTAXES, read_sampler
+from .vocabulary import EMPHASES, KEYWORDS, SPACINGS, SYNTAXES, modernised, read_sampler, read_schedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,9 +76,9 @@ class Request:
     guidance_rescale: in [0,1], how far to rescale the guided prediction to the standard deviation of the conditional
         one (Lin et al. 2023, eq. 15-16).
     clip_skip: skip the last n layers of the text encoder, counted as in diffusers (A1111's number minus one).
-    sampler: its name ("ddim", "pndm", "euler", "euler_ancestral", "lms", "dpmpp_2m"; A1111's and diffusers' names work
-        too), or a sampler object. With a name, `karras` selects the noise levels of Karras et al. 2022, `spacing`
-        ("leading", "linspace", "trailing") places the timesteps, and `eta` in [0,1] adds DDIM's fresh noise.
+    sampler: its name, ours ("dpmpp_2m"), A1111's ("DPM++ 2M") or diffusers', or a sampler object. With a name,
+        `schedule` is its noise levels ("uniform", "karras", "exponential", "beta", "sgm_uniform"), `spacing`
+        ("leading", "linspace", "trailing") places the timesteps, and `eta` in [0,1] adds fresh noise in DDIM and TCD.
     seed: of the first image, counting up for the rest; or one per image. None draws one, which the result reports.
     images_per_prompt: images of the same prompt are adjacent. Image i of a batch equals, within 1/255 in float32, the
         image made alone from its seed.
@@ -126,7 +126,7 @@ class Request:
     guidance_rescale: float = 0.0
     clip_skip: int | None = None
     sampler: str | Sampler | None = None
-    karras: bool | None = None
+    schedule: str | None = None
     spacing: str | None = None
     eta: float = 0.0
     seed: int | Sequence[int] | None = None
@@ -235,12 +235,12 @@ class Request:
             self._set("seed", _seeds(self.seed, self.images))
 
     def _check_sampler(self) -> None:
-        if self.karras is not None and not isinstance(self.karras, bool):
-            raise ValueError(f"karras is {shown(self.karras)}; expected True or False")
+        if self.schedule is not None:
+            self._set("schedule", read_schedule(self.schedule))
         if self.spacing is not None:
             choice("spacing", self.spacing, SPACINGS)
         if isinstance(self.sampler, str):
-            read_sampler(self.sampler, self.karras)
+            read_sampler(self.sampler, self.schedule)
         elif self.sampler is not None and (isinstance(self.sampler, type) or not hasattr(self.sampler, "schedule")):
             raise ValueError(
                 f'sampler is {shown(self.sampler)}; expected a name such as "ddim", or an object such as '
@@ -436,6 +436,7 @@ class Request:
         where = f"{origin}: " if origin else ""
         if not isinstance(values, Mapping):
             raise ValueError(f"{where}got {shown(values)}; expected an object with the fields of a request")
+        values = modernised(values)
         for name in values:
             if name not in FIELDS:
                 raise ValueError(f"{where}{unknown(str(name))}")

@@ -184,7 +184,7 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
         raise ValueError(f"{model.name} is an inpainting model, which paints inside a mask; expected image= and mask=")
     defaults = model.defaults
     sampler = choose_sampler(
-        model.noise, defaults.sampler, request.sampler, request.karras, request.spacing, request.eta
+        model.noise, defaults.sampler, request.sampler, request.schedule, request.spacing, request.eta
     )
     custom = request.timesteps is not None or request.sigmas is not None
     width, height = _size(request, model)

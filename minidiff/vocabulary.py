@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import iter_modules
 from types import MappingProxyType
+from typing import TypeVar
 
 from .checks import choice, shown
 
+_Value = TypeVar("_Value")
 _HERE = Path(__file__).parent
 
 
@@ -82,19 +84,34 @@ _ALIASES: Mapping[str, str] = MappingProxyType(
         "dpmpp3msdegpu": "dpmpp_3m_sde",
     }
 )
-# Noise levels that may end a name: True for Karras', False for the plain ones, or what to do instead.
-_LEVELS: Mapping[str, bool | str] = MappingProxyType(
+SCHEDULES: Mapping[str, str] = MappingProxyType(
     {
-        "karras": True,
-        "discrete": False,
-        "normal": False,
+        "uniform": "Uniform",
+        "karras": "Karras",
+        "exponential": "Exponential",
+        "beta": "Beta",
+        "sgm_uniform": "SGM Uniform",
+    }
+)
+"""Noise levels, and A1111's names for them. "uniform" are those of the timesteps, as they are spaced."""
+# Their spellings, squashed, which may end a sampler's name, the longest first; and what to do instead of others.
+_LEVELS: Mapping[str, str] = MappingProxyType(
+    {
+        "karras": "karras",
+        "discrete": "uniform",
+        "normal": "uniform",
+        "sgmuniform": "sgm_uniform",
+        "uniform": "uniform",
+        "polyexponential": "exponential",  # with k-diffusion's rho of 1
+        "exponential": "exponential",
+        "beta": "beta",
+    }
+)
+_INSTEAD: Mapping[str, str] = MappingProxyType(
+    {
         "simple": 'pass spacing="trailing", which is the same',
-        "sgmuniform": "expected Karras' or none",
-        "uniform": False,
-        "polyexponential": "expected Karras' or none",
-        "exponential": "expected Karras' or none",
-        "beta": "expected Karras' or none",
         "ays": "pass timesteps=[999, 850, 736, 645, 545, 455, 343, 233, 124, 24]",
+        "alignyoursteps": "pass timesteps=[999, 850, 736, 645, 545, 455, 343, 233, 124, 24]",
     }
 )
 
@@ -116,18 +133,26 @@ _NAMES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def read_sampler(text: object, karras: bool | None = None) -> tuple[str, bool | None]:
-    """Our name for a sampler in any spelling, and whether it says Karras: True, False, or None if it does not say.
+def read_schedule(text: object) -> str:
+    """Our name for noise levels in any spelling ("SGM Uniform", "normal"). ValueError for others."""
+    plain = _squashed(text) if isinstance(text, str) else ""
+    if plain in _INSTEAD:
+        raise ValueError(f"schedule is {shown(text)}, which is not implemented: {_INSTEAD[plain]}")
+    return _LEVELS[plain] if plain in _LEVELS else choice("schedule", text, tuple(SCHEDULES))
+
+
+def read_sampler(text: object, schedule: str | None = None) -> tuple[str, str | None]:
+    """Our names for a sampler in any spelling and for its noise levels: one of SCHEDULES, or None if it does not say.
 
     Ours, A1111's ("DPM++ 2M Karras", "Euler a", "PLMS"), ComfyUI's and k-diffusion's ("dpmpp_2m", "k_euler_a",
     "sample_lms"), stable-diffusion.cpp's ("euler_a discrete") and diffusers' ("EulerAncestralDiscreteScheduler").
-    karras: the separate setting, if any. ValueError if it contradicts the name, for a sampler that is not implemented
+    schedule: the separate setting, if any. ValueError if it contradicts the name, for a sampler that is not implemented
     (with its usual name), and for an unknown name.
     """
     if not isinstance(text, str):
         raise ValueError(f"sampler is {shown(text)}; expected one of {', '.join(SAMPLERS)}")
     plain = _squashed(text)
-    levels = "" if _known(plain) else next((word for word in _LEVELS if plain.endswith(word)), "")
+    levels = "" if _known(plain) else next((word for word in (*_LEVELS, *_INSTEAD) if plain.endswith(word)), "")
     name = _known(plain.removesuffix(levels))
     if name is None:
         return choice("sampler", text, SAMPLERS), None  # raises
@@ -135,17 +160,32 @@ def read_sampler(text: object, karras: bool | None = None) -> tuple[str, bool | 
         label = _FIELD.get(name, name)
         spelt = label if text == label else f"{shown(text)} is {label}, which"
         raise ValueError(f"sampler {spelt} is not implemented; expected one of {', '.join(SAMPLERS)}")
+    if levels in _INSTEAD:
+        raise ValueError(
+            f"sampler is {shown(text)}; the noise levels {levels!r} are not implemented: {_INSTEAD[levels]}"
+        )
     said = _LEVELS.get(levels)
-    if isinstance(said, str):
-        raise ValueError(f"sampler is {shown(text)}; the noise levels {levels!r} are not implemented: {said}")
-    if said is not None and karras is not None and said != karras:
-        raise ValueError(f"karras is {karras} but the sampler is {shown(text)}; leave karras out, or name it {name!r}")
-    return name, said if karras is None else karras
+    if said is not None and schedule is not None and said != schedule:
+        raise ValueError(
+            f"schedule is {schedule!r} but the sampler is {shown(text)}; leave schedule out, or name it {name!r}"
+        )
+    return name, said if schedule is None else schedule
 
 
-def a1111_sampler(name: str, karras: bool = False) -> str:
-    """A1111's spelling of one of our names: ("dpmpp_2m", True) -> "DPM++ 2M Karras". Unknown names are kept."""
-    return f"{_FIELD.get(name, name)}{' Karras' if karras else ''}"
+def a1111_sampler(name: str, schedule: str = "uniform") -> str:
+    """A1111's spelling of one of our names: ("dpmpp_2m", "karras") -> "DPM++ 2M Karras". Unknown names are kept.
+
+    Only Karras is part of the name; A1111 writes the others beside it.
+    """
+    return f"{_FIELD.get(name, name)}{' Karras' if schedule == 'karras' else ''}"
+
+
+def modernised(fields: Mapping[str, _Value]) -> dict[str, _Value | str]:
+    """The fields of a request as they are called today: `karras`, true or false, became `schedule`."""
+    found: dict[str, _Value | str] = dict(fields)
+    if isinstance(found.get("karras"), bool):
+        found["schedule"] = "karras" if found.pop("karras") else "uniform"
+    return found
 
 
 def _known(plain: str) -> str | None:
@@ -186,7 +226,7 @@ KEYWORDS: Mapping[str, str] = MappingProxyType(
         "sampler_index": "sampler",
         "scheduler": "sampler",
         "sample_method": "sampler",
-        "use_karras_sigmas": "karras",
+        "schedule_type": "schedule",
         "timestep_spacing": "spacing",
         "ddim_eta": "eta",
         "seeds": "seed",
@@ -202,6 +242,10 @@ KEYWORDS: Mapping[str, str] = MappingProxyType(
         "model_id": "model",
         "show_progress": "progress",
         # another way
+        "karras": 'pass schedule="karras"',
+        "use_karras_sigmas": 'pass schedule="karras"',
+        "use_exponential_sigmas": 'pass schedule="exponential"',
+        "use_beta_sigmas": 'pass schedule="beta"',
         "size": "pass width= and height=, in pixels",
         "resolution": "pass width= and height=, in pixels",
         "H": "pass height=, in pixels",

@@ -189,7 +189,7 @@ def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: Asked, tmp_path
         "guidance_rescale": 0.5,
         "clip_skip": 1,
         "sampler": "lms",
-        "karras": True,
+        "schedule": "karras",
         "spacing": "trailing",
         "eta": 0.0,
         "seed": [3, 4],
@@ -330,16 +330,23 @@ def test_from_makes_the_same_image_again(cli: Cli, tiny: tuple[object, ...], tin
 
 def test_flags_override_the_file(cli: Cli, asked: Asked, tmp_path: Path) -> None:
     path = ours(
-        tmp_path / "x.png", steps=9, clip_skip=2, sampler="ddim", eta=0.5, karras=False, width=8, guidance_rescale=0.5
+        tmp_path / "x.png",
+        steps=9,
+        clip_skip=2,
+        sampler="ddim",
+        eta=0.5,
+        schedule="uniform",
+        width=8,
+        guidance_rescale=0.5,
     )
     cli("generate", "--from", path, "--model=m", "--clip-skip=0", "--seed=0", "--guidance-rescale=0")
     got = asked.request
     assert (got.prompt, got.steps, got.sampler, got.eta, got.width) == ("a cat", 9, "ddim", 0.5, 8)
-    assert (got.clip_skip, got.karras, got.seed, got.guidance_rescale) == (0, False, 0, 0.0)
+    assert (got.clip_skip, got.schedule, got.seed, got.guidance_rescale) == (0, "uniform", 0, 0.0)
     _, _, err = cli("generate", "a dog", "--from", path, "--model=m", "--sampler=euler", "--timesteps=9,3")
     got = asked.request
     assert (got.prompt, got.steps, got.timesteps) == (("a dog",), None, (9.0, 3.0))
-    assert (got.sampler, got.eta, got.karras) == ("euler", 0.0, None)
+    assert (got.sampler, got.eta, got.schedule) == ("euler", 0.0, None)
     assert err[0] == f"note: not taken from {path}: steps, eta"
 
 
@@ -404,7 +411,7 @@ def test_from_a1111(cli: Cli, asked: Asked, tmp_path: Path) -> None:
     _, _, err = cli("generate", "--from", path, "--model", "m")
     got = asked.request
     assert (got.prompt, got.negative_prompt, got.syntax) == ("a cat, (masterpiece:1.2)", "blurry", "a1111")
-    assert (got.steps, got.sampler, got.karras, got.clip_skip) == (2, "dpmpp_2m", True, 1)
+    assert (got.steps, got.sampler, got.schedule, got.clip_skip) == (2, "dpmpp_2m", "karras", 1)
     assert (got.guidance_scale, got.seed, got.width, got.height) == (6.5, 9, 16, 32)
     assert err[:2] == [
         f"note: not taken from {path}: Hires upscale",
@@ -418,7 +425,7 @@ def test_from_a1111(cli: Cli, asked: Asked, tmp_path: Path) -> None:
     [
         ("steps", "many"),
         ("steps", True),
-        ("karras", 1),
+        ("schedule", 1),
         ("timesteps", [1, "x"]),
         ("clip_skip", 0.5),
         ("sampler", ["ddim"]),

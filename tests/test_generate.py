@@ -128,14 +128,14 @@ def test_clip_skip_equals_a_corrected_diffusers(pipeline, tiny_model: Model, cli
 @pytest.mark.parametrize(
     ("kind", "ran"),
     [
-        ("EulerDiscreteScheduler", ("euler", True)),
-        ("LMSDiscreteScheduler", ("lms", True)),
-        ("DPMSolverMultistepScheduler", ("dpmpp_2m", True)),
-        ("EulerAncestralDiscreteScheduler", ("euler_ancestral", False)),  # diffusers ignores this option there
+        ("EulerDiscreteScheduler", ("euler", "karras")),
+        ("LMSDiscreteScheduler", ("lms", "karras")),
+        ("DPMSolverMultistepScheduler", ("dpmpp_2m", "karras")),
+        ("EulerAncestralDiscreteScheduler", ("euler_ancestral", "uniform")),  # diffusers ignores this option there
     ],
 )
 def test_karras_in_a_folders_config_reaches_the_run(
-    pipeline, tiny_folder: Path, tmp_path: Path, kind: str, ran: tuple[str, bool]
+    pipeline, tiny_folder: Path, tmp_path: Path, kind: str, ran: tuple[str, str]
 ) -> None:
     folder = tmp_path / "karras"
     folder.mkdir()
@@ -151,8 +151,8 @@ def test_karras_in_a_folders_config_reaches_the_run(
     generator = torch.Generator().manual_seed(2)
     expected = pipeline("a cat", num_inference_steps=6, generator=generator, output_type="latent").images
     assert relative_error(result.latents, expected) <= 1e-5
-    assert (result.parameters[0]["sampler"], result.parameters[0]["karras"]) == ran
-    assert describe(folder).scheduler["sampler"] == f"{ran[0]}{' karras' if ran[1] else ''}"
+    assert (result.parameters[0]["sampler"], result.parameters[0]["schedule"]) == ran
+    assert describe(folder).scheduler["sampler"] == f"{ran[0]}{'' if ran[1] == 'uniform' else ' karras'}"
 
 
 @pytest.mark.parametrize("name", ["Euler a", "k_euler_a", "EulerAncestralDiscreteScheduler"])
@@ -239,7 +239,7 @@ def test_parameters_say_everything_and_no_path(tiny_model: Model, tmp_path: Path
         "eta": 0.0,
         "sampler": {
             "object": "minidiff.sampling.samplers.lms.LMS",
-            "fields": {"karras": False, "order": 2, "spacing": None},
+            "fields": {"levels": "uniform", "order": 2, "spacing": None},
         },
         "seed": 9,
     }
@@ -312,7 +312,7 @@ def test_a_run_says_what_was_resolved(tiny_model: Model) -> None:
     run = minidiff.sample_steps("a cat", model=tiny_model, sampler="DPM++ 2M Karras")
     request = run.request
     assert (request.width, request.height, request.steps, request.guidance_scale) == (32, 32, 50, 7.5)
-    assert (request.sampler, request.karras) == ("dpmpp_2m", True)
+    assert (request.sampler, request.schedule) == ("dpmpp_2m", "karras")
     assert len(request.seed) == 1
     assert request.model is tiny_model
 
@@ -461,11 +461,11 @@ def test_compiled_equals_eager(tiny_folder: Path, tiny_model: Model) -> None:
         ({"steps": 5, "timesteps": [900, 1]}, "steps"),
         ({"sampler": "unipc"}, "sampler 'unipc' is UniPC, which is not implemented; expected one of ddim"),
         (
-            {"sampler": "ddim", "karras": True},
+            {"sampler": "ddim", "schedule": "karras"},
             "expected one with it: dpmpp_2m, euler, euler_ancestral",
         ),
         (
-            {"sampler": minidiff.Euler(), "karras": True},
+            {"sampler": minidiff.Euler(), "schedule": "karras"},
             "with a sampler object",
         ),
         ({"sampler": minidiff.Euler(), "spacing": "leading"}, "with a sampler object"),
@@ -512,9 +512,9 @@ def test_a_model_brings_its_defaults(tiny_model: Model) -> None:
         {"minidiff_defaults": {"sampler": "dpmpp_2m_karras", "steps": 3, "guidance_scale": 2}}
     )
     result = minidiff.generate("a cat", model=replace(tiny_model, defaults=defaults), seed=1)
-    assert {key: result.parameters[0][key] for key in ("sampler", "karras", "steps", "guidance_scale")} == {
+    assert {key: result.parameters[0][key] for key in ("sampler", "schedule", "steps", "guidance_scale")} == {
         "sampler": "dpmpp_2m",
-        "karras": True,
+        "schedule": "karras",
         "steps": 3,
         "guidance_scale": 2.0,
     }

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, example, given, strategies as st
 
 from minidiff.png.infotext import NEGATIVE, parse_infotext, to_infotext
-from minidiff.vocabulary import SAMPLERS, a1111_sampler
+from minidiff.vocabulary import SAMPLERS, SCHEDULES, a1111_sampler
 
 PIECES = [
     "\n",
@@ -35,7 +35,7 @@ def test_writes_what_a1111_writes() -> None:
         "negative_prompt": "blurry",
         "steps": 20,
         "sampler": "euler_ancestral",
-        "karras": False,
+        "schedule": "uniform",
         "guidance_scale": 7.0,
         "seed": 1,
         "width": 512,
@@ -72,22 +72,22 @@ def test_values_are_quoted_as_a1111_does(model: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("karras", [False, True])
-def test_sampler_names(sampler: str, karras: bool) -> None:
-    text = to_infotext({"prompt": "x", "steps": 1, "sampler": sampler, "karras": karras})
-    assert f"Sampler: {a1111_sampler(sampler, karras)}" in text
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_sampler_names(sampler: str, schedule: str) -> None:
+    text = to_infotext({"prompt": "x", "steps": 1, "sampler": sampler, "schedule": schedule})
+    assert f"Sampler: {a1111_sampler(sampler, schedule)}" in text
     arguments, rest = parse_infotext(text)
-    assert (arguments["sampler"], arguments["karras"], rest) == (sampler, karras, {})
+    assert (arguments["sampler"], arguments["schedule"], rest) == (sampler, schedule, {})
 
 
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
-        ("euler_a discrete", {"sampler": "euler_ancestral", "karras": False}),  # stable-diffusion.cpp
-        ("dpm++2m karras", {"sampler": "dpmpp_2m", "karras": True}),
-        ("k_dpmpp_2m", {"sampler": "dpmpp_2m", "karras": False}),  # Horde
-        ("dpmpp_2m_karras", {"sampler": "dpmpp_2m", "karras": True}),  # a saver of ComfyUI
-        ("DPM++ 2M, Schedule type: Karras", {"sampler": "dpmpp_2m", "karras": True}),
+        ("euler_a discrete", {"sampler": "euler_ancestral", "schedule": "uniform"}),  # stable-diffusion.cpp
+        ("dpm++2m karras", {"sampler": "dpmpp_2m", "schedule": "karras"}),
+        ("k_dpmpp_2m", {"sampler": "dpmpp_2m", "schedule": "uniform"}),  # Horde
+        ("dpmpp_2m_karras", {"sampler": "dpmpp_2m", "schedule": "karras"}),  # a saver of ComfyUI
+        ("DPM++ 2M, Schedule type: Karras", {"sampler": "dpmpp_2m", "schedule": "karras"}),
         ("no such karras", {"sampler": "no such karras"}),
     ],
 )
@@ -143,7 +143,7 @@ def test_reads_an_old_a1111_text() -> None:
         "negative_prompt": "ugly, (extra_limb),\nblurry",
         "steps": 28,
         "sampler": "dpmpp_2m",
-        "karras": True,
+        "schedule": "karras",
         "guidance_scale": 7.5,
         "seed": 965400086,
         "width": 512,
@@ -156,20 +156,23 @@ def test_reads_an_old_a1111_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "sampler", "karras", "left"),
+    ("settings", "sampler", "schedule", "left"),
     [
-        ("Sampler: DPM++ 2M, Schedule type: Karras", "dpmpp_2m", True, {}),
-        ("Sampler: DPM++ 2M, Schedule type: Automatic", "dpmpp_2m", False, {}),
-        ("Sampler: Euler a, Schedule type: Uniform", "euler_ancestral", False, {}),
-        ("Sampler: Euler, Schedule type: Exponential", "euler", False, {"Schedule type": "Exponential"}),
-        ("Sampler: DPM fast, Schedule type: Karras", "DPM fast", True, {}),
-        ("Sampler: PLMS", "pndm", False, {}),
-        ("Sampler: euler A", "euler_ancestral", False, {}),
+        ("Sampler: DPM++ 2M, Schedule type: Karras", "dpmpp_2m", "karras", {}),
+        ("Sampler: DPM++ 2M, Schedule type: Automatic", "dpmpp_2m", "uniform", {}),
+        ("Sampler: Euler a, Schedule type: Uniform", "euler_ancestral", "uniform", {}),
+        ("Sampler: Euler, Schedule type: Exponential", "euler", "exponential", {}),
+        ("Sampler: DPM fast, Schedule type: Karras", "DPM fast", "karras", {}),
+        ("Sampler: Euler, Schedule type: SGM Uniform", "euler", "sgm_uniform", {}),
+        ("Sampler: DPM++ 2M SDE Exponential", "dpmpp_2m_sde", "exponential", {}),
+        ("Sampler: Euler, Schedule type: KL Optimal", "euler", "uniform", {"Schedule type": "KL Optimal"}),
+        ("Sampler: PLMS", "pndm", "uniform", {}),
+        ("Sampler: euler A", "euler_ancestral", "uniform", {}),
     ],
 )
-def test_reads_both_ways_to_name_a_schedule(settings: str, sampler: str, karras: bool, left: dict[str, str]) -> None:
+def test_reads_both_ways_to_name_a_schedule(settings: str, sampler: str, schedule: str, left: dict[str, str]) -> None:
     arguments, rest = parse_infotext(f"x\nSteps: 20, {settings}, Seed: 1")
-    assert (arguments["sampler"], arguments["karras"], rest) == (sampler, karras, left)
+    assert (arguments["sampler"], arguments["schedule"], rest) == (sampler, schedule, left)
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [("1", None), ("2", 1), ("3", 2), ("0", None)])
@@ -240,7 +243,14 @@ def test_settings_come_back(model: str, model_hash: str, scale: float, eta: floa
     assume(eta != 0)
     sizes = {"width": 64, "height": 32}
     numeric = {"steps": 5, "guidance_scale": scale, "seed": seed, "clip_skip": clip_skip, "eta": eta, **sizes}
-    arguments = {"prompt": "p", "negative_prompt": "", "sampler": "ddim", "karras": False, "model": model, **numeric}
+    arguments = {
+        "prompt": "p",
+        "negative_prompt": "",
+        "sampler": "ddim",
+        "schedule": "uniform",
+        "model": model,
+        **numeric,
+    }
     back, rest = parse_infotext(to_infotext(arguments, model_hash=model_hash))
     assert back == arguments
     assert rest == {"Model hash": model_hash, "RNG": "CPU"}

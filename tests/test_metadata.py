@@ -42,7 +42,7 @@ ARGUMENTS: dict[str, Plain] = {
     "eta": 0.0,
     "seed": 42,
     "sampler": "dpmpp_2m",
-    "karras": True,
+    "schedule": "karras",
     "timesteps": None,
     "dtype": "float32",
 }
@@ -179,7 +179,7 @@ def test_an_a1111_file_is_read_into_our_names(tmp_path: Path) -> None:
             "negative_prompt": "dog",
             "steps": 20,
             "sampler": "euler_ancestral",
-            "karras": False,
+            "schedule": "uniform",
             "guidance_scale": 7.0,
             "seed": 1,
             "width": 512,

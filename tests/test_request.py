@@ -34,7 +34,7 @@ WRONG = {
     "guidance_rescale": [-0.1, 2, None],
     "clip_skip": [-1, 1.5, "1"],
     "sampler": [3, "nope", minidiff.DDIM],
-    "karras": [1, "yes"],
+    "schedule": [1, "yes"],
     "spacing": ["even", 3],
     "eta": [2, "1", None],
     "seed": [-1, 2**64, 1.5, "1", [1, 2], True],
@@ -162,10 +162,10 @@ def test_a_request_comes_back_from_its_json() -> None:
 def test_boxes_and_samplers_of_any_form_are_json() -> None:
     forms = [np.array(BOX["cat"]), torch.tensor([BOX["cat"], BOX["cat"]]), [BOX["cat"]]]
     for boxes in ({"cat": forms[0], 2: forms[1], (2, 3): forms[2]}, [{"cat": forms[1]}]):
-        plain = Request("a cat", boxes=boxes, sampler=minidiff.Euler(karras=True)).plain()
+        plain = Request("a cat", boxes=boxes, sampler=minidiff.Euler(levels="karras")).plain()
         again = Request.from_plain(json.loads(json.dumps(plain)))
         assert again.plain() == plain
-        assert (again.sampler, again.karras) == ("euler", True)
+        assert (again.sampler, again.schedule) == ("euler", "karras")
     assert set(Request("a cat", boxes={2: forms[0], (2, 3): forms[0]}).plain()["boxes"]) == {"tokens:2", "tokens:2,3"}
 
 
@@ -251,7 +251,8 @@ wide = minidiff.generate(request, width=128)
 seeds: tuple[int | None, ...] = wide.seeds
 model: minidiff.Model = minidiff.load("folder", dtype="float32")
 guidance = minidiff.Guidance(minidiff.layout_loss + 0.5 * minidiff.boxdiff_loss, scale=30, steps=10)
-minidiff.generate(["a", "b"], model=model, boxes=[layout, None], guidance=guidance, sampler=minidiff.Euler(karras=True))
+sampler = minidiff.Euler(levels="karras")
+minidiff.generate(["a", "b"], model=model, boxes=[layout, None], guidance=guidance, sampler=sampler)
 again = Request.from_plain({"prompt": "a cat", "seed": 3})
 minidiff.generate(again).save("cat.png")
 """

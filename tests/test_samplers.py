@@ -95,14 +95,15 @@ def _made(name: str, settings: str) -> Any:
 def trajectory(scheduler: Any, **step_args: object) -> list[Tensor]:
     """Latents after each of diffusers' calls, with the noise that ours draws.
 
-    In float64 where diffusers' float32 cancels: (x - (x - sigma * eps)) / sigma with two calls a step (order 2), and
-    DEIS' weights, from logarithms.
+    Its coefficients are taken in float64: logarithms of float32 sigmas cancel. With two calls a step (order 2) so are
+    the latents: diffusers' (x - (x - sigma * eps)) / sigma cancels at small sigmas.
     """
-    exact = scheduler.order == 2 or "DEIS" in type(scheduler).__name__
-    dtype = torch.float64 if exact else torch.float32
-    if exact:
+    dtype = torch.float64 if scheduler.order == 2 else torch.float32
+    if hasattr(scheduler, "sigmas"):
         scheduler.sigmas = scheduler.sigmas.double()
     x, out = start().to(dtype) * scheduler.init_noise_sigma, []
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # it looks for the first timestep and takes the second of two equal ones
     takes = inspect.signature(scheduler.step).parameters
     if "generator" in takes:
         step_args["generator"] = torch.Generator().manual_seed(5)
@@ -168,7 +169,7 @@ EPS_AND_V = [("epsilon", None), ("epsilon", "leading"), ("epsilon", "trailing"),
 
 
 @pytest.mark.parametrize(("prediction_type", "spacing"), EPS_AND_V)
-@pytest.mark.parametrize("steps", [1, 2, 10, 20, 50])
+@pytest.mark.parametrize("steps", [1, 2, 10, 20, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", list(THEIRS))
 def test_every_step_equals_diffusers(name: str, prediction_type: str, steps: int, spacing: str | None) -> None:
     if name == "dpm2_ancestral" and steps == 2 and spacing is None:
@@ -181,21 +182,60 @@ def test_every_step_equals_diffusers(name: str, prediction_type: str, steps: int
     assert_same_path(ours(sampler, schedule), at_the_ends(trajectory(scheduler), sampler, schedule))
 
 
-KARRAS = sorted(set(THEIRS) - {"ddim", "pndm", "euler_ancestral", "ddpm", "lcm", "tcd"})
+LEVELLED = sorted(set(THEIRS) - {"ddim", "pndm", "euler_ancestral", "ddpm", "lcm", "tcd"})
 
 
-@pytest.mark.parametrize(("prediction_type", "spacing"), EPS_AND_V)
-@pytest.mark.parametrize("steps", [1, 2, 10, 50])
-@pytest.mark.parametrize("name", KARRAS)
-def test_karras_equals_diffusers(name: str, prediction_type: str, steps: int, spacing: str | None) -> None:
-    if name == "dpm2_ancestral" and steps == 2 and spacing is None:
+@pytest.mark.parametrize("levels", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize(
+    ("steps", "prediction_type", "spacing"),
+    [
+        *((steps, "epsilon", None) for steps in (1, 2, 10)),
+        *(pytest.param(steps, "epsilon", None, marks=pytest.mark.slow) for steps in (20, 50)),
+        *((10, *one) for one in EPS_AND_V[1:]),
+    ],
+)
+@pytest.mark.parametrize("name", LEVELLED)
+def test_noise_levels_equal_diffusers(
+    name: str, prediction_type: str, steps: int, spacing: str | None, levels: str
+) -> None:
+    if name == "dpm2_ancestral" and steps == 2:
         pytest.skip("as above")
-    settings = config(prediction_type, spacing, use_karras_sigmas=True)
+    settings = config(prediction_type, spacing, **{f"use_{levels}_sigmas": True})
     scheduler = reference(name, settings, steps)
-    sampler = sampler_by_name(f"{name}_karras")
+    sampler = sampler_by_name(f"{name} {levels}")
     schedule = sampler.schedule(NoiseSchedule.from_config(settings), steps)
-    assert_same_run(schedule, scheduler)
+    assert_same_run(schedule, scheduler, rtol=1e-5 if levels == "beta" else 1e-6)
     assert_same_path(ours(sampler, schedule), at_the_ends(trajectory(scheduler), sampler, schedule))
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if hasattr(sampler_by_name(name), "levels")])
+def test_sgm_uniform_is_k_diffusions(name: str) -> None:
+    """As in A1111: sigmas of n + 1 even timesteps, log-linear between those trained on, without the last; then 0."""
+    sampler = sampler_by_name(name, "SGM Uniform", spacing="leading")
+    schedule = sampler.schedule(SD15, 7)
+    logs = SD15.training_sigmas().astype(float)
+    expected = []
+    for time in np.linspace(999, 0, 8)[:-1]:
+        low, share = int(time), time - int(time)
+        expected.append(math.exp((1 - share) * math.log(logs[low]) + share * math.log(logs[min(low + 1, 999)])))
+    calls = len(schedule.spans)
+    firsts = schedule.sigmas[:: 2 if calls == 13 else 1]
+    assert firsts.tolist() == pytest.approx(expected, rel=1e-6)
+    times = schedule.timesteps.double()[:: 2 if calls == 13 else 1]
+    assert (times - torch.linspace(999, 0, 8, dtype=torch.float64)[:-1]).abs().max() <= (
+        0.5 if schedule.space == "vp" else 1e-3
+    )
+    assert schedule.spans[-1][1] == pytest.approx(logs[0] if name == "deis" else 0)
+    if schedule.space == "ve":
+        assert schedule.init_scale == pytest.approx(expected[0], rel=1e-6)
+
+
+def test_a_sampler_without_noise_levels_of_its_own() -> None:
+    with pytest.raises(ValueError, match="schedule is 'beta' with sampler 'ddim'; expected one with it: deis, dpm2"):
+        sampler_by_name("ddim beta")
+    assert sampler_by_name("DDIM Uniform") == DDIM()
+    with pytest.raises(ValueError, match="levels is 'odd'; expected one of uniform, karras"):
+        Euler(levels="odd")
 
 
 @pytest.mark.parametrize("name", list(THEIRS))
@@ -220,7 +260,8 @@ def test_other_configs_equal_diffusers(name: str, changes: dict[str, Any]) -> No
 def test_dpmpp_with_cosine_betas_equals_diffusers(karras: bool) -> None:
     """Cosine betas end at sigma 20000; with Karras sigmas diffusers truncates timesteps instead of rounding."""
     settings = config(beta_schedule="squaredcos_cap_v2", use_karras_sigmas=karras)
-    scheduler, sampler = reference("dpmpp_2m", settings, 15), DPMpp2M(karras=karras)
+    sampler = DPMpp2M(levels="karras" if karras else "uniform")
+    scheduler = reference("dpmpp_2m", settings, 15)
     schedule = sampler.schedule(NoiseSchedule.from_config(settings), 15)
     assert_same_run(schedule, scheduler)
 
@@ -303,10 +344,10 @@ def test_custom_ddim_timesteps_end_where_the_config_says(set_alpha_to_one: bool)
     assert same.spans == plain.spans
 
 
-@pytest.mark.parametrize("karras", [False, True])
-def test_custom_dpmpp_sigmas_step_as_the_same_sigmas_do(karras: bool) -> None:
+@pytest.mark.parametrize("levels", ["uniform", "karras"])
+def test_custom_dpmpp_sigmas_step_as_the_same_sigmas_do(levels: str) -> None:
     """Ours only: diffusers' DPM++ takes no sigmas. Timesteps are rounded, as with Karras sigmas."""
-    plain = DPMpp2M(karras=karras).schedule(SD15, 12)
+    plain = DPMpp2M(levels=levels).schedule(SD15, 12)
     schedule = DPMpp2M().schedule(SD15, sigmas=[*plain.sigmas.tolist(), 0.0])
     assert schedule.spans == plain.spans
     assert schedule.timesteps.tolist() == plain.timesteps.tolist()
@@ -315,7 +356,7 @@ def test_custom_dpmpp_sigmas_step_as_the_same_sigmas_do(karras: bool) -> None:
 
 def test_euler_ancestral_karras_is_eulers_run_with_ancestral_steps() -> None:
     """Ours only. Each step adds back the variance removed beyond its target: down^2 + up^2 = end^2."""
-    sampler, euler = EulerAncestral(karras=True), Euler(karras=True).schedule(SD15, 10)
+    sampler, euler = EulerAncestral(levels="karras"), Euler(levels="karras").schedule(SD15, 10)
     schedule = sampler.schedule(SD15, 10)
     assert schedule.spans == euler.spans
     x, eps, unit = (torch.full((1, 1, 1, 1), value, dtype=torch.float64) for value in (2.0, 0.3, 1.0))
@@ -360,14 +401,14 @@ def k_diffusion(name: str, schedule: Schedule, firsts: list[int]) -> list[Tensor
     return out
 
 
-@pytest.mark.parametrize("karras", [False, True])
+@pytest.mark.parametrize("levels", ["uniform", "karras"])
 @pytest.mark.parametrize("steps", [1, 2, 10, 20, 50])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", ["dpm2_ancestral", "dpmpp_2s_ancestral"])
 def test_ancestral_steps_of_two_calls_equal_k_diffusions(
-    name: str, prediction_type: str, steps: int, karras: bool
+    name: str, prediction_type: str, steps: int, levels: str
 ) -> None:
-    sampler, noise = sampler_by_name(name, karras), replace(SD15, prediction_type=prediction_type)
+    sampler, noise = sampler_by_name(name, levels), replace(SD15, prediction_type=prediction_type)
     schedule = sampler.schedule(noise, steps)
     firsts = [2 * step for step in range(steps)]
     assert_same_path(ours(sampler, schedule), k_diffusion(name, schedule, firsts), 2e-5)
@@ -460,7 +501,8 @@ def test_solvers_of_other_orders_equal_diffusers(
 ) -> None:
     kind, _ = THEIRS[sampler.name]
     settings = config(_class_name=kind.__name__, use_karras_sigmas=karras, **changes)
-    scheduler, sampler = reference(sampler.name, settings, steps), replace(sampler, karras=karras)
+    scheduler = reference(sampler.name, settings, steps)
+    sampler = replace(sampler, levels="karras" if karras else "uniform")
     noise = NoiseSchedule.from_config(settings)
     assert noise.sampler == sampler
     mine, theirs = ours(sampler, sampler.schedule(noise, steps)), trajectory(scheduler)
@@ -607,29 +649,29 @@ def test_a_sampler_is_called_as_its_file(name: str) -> None:
 
 def test_names() -> None:
     assert sampler_by_name("ddim") == DDIM()
-    assert sampler_by_name("lms_karras") == sampler_by_name("LMS", karras=True) == LMS(karras=True)
-    assert sampler_by_name("Euler a", karras=True) == EulerAncestral(karras=True)
-    assert sampler_by_name("DPM++ 2M Karras", spacing="leading") == DPMpp2M(karras=True, spacing="leading")
+    assert sampler_by_name("lms_karras") == sampler_by_name("LMS", schedule="karras") == LMS(levels="karras")
+    assert sampler_by_name("Euler a", schedule="karras") == EulerAncestral(levels="karras")
+    assert sampler_by_name("DPM++ 2M Karras", spacing="leading") == DPMpp2M(levels="karras", spacing="leading")
     with pytest.raises(ValueError, match="sampler 'restart' is Restart, which is not implemented; expected one of"):
         sampler_by_name("restart")
     with pytest.raises(
         ValueError,
-        match=r"karras is True with sampler 'ddim'; expected .*: deis, dpm2, dpm2_anc.*, dpmpp_2m, .*euler, euler_anc",
+        match=r"schedule is 'karras' with sampler 'ddim'; expected .*: deis, dpm2, .*, dpmpp_2m, .*euler, euler_anc",
     ):
         sampler_by_name("ddim_karras")
-    with pytest.raises(ValueError, match="karras is False but the sampler is 'dpmpp_2m_karras'"):
-        sampler_by_name("dpmpp_2m_karras", karras=False)
-    with pytest.raises(ValueError, match=r"karras is 'yes'; expected True, False or None"):
-        sampler_by_name("euler", karras="yes")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="schedule is 'uniform' but the sampler is 'dpmpp_2m_karras'"):
+        sampler_by_name("dpmpp_2m_karras", schedule="uniform")
+    with pytest.raises(ValueError, match=r"schedule is 'odd'; expected one of uniform, karras"):
+        sampler_by_name("euler", "odd")
 
 
 @pytest.mark.parametrize(
     ("changes", "sampler"),
     [
         ({}, PNDM()),
-        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, DPMpp2M(karras=True)),
-        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, Euler(karras=True)),
-        ({"_class_name": "LMSDiscreteScheduler", "use_karras_sigmas": True}, LMS(karras=True)),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, DPMpp2M(levels="karras")),
+        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, Euler(levels="karras")),
+        ({"_class_name": "LMSDiscreteScheduler", "use_karras_sigmas": True}, LMS(levels="karras")),
         ({"_class_name": "EulerAncestralDiscreteScheduler", "use_karras_sigmas": True}, EulerAncestral()),
     ],
 )
@@ -639,9 +681,9 @@ def test_the_configs_sampler_is_chosen_as_it_is(changes: dict[str, Any], sampler
 
 def test_what_is_asked_changes_the_models_own_sampler() -> None:
     noise = NoiseSchedule.from_config(config(_class_name="DPMSolverMultistepScheduler", use_karras_sigmas=True))
-    assert choose_sampler(noise, None, spacing="leading") == DPMpp2M(karras=True, spacing="leading")
-    assert choose_sampler(noise, None, karras=False) == DPMpp2M()
-    assert choose_sampler(noise, LMS(order=2), karras=True) == LMS(order=2, karras=True)
+    assert choose_sampler(noise, None, spacing="leading") == DPMpp2M(levels="karras", spacing="leading")
+    assert choose_sampler(noise, None, schedule="uniform") == DPMpp2M()
+    assert choose_sampler(noise, LMS(order=2), schedule="karras") == LMS(order=2, levels="karras")
     assert choose_sampler(noise, DDIM(), eta=np.float32(0.5)) == DDIM(eta=0.5)
     assert choose_sampler(noise, None, "euler") == Euler()
     with pytest.raises(ValueError, match=r"eta is 0.5 with sampler 'dpmpp_2m'; expected one with it: ddim"):
@@ -649,9 +691,9 @@ def test_what_is_asked_changes_the_models_own_sampler() -> None:
 
 
 def test_an_object_brings_its_own_settings() -> None:
-    assert choose_sampler(SD15, None, LMS(order=2, karras=True), karras=True) == LMS(order=2, karras=True)
-    with pytest.raises(ValueError, match="got karras=False, spacing=None and eta=0.0 with a sampler object"):
-        choose_sampler(SD15, None, Euler(karras=True), karras=False)
+    assert choose_sampler(SD15, None, LMS(order=2, levels="karras"), "karras") == LMS(order=2, levels="karras")
+    with pytest.raises(ValueError, match="got schedule='uniform', spacing=None and eta=0.0 with a sampler object"):
+        choose_sampler(SD15, None, Euler(levels="karras"), karras=False)
     for wrong in (Euler, 3):
         with pytest.raises(ValueError, match="sampler is .*; expected a name such as 'ddim', or a sampler object"):
             choose_sampler(SD15, None, wrong)  # type: ignore[arg-type]
@@ -661,15 +703,15 @@ def test_an_object_brings_its_own_settings() -> None:
     "sampler",
     [
         *(sampler_by_name(name) for name in SAMPLERS),
-        *(sampler_by_name(name, karras=True, spacing="trailing") for name in ("euler", "lms", "dpmpp_2m")),
+        *(sampler_by_name(name, schedule="karras", spacing="trailing") for name in ("euler", "lms", "dpmpp_2m")),
         DDIM(eta=0.3, spacing="linspace"),
-        LMS(order=2, karras=True),
+        LMS(order=2, levels="karras"),
     ],
 )
 def test_the_fields_of_a_sampler_give_it_again(sampler: Sampler) -> None:
     fields: Any = sampler_fields(sampler)
-    assert choose_sampler(SD15, DPMpp2M(karras=True), **fields) == sampler
-    assert isinstance(fields["sampler"], str) == (sampler != LMS(order=2, karras=True))
+    assert choose_sampler(SD15, DPMpp2M(levels="karras"), **fields) == sampler
+    assert isinstance(fields["sampler"], str) == (sampler != LMS(order=2, levels="karras"))
 
 
 def test_a_config_whose_sampler_is_not_implemented() -> None:

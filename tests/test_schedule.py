@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from minidiff.sampling import (
@@ -25,7 +26,7 @@ from minidiff.sampling import (
     Sampler,
     sampler_by_name,
 )
-from minidiff.sampling.spacing import karras_sigmas, sigmas_at, timesteps_at
+from minidiff.sampling.spacing import beta_quantiles, karras_sigmas, sigmas_at, timesteps_at
 
 their: Any = diffusers  # untyped
 SD15 = NoiseSchedule.from_config(SD15_SCHEDULER_CONFIG)
@@ -93,17 +94,23 @@ def test_clip_sample_is_ignored() -> None:
     [
         ({"_class_name": "DDIMScheduler"}, DDIM()),
         ({"_class_name": "EulerDiscreteScheduler"}, Euler()),
-        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, Euler(karras=True)),
+        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, Euler(levels="karras")),
         ({"_class_name": "EulerAncestralDiscreteScheduler"}, EulerAncestral()),
-        ({"_class_name": "LMSDiscreteScheduler", "use_karras_sigmas": True}, LMS(karras=True)),
+        ({"_class_name": "LMSDiscreteScheduler", "use_karras_sigmas": True}, LMS(levels="karras")),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++"}, DPMpp2M()),
         ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -math.inf}, DPMpp2M()),
         ({"use_karras_sigmas": True}, PNDM()),
-        ({"_class_name": "HeunDiscreteScheduler", "use_karras_sigmas": True}, sampler_by_name("heun", karras=True)),
+        ({"_class_name": "HeunDiscreteScheduler", "use_karras_sigmas": True}, sampler_by_name("heun", "karras")),
+        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, Euler(levels="beta")),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "use_exponential_sigmas": True},
+            sampler_by_name("unipc exponential"),
+        ),
+        ({"_class_name": "EulerAncestralDiscreteScheduler", "use_beta_sigmas": True}, EulerAncestral()),
         ({"_class_name": "DPMSolverSinglestepScheduler"}, sampler_by_name("dpmpp_2s")),
         (SDE, sampler_by_name("dpmpp_2m_sde")),
         ({**SDE, "solver_type": "heun"}, sampler_by_name("dpmpp_2m_sde_heun")),
-        ({**SDE, "solver_order": 3, "use_karras_sigmas": True}, sampler_by_name("dpmpp_3m_sde", karras=True)),
+        ({**SDE, "solver_order": 3, "use_karras_sigmas": True}, sampler_by_name("dpmpp_3m_sde", schedule="karras")),
     ],
 )
 def test_the_configs_class_names_a_sampler(changes: dict[str, object], sampler: Sampler) -> None:
@@ -121,7 +128,10 @@ def test_the_configs_class_names_a_sampler(changes: dict[str, object], sampler: 
         ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, "with rescale_betas_zero_snr True"),
         ({"_class_name": "DDIMScheduler", "thresholding": True}, "with thresholding True"),
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "with timestep_type 'continuous'"),
-        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "with use_beta_sigmas True"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"},
+            "with interpolation_type 'log_linear'",
+        ),
         ({"_class_name": "EulerDiscreteScheduler", "sigma_max": 700.0}, "with sigma_max 700.0"),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver"}, "sde-dpmsolver"),
         ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "with solver_order 3"),
@@ -173,6 +183,11 @@ def test_karras_sigmas_follow_the_formula() -> None:
     assert sigmas[0] == pytest.approx(14.6)
     assert sigmas[-1] == pytest.approx(0.03)
     np.testing.assert_allclose(np.diff(sigmas ** (1 / 7), 2), 0, atol=1e-12)  # linear in the seventh root
+
+
+def test_beta_quantiles_are_scipys() -> None:
+    shares = np.concatenate([np.linspace(0, 1, 41), [1e-9, 1e-5, 1 - 1e-5]])
+    np.testing.assert_allclose(beta_quantiles(shares), scipy.stats.beta.ppf(shares, 0.6, 0.6), rtol=1e-9, atol=1e-12)
 
 
 def test_timesteps_at_inverts_sigmas_at() -> None:
@@ -311,10 +326,10 @@ def test_conflicts(make: Callable[..., Sampler]) -> None:
 
 @pytest.mark.parametrize("make", [Euler, EulerAncestral, LMS, DPMpp2M])
 def test_custom_values_conflict_with_karras(make: Callable[..., Sampler]) -> None:
-    with pytest.raises(ValueError, match="timesteps were given to a Karras sampler"):
-        make(karras=True).schedule(SD15, timesteps=[900, 1])
-    with pytest.raises(ValueError, match="sigmas were given to a Karras sampler"):
-        make(karras=True).schedule(SD15, sigmas=[2.0, 1.0, 0.0])
+    with pytest.raises(ValueError, match="timesteps were given to a sampler with karras noise levels"):
+        make(levels="karras").schedule(SD15, timesteps=[900, 1])
+    with pytest.raises(ValueError, match="sigmas were given to a sampler with karras noise levels"):
+        make(levels="karras").schedule(SD15, sigmas=[2.0, 1.0, 0.0])
 
 
 def test_pndm_refuses_what_its_formula_cannot_do() -> None:

@@ -12,7 +12,16 @@ import pytest
 import minidiff
 from minidiff.guidance.guide import Guidance
 from minidiff.request import FIELDS
-from minidiff.vocabulary import KEYWORDS, OBJECTIVES, SAMPLERS, a1111_sampler, read_sampler
+from minidiff.vocabulary import (
+    KEYWORDS,
+    OBJECTIVES,
+    SAMPLERS,
+    SCHEDULES,
+    a1111_sampler,
+    modernised,
+    read_sampler,
+    read_schedule,
+)
 
 LABELS = {
     "ddim": "DDIM",
@@ -59,18 +68,39 @@ def test_objectives_can_be_read() -> None:
         Guidance.read(name)
 
 
-@pytest.mark.parametrize("karras", [True, False])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("name", "label"), LABELS.items())
-def test_our_names_and_a1111s_come_back(name: str, label: str, karras: bool) -> None:
-    text = a1111_sampler(name, karras)
-    assert text == label + (" Karras" if karras else "")
-    assert read_sampler(text) == read_sampler(text.lower()) == (name, karras or None)
-    assert read_sampler(f"{name}_karras" if karras else name) == (name, karras or None)
+def test_our_names_and_a1111s_come_back(name: str, label: str, schedule: str) -> None:
+    text = a1111_sampler(name, schedule)
+    assert text == label + (" Karras" if schedule == "karras" else "")
+    said = None if schedule == "uniform" else schedule
+    for spelt in (f"{label} {SCHEDULES[schedule]}", f"{name}_{schedule}", f"{name} {schedule}".upper()):
+        assert read_sampler(label if said is None else spelt) == read_sampler(label, said) == (name, said)
+    assert read_schedule(SCHEDULES[schedule]) == read_schedule(schedule) == schedule
     assert a1111_sampler("mine") == "mine"
 
 
+def test_spellings_of_noise_levels() -> None:
+    assert [read_schedule(text) for text in ("normal", "Polyexponential", "SGM uniform")] == [
+        *("uniform", "exponential", "sgm_uniform"),
+    ]
+    for text, message in (
+        ("simple", 'pass spacing="trailing"'),
+        ("odd", "expected one of uniform, karras"),
+        (3, "is 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_schedule(text)
+
+
+def test_old_fields_of_a_request() -> None:
+    assert modernised({"karras": True, "steps": 3}) == {"schedule": "karras", "steps": 3}
+    assert modernised({"karras": False}) == {"schedule": "uniform"}
+    assert modernised({"karras": "yes"}) == {"karras": "yes"}
+
+
 @pytest.mark.parametrize(
-    ("text", "name", "karras"),
+    ("text", "name", "schedule"),
     [
         ("dpmpp_2m", "dpmpp_2m", None),  # ComfyUI, k-diffusion
         ("k_dpmpp_2m", "dpmpp_2m", None),
@@ -78,24 +108,24 @@ def test_our_names_and_a1111s_come_back(name: str, label: str, karras: bool) -> 
         ("k_lms", "lms", None),
         ("sample_euler_ancestral", "euler_ancestral", None),
         ("sample_dpmpp_2m", "dpmpp_2m", None),
-        ("euler_ancestral_karras", "euler_ancestral", True),
-        ("euler_a discrete", "euler_ancestral", False),  # stable-diffusion.cpp
-        ("dpm++2m karras", "dpmpp_2m", True),
+        ("euler_ancestral_karras", "euler_ancestral", "karras"),
+        ("euler_a discrete", "euler_ancestral", "uniform"),  # stable-diffusion.cpp
+        ("dpm++2m karras", "dpmpp_2m", "karras"),
         ("dpm++2m", "dpmpp_2m", None),
-        ("dpmpp_2m_karras", "dpmpp_2m", True),  # ComfyUI save nodes
-        ("euler_normal", "euler", False),
-        ("DPM++ 2M Uniform", "dpmpp_2m", False),
+        ("dpmpp_2m_karras", "dpmpp_2m", "karras"),  # ComfyUI save nodes
+        ("euler_normal", "euler", "uniform"),
+        ("DPM++ 2M Uniform", "dpmpp_2m", "uniform"),
         (" Euler A ", "euler_ancestral", None),
         ("plms", "pndm", None),
         ("k_dpmpp_2s_a", "dpmpp_2s_ancestral", None),
         ("k_dpm_2_a", "dpm2_ancestral", None),
-        ("DPM++ SDE Karras", "dpmpp_sde", True),
+        ("DPM++ SDE Karras", "dpmpp_sde", "karras"),
         ("dpmpp_sde_gpu", "dpmpp_sde", None),
         ("dpmpp_2m_sde_gpu", "dpmpp_2m_sde", None),
     ],
 )
-def test_other_programs_spellings(text: str, name: str, karras: bool | None) -> None:
-    assert read_sampler(text) == (name, karras)
+def test_other_programs_spellings(text: str, name: str, schedule: str | None) -> None:
+    assert read_sampler(text) == (name, schedule)
 
 
 @pytest.mark.parametrize(
@@ -150,8 +180,6 @@ def test_what_is_not_implemented_is_named(text: str, label: str) -> None:
         (7, "sampler is 7; expected one of ddim"),
         ("x" * 1000, r"sampler is 'x+\.\.\.x+'; expected one of ddim"),
         ("ddim_simple", "the noise levels 'simple' are not implemented: pass spacing=\"trailing\""),
-        ("DPM++ 2M SGM Uniform", "levels 'sgmuniform' are not implemented"),
-        ("Euler exponential", "levels 'exponential' are not implemented"),
     ],
 )
 def test_what_is_no_name(text: object, message: str) -> None:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from ..vocabulary import EMPHASES, OBJECTIVES, SAMPLERS, SYNTAXES
+from ..vocabulary import EMPHASES, OBJECTIVES, SAMPLERS, SCHEDULES, SYNTAXES
 
 LoraFlag: TypeAlias = "tuple[str, float | None, float | None]"
 """File, weight and text weight of --lora, None where not given."""
@@ -193,7 +193,8 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         help="skip the last N layers of the text encoder (A1111's number minus one)",
     )
     add("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)}, or A1111's name (default: the model's)")
-    add("--karras", action=argparse.BooleanOptionalAction, help="use the noise levels of Karras et al. 2022")
+    add("--schedule", metavar="NAME", help=f"noise levels: {', '.join(SCHEDULES)} (default: the sampler's)")
+    add("--karras", dest="schedule", action="store_const", const="karras", help="--schedule karras")
     add(
         "--spacing",
         metavar="NAME",

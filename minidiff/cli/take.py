@@ -35,7 +35,7 @@ _REPLACED = {
     "steps": ("timesteps", "sigmas"),
     "timesteps": ("steps", "sigmas"),
     "sigmas": ("steps", "timesteps"),
-    "sampler": ("karras", "spacing", "eta"),
+    "sampler": ("schedule", "spacing", "eta"),
     "boxes": ("guidance",),
     "syntax": ("emphasis",),
 }
@@ -101,7 +101,7 @@ def take(picture: str, given: Mapping[str, object], loading: Mapping[str, object
         if name == "image_prompt_scale" and "image_prompt" not in given:
             continue
         if name not in FIELDS or name in replaced or _is_fingerprint(value):
-            left += [name] if value else []
+            left += [name] if value and value != "uniform" else []
         elif name in ("prompt", "negative_prompt") and isinstance(value, str) and found.source == "a1111":
             fields[name] = NETWORK.sub("", value)
             left += [f"{network[0]} (load such a file with --lora)" for network in NETWORK.finditer(value)]

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import shown
+from ..vocabulary import modernised
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 
@@ -65,7 +66,7 @@ def parse_chunk(text: str) -> tuple[dict[str, Plain], dict[str, Plain]]:
             f"the chunk 'minidiff' should be an object with 'format' {FORMAT} and objects 'arguments' and 'info', "
             f"got {shown(text)}; a newer minidiff may read it"
         )
-    return chunk["arguments"], chunk["info"]
+    return modernised(chunk["arguments"]), chunk["info"]
 
 
 def _check_depth(value: Plain, left: int = _DEEPEST) -> None:

@@ -18,13 +18,18 @@ from contextlib import suppress
 from typing import TypeAlias
 
 from ..checks import number, shown, whole
-from ..vocabulary import a1111_sampler, read_sampler
+from ..vocabulary import SCHEDULES, a1111_sampler, read_sampler, read_schedule
 
 Value: TypeAlias = bool | int | float | str
 
 NEGATIVE = "Negative prompt:"
 # One `Key: value` of the settings. Unlike A1111's, a key starts only after a comma: linear time on a hostile line.
 PAIR = re.compile(r'(?:^|(?<=,))\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"(?=\s*(?:,|$))|[^,]*)')
+# Samplers that A1111 1.9 and later give Karras or exponential levels if no schedule type is written.
+_NOT_UNIFORM = (
+    *("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"),
+    *("dpmpp_sde", "dpmpp_2s_ancestral", "dpm2", "dpm2_ancestral"),
+)
 _LONGEST = 1_000_000  # characters of a text; A1111's hold a few thousand
 _NUMBERS: tuple[tuple[str, str, Callable[[str, object, float, float], float], float, float], ...] = (
     ("Steps", "steps", whole, 1, 10_000),
@@ -107,12 +112,11 @@ def _settings(arguments: Mapping[str, object]) -> dict[str, object]:
     sampler, clip_skip, seed = get("sampler"), get("clip_skip"), get("seed")
     if isinstance(sampler, Mapping):  # an object, as chunk.plain() writes it
         sampler = str(sampler.get("object")).rpartition(".")[2]
-    karras = get("karras") is True
+    schedule = str(get("schedule") or "uniform")
     return {
         "Steps": get("steps"),
-        "Sampler": a1111_sampler(sampler, karras) if isinstance(sampler, str) and sampler else None,
-        # A1111 1.9 and later assume Karras for a DPM++ 2M without a schedule type.
-        "Schedule type": "Uniform" if sampler == "dpmpp_2m" and not karras else None,
+        "Sampler": a1111_sampler(sampler, schedule) if isinstance(sampler, str) and sampler else None,
+        "Schedule type": _schedule_type(sampler, schedule),
         "CFG scale": get("guidance_scale"),
         "Seed": seed,
         "Size": None if get("width") is None or get("height") is None else f"{get('width')}x{get('height')}",
@@ -136,22 +140,30 @@ def _hashes(adapters: object) -> dict[str, str]:
     return {key: ", ".join(hashes) for key, hashes in found.items()}
 
 
+def _schedule_type(sampler: object, schedule: str) -> str | None:
+    """Written where A1111 1.9 and later would not assume it: a sampler's name says Karras, and some imply levels."""
+    if schedule == "karras" or (schedule == "uniform" and sampler not in _NOT_UNIFORM):
+        return None
+    return SCHEDULES.get(schedule)
+
+
 def _take_sampler(rest: dict[str, str]) -> dict[str, Value]:
-    """Read Karras from the end of the sampler's name (before A1111 1.9, and ours) or from the schedule type.
+    """Read the noise levels from the end of the sampler's name (before A1111 1.9, and ours) or the schedule type.
 
     An unknown sampler keeps its spelling, so that generate() refuses it by name.
     """
     if "Sampler" not in rest:
         return {}
     label = rest.pop("Sampler")
-    schedule = rest.get("Schedule type", "Automatic").lower()
-    if schedule in ("automatic", "uniform", "normal", "karras"):
+    schedule = "uniform"
+    with suppress(ValueError):
+        schedule = read_schedule(rest.get("Schedule type", "Automatic").replace("Automatic", "uniform"))
         rest.pop("Schedule type", None)
     try:
-        name, karras = read_sampler(label)
+        name, said = read_sampler(label)
     except ValueError:
-        return {"sampler": label} | ({"karras": True} if schedule == "karras" else {})
-    return {"sampler": name, "karras": bool(karras) or schedule == "karras"}
+        return {"sampler": label, "schedule": schedule} if schedule != "uniform" else {"sampler": label}
+    return {"sampler": name, "schedule": said or "uniform" if schedule == "uniform" else schedule}
 
 
 def _take_numbers(rest: dict[str, str]) -> dict[str, Value]:

@@ -9,40 +9,40 @@ from minidiff.checks import number, shown, warn
 from minidiff.sampling.samplers import sampler_class
 from minidiff.sampling.samplers._sampler import Sampler
 from minidiff.sampling.schedule import NoiseSchedule
-from minidiff.vocabulary import SAMPLERS, read_sampler
+from minidiff.vocabulary import SAMPLERS, read_sampler, read_schedule
 
 
-def sampler_by_name(text: str, karras: bool | None = None, spacing: str | None = None, eta: float = 0.0) -> Sampler:
+def sampler_by_name(text: str, schedule: str | None = None, spacing: str | None = None, eta: float = 0.0) -> Sampler:
     """The sampler with this name, in our spelling or another program's ("DPM++ 2M Karras"), and these settings."""
-    name, karras = read_sampler(text, karras)
-    return _with(sampler_class(name)(), karras, spacing, eta)
+    name, schedule = read_sampler(text, schedule)
+    return _with(sampler_class(name)(), schedule, spacing, eta)
 
 
 def choose_sampler(
     noise: NoiseSchedule,
     default: Sampler | None,
     sampler: str | Sampler | None = None,
-    karras: bool | None = None,
+    schedule: str | None = None,
     spacing: str | None = None,
     eta: float = 0.0,
 ) -> Sampler:
     """The sampler for a run: the requested one, else `default`, else that of the model's scheduler config.
 
-    karras, spacing and eta apply to a named sampler or the model's own; a sampler object has its own settings.
+    schedule, spacing and eta apply to a named sampler or the model's own; a sampler object has its own settings.
     ValueError if the sampler is not implemented or does not fit the model.
     """
     if isinstance(sampler, str):
-        chosen = sampler_by_name(sampler, karras, spacing, eta)
+        chosen = sampler_by_name(sampler, schedule, spacing, eta)
     elif sampler is None:
         own = default or noise.sampler
         if own is None:
             raise ValueError(f"the scheduler config {noise.refusal}; name a sampler yourself: {', '.join(SAMPLERS)}")
-        chosen = _with(own, karras, spacing, eta)
+        chosen = _with(own, schedule, spacing, eta)
     elif isinstance(sampler, Sampler):
         chosen = sampler
-        if _with(sampler, karras, spacing, eta) != sampler:
+        if _with(sampler, schedule, spacing, eta) != sampler:
             raise ValueError(
-                f"got karras={karras}, spacing={shown(spacing)} and eta={shown(eta)} with a sampler object; "
+                f"got schedule={shown(schedule)}, spacing={shown(spacing)} and eta={shown(eta)} with a sampler object; "
                 f"expected them in the object: {sampler!r}"
             )
     else:
@@ -53,24 +53,24 @@ def choose_sampler(
 
 def sampler_fields(sampler: Sampler) -> dict[str, object]:
     """The fields of a request that give this sampler: its name and settings, or the object if no name gives it."""
-    karras, spacing = getattr(sampler, "karras", False), sampler.spacing
+    schedule, spacing = getattr(sampler, "levels", "uniform"), sampler.spacing
     eta = getattr(sampler, "eta", 0.0)
-    if sampler.name not in SAMPLERS or sampler != _with(sampler_class(sampler.name)(), karras, spacing, eta):
+    if sampler.name not in SAMPLERS or sampler != _with(sampler_class(sampler.name)(), schedule, spacing, eta):
         return {"sampler": sampler}
-    return {"sampler": sampler.name, "karras": karras, "spacing": spacing, "eta": eta}
+    return {"sampler": sampler.name, "schedule": schedule, "spacing": spacing, "eta": eta}
 
 
-def _with(sampler: Sampler, karras: bool | None, spacing: str | None, eta: float) -> Sampler:
+def _with(sampler: Sampler, schedule: str | None, spacing: str | None, eta: float) -> Sampler:
     """The sampler with these settings; None and eta 0 change nothing."""
-    if karras is not None and not isinstance(karras, bool):
-        raise ValueError(f"karras is {shown(karras)}; expected True, False or None (as the sampler's name says)")
-    asked = {"karras": karras, "spacing": spacing, "eta": number("eta", eta, 0, 1) or None}
+    levels = None if schedule is None else read_schedule(schedule)
+    asked = {"levels": levels, "spacing": spacing, "eta": number("eta", eta, 0, 1) or None}
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     for name, value in changes.items():
-        if not _has(sampler, name) and value is not False:
+        if not _has(sampler, name) and value != "uniform":
             having = [one for one in SAMPLERS if _has(sampler_class(one), name)]
             raise ValueError(
-                f"{name} is {shown(value)} with sampler {sampler.name!r}; expected one with it: {', '.join(having)}"
+                f"{'schedule' if name == 'levels' else name} is {shown(value)} with sampler {sampler.name!r}; expected "
+                f"one with it: {', '.join(having)}"
             )
     return replace(sampler, **{name: value for name, value in changes.items() if _has(sampler, name)})
 

@@ -58,7 +58,7 @@ class NoiseSchedule:
     timestep_spacing, set_alpha_to_one: None if not in the config: each sampler then uses diffusers' own default.
     steps_offset: added to the timesteps of leading spacing.
     skip_prk_steps: False asks PNDM for Runge-Kutta warm-up steps, which are not implemented: PNDM then raises.
-    sampler: the config's own, with its Karras switch; None if it is not implemented; `refusal` then gives the reason:
+    sampler: the config's own, with its noise levels; None if it is not implemented; `refusal` then gives the reason:
         "names HeunDiscreteScheduler, which ...".
     switches: those of rescale_betas_zero_snr and thresholding that are on. Neither is implemented, so samplers that
         they would affect refuse this model.
@@ -165,7 +165,8 @@ def _own_sampler(config: Mapping[str, object]) -> tuple[Sampler | None, str]:
         name = None
     if name is None:
         return None, f"names {shown(kind)}, which is not implemented"
-    _flag(config, "use_karras_sigmas")
+    for levels in ("karras", "exponential", "beta"):
+        _flag(config, f"use_{levels}_sigmas")
     refusals = []
     stochastic = name == "dpmpp_2m" and config.get("algorithm_type") == "sde-dpmsolver++"
     for one in _SDE if stochastic else (name,):

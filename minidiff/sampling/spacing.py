@@ -7,6 +7,7 @@ sigma^2).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -172,6 +173,53 @@ def karras_sigmas(largest: float, smallest: float, steps: int, rho: float = 7.0)
     return sigmas
 
 
+def _exponential_sigmas(largest: float, smallest: float, steps: int) -> Floats:
+    """Sigmas [steps] from largest to smallest, even in log sigma, as k-diffusion's get_sigmas_exponential."""
+    sigmas: Floats = np.exp(np.linspace(math.log(largest), math.log(smallest), steps))
+    return sigmas
+
+
+def _beta_sigmas(largest: float, smallest: float, steps: int) -> Floats:
+    """Sigmas [steps] from largest to smallest at quantiles of Beta(0.6, 0.6). Lee et al. 2024 (arXiv 2407.12173)."""
+    return smallest + (largest - smallest) * beta_quantiles(1 - np.linspace(0, 1, steps))
+
+
+def beta_quantiles(shares: Floats, a: float = 0.6) -> Floats:
+    """Inverse of the distribution function of Beta(a, a): by bisection on [0, 1/2], where its power series is short."""
+    count = np.arange(64)
+    series = np.cumprod(np.append(1.0, (count[:-1] + 1 - a) / count[1:])) / (a + count)
+
+    def below(x: Floats) -> Floats:  # the integral from 0, not normalised
+        found: Floats = x**a * (series * x[..., None] ** count).sum(-1)
+        return found
+
+    wanted = np.minimum(shares, 1 - shares) * 2 * below(np.array([0.5]))
+    low, high = np.zeros_like(wanted), np.full_like(wanted, 0.5)
+    for _ in range(60):
+        middle = (low + high) / 2
+        short = below(middle) < wanted
+        low, high = np.where(short, middle, low), np.where(short, high, middle)
+    return np.where(shares > 0.5, 1 - low, low)
+
+
+_BETWEEN = {"karras": karras_sigmas, "exponential": _exponential_sigmas, "beta": _beta_sigmas}
+
+
+def scheduled_sigmas(noise: NoiseSchedule, schedule: str, steps: int, ends: Floats | None = None) -> Floats:
+    """Sigmas [steps] of a schedule other than "uniform", between the largest and the smallest of ends.
+
+    ends: the whole training range if None. "sgm_uniform" always has timesteps of its own, those of n + 1 linspace
+    points without the lowest, with log sigma linear between training timesteps, as k-diffusion's t_to_sigma.
+    """
+    known = noise.training_sigmas()
+    if schedule == "sgm_uniform":
+        times = np.linspace(len(known) - 1, 0, steps + 1)[:-1]
+        sigmas: Floats = np.exp(np.interp(times, np.arange(len(known)), np.log(known)))
+        return sigmas
+    first, last = (known[-1], known[0]) if ends is None else (ends[0], ends[-1])
+    return _BETWEEN[schedule](float(first), float(last), steps)
+
+
 def final_sigma(noise: NoiseSchedule, *, alpha_to_one: bool) -> float:
     """The last sigma of DDIM or PNDM: 0, or timestep 0's; `alpha_to_one` applies if the config does not say."""
     to_one = alpha_to_one if noise.set_alpha_to_one is None else noise.set_alpha_to_one
@@ -182,9 +230,3 @@ def levels_back(noise: NoiseSchedule, times: Floats, steps: int, final: float) -
     """Sigmas T // steps timesteps before each of `times`; `final` where that is below timestep 0."""
     before = times.astype(int) - noise.num_train_timesteps // steps
     return np.where(before >= 0, noise.exact_sigmas()[np.maximum(before, 0)], final)
-
-
-def training_karras(noise: NoiseSchedule, steps: int) -> Floats:
-    """Karras sigmas over the whole training range [steps]."""
-    known = noise.training_sigmas()
-    return karras_sigmas(float(known[-1]), float(known[0]), steps)

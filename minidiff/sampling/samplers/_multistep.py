@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minidiff.checks import whole
 from minidiff.sampling.samplers._sampler import Draw, Sampler, Settings, signal
-from minidiff.sampling.spacing import Schedule, sigmas_at, spaced_timesteps, timesteps_at, training_karras, vp_schedule
+from minidiff.sampling.spacing import Schedule, scheduled_sigmas, sigmas_at, spaced_timesteps, timesteps_at, vp_schedule
 
 if TYPE_CHECKING:
     from minidiff.sampling.schedule import Floats, NoiseSchedule
@@ -22,37 +22,37 @@ if TYPE_CHECKING:
 class MultistepSampler(Sampler):
     """Space "vp", one call a step, whole timesteps. A run of n steps is spaced as n + 1 points, the lowest is dropped.
 
-    karras: sigmas (eq. 5 of Karras et al. 2022) over the whole training range, timesteps rounded.
-    truncates_cosine: whether diffusers truncates Karras timesteps of cosine betas instead.
+    levels: one of vocabulary.SCHEDULES, over the whole training range. Karras' timesteps are rounded, those of
+        "exponential" and "beta" truncated, as in diffusers.
+    truncates_cosine: whether diffusers truncates Karras' too with cosine betas.
     """
 
     truncates_cosine: ClassVar[bool] = False
     settings: ClassVar[Settings] = {
         "final_sigmas_type": ("zero",),
         "use_flow_sigmas": (False,),
-        "use_exponential_sigmas": (False,),
-        "use_beta_sigmas": (False,),
         "thresholding": (False,),
     }
-    karras: bool = False
+    levels: str = "uniform"
 
     def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
-        if levels is None and not self.karras:
+        if levels is None and self.levels == "uniform":
             if times is None:
                 times = spaced_timesteps(noise, steps, self._spacing(noise), drop_last=True)
-            levels = sigmas_at(noise, times)
-            levels = np.append(levels, self._end(noise, float(noise.training_sigmas()[0])))
+            levels = np.append(sigmas_at(noise, times), self._end(float(noise.training_sigmas()[0])))
         else:
             if levels is None:
-                levels = training_karras(noise, steps)
-                levels = np.append(levels, self._end(noise, float(levels[-1])))
+                levels = scheduled_sigmas(noise, self.levels, steps)
+                lowest = noise.training_sigmas() if self.levels == "sgm_uniform" else levels[::-1]
+                levels = np.append(levels, self._end(float(lowest[0])))
             times = timesteps_at(noise, levels[:-1])
-            truncated = self.truncates_cosine and noise.beta_schedule == "squaredcos_cap_v2"
+            truncated = self.levels in ("exponential", "beta")
+            truncated |= self.truncates_cosine and noise.beta_schedule == "squaredcos_cap_v2"
             times = np.floor(times) if truncated else times.round()
         levels = levels.astype(np.float32).astype(np.float64)
         return vp_schedule(self.name, noise, times, levels[:-1], levels[1:])
 
-    def _end(self, noise: NoiseSchedule, lowest: float) -> float:
+    def _end(self, lowest: float) -> float:
         """Where a run ends; lowest: the smallest sigma of its kind of levels."""
         return 0.0
 

@@ -19,12 +19,12 @@ from minidiff.sampling.spacing import (
     count_steps,
     custom_sigmas,
     custom_timesteps,
-    karras_sigmas,
+    scheduled_sigmas,
     sigmas_at,
     spaced_timesteps,
     timesteps_at,
 )
-from minidiff.vocabulary import SPACINGS
+from minidiff.vocabulary import SCHEDULES, SPACINGS
 
 if TYPE_CHECKING:
     from minidiff.sampling.schedule import Custom, Floats, NoiseSchedule
@@ -60,10 +60,12 @@ class Sampler(ABC):
     def __post_init__(self) -> None:
         if self.spacing is not None:
             choice("spacing", self.spacing, SPACINGS)
+        choice("levels", getattr(self, "levels", "uniform"), tuple(SCHEDULES))
 
     def __str__(self) -> str:
-        """Its name, with karras if it uses those noise levels: "dpmpp_2m karras". read_sampler reads it."""
-        return f"{self.name}{' karras' if getattr(self, 'karras', False) else ''}"
+        """Its name and noise levels as read_sampler reads them: "dpmpp_2m karras"."""
+        levels = getattr(self, "levels", "uniform")
+        return self.name if levels == "uniform" else f"{self.name} {levels}"
 
     @property
     def stochastic(self) -> bool:
@@ -73,8 +75,11 @@ class Sampler(ABC):
     @classmethod
     def of_config(cls, config: Mapping[str, object]) -> dict[str, Any]:
         """The fields that diffusers' config of this algorithm sets."""
-        heeds = "use_karras_sigmas" not in cls.settings and "karras" in {one.name for one in fields(cls)}
-        return {"karras": True} if heeds and config.get("use_karras_sigmas") else {}
+        if "levels" not in {one.name for one in fields(cls)}:
+            return {}
+        asked = (f"use_{levels}_sigmas" for levels in ("karras", "exponential", "beta"))
+        found = [key.split("_")[1] for key in asked if config.get(key) and key not in cls.settings]
+        return {"levels": found[0]} if found else {}
 
     def schedule(
         self, noise: NoiseSchedule, steps: int | None = None, *, timesteps: Custom = None, sigmas: Custom = None
@@ -83,10 +88,11 @@ class Sampler(ABC):
         count = count_steps(noise, steps, timesteps, sigmas)
         times = None if timesteps is None else custom_timesteps(noise, timesteps, self.fractions)
         levels = None if sigmas is None else custom_sigmas(noise, sigmas)
-        if getattr(self, "karras", False) and (timesteps is not None or sigmas is not None):
+        own = getattr(self, "levels", "uniform")
+        if own != "uniform" and (timesteps is not None or sigmas is not None):
             raise ValueError(
-                f"{'timesteps' if sigmas is None else 'sigmas'} were given to a Karras sampler, which chooses its own; "
-                "leave them out or pass karras=False"
+                f"{'timesteps' if sigmas is None else 'sigmas'} were given to a sampler with {own} noise levels, which "
+                'are its own; leave them out or pass schedule="uniform"'
             )
         return self._schedule(noise, count, times, levels)
 
@@ -122,27 +128,27 @@ class Sampler(ABC):
 class SigmaSampler(Sampler):
     """A sampler of k-diffusion: space "ve", float32 timesteps (also fractional), sigmas down to 0 or a caller's last.
 
-    karras: the noise levels of Karras et al. 2022 (eq. 5) between the first and last sigma of the spacing.
+    levels: one of vocabulary.SCHEDULES; "karras", "exponential" and "beta" lie between the first and last sigma of the
+        spacing, "sgm_uniform" has a spacing of its own.
     rounds: whether Karras timesteps are rounded.
     """
 
     fractions: ClassVar[bool] = True
     rounds: ClassVar[bool] = False
-    settings: ClassVar[Settings] = {"use_exponential_sigmas": (False,), "use_beta_sigmas": (False,)}
-    karras: bool = False
+    levels: str = "uniform"
 
     def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
-        spacing = self._spacing(noise)
+        spacing = "linspace" if self.levels == "sgm_uniform" else self._spacing(noise)
         if levels is not None:
             times = timesteps_at(noise, levels[:-1].astype(np.float32))  # in diffusers' precision
         else:
             if times is None:
                 times = spaced_timesteps(noise, steps, spacing, fractions=True)
             exact = sigmas_at(noise, times)
-            if self.karras:
-                exact = karras_sigmas(float(exact[0]), float(exact[-1]), steps)
+            if self.levels != "uniform":
+                exact = scheduled_sigmas(noise, self.levels, steps, exact)
                 times = timesteps_at(noise, exact)
-                times = times.round() if self.rounds else times
+                times = times.round() if self.rounds and self.levels == "karras" else times
             levels = np.append(exact, 0.0).astype(np.float32)
         values = [float(level) for level in levels]
         return Schedule(

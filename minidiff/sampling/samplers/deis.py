@@ -15,28 +15,26 @@ from minidiff.sampling.samplers._sampler import Ask, Draw, Settings, predict, si
 from minidiff.sampling.spacing import Schedule
 
 if TYPE_CHECKING:
-    from minidiff.sampling.schedule import NoiseSchedule
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class DEIS(OrderedSampler):
     """Log-rho Adams-Bashforth: eps along a polynomial in log sigma, of order 1 to 3, integrated exactly (eq. 14).
 
-    Ends at the lowest training sigma, not at 0; with Karras levels, which reach it, the last step does nothing. Below
-    15 steps the last ones are of lower order.
+    Ends at the lowest training sigma, not at 0; the last step from levels that reach it, such as Karras', does nothing.
+    Below 15 steps the last ones are of lower order.
     """
 
     name: ClassVar[str] = "deis"
     settings: ClassVar[Settings] = {
         "solver_order": (1, 2, 3),
         "use_flow_sigmas": (False,),
-        "use_exponential_sigmas": (False,),
-        "use_beta_sigmas": (False,),
         "lower_order_final": (True,),
         "thresholding": (False,),
     }
 
-    def _end(self, noise: NoiseSchedule, lowest: float) -> float:
+    def _end(self, lowest: float) -> float:
         return lowest
 
     def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:

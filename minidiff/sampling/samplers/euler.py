@@ -16,7 +16,6 @@ class Euler(SigmaSampler):
 
     name: ClassVar[str] = "euler"
     settings: ClassVar[Settings] = {
-        **SigmaSampler.settings,
         "rescale_betas_zero_snr": (False,),
         "interpolation_type": ("linear",),
         "final_sigmas_type": ("zero",),

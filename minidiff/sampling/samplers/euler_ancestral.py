@@ -19,7 +19,10 @@ class EulerAncestral(SigmaSampler):
     """
 
     name: ClassVar[str] = "euler_ancestral"
-    settings: ClassVar[Settings] = {"rescale_betas_zero_snr": (False,), "use_karras_sigmas": (False, True)}
+    settings: ClassVar[Settings] = {
+        "rescale_betas_zero_snr": (False,),
+        **{f"use_{levels}_sigmas": (False, True) for levels in ("karras", "exponential", "beta")},
+    }
 
     @property
     def stochastic(self) -> bool:
