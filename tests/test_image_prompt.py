@@ -37,6 +37,7 @@ from bench.image_prompts import (
 )
 from minidiff import ImagePrompt, with_image_prompt
 from minidiff.cli.main import main
+from minidiff.png.chunk import plain
 from minidiff.png.read import read_metadata
 from minidiff.resolve import image_inputs
 from minidiff.speed import accelerate
@@ -243,6 +244,7 @@ def test_what_a_picture_may_be(model: minidiff.Model, tmp_path: Path) -> None:
     for same in (tmp_path / "cat.png", str(tmp_path / "cat.png"), np.asarray(image), {"image": image, "scale": 1}):
         assert torch.equal(ours(model, image_prompt=same), expected)
     assert replace(ImagePrompt(tmp_path / "cat.png"), scale=0.5).name == "cat.png"
+    assert ImagePrompt(image).fingerprint == plain(image)
 
 
 def test_half_precision(tiny_folder: Path, files: Mapping[str, Path], encoder_folder: Path) -> None:
@@ -430,6 +432,8 @@ def test_wrong_image_prompts_are_named(tiny_model: minidiff.Model, two: minidiff
         ({"image_prompt": {"picture": picture()}}, "expected a mapping with image"),
         ({"image_prompt": {"image": picture(), "scale": "much"}}, "image_prompt: scale is 'much'"),
         ({"image_prompt": {"image": picture(), "box": (0, 0, 2, 1)}}, "image_prompt: box .* outside"),
+        ({"image_prompt": {"image": picture(), "box": {"boxes": LEFT, "weight": 2}}}, "without a weight"),
+        ({"image_prompt": {"image": picture(), "box": {"boxes": None}}}, "expected a box"),
         ({"image_prompt": {"image": picture(), "adapter": -1}}, "image_prompt: adapter is -1"),
         ({"image_prompt": three}, "image_prompt holds 3 pictures for 2 adapters"),
         ({"image_prompt": ImagePrompt(picture(), adapter=2)}, "names adapter 2; the model has 2"),

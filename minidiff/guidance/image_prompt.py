@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -60,11 +63,18 @@ class ImagePrompt:
         region = self._region()
         return torch.ones(grid, dtype=torch.float64, device="cpu") if region is None else region.coverage(grid)
 
+    @cached_property
+    def fingerprint(self) -> dict[str, object]:
+        """What a recipe keeps of the picture, as png.chunk.plain would write it; hashed once for a whole batch."""
+        pixels = np.asarray(self.picture)
+        sha256 = hashlib.sha256(pixels.tobytes()).hexdigest()
+        return {"tensor": {"shape": list(pixels.shape), "dtype": str(pixels.dtype), "sha256": sha256}}
+
     def plain(self) -> dict[str, object]:
         """The fields that are not at their defaults."""
         region = self._region()
         box = None if region is None else list(region.boxes) if region.mask is None else region.mask
-        named = {"name": self.name, "image": self.picture, "box": box, "adapter": self.adapter}
+        named = {"name": self.name, "image": self.fingerprint, "box": box, "adapter": self.adapter}
         found = {name: value for name, value in named.items() if value is not None}
         return found | ({} if self.scale == 1 else {"scale": self.scale})
 

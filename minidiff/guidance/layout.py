@@ -146,7 +146,10 @@ def _region(key: object, value: object, find: Callable[[str], tuple[int, ...]], 
 
 def read_place(name: str, value: object) -> Region:
     """Parse and check a value as in `boxes`: one or several boxes, or a mask. The region has no tokens."""
-    return _placed(name, value, name, ())
+    found = _placed(name, value, name, ())
+    if found.weight != 1 or not (found.boxes or found.mask is not None):
+        raise ValueError(f"{name} is {shown(value)}; expected a box, several or a mask, without a weight")
+    return found
 
 
 def _placed(where: str, value: object, name: str, tokens: tuple[int, ...]) -> Region:
