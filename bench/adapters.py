@@ -20,6 +20,7 @@ import minidiff
 from minidiff.weights.lora import shapes_of
 from minidiff.weights.names import invert, rename, unet_ldm
 
+from .image_prompts import image_prompt_rows
 from .models import TINY, Size, text_dict, unet_dict, write_folder
 from .reference import diffusers, reference_context, relative_error
 from .table import Row
@@ -331,7 +332,7 @@ def lora_rows() -> Iterator[Row]:
                 yield Row(f"{name}, {part}", "small", value, BOUND, note=f"{by}; it changes {move:.2g}")
 
 
-ROWS: tuple[Callable[[], Iterator[Row]], ...] = (lora_rows,)
+ROWS: tuple[Callable[[], Iterator[Row]], ...] = (lora_rows, image_prompt_rows)
 """A function of rows for each kind of adapter."""
 
 

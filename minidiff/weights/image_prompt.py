@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..networks.image_prompt import AnyProjection, image_projection
 from ..networks.sites import Site
 from ..networks.unet import UNet
 from ..speed.replace import with_modules
-from .files import Stored, read_tensors, stored_tensors
+from .files import Stored, read_tensors, sha256, stored_tensors
 from .recognise import recognise
 from .state import check_state
 from .vision import load_image_encoder
@@ -50,13 +49,11 @@ def with_image_prompt(model: Model, file: str | Path, image_encoder: str | Path)
     projection = cast("AnyProjection", adapter["image_proj"])
     encoder = _encoder(model, image_encoder, path, projection)
     _fill(adapter, path, stored, model)
-    with path.open("rb") as opened:
-        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     return replace(
         model,
         unet=_grown(model.unet, cast("nn.ModuleDict", adapter["ip_adapter"])),
         image_adapters=(*model.image_adapters, ImageAdapter(projection, encoder)),
-        adapters=(*model.adapters, Adapter("image prompt", path.stem, path.name, sha256)),
+        adapters=(*model.adapters, Adapter("image prompt", path.stem, path.name, sha256(path))),
     )
 
 
