@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidiff.run import guided
+from minidiff.denoise import guided
 from minidiff.sampling import SD15_SCHEDULER_CONFIG, Euler, NoiseSchedule, sample
 
 from .machine import print_header

@@ -5,174 +5,21 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import number, warn
+from .checks import number
 from .guidance.guide import Guidance
 from .guidance.image_prompt import ImagePrompt
-from .guidance.layout import Layout, Region, make_layout, read_regions
+from .guidance.layout import Region
 from .model import Model
 from .networks.attention import picture_name
 from .networks.sites import Position, Site
-from .networks.text import Phrases
-from .prompts.chunks import Marked, encode
-from .request import Request, listed
+from .request import Request
 from .sampling import Sampler, choose_sampler, sampler_fields
-
-# A1111's syntax for weights, networks and breaks, which a plain prompt does not have
-_MARKS = re.compile(r"\([^()]+:\s*[\d.]+\)|<(?:lora|lyco|hypernet):[^>]*>|\bBREAK\b")
-
-
-@dataclass(frozen=True, eq=False)
-class Texts:
-    """The P prompts of a request, or their contexts [P,L,D]; each makes `repeats` adjacent images.
-
-    phrases: finds phrases in the prompts. chunks: with a syntax, of how many each context consists; where the batch
-    has longer ones, the rest of the L positions is empty. emphasis: how weights act on them.
-    """
-
-    prompts: tuple[str, ...] | None
-    negatives: tuple[str, ...]
-    context: Tensor | None
-    negative_context: Tensor | None
-    repeats: int
-    phrases: Phrases
-    chunks: tuple[int, ...] = ()
-    emphasis: str = "a1111"
-
-    @classmethod
-    def of(cls, request: Request, model: Model) -> Texts:
-        """One text or context per prompt, each with a negative one ("" by default)."""
-        width = model.unet.config.cross_attention_dim
-        for name, context, count in (
-            ("context", request.context, request.prompts),
-            ("negative_context", request.negative_context, request.prompts),
-        ):
-            if context is not None and (len(context) != count or context.shape[2] != width):
-                raise ValueError(
-                    f"{name} is {list(context.shape)}; expected a tensor [{count}, L, {width}], such as "
-                    "model.text.encode gives"
-                )
-        prompts = None if request.prompt is None else tuple(listed(request.prompt))
-        negatives = tuple(listed(request.negative_prompt or ""))
-        texts = cls(
-            prompts,
-            negatives * (request.prompts // len(negatives)),
-            request.context,
-            request.negative_context,
-            request.images_per_prompt,
-            Phrases(model.text.tokenizer, model.text.length, added=model.text.added),
-        )
-        if request.syntax == "a1111":
-            return texts._in_chunks(request.emphasis or "a1111")
-        marked = next((text for text in (*(prompts or ()), *negatives) if _MARKS.search(text)), None)
-        if marked is not None and model.text.words is None:
-            warn(
-                f"{_MARKS.search(marked)[0]!r} in the prompt is A1111 syntax, which is not interpreted: the model "  # type: ignore[index]
-                'reads it as plain text. syntax="a1111" interprets it'
-            )
-        return texts
-
-    def _in_chunks(self, emphasis: str) -> Texts:
-        """The same, read with A1111's syntax. A prompt and its negative one get equally many chunks."""
-        size = self.phrases.length
-        marked = Marked(self.phrases.tokenizer, size, size, added=self.phrases.added)
-        counts = [[len(marked.read(text).starts) for text in texts or ()] for texts in (self.prompts, self.negatives)]
-        given = [[context.shape[1] // size] * len(context) for context in (self.context,) if context is not None]
-        chunks = tuple(map(max, zip(*(some for some in counts + given if some), strict=True)))
-        return replace(self, phrases=replace(marked, length=max(chunks) * size), chunks=chunks, emphasis=emphasis)
-
-    @property
-    def images(self) -> int:
-        """B, the number of images."""
-        return len(self.negatives) * self.repeats
-
-    @property
-    def any_negative(self) -> bool:
-        """True where the caller gave any negative prompt or context."""
-        return self.negative_context is not None or any(self.negatives)
-
-    @torch.no_grad()
-    def encode(self, model: Model, clip_skip: int | None, negative: bool) -> Tensor:
-        """[B,L,D], or [uncond, cond] [2B,L,D] with `negative`. Repeated texts are encoded once."""
-        cond = self._encoded(model, self.prompts, self.context, clip_skip)
-        if not negative:
-            return cond
-        uncond = self._encoded(model, self.negatives, self.negative_context, clip_skip)
-        if uncond.shape[1] != cond.shape[1]:
-            raise ValueError(
-                f"context holds {cond.shape[1]} tokens and the negative one {uncond.shape[1]}; expected equal lengths. "
-                "Pass both context and negative_context"
-            )
-        return torch.cat([uncond, cond])
-
-    def _encoded(
-        self, model: Model, texts: tuple[str, ...] | None, context: Tensor | None, clip_skip: int | None
-    ) -> Tensor:
-        if context is None:
-            assert texts is not None  # a request has one of the two
-            keys = list(zip(texts, self.chunks or [1] * len(texts), strict=True))
-            unique = list(dict.fromkeys(keys))
-            alone, counts = [text for text, _ in unique], [count for _, count in unique]
-            if isinstance(self.phrases, Marked):
-                read = [self.phrases.read(text) for text in alone]
-                found = encode(model.text, read, counts, self.emphasis, clip_skip)
-                encoded = torch.stack([F.pad(one, (0, 0, 0, self.phrases.length - len(one))) for one in found])
-            else:
-                encoded = model.text.encode(alone, clip_skip)
-            context = encoded[[unique.index(key) for key in keys]]
-        return context.to(model.device, model.dtype).repeat_interleave(self.repeats, dim=0)
-
-    @property
-    def unread(self) -> Tensor | None:
-        """A bias for logits [B,1,1,1,L] that hides the positions an image has no chunk for; None where all are read.
-
-        Hidden tokens get 1e-26 of the attention, not 0: an objective may divide by all that a token gets.
-        """
-        if len(set(self.chunks)) < 2:
-            return None
-        chunks = torch.tensor(self.chunks).repeat_interleave(self.repeats)
-        size = self.phrases.length // max(self.chunks)
-        unread = torch.arange(self.phrases.length) >= chunks[:, None] * size
-        return torch.zeros(unread.shape).masked_fill(unread, -60.0)[:, None, None, None]
-
-    def regions(self, request: Request, model: Model) -> tuple[tuple[Region, ...], ...]:
-        """Each image's regions, with the tokens of their phrases."""
-        found = []
-        for i, boxes in enumerate(request.layouts):
-            prompt = None if self.prompts is None else self.prompts[i]
-            length = self.phrases.length if self.context is None else self.context.shape[1]
-
-            def find(phrase: str, prompt: str | None = prompt) -> tuple[int, ...]:
-                if prompt is None:
-                    raise ValueError(f"boxes has the key {phrase!r} but there is no prompt; expected token positions")
-                return self.phrases.all_spans(prompt, phrase)
-
-            found.append(() if boxes is None else read_regions(boxes, find, length))
-        return tuple(own for own in found for _ in range(self.repeats))
-
-    def layout(
-        self, model: Model, regions: Sequence[Sequence[Region]], length: int, there: Mapping[Site, Position]
-    ) -> Layout:
-        """The regions of a batch on every grid of the UNet. length: L of the contexts."""
-        if self.prompts is None:
-            tokens = [length - 1] * self.images  # all but the start marker: the prompt's length is unknown
-        else:
-            tokens = [self.phrases.num_tokens(prompt) for prompt in self.prompts for _ in range(self.repeats)]
-        layout = make_layout(regions, tokens, length, {at.grid for at in there.values()}, model.device)
-        if self.prompts is None or not self.chunks:
-            return layout
-        words = torch.zeros_like(layout.words)
-        for i, prompt in enumerate(self.prompts):
-            words[i * self.repeats : (i + 1) * self.repeats, list(self.phrases.read(prompt).places)] = 1
-        return layout._replace(words=words)
 
 
 def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance | None]:

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from .asked import asked
 from .canvas import Canvas, begin
 from .checks import warn
+from .denoise import Denoise
 from .guidance.guide import Guidance, Guide, look_loss
 from .guidance.layout import Layout, Region, plain_boxes
 from .model import Model
@@ -23,11 +23,12 @@ from .networks.sites import Grid, Position, Site, choose, cross, level
 from .png.chunk import Plain, plain
 from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
 from .request import BUNDLED, Request
-from .resolve import Texts, check_places, image_inputs, latent_shape, resolve
+from .resolve import check_places, image_inputs, latent_shape, resolve
 from .result import Images, Result, to_numpy, to_pil
 from .sampling import SamplerStep, Schedule, sample
 from .speed.accelerate import compile_whole, is_compiled
 from .speed.replace import changed_weights
+from .texts import Texts
 from .weights.load import load
 
 ATTENTION = Record(cross & level(1), HEAD_MEAN)
@@ -66,7 +67,6 @@ def sample_steps(request: Request) -> Run:
     started = time.perf_counter()
     model = request.model if isinstance(request.model, Model) else load(request.model)
     loaded = time.perf_counter()
-    texts = Texts.of(request, model)
     request, sampler, how = resolve(request, model)
     schedule = sampler.schedule(model.noise, request.steps, timesteps=request.timesteps, sigmas=request.sigmas)
     scale, shape = request.guidance_scale, latent_shape(request, model)
@@ -74,31 +74,36 @@ def sample_steps(request: Request) -> Run:
     noise = _Noise(tuple(torch.Generator().manual_seed(seed) for seed in _seeds(request)), shape)
     begun = begin(request, model, sampler, schedule, noise)
     schedule = begun.schedule
-    if scale == 1 and texts.any_negative:
+    texts = Texts.of(request, model, schedule.steps)
+    both = scale > 1 or texts.weights is not None  # uncond and cond
+    if texts.any_negative and not both:
         warn("the negative prompt has no effect at guidance_scale 1")
     there = model.unet.positions(*shape[1:])
     record = _record(request, there)
     assert isinstance(request.edits, tuple)  # normalised by Request
     edits = tuple(replace(edit, sites=choose(edit.sites, there)) for edit in request.edits)
-    encoded = texts.encode(model, request.clip_skip, negative=scale > 1)
-    regions = texts.regions(request, model)
+    each_step = texts.in_each_step()
+    encoded = {one: one.encode(model, request.clip_skip, negative=both) for one in each_step}
+    contexts = [encoded[one] for one in each_step]
+    regions = each_step[0].regions(request, model)
     given_inputs = {name: value.to(model.device) for name, value in (request.inputs or {}).items()}
-    own = image_inputs(request, model, there, negative=scale > 1) | begun.inputs | given_inputs
+    own = image_inputs(request, model, there, negative=both) | begun.inputs | given_inputs
     unread = texts.unread
     if unread is not None:
         own["unread"] = unread.to(model.device)
         skip = Edit(choose(cross, there), bias=_skip_unread)
-        edits += (skip, replace(skip, rows="uncond")) if scale > 1 else (skip,)
-    guide, given = None, own
+        edits += (skip, replace(skip, rows="uncond")) if both else (skip,)
+    guide, given = None, [own]
     if any(regions):
-        layout = texts.layout(model, regions, encoded.shape[1], there)
-        given = {**layout.inputs(), **own}
+        length = contexts[0].shape[1]
+        layouts = {one: one.layout(model, one.regions(request, model), length, there) for one in encoded}
+        given = [{**layouts[one].inputs(), **own} for one in each_step]
         if how is not None:
             check_places(how, regions)
-            guide = _guide(
-                model, how.of_run(schedule.steps, there), encoded[-texts.images :], layout, regions, edits, own
-            )
-    denoise = Denoise(model, encoded, scale, request.guidance_rescale, record, edits, given)
+            told = [(encoded[one][-texts.images :], layouts[one]) for one in each_step]
+            guide = _guide(model, how.of_run(schedule.steps, there), told, regions, edits, own)
+    rescale = request.guidance_rescale
+    denoise = Denoise(model, contexts, scale, rescale, record, edits, given, texts.weights)
     used = {
         "seed": tuple(s if request.latents is None or sampler.stochastic else None for s in _seeds(request)),
         "guidance": None if guide is None and request.guidance is None else "none" if how is None else how,
@@ -199,66 +204,8 @@ class Run(Iterator[Step]):
         maps = SiteMaps({site: found.detach().float().cpu() for site, found in kept.items()})
         asked = texts.negatives if record.rows == "uncond" else texts.prompts
         prompts = None if asked is None else tuple(text for text in asked for _ in range(texts.repeats))
-        return Attention(maps, record.kinds, texts.images, texts.phrases, prompts, self._reduce is PER_STEP)
-
-
-class Denoise:
-    """The network as the sampling loop sees it, including classifier-free guidance.
-
-    `context` holds the conditional texts [B,L,D], or [uncond, cond] [2B,L,D] when the scale needs both.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        context: Tensor,
-        scale: float,
-        rescale: float,
-        record: Record | None,
-        edits: Sequence[Edit],
-        inputs: Inputs | None,
-    ) -> None:
-        if scale == 1:  # there are no unconditional rows to leave out
-            record = None if record is None else replace(record, rows=_only_rows("attention", record.rows))
-            edits = tuple(replace(edit, rows=_only_rows("edit", edit.rows)) for edit in edits)
-        self.model, self.context, self.scale, self.rescale = model, context, scale, rescale
-        self.record, self.edits, self.inputs = record, edits, inputs
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, Maps]:
-        """Predict from variance-preserving x in step `index`; returns float32 for any network dtype."""
-        halves = x if self.scale == 1 else torch.cat([x, x])
-        edits = tuple(edit for edit in self.edits if edit.acts_in(index))
-        inputs = self.inputs
-        if self.record is not None or edits:
-            inputs = {"t": t, "sigma": torch.full_like(t, sigma), **(inputs or {})}
-        output, maps = self.model.unet(halves.to(self.model.dtype), t, self.context, self.record, edits, inputs)
-        assert output is not None  # no stop
-        if self.scale == 1:
-            return output.float(), maps
-        uncond, cond = output.float().chunk(2)
-        return guided(uncond, cond, self.scale, self.rescale), maps
-
-
-def guided(uncond: Tensor, cond: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022, eq. 6), with the rescaling of Lin et al. 2023, eq. 15-16.
-
-    All [B,C,h,w]; the standard deviation is per image.
-    """
-    mixed = uncond + scale * (cond - uncond)
-    if rescale == 0:
-        return mixed
-    spread = cond.std(dim=(1, 2, 3), keepdim=True) / mixed.std(dim=(1, 2, 3), keepdim=True)
-    return rescale * (mixed * spread) + (1 - rescale) * mixed
-
-
-def _only_rows(name: str, rows: str) -> Literal["all"]:
-    if rows == "uncond":
-        raise ValueError(
-            f'{name}.rows is "uncond", but guidance_scale 1 runs no unconditional rows; '
-            'expected "cond" or "all", or a larger scale'
-        )
-    return "all"
+        phrases = texts.negative_phrases if record.rows == "uncond" else texts.phrases
+        return Attention(maps, record.kinds, texts.images, phrases, prompts, self._reduce is PER_STEP)
 
 
 def _skip_unread(site: Site, grid: Grid, inputs: Inputs) -> Tensor:
@@ -300,17 +247,17 @@ def _recorded(model: Model, record: Record | None, there: Mapping[Site, Position
 def _guide(
     model: Model,
     how: Guidance,
-    context: Tensor,
-    layout: Layout,
+    told: Sequence[tuple[Tensor, Layout]],
     regions: Sequence[Sequence[Region]],
     edits: Sequence[Edit],
     inputs: Inputs | None,
 ) -> Guide:
-    """The run's Guide, compiled if the model is."""
+    """The run's Guide, compiled if the model is. told: what it reads, once for all steps or in each."""
     names = [[region.name for region in some] for some in regions]
     compiled = is_compiled(model.unet)
     look = compile_whole(look_loss, model.unet) if compiled else look_loss
-    return Guide(how, model.unet.forward, context, layout, names, edits, inputs, compiled, look)
+    each_step = told if len(told) > 1 else ()
+    return Guide(how, model.unet.forward, *told[0], names, edits, inputs, compiled, look, each_step)
 
 
 def _with_progress(run: Run) -> Iterator[Step]:

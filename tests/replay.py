@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import minidiff
+from minidiff.denoise import Denoise
 from minidiff.guidance.guide import Evaluation, Guidance, Guide, evaluate
 from minidiff.guidance.layout import Box, Layout, Region, make_layout
 from minidiff.guidance.objectives import Objective
@@ -32,7 +33,6 @@ from minidiff.guidance.objectives.layout import layout_loss
 from minidiff.model import Model
 from minidiff.networks.attention import BOX_MASS, Inputs
 from minidiff.networks.sites import Grid, Site
-from minidiff.run import Denoise
 from minidiff.sampling import LMS, Euler, Sampler, sample
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -125,7 +125,7 @@ def rerun(
             x = starts[index - 1 : index].to(x) * abar**0.5  # both samplers' latents are scaled by 1 / sqrt(abar)
         return guide.refine(x, t, abar, index)
 
-    denoise = Denoise(model, context, run.guidance_scale, 0.0, record=None, edits=(), inputs=None)
+    denoise = Denoise(model, [context], run.guidance_scale, 0.0, record=None, edits=(), inputs=[{}])
     schedule = run.sampler.schedule(model.noise, run.steps)
     steps = [step.latents for step in islice(sample(denoise, noise, schedule, run.sampler, refine), first)]
     return losses(guide), torch.cat(steps)

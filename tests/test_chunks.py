@@ -27,11 +27,11 @@ def encoder(tiny_model: Model) -> TextEncoder:
 
 
 def marked(encoder: TextEncoder, chunks: int = 1) -> Marked:
-    return Marked(encoder.tokenizer, 77 * chunks, 77)
+    return Marked(encoder.tokenizer, 77 * chunks, 77, 77 * chunks)
 
 
 def context(encoder: TextEncoder, text: str, emphasis: str, clip_skip: int | None = None) -> Tensor:
-    read = marked(encoder).read(text)
+    read = marked(encoder).chunked(text)
     (found,) = encode(encoder, [read], [len(read.starts)], emphasis, clip_skip)
     return found
 
@@ -57,7 +57,7 @@ def slow_chunks(marked: Marked, text: str) -> list[list[int]]:
 
 
 def read_chunks(marked: Marked, text: str) -> list[list[int]]:
-    read = marked.read(text)
+    read = marked.chunked(text)
     chunks: list[list[int]] = [[] for _ in read.starts]
     for place, token in zip(read.places, read.ids, strict=True):
         assert place % 77 == 1 + len(chunks[place // 77])
@@ -118,7 +118,7 @@ def test_phrases_are_found_without_marks_in_every_chunk(encoder: TextEncoder) ->
 @pytest.mark.parametrize("texts", [["a cat"], ["", "a photo of a cat: 12:30, Café"], ["dogs", "cats", "dogs"]])
 @pytest.mark.parametrize("emphasis", ["a1111", "compel", "none"])
 def test_without_marks_the_context_is_the_plain_one(encoder: TextEncoder, texts: list[str], emphasis: str) -> None:
-    found = encode(encoder, [marked(encoder).read(text) for text in texts], [1] * len(texts), emphasis)
+    found = encode(encoder, [marked(encoder).chunked(text) for text in texts], [1] * len(texts), emphasis)
     assert torch.equal(torch.stack(found), encoder.encode(texts))
 
 
@@ -151,7 +151,7 @@ def test_compels_emphasis_is_compels(encoder: TextEncoder, text: str) -> None:
 def test_a1111s_emphasis_is_a_product_that_keeps_the_mean(
     encoder: TextEncoder, text: str, clip_skip: int | None
 ) -> None:
-    read, found = marked(encoder).read(text), context(encoder, text, "a1111", clip_skip)
+    read, found = marked(encoder).chunked(text), context(encoder, text, "a1111", clip_skip)
     for n, tokens in enumerate(slow_chunks(marked(encoder), text)):
         ids = [encoder.tokenizer.bos_token_id, *tokens] + [encoder.tokenizer.eos_token_id] * (76 - len(tokens))
         z = encoder.encode_ids(torch.tensor([ids]), clip_skip)[0].double()
@@ -168,7 +168,7 @@ def test_no_emphasis_reads_the_marks_and_ignores_the_weights(encoder: TextEncode
 
 
 def test_empty_chunks_fill_up(encoder: TextEncoder) -> None:
-    (found,) = encode(encoder, [marked(encoder).read("a cat")], [3])
+    (found,) = encode(encoder, [marked(encoder).chunked("a cat")], [3])
     torch.testing.assert_close(found.view(3, 77, -1), encoder.encode(["a cat", "", ""]))
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import minidiff
 from bench.reference import THEIRS
+from minidiff.denoise import guided
 from minidiff.model import Defaults, Model
-from minidiff.run import guided
 from minidiff.weights.inspect import describe
 
 PROMPTS = ["a cat playing with a ball", "two dogs", "a red circle and a blue square"]

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, strategies as st
 
-from minidiff.prompts.parse import LONGEST, check, pieces
+from minidiff.prompts.parse import LONGEST, at_step, check, parts, pieces
 
 MARKS = ["(", ")", "[", "]", ":", ":1.3)", ":0.5)", "\\", "\\(", "\\)", "\\[", "BREAK", " ", "cat", "a", ",", "é", "\n"]
 prompts = st.lists(st.sampled_from(MARKS) | st.text(max_size=5), max_size=16).map("".join)
@@ -125,3 +125,76 @@ def test_refuses(text: str, message: str | None) -> None:
         return
     with pytest.raises(ValueError, match=message):
         check(text)
+
+
+# ---- steps, AND
+
+SCHEDULES = [  # (text, [last step, what it reads until then]) of 10 steps: in A1111's documentation
+    ("test", [(10, "test")]),
+    ("a [b:3]", [(3, "a "), (10, "a b")]),
+    ("a [b: 3]", [(3, "a "), (10, "a b")]),
+    ("a [[[b]]:2]", [(2, "a "), (10, "a [[b]]")]),
+    ("[(a:2):3]", [(3, ""), (10, "(a:2)")]),
+    ("a [b : c : 1] d", [(1, "a b  d"), (10, "a  c  d")]),
+    ("a[b:[c:d:2]:1]e", [(1, "abe"), (2, "ace"), (10, "ade")]),
+    ("a [unbalanced", [(10, "a [unbalanced")]),
+    ("a [b:.5] c", [(5, "a  c"), (10, "a b c")]),
+    ("a [{b|d{:.5] c", [(5, "a  c"), (10, "a {b|d{ c")]),
+    ("((a][:b:c [d:3]", [(3, "((a][:b:c "), (10, "((a][:b:c d")]),
+    ("[a|(b:1.1)]", [(n, "a" if n % 2 else "(b:1.1)") for n in range(1, 11)]),
+    ("[fe|]male", [(n, "female" if n % 2 else "male") for n in range(1, 11)]),
+    ("[fe|||]male", [(n, "female" if n % 4 == 1 else "male") for n in range(1, 11)]),
+    (
+        "fantasy landscape with a [mountain:lake:0.2] and [an oak:a christmas tree:0.7][ in foreground::0.6]",
+        [
+            (2, "fantasy landscape with a mountain and an oak in foreground"),
+            (6, "fantasy landscape with a lake and an oak in foreground"),
+            (7, "fantasy landscape with a lake and an oak"),
+            (10, "fantasy landscape with a lake and a christmas tree"),
+        ],
+    ),
+    # more of ours
+    ("[a:b:1.0] [c:d:1e9] [e:f:99] [g:h:-1]", [(10, "a [c:d:1e9] e h")]),
+    ("\\[a:b:3\\] [a\\:b:c:3]", [(3, "\\[a:b:3\\] a\\:b"), (10, "\\[a:b:3\\] c")]),
+    ("[a:b:c:3] [a:b] [|] a|b (c|d:1.2)", [(10, "[a:b:c:3] [a:b]  a|b (c|d:1.2)")]),
+    ("[(a:b:3] [x|(y]", [(10, "[(a:b:3] [x|(y]")]),
+    ("([a:b:3]", [(3, "(a"), (10, "(b")]),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), SCHEDULES)
+def test_texts_of_steps(text: str, expected: list[tuple[int, str]]) -> None:
+    reads = [at_step(text, step, 10) for step in range(1, 11)]
+    assert reads == [next(part for last, part in expected if step <= last) for step in range(1, 11)]
+
+
+@given(prompts)
+def test_any_text_reads_something_in_every_step(text: str) -> None:
+    assert at_step(text.replace("[", "("), 1, 2) == text.replace("[", "(")
+    for step in (1, 2):
+        read = at_step(text, step, 2)
+        assert len(read) <= len(text)
+
+
+@pytest.mark.parametrize("unit", ["[", "[a:", "[a|", "[a:b:3]", "[[a|b]:c:.5]", "(", "\\", "[a|b]]"])
+def test_long_texts_of_steps(unit: str) -> None:
+    text = unit * (10_000 // len(unit))
+    at_step(text, 2, 5)
+    at_step(text + ":2]" * 3000, 2, 5)
+
+
+def test_and_joins_texts_with_weights() -> None:
+    assert parts("at 12:30") == (("at 12:30", 1.0),)
+    assert parts("a cat AND a dog") == (("a cat ", 1.0), (" a dog", 1.0))
+    assert parts("a cat :1.2 AND (a dog:2) AND x: -.5\nAND") == (
+        ("a cat", 1.2),
+        (" (a dog:2) ", 1.0),
+        (" x", -0.5),
+        ("", 1.0),
+    )
+    assert parts("SAND ANDY and") == (("SAND ANDY and", 1.0),)
+    check("AND " * 31)
+    with pytest.raises(ValueError, match="AND joins 33 texts in the prompt; expected at most 32"):
+        check("AND " * 32)
+    with pytest.raises(ValueError, match="has the weight 2000"):
+        check("a AND b:2000")

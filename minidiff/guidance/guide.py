@@ -255,6 +255,7 @@ class Guide:
     """Updates a run's latents before each step, and records its evaluations. The sampling loop calls `refine`.
 
     guidance, edits: with their sites chosen. context [B,L,D]: the conditional one; guided passes run no other.
+    each_step: context and layout of every step, where they change.
     whole_batch: keep stopped images in the batch without updating them, since a compiled graph needs a fixed size.
     loss: `look_loss`, or the same compiled.
     """
@@ -270,7 +271,9 @@ class Guide:
         inputs: Inputs | None = None,
         whole_batch: bool = False,
         loss: Callable[..., Looked] = look_loss,
+        each_step: Sequence[tuple[Tensor, Layout]] = (),
     ) -> None:
+        self.each_step = each_step
         self.guidance, self.forward, self.context, self.layout, self.names = guidance, forward, context, layout, names
         self.record = guidance.objective.record
         self.edits = tuple(replace(edit, rows="all") for edit in edits if edit.rows != "uncond")
@@ -286,6 +289,8 @@ class Guide:
         size = scale if self.guidance.step_rule == "plain" else scale * (1 - abar)
         if scale == 0:
             return x
+        if self.each_step:
+            self.context, self.layout = self.each_step[index]
         left = (self.layout.weights > 0).any(dim=1).nonzero().flatten()
         moved = x
         for _ in range(iterations):
@@ -310,7 +315,7 @@ class Guide:
     def look(self, x: Tensor, t: Tensor, abar: float, rows: Tensor, index: int, limits: Tensor | float) -> Evaluated:
         """The gradient, where a loss is above its limit, and the evaluation for some of the images."""
         batch = len(self.context)
-        own = {name: _rows(value, rows, batch) for name, value in self.inputs.items()}
+        own = {name: some_rows(value, rows, batch) for name, value in self.inputs.items()}
         inputs = {"t": t, "sigma": torch.full_like(t, math.sqrt((1 - abar) / abar)), **own}
         edits = tuple(edit for edit in self.edits if edit.acts_in(index))
         look = (
@@ -381,7 +386,7 @@ def _usable(value: Tensor) -> Tensor:
     return value.clone() if value.is_inference() else value
 
 
-def _rows(value: Tensor, rows: Tensor, batch: int) -> Tensor:
+def some_rows(value: Tensor, rows: Tensor, batch: int) -> Tensor:
     """An input of a forward pass for some of the images; unchanged if it has one row for all."""
     if value.ndim == 0 or len(value) not in (batch, 2 * batch) or len(value) == 1:
         return value

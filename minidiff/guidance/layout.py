@@ -107,6 +107,8 @@ def make_layout(
     for i, some in enumerate(regions):
         words[i, 1 : num_tokens[i] + 1] = 1
         for o, region in enumerate(some):
+            if not region.tokens:  # the text of this step lacks the phrase
+                continue
             token_weights[i, o, list(region.tokens)] = 1 / len(region.tokens)
             weights[i, o] = region.weight
             for grid, mask in masks.items():

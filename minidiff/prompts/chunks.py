@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..networks.text import Phrases, TextEncoder, Tokens
-from .parse import pieces
+from .parse import at_step, parts, pieces
 
 BACKTRACK = 20
 """Of the last tokens of a full chunk, those after a comma go to the next one, if they are at most so many (A1111's
@@ -35,19 +36,64 @@ class Chunks(Tokens):
 class Marked(Phrases):
     """Finds phrases in prompts with A1111's marks: in their text without the marks, in every chunk.
 
-    length: L, the positions of a context, a multiple of `size`, those of a chunk.
+    length: L, the positions of a context: those of the texts that AND joins stand one behind the other, `part` each, a
+    multiple of `size`, those of a chunk. step: of so many `steps`, from 1; None: what holds in all of them. composes:
+    False where AND is a word, as in negative prompts.
     """
 
     size: int
+    part: int
+    steps: int = 1
+    step: int | None = None
+    composes: bool = True
 
-    def read(self, prompt: str) -> Chunks:
-        """The prompt's tokens in chunks. Every piece is tokenized by itself, as in A1111."""
-        text, parts = "", pieces(prompt)
+    def texts(self, prompt: str) -> tuple[tuple[str, float], ...]:
+        """The texts of the prompt in this step, with their weights in it. All prompts have at least one."""
+        joined = parts(prompt) if self.composes else ((prompt, 1.0),)
+        return tuple((at_step(text, self.step or 1, self.steps), weight) for text, weight in joined)
+
+    def changes(self, prompt: str) -> tuple[Marked, ...]:
+        """This in every step in which the prompt reads as in none before."""
+        steps = [replace(self, step=step) for step in range(1, self.steps + 1)]
+        return tuple({one.texts(prompt): one for one in reversed(steps)}.values())[::-1]
+
+    def chunks(self, prompt: str) -> tuple[Chunks, ...]:
+        """Each of the prompt's texts, from position 0."""
+        return tuple(self.chunked(text) for text, _ in self.texts(prompt))
+
+    def read(self, prompt: str) -> Tokens:
+        """The prompt's tokens, with their positions in the context."""
+        text = ""
+        ids: list[int] = []
+        ranges: list[tuple[int, int]] = []
+        places: list[int] = []
+        for n, one in enumerate(self.chunks(prompt)):
+            ids += one.ids
+            ranges += [(len(text) + start, len(text) + end) for start, end in one.ranges]
+            places += [n * self.part + place for place in one.places]
+            text += f"{one.text}\n"
+        return Tokens(text[:-1], ids, ranges, places, self.size)
+
+    def spans(self, prompt: str, phrase: str, occurrence: int | None = None) -> tuple[int, ...]:
+        """Positions of the phrase's tokens; see Phrases. ValueError where they are not the same in all steps."""
+        if self.step is not None:
+            return super().spans(prompt, phrase, occurrence)
+        return _same(prompt, phrase, [partial(one.spans, prompt, phrase, occurrence) for one in self.changes(prompt)])
+
+    def all_spans(self, prompt: str, phrase: str) -> tuple[int, ...]:
+        """Positions of the phrase's tokens at all its occurrences; otherwise like `spans`."""
+        if self.step is not None:
+            return super().all_spans(prompt, phrase)
+        return _same(prompt, phrase, [partial(one.all_spans, prompt, phrase) for one in self.changes(prompt)])
+
+    def chunked(self, part: str) -> Chunks:
+        """One text without AND and steps. Every piece is tokenized by itself, as in A1111."""
+        text, own = "", pieces(part)
         ids: list[int] = []
         ranges: list[tuple[int, int]] = []
         groups: list[int] = []
         breaks: list[int] = []  # the tokens before which a chunk ends
-        for group, piece in enumerate(parts):
+        for group, piece in enumerate(own):
             if piece.ends_chunk:
                 breaks.append(len(ids))
                 text += "\n"  # keeps the words on both sides apart
@@ -66,7 +112,26 @@ class Marked(Phrases):
             for chunk, (first, end) in enumerate(pairwise([*starts, len(ids)]))
             for n in range(end - first)
         ]
-        return Chunks(text, ids, ranges, places, self.size, [parts[group].weight for group in groups], groups, starts)
+        return Chunks(text, ids, ranges, places, self.size, [own[group].weight for group in groups], groups, starts)
+
+
+def _same(prompt: str, phrase: str, finds: Sequence[Callable[[], tuple[int, ...]]]) -> tuple[int, ...]:
+    """What all of them find, of those that find anything."""
+    found: set[tuple[int, ...]] = set()
+    missing: ValueError | None = None
+    for find in finds:
+        try:
+            found.add(find())
+        except ValueError as error:
+            missing = missing or error
+    if len(found) > 1:
+        raise ValueError(
+            f"phrase {phrase!r} moves from step to step, because of [from:to:when] or [a|b] before it in the prompt "
+            f"{prompt!r}; put it before them, or read the maps of each step"
+        )
+    if missing is not None and not found:
+        raise missing
+    return found.pop()
 
 
 def _starts(commas: Sequence[bool], counts: Sequence[int], breaks: Sequence[int], room: int) -> list[int]:
@@ -96,7 +161,7 @@ def encode(
     emphasis: str = "a1111",
     clip_skip: int | None = None,
 ) -> list[Tensor]:
-    """The context of each prompt, [count * S, D]: as many chunks as `counts` says, the last ones empty.
+    """The context of each text, [count * S, D]: as many chunks as `counts` says, the last ones empty.
 
     emphasis: what a weight w does to a token's encoding z. "a1111": w * z, and each chunk is scaled so that its mean
     stays (modules/sd_emphasis.py). "compel": e + w * (z - e), with e of the empty prompt; and every piece with w < 1
