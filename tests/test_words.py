@@ -401,6 +401,24 @@ def test_a_picture_is_made_again_with_the_same_words(cli: Cli, tiny_folder: Path
     )
 
 
+def test_the_words_of_an_a1111_picture_are_named(cli: Cli, tiny_folder: Path, file: Path, tmp_path: Path) -> None:
+    png, digest = PngInfo(), hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    png.add_text(
+        "parameters", f'a cat, EasyNeg\nSteps: 2, Seed: 1, Size: 32x32, TI hashes: "EasyNeg: {digest}, bad-1: 0123"'
+    )
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=png)
+    words = ("--word", f"easyneg={file}", "--word", f"bad-1={file}")
+    argv = ("generate", "--from", "x.png", "--model", tiny_folder, "--dtype", "float32", "--out", "y.png")
+    _, _, err = cli(*argv)
+    assert err[1:] == [
+        "note: x.png was made with what is not on this model, and a picture cannot choose files: pass word EasyNeg "
+        f"(--word EasyNeg=FILE; its file was of sha256 {digest[:10]}...), word bad-1 (--word bad-1=FILE; its file was "
+        "of sha256 0123...)"
+    ]
+    _, _, err = cli(*argv, *words)
+    assert err[1:] == ["note: x.png was made with another file for the word bad-1, of sha256 0123..."]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -79,14 +79,17 @@ class Taken:
             one = there.get((kind, name.lower()))
             if one is None:
                 flag = _ADAPTER_FLAGS.get(kind, "load it in Python").format(name=name)
-                missing.append(f"{kind} {name} ({flag}; its file was {file}, of sha256 {sha256[:10]}...)")
-            elif one.sha256 != sha256:
+                named = f"its file was {file}," if isinstance(file, str) else "its file was"
+                missing.append(f"{kind} {name} ({flag}; {named} of sha256 {sha256[:10]}...)")
+            elif not one.sha256.startswith(sha256):  # A1111 writes its first 12 digits
                 yield f"{self.picture} was made with another file for the {kind} {name}, of sha256 {sha256[:10]}..."
-        if missing:
-            raise ValueError(
-                f"{self.picture} was made with what is not on this model, and a picture cannot choose files: pass "
-                f"{', '.join(missing)}"
-            )
+        text = (
+            f"{self.picture} was made with what is not on this model, and a picture cannot choose files: pass "
+            f"{', '.join(missing)}"
+        )
+        if missing and self.found.source == "minidiff":
+            raise ValueError(text)
+        yield from [text] if missing else []
 
 
 def take(picture: str, given: Mapping[str, object], loading: Mapping[str, object]) -> Taken:

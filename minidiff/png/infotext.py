@@ -147,6 +147,12 @@ def _schedule_type(sampler: object, schedule: str) -> str | None:
     return SCHEDULES.get(schedule)
 
 
+def take_words(rest: dict[str, str]) -> list[dict[str, str]]:
+    """Take A1111's "TI hashes" out of the settings, as Result.info lists adapters."""
+    pairs = [pair.partition(":") for pair in rest.pop(_HASHES["word"], "").split(",")]
+    return [{"kind": "word", "name": name.strip(), "sha256": digest.strip()} for name, _, digest in pairs if digest]
+
+
 def _take_sampler(rest: dict[str, str]) -> dict[str, Value]:
     """Read the noise levels from the end of the sampler's name (before A1111 1.9, and ours) or the schedule type.
 

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..checks import shown
 from .chunk import Plain, parse_chunk, reproducible
-from .infotext import parse_infotext
+from .infotext import parse_infotext, take_words
 from .stealth import hidden_text
 
 _PIXELS = 2**26  # 8192 x 8192: Pillow decodes a PNG to find the text behind its pixels
@@ -37,9 +37,9 @@ class Metadata:
     """The generation parameters of a picture. `source` is "minidiff" or "a1111".
 
     `arguments` go to generate(**arguments). `info` is the rest: our versions and model, or an A1111 file's model_hash,
-    version and "other" (keys we have no name for). `reproducible`: the arguments alone reproduce the image, given the
-    same model, versions and dtype; False if one is only a fingerprint of a tensor or the name of an object, and for
-    A1111's files, whose programs differ in noise and in prompt syntax.
+    version, words as "adapters" and "other" (keys we have no name for). `reproducible`: the arguments alone reproduce
+    the image, given the same model, versions and dtype; False if one is only a fingerprint of a tensor or the name of
+    an object, and for A1111's files, whose programs differ in noise and in prompt syntax.
     """
 
     arguments: dict[str, Plain]
@@ -84,8 +84,10 @@ def read_metadata(picture: str | Path) -> Metadata:
 
 def _a1111(text: str) -> Metadata:
     arguments, rest = parse_infotext(text)
+    words: list[Plain] = [{**word} for word in take_words(rest)]
     names = {"Model hash": "model_hash", "Version": "version"}
     info: dict[str, Plain] = {names[key]: value for key, value in rest.items() if key in names}
+    info |= {"adapters": words} if words else {}
     info["other"] = {key: value for key, value in rest.items() if key not in names}
     if not rest.get("Version", "").startswith("minidiff"):  # ours say how they were read
         arguments.setdefault("syntax", "a1111")
