@@ -6,14 +6,14 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import minidiff
@@ -200,11 +200,11 @@ def _loaded(folder: Path) -> Any:
     return diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
 
 
-def _pipeline(folder: Path) -> Any:
-    """A pipeline with networks of its own."""
+def _pipeline(folder: Path, own: Sequence[str] = ("unet", "text_encoder")) -> Any:
+    """A pipeline with these parts of its own."""
     loaded = _loaded(folder)
-    own = {name: copy.deepcopy(getattr(loaded, name)) for name in ("unet", "text_encoder")}
-    return diffusers.StableDiffusionPipeline(**(loaded.components | own), requires_safety_checker=False)
+    copies = {name: copy.deepcopy(getattr(loaded, name)) for name in own}
+    return diffusers.StableDiffusionPipeline(**(loaded.components | copies), requires_safety_checker=False)
 
 
 def _modules(pipeline: Any) -> dict[str, torch.nn.Module]:
@@ -332,7 +332,24 @@ def lora_rows() -> Iterator[Row]:
                 yield Row(f"{name}, {part}", "small", value, BOUND, note=f"{by}; it changes {move:.2g}")
 
 
-ROWS: tuple[Callable[[], Iterator[Row]], ...] = (lora_rows, image_prompt_rows)
+def word_rows() -> Iterator[Row]:
+    """Textual inversion: the context of prompts with a word of four vectors, in each layout."""
+    prompts = ["easyneg", "two red circles, (easyneg), easyneg"]
+    with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as place:
+        folder = write_folder(Path(place) / "small", SMALL)
+        model, path = minidiff.load(folder, dtype="float32", device="cpu"), folder / "word.safetensors"
+        for layout, key in {"A1111's": "emb_params", "converted": "*", "diffusers'": "<style>"}.items():
+            torch.manual_seed(3)
+            save_file({key: torch.randn(4, model.text.width)}, path)
+            pipeline = _pipeline(folder, own=("text_encoder", "tokenizer"))
+            pipeline.load_textual_inversion(load_file(path), token="easyneg")
+            expected = reference_context(pipeline, prompts, None)
+            found = minidiff.with_words(model, {"EasyNeg": path}).text.encode(prompts)
+            value, move = relative_error(found, expected), relative_error(model.text.encode(prompts), expected)
+            yield Row(f"textual inversion, {layout}", "small", value, 1e-6, note=f"diffusers; it changes {move:.2g}")
+
+
+ROWS: tuple[Callable[[], Iterator[Row]], ...] = (lora_rows, word_rows, image_prompt_rows)
 """A function of rows for each kind of adapter."""
 
 

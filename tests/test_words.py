@@ -216,6 +216,21 @@ def test_the_bundled_model_counts_it_as_known(tmp_path: Path, recwarn: pytest.Wa
         model.text.encode(["a shiny-2 circle, shiny-1"])
 
 
+def test_words_and_loras_go_together(tiny_model: minidiff.Model, tiny_folder: Path, file: Path, tmp_path: Path) -> None:
+    down = "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
+    tensors = {down: torch.randn(2, 64), down.replace("down", "up"): torch.randn(256, 2)}
+    lora, words = write(tmp_path / "style.safetensors", **tensors), {"EasyNeg": file}
+    models = (
+        minidiff.load(tiny_folder, dtype="float32", device="cpu", words=words, loras=[lora]),
+        minidiff.with_words(minidiff.with_loras(tiny_model, lora), words),
+        minidiff.with_loras(minidiff.with_words(tiny_model, words), lora),
+    )
+    first, *others = (model.text.encode(["a cat, easyneg"]) for model in models)
+    assert all(torch.equal(first, other) for other in others)
+    assert not torch.allclose(first, minidiff.with_words(tiny_model, words).text.encode(["a cat, easyneg"]))
+    assert all({adapter.kind for adapter in model.adapters} == {"lora", "word"} for model in models)
+
+
 # ---- what is refused
 
 

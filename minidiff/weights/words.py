@@ -5,7 +5,6 @@ A file has one tensor, [n,D] or [D]: n vectors for one word, D the width of the 
 the caller gives the word.
 """
 
-import hashlib
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +17,7 @@ from ..checks import shown
 from ..model import Adapter, Model
 from ..networks.text import TextEncoder, part, part_path
 from ..speed.replace import with_modules
-from .files import Stored, read_tensors, stored_tensors
+from .files import Stored, read_tensors, sha256, stored_tensors
 from .recognise import EMBEDDING, TEXT_WIDTHS, recognise
 
 _TABLE = "embeddings.token_embedding"
@@ -46,9 +45,8 @@ def with_words(model: Model, words: Mapping[str, str | Path]) -> Model:
         vectors = _read(stored, text, table)
         text = replace(text, added={**text.added, word: range(rows, rows + len(vectors))})
         parts, rows = [*parts, vectors], rows + len(vectors)
-        with stored.path.open("rb") as opened:
-            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-        adapters.append(Adapter("word", word, stored.path.name, sha256, {"vectors": len(vectors)}, sha256[:12]))
+        digest = sha256(stored.path)
+        adapters.append(Adapter("word", word, stored.path.name, digest, {"vectors": len(vectors)}, digest[:12]))
     longer = nn.Embedding.from_pretrained(torch.cat(parts))
     text = replace(text, model=with_modules(text.model, {part_path(text.model, _TABLE): longer}))
     return replace(model, text=text, adapters=tuple(adapters))
