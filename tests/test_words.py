@@ -307,9 +307,9 @@ def test_info_tells_what_an_embedding_is_for(tmp_path: Path) -> None:
     assert found.parts[0].config == {"key": "<x>", "vectors": 1, "width": 1024, "fits": "Stable Diffusion 2"}
     found = describe(write(path, clip_l=torch.zeros(2, 768), clip_g=torch.zeros(2, 1280)))
     assert found.kind == "textual inversion embedding of Stable Diffusion XL"
-    assert "vectors for each of its text encoders" in str(found.all_problems()[1])
+    assert "vectors for each of its text encoders" in str(found.all_problems()[0])
     found = describe(write(path, emb_params=torch.tensor(3.0)))
-    assert "holds emb_params of shape [] and dtype F32" in str(found.all_problems()[1])
+    assert "holds emb_params of shape [] and dtype F32" in str(found.all_problems()[0])
 
 
 @pytest.mark.parametrize(
