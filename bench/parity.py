@@ -34,6 +34,7 @@ from .reference import (
     vae_pair,
 )
 from .released import model_rows
+from .starts import start_rows
 from .table import Row, finish, print_head, print_row
 
 BOUND = 1e-5
@@ -273,6 +274,7 @@ SMALL: dict[str, Callable[[], Iterator[Row]]] = {
     "text": lambda: text_rows("small", text_dict(64, 256, 3, 4)),
     "samplers": _each(lambda: (sampler_rows(name) for name in COMPARED)),
     "images": _small_images,
+    "starts": start_rows,
     "adapters": adapter_rows,
 }
 FULL: dict[str, Callable[[], Iterator[Row]]] = {

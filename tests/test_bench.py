@@ -17,6 +17,7 @@ from ldm import write_single_file
 import bench.boxes
 import bench.images
 import bench.layout
+import bench.starts
 import minidiff
 from bench import parity
 from bench.__main__ import main
@@ -90,9 +91,15 @@ def test_parity_of_images(folder: Path) -> None:
     assert [row.part for row in rows] == ["generate, lms_karras", "generate, 3 prompts, negatives, seeds"]
 
 
+def test_parity_of_runs_that_start_from_a_picture() -> None:
+    rows = list(bench.starts.start_rows(("dpmpp_2m",)))
+    parts = ("image to image, 4 channels", "inpainting, 4 channels", "inpainting, 9 channels")
+    assert [row.part for row in rows if row.ok] == [f"{part}, dpmpp_2m" for part in parts]
+
+
 @pytest.mark.slow
 def test_parity_of_every_sampler_and_option() -> None:
-    assert main(["parity", "--only", "images"]) == 0
+    assert main(["parity", "--only", "images", "starts"]) == 0
 
 
 def test_a_broken_unet_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,7 +319,9 @@ def test_an_inpainting_model(form: str, folder: Path, tiny_model: minidiff.Model
         with pytest.raises(ValueError, match=r"latents have shape \[1, 4, 8, 8\]; expected \[B, 9, h, w\]"):
             model.unet(x[:, :4], torch.tensor([500]), context)
     assert minidiff.sites(model, width=32, height=32) == minidiff.sites(tiny_model, width=32, height=32)
-    with pytest.raises(ValueError, match="is an inpainting model, which paints inside a mask of a picture"):
+    with pytest.raises(
+        ValueError, match="is an inpainting model, which paints inside a mask; expected image= and mask="
+    ):
         minidiff.generate("a cat", model=model)
 
 
