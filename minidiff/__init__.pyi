@@ -6,10 +6,7 @@ from .guidance.edits import (
     regional_prompting as regional_prompting,
     reweight as reweight,
 )
-from .guidance.guide import (
-    Guidance as Guidance,
-    Report as Report,
-)
+from .guidance.guide import Guidance as Guidance
 from .guidance.image_prompt import ImagePrompt as ImagePrompt
 from .guidance.layout import Layout as Layout
 from .guidance.objectives import (
@@ -24,6 +21,7 @@ from .guidance.objectives.inside import inside_loss as inside_loss
 from .guidance.objectives.layout import layout_loss as layout_loss
 from .guidance.objectives.refocusing import refocusing_loss as refocusing_loss
 from .guidance.objectives.rnb import rnb_loss as rnb_loss
+from .guidance.report import Report as Report
 from .model import (
     Adapter as Adapter,
     Model as Model,

@@ -23,7 +23,7 @@ from .png.chunk import Plain, plain
 from .png.write import check_output_path, file_name, png_bytes, write_png
 
 if TYPE_CHECKING:
-    from .guidance.guide import Report
+    from .guidance.report import Report
     from .recorded import Attention
 
 Images: TypeAlias = "list[Image.Image] | NDArray[np.float32] | Tensor"

@@ -26,10 +26,11 @@ from torch import Tensor
 
 import minidiff
 from minidiff.denoise import Denoise
-from minidiff.guidance.guide import Evaluation, Guidance, Guide, evaluate
+from minidiff.guidance.guide import Guidance, Guide, evaluate
 from minidiff.guidance.layout import Box, Layout, Region, make_layout
 from minidiff.guidance.objectives import Objective
 from minidiff.guidance.objectives.layout import layout_loss
+from minidiff.guidance.report import Evaluation
 from minidiff.model import Model
 from minidiff.networks.attention import BOX_MASS, Inputs
 from minidiff.networks.sites import Grid, Site

@@ -1,5 +1,6 @@
 """Guidance updates each image of a batch independently, with every sampler, and reports what it did."""
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -333,7 +334,7 @@ def prepared(model: Model, guidance: Guidance, h: int = 8, w: int = 8) -> tuple[
 def test_a_look_does_not_ask_how_the_latents_came_about(tiny_model: Model) -> None:
     """Otherwise the compiler would include second derivatives."""
     guide, x = prepared(tiny_model, Guidance())
-    gradient, found = guide.look(x.requires_grad_(), torch.tensor(600.0), 0.4, torch.arange(2), 0, -math.inf)
+    gradient, found = guide.look(x.requires_grad_(), torch.tensor(600.0), 0.4, range(2), 0, -math.inf)
     assert gradient is not None
     assert not any(value.requires_grad for value in (gradient, *found))
 
@@ -359,7 +360,7 @@ def test_a_look_that_moves_nothing_runs_no_pass_back(
     guide.guidance = replace(guide.guidance, threshold=float(first.max()) * 0.999)
     calls = []
     real = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *given: calls.append(given) or real(*given))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given, **more: calls.append(given) or real(*given, **more))
     guide.refine(x, torch.tensor(600.0), 0.36, 0)
     looks = guide.seen[0]
     assert len(calls) == sum(bool(look.moved.any()) for look in looks) > 0
@@ -902,3 +903,28 @@ def test_a_compiled_run_is_one_graph_for_steps_and_one_for_guidance(
         assert [report.iterations for report in found] == [report.iterations for report in eager]
         assert len({report.iterations for report in found}) == 2  # the images stop at different evaluations
     assert graphs == [2] * 40
+
+
+@pytest.mark.parametrize("name", ["attend_and_excite", "boxdiff", "layout"])
+def test_float16_keeps_small_gradients(tiny_model: Model, name: str) -> None:
+    """Without the scale half of them are zeros: a loss of 1e-3 in an image of 8x8 has gradients below 6e-8."""
+    there = tiny_model.unet.positions(8, 8)
+    bound = (OBJECTIVES[name] * 1e-3).bound(there)
+    layout = make_layout([[BOXES[0], BOXES[1]]], [4], 77, {at.grid for at in there.values()})
+    half = copy.deepcopy(tiny_model.unet).half()
+    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor(400.0), torch.randn(1, 77, 64)
+    exact, _ = evaluate(x, tiny_model.unet.forward, bound, bound.record, (), t, context, layout, {})
+    found, _ = evaluate(x, half.forward, bound, bound.record, (), t, context.half(), layout, {})
+    assert exact is not None and found is not None
+    assert relative_error(found, exact) < 0.05
+
+
+def test_a_float16_gradient_too_large_for_the_scale_is_taken_without_it(tiny_model: Model) -> None:
+    there = tiny_model.unet.positions(8, 8)
+    layout = make_layout([[BOXES[0]]], [4], 77, {at.grid for at in there.values()})
+    half = copy.deepcopy(tiny_model.unet).half()
+    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor(400.0), torch.randn(1, 77, 64).half()
+    for weight in (1.0, 1e6):
+        bound = (OBJECTIVES["layout"] * weight).bound(there)
+        gradient, _ = evaluate(x, half.forward, bound, bound.record, (), t, context, layout, {})
+        assert gradient is not None and gradient.isfinite().all() and gradient.abs().max() > 0

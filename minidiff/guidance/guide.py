@@ -24,6 +24,7 @@ from ..vocabulary import OBJECTIVES as NAMES
 from .objectives import OBJECTIVES, Objective, Settings
 from .objectives._objective import PerStep, StepRule
 from .objectives.layout import layout_loss
+from .report import Evaluation, Report
 
 if TYPE_CHECKING:
     from .layout import Layout
@@ -162,56 +163,8 @@ def _per_step(name: str, value: object, steps: int | None) -> float | tuple[floa
     return found if several else found[0]
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """One evaluation of the objective for a batch. NaN for images that had stopped.
-
-    loss [B]; object_loss [B,O]; mass [B,O], each object's fraction of attention inside its mask; moved [B]: whether
-    the image was then updated.
-    """
-
-    loss: Tensor
-    object_loss: Tensor
-    mass: Tensor
-    moved: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Report:
-    """What guidance did to one image.
-
-    steps: the guided steps; iterations: the updates in each. loss [S], object_loss [S,O] and mass [S,O] are those of
-    each step's last evaluation, which precedes its last update if all iterations were used. first_mass [O] is each
-    object's fraction of attention inside its mask before any update, NaN for one without a box or mask.
-    """
-
-    names: tuple[str, ...]
-    steps: tuple[int, ...]
-    iterations: tuple[int, ...]
-    loss: Tensor
-    object_loss: Tensor
-    mass: Tensor
-    first_mass: Tensor
-    why_not: str | None = None
-
-    def __str__(self) -> str:
-        if self.why_not is not None:
-            return f"guidance did not act: {self.why_not}"
-        moves, steps = sum(self.iterations), sum(count > 0 for count in self.iterations)
-        said = [f"guidance moved {_times(moves, 'time')} in {_times(steps, 'step')}"]
-        for name, before, after in zip(self.names, self.first_mass.tolist(), self.mass[-1].tolist(), strict=True):
-            if not math.isnan(before):  # NaN if only self-attention was read
-                said.append(f"{name}: {before:.0%} -> {after:.0%} of its attention inside")
-        return "; ".join(said)
-
-    def plain(self) -> dict[str, object]:
-        """The fields as JSON values: tensors as lists, null for NaN."""
-        values = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return tree_map_only(float, lambda number: None if math.isnan(number) else number, values)
-
-
-def _times(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+FLOAT16_SCALE = 2.0**10
+"""What a loss is multiplied by for float16's pass back, in which small gradients vanish otherwise."""
 
 
 def evaluate(
@@ -219,18 +172,28 @@ def evaluate(
 ) -> Evaluated:
     """Each image's gradient of its loss with respect to x, and (loss [B], loss per object [B,O], mass inside [B,O]).
 
-    look: the other arguments of `look_loss`. threshold: where no image's loss is above it (a number, or [B]), the pass
-    back through the network is not run, and the gradient is None. loss: `look_loss`, or the same compiled.
+    look: the other arguments of `look_loss`. threshold: where no image's loss is above it (a number, or [B] on the
+    CPU), the pass back through the network is not run, and the gradient is None. loss: `look_loss`, or the same
+    compiled. What is found comes on the CPU, in one copy: the only wait for the device in a look.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        total, found = (loss or look_loss)(x, *look)
+        total, (losses, objects, mass) = (loss or look_loss)(x, *look)
     if not total.requires_grad:
         raise ValueError("the objective's loss does not depend on the maps: it has no gradient to descend")
+    packed = torch.cat([losses[:, None], objects, mass], dim=1).cpu()
+    count = objects.shape[1]
+    found = packed[:, 0], packed[:, 1 : 1 + count], packed[:, 1 + count :]
     if not (found[0] > threshold).any():
         return None, found
-    (gradient,) = torch.autograd.grad(total, x)
-    return gradient, found
+    half = any(isinstance(one, Tensor) and one.dtype == torch.float16 for one in look)
+    scale = total.new_tensor(FLOAT16_SCALE) if half else None
+    (gradient,) = torch.autograd.grad(total, x, scale, retain_graph=half)
+    if scale is None:
+        return gradient, found
+    if gradient.isfinite().all():
+        return gradient / scale, found
+    return torch.autograd.grad(total, x)[0], found  # too large for the scale
 
 
 def look_loss(
@@ -280,6 +243,7 @@ class Guide:
         self.inputs = inputs or {}
         self.whole_batch, self.loss = whole_batch, loss
         self.seen: dict[int, list[Evaluation]] = {}
+        self._guided = _with_objects(layout)
         placed = [(mask > 0).flatten(2).any(dim=2) for mask in layout.masks.values()][:1]
         self._placeless = [(~some & (layout.weights > 0)).cpu() for some in placed]
 
@@ -291,28 +255,33 @@ class Guide:
             return x
         if self.each_step:
             self.context, self.layout = self.each_step[index]
-        left = (self.layout.weights > 0).any(dim=1).nonzero().flatten()
+            self._guided = _with_objects(self.layout)
+        left = self._guided
         moved = x
         for _ in range(iterations):
-            if len(left) == 0:
+            if not left:
                 break
-            rows = torch.arange(len(x), device=x.device) if self.whole_batch else left
-            live = torch.isin(rows, left)
-            limits = torch.where(live, threshold, math.inf)
-            gradient, found = self.look(moved[rows], t, abar, rows, index, limits)
-            going = found[0] > limits
-            self._remember(index, len(x), rows[live], [value[live] for value in found], going[live])
-            left = rows[going]
+            rows = range(len(x)) if self.whole_batch else left
+            limits = torch.tensor([threshold if row in left else math.inf for row in rows], device="cpu")
+            gradient, found = self.look(some_rows(moved, rows, len(x)), t, abar, rows, index, limits)
+            self._remember(index, len(x), rows, found, limits)
             if gradient is None:
                 break
+            going = [i for i, moves in enumerate((found[0] > limits).tolist()) if moves]
+            left = [rows[i] for i in going]
             if self.guidance.step_rule == "unit":
                 gradient = gradient / gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
             step = size * gradient.to(x.dtype)
-            # 0 * NaN is NaN: stopped images are copied from x, not updated by a zero step
-            moved = moved.index_copy(0, left, moved[left] - step[going])
+            if len(left) == len(x):
+                moved = moved - step
+            else:  # 0 * NaN is NaN: stopped images are copied from x, not updated by a zero step
+                there = _index(left, x.device)
+                moved = moved.index_copy(0, there, moved[there] - step[_index(going, x.device)])
         return moved
 
-    def look(self, x: Tensor, t: Tensor, abar: float, rows: Tensor, index: int, limits: Tensor | float) -> Evaluated:
+    def look(
+        self, x: Tensor, t: Tensor, abar: float, rows: Sequence[int], index: int, limits: Tensor | float
+    ) -> Evaluated:
         """The gradient, where a loss is above its limit, and the evaluation for some of the images."""
         batch = len(self.context)
         own = {name: some_rows(value, rows, batch) for name, value in self.inputs.items()}
@@ -324,22 +293,24 @@ class Guide:
             self.record,
             edits,
             t,
-            self.context[rows],
-            self.layout.images(rows),
+            some_rows(self.context, rows, batch),
+            self.layout if len(rows) == batch else self.layout.images(_index(rows, x.device)),
         )
         # detached: the update does not differentiate through x's history, compiled or not
         arguments: tuple[Any, ...] = (x.detach(), *look, inputs)
         with torch.inference_mode(False):  # inference mode gives zero gradients in torch 2.11
             return evaluate(*tree_map_only(Tensor, _usable, arguments), threshold=limits, loss=self.loss)
 
-    def _remember(self, index: int, batch: int, rows: Tensor, found: Sequence[Tensor], going: Tensor) -> None:
+    def _remember(self, index: int, batch: int, rows: Sequence[int], found: Sequence[Tensor], limits: Tensor) -> None:
+        live = limits < math.inf
+        at = torch.tensor(rows, device="cpu")[live]
         loss, object_loss, mass = (
-            value.new_full((batch, *value.shape[1:]), math.nan).index_copy(0, rows, value).float().cpu()
+            value.new_full((batch, *value.shape[1:]), math.nan).index_copy(0, at, value[live]).float()
             for value in found
         )
         for objects in self._placeless:  # without a mask there is no mass inside
             mass = mass.masked_fill(objects, math.nan)
-        moved = torch.zeros(batch, dtype=torch.bool, device="cpu").index_copy(0, rows.cpu(), going.cpu())
+        moved = torch.zeros(batch, dtype=torch.bool, device="cpu").index_copy(0, at, (found[0] > limits)[live])
         self.seen.setdefault(index, []).append(Evaluation(loss, object_loss, mass, moved))
 
     def report(self, image: int) -> Report:
@@ -386,8 +357,20 @@ def _usable(value: Tensor) -> Tensor:
     return value.clone() if value.is_inference() else value
 
 
-def some_rows(value: Tensor, rows: Tensor, batch: int) -> Tensor:
+def some_rows(value: Tensor, rows: Tensor | Sequence[int], batch: int) -> Tensor:
     """An input of a forward pass for some of the images; unchanged if it has one row for all."""
     if value.ndim == 0 or len(value) not in (batch, 2 * batch) or len(value) == 1:
         return value
-    return value[-batch:][rows]  # the conditional half of [uncond, cond]
+    cond = value[-batch:]  # the conditional half of [uncond, cond]
+    return cond if len(rows) == batch else cond[_index(rows, value.device)]
+
+
+def _with_objects(layout: Layout) -> list[int]:
+    """The images that have any."""
+    found: list[int] = (layout.weights > 0).any(dim=1).cpu().nonzero().flatten().tolist()
+    return found
+
+
+def _index(rows: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    """On the device without a wait for it."""
+    return rows if isinstance(rows, Tensor) else torch.tensor(rows, device="cpu").to(device, non_blocking=True)

@@ -1,0 +1,61 @@
+"""What guidance saw and did: every evaluation of the objective, and a summary for each image."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One evaluation of the objective for a batch. NaN for images that had stopped.
+
+    loss [B]; object_loss [B,O]; mass [B,O], each object's fraction of attention inside its mask; moved [B]: whether
+    the image was then updated.
+    """
+
+    loss: Tensor
+    object_loss: Tensor
+    mass: Tensor
+    moved: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What guidance did to one image.
+
+    steps: the guided steps; iterations: the updates in each. loss [S], object_loss [S,O] and mass [S,O] are those of
+    each step's last evaluation, which precedes its last update if all iterations were used. first_mass [O] is each
+    object's fraction of attention inside its mask before any update, NaN for one without a box or mask.
+    """
+
+    names: tuple[str, ...]
+    steps: tuple[int, ...]
+    iterations: tuple[int, ...]
+    loss: Tensor
+    object_loss: Tensor
+    mass: Tensor
+    first_mass: Tensor
+    why_not: str | None = None
+
+    def __str__(self) -> str:
+        if self.why_not is not None:
+            return f"guidance did not act: {self.why_not}"
+        moves, steps = sum(self.iterations), sum(count > 0 for count in self.iterations)
+        said = [f"guidance moved {_times(moves, 'time')} in {_times(steps, 'step')}"]
+        for name, before, after in zip(self.names, self.first_mass.tolist(), self.mass[-1].tolist(), strict=True):
+            if not math.isnan(before):  # NaN if only self-attention was read
+                said.append(f"{name}: {before:.0%} -> {after:.0%} of its attention inside")
+        return "; ".join(said)
+
+    def plain(self) -> dict[str, object]:
+        """The fields as JSON values: tensors as lists, null for NaN."""
+        values = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        return tree_map_only(float, lambda number: None if math.isnan(number) else number, values)
+
+
+def _times(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
