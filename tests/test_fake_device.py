@@ -53,7 +53,7 @@ def layout_of(model: Model, images: int) -> Layout:
         {"sampler": "euler_ancestral"},
         {"guidance_rescale": 0.5},
     ],
-    ids=str,
+    ids=["plain", "attention", "box masses", "regional", "forward", "stochastic", "rescaled"],
 )
 def test_a_step_stays_on_the_device(model: Model, options: dict[str, object]) -> None:
     boxes = {"cat": (0.1, 0.1, 0.6, 0.7)} if options.get("guidance") == "none" else None
