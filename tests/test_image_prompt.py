@@ -512,6 +512,26 @@ def test_the_command_line_and_the_recipe(
     assert "was made with other image prompts than these" in capsys.readouterr().err
 
 
+def test_info_tells_what_an_adapter_is_for(
+    files: Mapping[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = {
+        "plain": ("a picture's embedding, 24 wide", "tokens: 4"),
+        "plus": ("a picture's patches, 32 wide", "tokens: 6"),
+        "full": ("a picture's patches, 32 wide", "tokens: one per patch"),
+    }
+    for kind, words in expected.items():
+        assert main(["info", str(files[kind])]) == 0
+        said = capsys.readouterr().out
+        assert all(word in said for word in (*words, "width: 64", "kind: IP-Adapter"))
+    sdxl = changed(files["plus"], tmp_path / "sdxl.safetensors", _resized("_ip.weight", 32, 2048))
+    assert main(["info", str(sdxl)]) == 0
+    assert "kind: IP-Adapter of Stable Diffusion XL" in capsys.readouterr().out
+    face = changed(files["plus"], tmp_path / "face.safetensors", WRONG["FaceID plus"][1])
+    assert main(["info", str(face)]) == 0
+    assert "is a FaceID adapter" in capsys.readouterr().out
+
+
 def test_wrong_flags_are_named_before_anything_is_loaded(
     files: Mapping[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

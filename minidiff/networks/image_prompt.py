@@ -23,7 +23,7 @@ _HEAD = 64  # width of a head in every resampler
 class Projection(nn.Module):
     """The plain adapter: T tokens from the embedding of the whole picture."""
 
-    reads = "embedding"
+    kind, reads = "plain", "embedding"
 
     def __init__(self, shapes: Shapes, width: int) -> None:
         super().__init__()
@@ -40,12 +40,12 @@ class Projection(nn.Module):
 class FullProjection(nn.Module):
     """The "full face" adapter: one token per patch, including the class token."""
 
-    reads = "patches"
+    kind, reads = "full face", "patches"
 
     def __init__(self, shapes: Shapes, width: int) -> None:
         super().__init__()
         hidden, inputs = shapes["proj.0.weight"]
-        self.inputs = inputs
+        self.inputs, self.tokens = inputs, 0  # as many as there are patches
         self.proj = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, width), nn.LayerNorm(width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,17 +56,17 @@ class FullProjection(nn.Module):
 class Resampler(nn.Module):
     """The "plus" adapters: T learned queries that read the patches (a Perceiver, Jaegle et al. 2021)."""
 
-    reads = "patches"
+    kind, reads = "plus", "patches"
 
     def __init__(self, shapes: Shapes, width: int) -> None:
         super().__init__()
-        _, tokens, hidden = shapes["latents"]
+        _, self.tokens, hidden = shapes["latents"]
         self.inputs = shapes["proj_in.weight"][1]
         depth = len({key.split(".")[1] for key in shapes if key.startswith("layers.")})
         inner, grown = shapes["layers.0.0.to_q.weight"][0], shapes["layers.0.1.1.weight"][0]
         if inner % _HEAD:
             raise ValueError(f"its queries are {inner} wide; expected a multiple of {_HEAD}, the width of a head")
-        self.latents = nn.Parameter(torch.empty(1, tokens, hidden))
+        self.latents = nn.Parameter(torch.empty(1, self.tokens, hidden))
         self.proj_in = nn.Linear(self.inputs, hidden)
         self.layers = nn.ModuleList(
             nn.ModuleList([Reader(hidden, inner), feed_forward(hidden, grown)]) for _ in range(depth)

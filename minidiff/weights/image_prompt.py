@@ -13,7 +13,7 @@ from torch import nn
 from ..checks import shown
 from ..image_adapter import ImageAdapter, ImageEncoder
 from ..model import Adapter, Model
-from ..networks.image_prompt import AnyProjection, image_projection
+from ..networks.image_prompt import AnyProjection, Shapes, image_projection
 from ..networks.sites import Site
 from ..networks.unet import UNet
 from ..speed.replace import with_modules
@@ -75,6 +75,34 @@ def find_image_adapter(file: str | Path) -> tuple[Path, dict[str, Stored]]:
     return path, stored
 
 
+def image_adapter_summary(path: Path) -> dict[str, object]:
+    """What `minidiff info` says of a file, from its header alone. ValueError as from with_image_prompt."""
+    _, stored = find_image_adapter(path)
+    shapes = {key: tensor.shape for key, tensor in stored.items()}
+    width = _width(shapes, 768)
+    with torch.device("meta"):
+        projection = _projection(_own(shapes), width)
+    read = "a picture's embedding" if projection.reads == "embedding" else "a picture's patches"
+    return {
+        "projection": projection.kind,
+        "reads": f"{read}, {projection.inputs} wide",
+        "tokens": projection.tokens or "one per patch",
+        "width": width,
+        "layers": sum(key.endswith(".to_k_ip.weight") for key in shapes),
+    }
+
+
+def _own(shapes: Shapes) -> Shapes:
+    """Those of the projection, without their prefix."""
+    return {key.removeprefix(_PARTS[0]): shape for key, shape in shapes.items() if key.startswith(_PARTS[0])}
+
+
+def _width(shapes: Shapes, default: int) -> int:
+    """Of the tokens, which the keys and values read."""
+    widths = (shape[1] for key, shape in shapes.items() if key.endswith(".to_k_ip.weight") and len(shape) == 2)
+    return next(widths, default)
+
+
 def _encoder(model: Model, source: str | Path, path: Path, projection: AnyProjection) -> ImageEncoder:
     """The vision model, shared with an earlier adapter if it is the same."""
     there = (one.encoder for one in model.image_adapters if one.encoder.origin == str(source))
@@ -115,21 +143,20 @@ def _grown(unet: UNet, layers: nn.ModuleDict) -> UNet:
 def _empty(unet: UNet, stored: Mapping[str, Stored]) -> nn.ModuleDict:
     """An IP-Adapter on the meta device, named as in the file, after checking that all names and shapes fit."""
     shapes = {key: tensor.shape for key, tensor in stored.items()}
-    own = {key.removeprefix(_PARTS[0]): shape for key, shape in shapes.items() if key.startswith(_PARTS[0])}
     width = unet.config.cross_attention_dim
-    theirs = next((s[1] for key, s in shapes.items() if key.endswith(".to_k_ip.weight") and len(s) == 2), width)
+    theirs = _width(shapes, width)
     if theirs != width:
         of = {2048: " of Stable Diffusion XL", 1024: " of Stable Diffusion 2"}.get(theirs, "")
         raise ValueError(
             f"this adapter{of} makes tokens {theirs} wide, and the model's are {width}; expected one of SD 1.5"
         )
     with torch.device("meta"):
-        adapter = nn.ModuleDict({"image_proj": _projection(own, width), "ip_adapter": key_value_layers(unet)})
+        adapter = nn.ModuleDict({"image_proj": _projection(_own(shapes), width), "ip_adapter": key_value_layers(unet)})
     check_state("adapter", {key: tuple(value.shape) for key, value in adapter.state_dict().items()}, stored)
     return adapter
 
 
-def _projection(shapes: Mapping[str, tuple[int, ...]], width: int) -> AnyProjection:
+def _projection(shapes: Shapes, width: int) -> AnyProjection:
     try:
         found = image_projection(shapes, width)
     except KeyError as error:

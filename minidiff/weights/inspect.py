@@ -15,6 +15,7 @@ from ..networks.unet import UNet
 from ..networks.vae import VAE
 from ..sampling import NoiseSchedule, choose_sampler
 from .files import Stored, not_finite, stored_tensors
+from .image_prompt import image_adapter_summary
 from .lora_info import lora_changes
 from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED, unwrap
 from .open import open_source
@@ -22,6 +23,7 @@ from .recognise import (
     AUTOENCODER,
     CHECKPOINT,
     EMBEDDING,
+    IMAGE_ADAPTER,
     TEXT_ENCODER,
     TEXT_WIDTHS,
     UNET,
@@ -192,6 +194,8 @@ def _alone(path: Path, tensors: Tensors, kind: Kind) -> tuple[Part, ...]:
         return (_unet(None, unet_config(_shapes(tensors)), tensors),)
     if kind.name == AUTOENCODER:
         return (_vae(None, vae_from_file(path)),)
+    if kind.name.startswith(IMAGE_ADAPTER):
+        return (Part("adapter", None, image_adapter_summary(path), _content(tensors.values())),)
     if is_lora(tensors):
         found = lora_changes(path)
         return tuple(Part(one.network, None, one.summary, _content(one.tensors)) for one in found)

@@ -36,9 +36,9 @@ _RELATIVES = (
     (r"(^|\.)(scaled_fp8|scale_weight)$", "checkpoint with scaled fp8 weights"),
 )
 _OTHERS = (
+    (r"^(ip_adapter|image_proj)\.", IMAGE_ADAPTER),
     (r"^(unet|text_encoder):\d+:(up|down)$", "LoRA in cloneofsimo's first format"),
     (r"lora|^lycoris_|\.hada_|\.lokr_", "LoRA"),
-    (r"^(ip_adapter|image_proj)\.", IMAGE_ADAPTER),
     (r"^(emb_params|string_to_param)", EMBEDDING),
     (r"^clip_[lg]$", f"{EMBEDDING} of Stable Diffusion XL"),
     (r"^model_ema\.diffusion_model", "checkpoint with averaged weights (EMA) alone"),
