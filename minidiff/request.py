@@ -86,7 +86,8 @@ class Request:
     image: a picture to start from, one for all prompts or one per prompt: a PIL image, an array [H,W,3], a tensor
         [3,H,W] or a path; turned as its EXIF says, white where it is transparent. It sets the default size.
     strength: in (0,1], how much of it is made anew: the last steps * strength steps run, from the picture with noise.
-        Default: 0.8, or 1 with a mask, which then starts from noise alone.
+        Default: 0.8, or 1 with a mask, which then starts from noise alone. A second pass at a larger size is
+        generate(request, image=result.image, width=..., height=..., strength=0.5).
     mask: where to paint in `image` (white, 1), which stays elsewhere: an image, a path, numbers [H,W] in [0,1], or
         "alpha", which paints where the picture is transparent. Inpainting models (9 channels) need both.
     fit: how `image` and `mask` get to width and height: "resize" (stretched), "crop" (the middle), or "pad" (all of

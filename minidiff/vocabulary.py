@@ -276,8 +276,8 @@ KEYWORDS: Mapping[str, str] = MappingProxyType(
         # no counterpart
         "control_image": "minidiff has no ControlNet",
         "controlnet_conditioning_scale": "minidiff has no ControlNet",
-        "enable_hr": "minidiff has no second pass at a larger size",
-        "hires_fix": "minidiff has no second pass at a larger size",
+        "enable_hr": "make a second pass: generate(request, image=result.image, width=..., height=..., strength=0.5)",
+        "hires_fix": "make a second pass: generate(request, image=result.image, width=..., height=..., strength=0.5)",
         "restore_faces": "minidiff does not post-process images",
         "tiling": "minidiff cannot make seamless tiles",
     }

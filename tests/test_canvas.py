@@ -215,6 +215,14 @@ def test_guidance_recording_and_early_stops(tiny_model: Model, nine_model: Model
         assert np.array_equal(np.asarray(stopped.image)[:, 24:], np.asarray(picture(1))[:, 24:])
 
 
+def test_a_second_pass_at_a_larger_size(tiny_model: Model) -> None:
+    request = minidiff.Request("a cat", model=tiny_model, steps=4, seed=1, boxes={"cat": (0, 0, 0.5, 1)})
+    first = minidiff.generate(request)
+    second = minidiff.generate(request, image=first.image, width=64, height=64, strength=0.5)
+    assert second.image.size == (64, 64)
+    assert second.parameters[0]["strength"] == 0.5 and second.parameters[0]["boxes"] == first.parameters[0]["boxes"]
+
+
 def test_a_picture_changes_nothing_where_there_is_none(tiny_model: Model) -> None:
     plain = minidiff.generate("a cat", model=tiny_model, steps=2, seed=1)
     assert not plain.parameters[0].keys() & {"image", "mask", "strength", "fit", "paste"}
