@@ -19,6 +19,7 @@ from minidiff.networks.vae import VAE
 from minidiff.recorded import MEAN
 from minidiff.sampling import SD15_SCHEDULER_CONFIG, Euler, NoiseSchedule, sample
 from minidiff.speed.accelerate import compile_network, compile_unet, compile_whole, prepare
+from minidiff.speed.int8 import to_int8
 
 from .models import SD15, TINY, Size, random_weights, unet_shapes, vae_shapes
 
@@ -73,6 +74,13 @@ def our_unet(size: Size, weights: Weights) -> UNet:
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict(size.unet))
     return prepare(_filled(unet, weights))
+
+
+def int8_unet(size: Size, weights: Weights) -> UNet:
+    """A UNet as returned by `load(dtype="int8")`."""
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_dict(size.unet))
+    return prepare(to_int8(_filled(unet, weights)))
 
 
 def compiled_unet(size: Size, weights: Weights) -> UNet:

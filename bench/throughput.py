@@ -20,6 +20,7 @@ from minidiff.networks.attention import HEAD_MEAN, Maps, Record
 from minidiff.networks.sites import block, choose, cross, place
 from minidiff.networks.unet import UNet
 from minidiff.recorded import MEAN
+from minidiff.speed.device import choose_dtype, is_int8
 
 from . import openvino
 from .machine import print_header
@@ -33,6 +34,7 @@ from .networks import (
     add_network_arguments,
     compiled_unet,
     device,
+    int8_unet,
     judged_dtype,
     our_unet,
     their_compiled_unet,
@@ -45,7 +47,7 @@ from .timing import Timing, by_turns, gemm_rate, print_timing
 
 LOADED, LAST, OURS = "diffusers, as loaded", "diffusers, channels_last", "minidiff"
 THEIRS_COMPILED, OURS_COMPILED, RECORDED = "diffusers, compiled", "minidiff, compiled", "minidiff, compiled, recording"
-OPENVINO = "OpenVINO"
+OPENVINO, HALF, INT8 = "OpenVINO", "minidiff, bfloat16", "minidiff, int8"
 Step = Callable[[], Tensor]
 BOUNDS = (
     (OURS, LAST, 0.95),
@@ -54,6 +56,7 @@ BOUNDS = (
     (OURS_COMPILED, LAST, 0.8),
     (OURS_COMPILED, OPENVINO, 1.0),
     (RECORDED, OURS_COMPILED, 1.03),
+    (INT8, OURS, 0.5),
 )
 """Variant, reference, and the maximum ratio of their medians."""
 
@@ -76,16 +79,17 @@ def run(args: argparse.Namespace) -> int:
     timings: dict[str, dict[str, Timing]] = {}
     for name in args.dtype:
         before = gemm_rate(DTYPES[name], device())
-        found, apart = measured(args.size, name, args.latents, args.repeats, ["eager"] if args.eager else STAGES)
+        found, apart = measured(args.size, name, args.latents, args.repeats, stages(name, args.eager))
         print(f"{name}: {before:.2f} TFLOP/s in a matrix product before, {gemm_rate(DTYPES[name], device()):.2f} after")
         for stage, variants in found.items():
-            base = variants.get(LAST, variants.get(OURS_COMPILED))
+            base = variants.get(LAST, variants.get(OURS_COMPILED, variants.get(OURS)))
             print(f"{stage}:")
             for timing in variants.values():
                 print_timing(timing, None if base is None else base.median)
             rows += list(bounds(variants, name))
             timings[f"{name}, {stage}"] = variants
-        rows += [Row(f"{variant}: eps", name, error, ALIKE[name]) for variant, error in apart.items()]
+        limits = {HALF: ALIKE["bfloat16"], INT8: 3 * apart.get(HALF, 0)}
+        rows += [Row(f"{one}: eps", name, error, limits.get(one, ALIKE[name])) for one, error in apart.items()]
     print_rows(rows)
     return finish(rows, args.json, timings)
 
@@ -157,7 +161,30 @@ def recorded(size: Size, weights: Weights, inputs: Inputs) -> dict[str, Step]:
     }
 
 
-STAGES = {"eager": eager, "compiled": compiled, "recorded": recorded}
+def quantised(size: Size, weights: Weights, inputs: Inputs) -> dict[str, Step]:
+    """Ours in float32, in bfloat16 and in int8, with the float dtype that `load` chooses beside it."""
+
+    def step(make: Callable[[Size, Weights], UNet], dtype: torch.dtype) -> Step:
+        cast = Inputs(inputs.x.to(dtype), inputs.t, inputs.context.to(dtype))
+        return ours(make(size, {name: value.to(dtype) for name, value in weights.items()}), cast)
+
+    return {
+        OURS: ours(our_unet(size, weights), inputs),
+        HALF: step(our_unet, torch.bfloat16),
+        INT8: step(int8_unet, choose_dtype("int8", device())),
+    }
+
+
+STAGES = {"eager": eager, "int8": quantised, "compiled": compiled, "recorded": recorded}
+
+
+def stages(dtype: str, only_eager: bool) -> list[str]:
+    """The stages for a dtype: int8 is compared with float32, on CPUs that have kernels for it."""
+    try:
+        int8 = dtype == "float32" and is_int8("int8", device())
+    except ValueError:
+        int8 = False
+    return ["eager", *(["int8"] if int8 else []), *([] if only_eager else ["compiled", "recorded"])]
 
 
 def _channels_last(weights: Weights) -> Weights:

@@ -82,9 +82,9 @@ class Model:
 
     `name` is the hub id, or the name of the folder or file; `origin` the folder or file that was read;
     `options` the arguments of `load` that change the images (plain values), for the record; `dtype_choice` why load
-    took its dtype, where it was not told. `adapters`: what was put on it since, in that order; `image_adapters`: of
-    those that take pictures, what makes tokens of them. `safety`: the checker that looks at finished pictures, where
-    load was asked for it.
+    took its dtype, where it was not told; `int8` whether the UNet's layers compute in int8. `adapters`: what was put on
+    it since, in that order; `image_adapters`: of those that take pictures, what makes tokens of them. `safety`: the
+    checker that looks at finished pictures, where load was asked for it.
     """
 
     name: str
@@ -96,18 +96,24 @@ class Model:
     defaults: Defaults = Defaults()
     options: Mapping[str, str] = field(default_factory=dict)
     dtype_choice: str = ""
+    int8: bool = False
     adapters: tuple[Adapter, ...] = ()
     safety: SafetyChecker | None = None
     image_adapters: tuple[ImageAdapter, ...] = ()
 
     def __repr__(self) -> str:
         on = f" with {', '.join(map(str, self.adapters))}" if self.adapters else ""
-        return f"<Model {self.name}{on}, {str(self.dtype).removeprefix('torch.')} on {self.device}>"
+        return f"<Model {self.name}{on}, {self.dtype_name} on {self.device}>"
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the networks compute in."""
+        """What the networks take, give and, but for layers in int8, compute in."""
         return self.unet.conv_in.weight.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """The argument of `load` for this dtype: "int8", "float32" or the like."""
+        return "int8" if self.int8 else str(self.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:

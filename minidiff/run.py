@@ -236,10 +236,10 @@ def _record(request: Request, there: Mapping[Site, Position]) -> Record | None:
 
 
 def _recorded(model: Model, record: Record | None, there: Mapping[Site, Position]) -> bool | Record | None:
-    """The record to store among the reproducing arguments: in half precision, recorded sites bypass the fused kernel
-    and round differently.
+    """The record to store among the reproducing arguments: below float32, recorded sites bypass the fused kernel and
+    round differently.
     """
-    if record is None or model.dtype == torch.float32:
+    if record is None or model.dtype_name == "float32":
         return None
     return True if record == replace(ATTENTION, sites=choose(ATTENTION.sites, there)) else record
 
@@ -295,7 +295,7 @@ def _info(model: Model) -> dict[str, Plain]:
     return {
         "versions": {name: version(name) for name in ("minidiff", "torch", "transformers")},
         **({"changed_weights": changed} if changed else {}),
-        "dtype": plain(model.dtype),
+        "dtype": model.dtype_name,
         **({"dtype_choice": model.dtype_choice} if model.dtype_choice else {}),
         "device": model.device.type,
         "load": dict(model.options),

@@ -211,7 +211,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--vae", metavar="SOURCE", help="another autoencoder: a hub id, a folder or a .safetensors file")
     add("--tokenizer", metavar="FOLDER", help="CLIP's tokenizer, for a single file if the hub's cache has none")
     add("--prediction-type", metavar="NAME", help="epsilon or v_prediction, if the model does not say")
-    add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the fastest on this device)")
+    add("--dtype", metavar="NAME", help="float32, bfloat16, float16 or int8 (default: the fastest on this device)")
     add("--device", metavar="NAME", help="cpu or cuda (default: cuda if available)")
     add("--safety", action="store_true", help="write images black that the model folder's safety checker flags")
     add("--safety-from", dest="safety", metavar="SOURCE", help="--safety with the checker of another folder or hub id")

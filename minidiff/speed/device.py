@@ -18,6 +18,7 @@ from ..checks import shown, warn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INT8 = "int8"
 _CLEARLY = 1.1  # how much faster bfloat16 must be to justify its rounding
 
 
@@ -89,23 +90,38 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """None selects the fast dtype: float16 on CUDA, what `machine` measured on the CPU, float32 elsewhere."""
-    if dtype is None:
+    """None selects the fast dtype: float16 on CUDA, what `machine` measured on the CPU, float32 elsewhere.
+
+    For int8: the dtype of all that stays float.
+    """
+    if dtype is None or is_int8(dtype, device):
         return (
             machine().cpu_dtype if device.type == "cpu" else torch.float16 if device.type == "cuda" else torch.float32
         )
     if isinstance(dtype, str):
         if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
+            raise ValueError(f"dtype {dtype!r} is unknown; expected one of {', '.join((*DTYPES, INT8))}")
         dtype = DTYPES[dtype]
     if dtype not in DTYPES.values():
-        raise ValueError(f"dtype {shown(dtype)} is not supported; expected one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {shown(dtype)} is not supported; expected one of {', '.join((*DTYPES, INT8))}")
     if dtype == torch.float16 and device.type == "cpu" and not _has_fp16():
         # Without kernels a float16 matrix product is a thousand times slower than a float32 one.
         instead = machine().cpu_dtype
         warn(f"this CPU has no float16 kernels; computing in {str(instead).removeprefix('torch.')}")
         return instead
     return dtype
+
+
+def is_int8(dtype: torch.dtype | str | None, device: torch.device) -> bool:
+    """True for int8. ValueError if the device has no fast kernels for it."""
+    if dtype not in (INT8, torch.int8):
+        return False
+    if device.type != "cpu" or not _has_int8():
+        what = "this one has none" if device.type == "cpu" else f"the device is {str(device)!r}"
+        raise ValueError(
+            f'dtype "int8" needs a CPU with AVX-512 VNNI instructions, and {what}; expected one of {", ".join(DTYPES)}'
+        )
+    return True
 
 
 def dtype_choice(asked: torch.dtype | str | None, device: torch.device) -> str:
@@ -117,10 +133,16 @@ def _has_fp16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
+def _has_int8() -> bool:
+    """Without VNNI, oneDNN's sums of products of int8 saturate at 16 bits: fast, but wrong."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+
+
 _FEATURES = {
     "avx2": lambda: torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"),
     "avx512": lambda: torch.backends.cpu.get_cpu_capability() == "AVX512",
     "avx512_bf16": torch.cpu._is_avx512_bf16_supported,
+    "avx512_vnni": torch.cpu._is_vnni_supported,
     "amx": torch.cpu._is_amx_tile_supported,
     "float16 kernels": _has_fp16,
 }

@@ -368,12 +368,12 @@ def pack(network: Network, numbers: int) -> Network:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child.weight.numel() >= numbers:
                 setattr(parent, name, PackedLinear(child))
-            elif _is_plain(child) and child.weight.numel() >= numbers:
+            elif is_plain(child) and child.weight.numel() >= numbers:
                 setattr(parent, name, PackedConv2d(child))
     return network
 
 
-def _is_plain(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     """True for the convolutions that can be packed: no groups, no dilation, zero padding."""
     if type(layer) is not nn.Conv2d or isinstance(layer.padding, str):
         return False

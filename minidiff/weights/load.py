@@ -16,7 +16,8 @@ from ..networks.vae import VAE
 from ..request import BUNDLED
 from ..sampling import NoiseSchedule
 from ..speed.accelerate import compile_unet, prepare
-from ..speed.device import choose_device, choose_dtype, dtype_choice
+from ..speed.device import choose_device, choose_dtype, dtype_choice, is_int8
+from ..speed.int8 import to_int8
 from .files import Stored, check_finite, read_tensors, stored_tensors
 from .hub import fetch_tokenizer, fetch_vae
 from .lora import LoRA, read_loras, with_loras
@@ -68,7 +69,9 @@ def load(
     prediction_type: "epsilon" or "v_prediction", if the source does not say or is wrong. A folder says it in its
         scheduler config; a single file in its tensors, its metadata or a .yaml next to it, else it is epsilon.
     dtype: the dtype of the networks: a torch dtype or "float32", "bfloat16", "float16". None chooses the fastest:
-        float16 on CUDA, bfloat16 on a CPU where it is measured to be faster, else float32.
+        float16 on CUDA, bfloat16 on a CPU where it is measured to be faster, else float32. "int8", on CPUs with VNNI
+        instructions: the UNet's convolutions and linear layers compute in int8 (see speed/int8.py), all else in what
+        None chooses. Faster and less exact; adapters and compile=True work.
     device: None means CUDA if available, else the CPU.
     variant: variant of the files in a folder or on the hub, such as "fp16" for model.fp16.safetensors.
     revision: a branch, tag or commit of the hub's repository.
@@ -88,6 +91,7 @@ def load(
         find_embedding(file)  # a wrong file is reported before the model is read
     read_loras(loras)  # a wrong one need not wait for the model
     device = choose_device(device)
+    int8 = is_int8(dtype, device)
     why, dtype = dtype_choice(dtype, device), choose_dtype(dtype, device)
     found = _find(source, tokenizer, None if vae is None else _vae(vae, variant), variant, revision)
     checker = find_safety(safety, source, found.path, variant, revision)
@@ -108,6 +112,8 @@ def load(
     check_fit(found, text.length, text.width)
     _fill(unet, found.unet_tensors, dtype, device)
     _fill(autoencoder, found.vae.tensors, dtype, device)
+    if int8:
+        to_int8(unet)
     given = {
         "vae": vae,
         "tokenizer": tokenizer,
@@ -130,6 +136,7 @@ def load(
             if value is not None
         },
         dtype_choice=why,
+        int8=int8,
         safety=None if checker is None else load_safety(checker, dtype, device),
     )
     model = with_loras(model, *loras) if loras else model

@@ -1,0 +1,114 @@
+"""Layers of a UNet in 8-bit integers, for CPUs with VNNI instructions: three to four times float32's rate.
+
+Weights have a scale per output channel; inputs a scale and a zero point per tensor, measured in each call (Jacob et al.
+2018, "Quantization and training of neural networks for integer-arithmetic-only inference"). Sums are exact integers,
+results float. Gradients pass straight through: they are those of the float weights (Bengio et al. 2013).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .packed import Packed, PackedConv2d, PackedLinear, is_plain
+
+Network = TypeVar("Network", bound=nn.Module)
+_FLOAT = ("conv_in", "conv_out", "time_embedding", "time_emb_proj", "attn2.to_k", "attn2.to_v")
+"""Layers that stay float: the first and the last, and those that read the timestep or the text: they cost little, and
+texts have outliers.
+"""
+_LARGE = 2**12
+"""Weights from which a layer is quantised."""
+_ONES = [1, 1]
+
+
+def to_int8(unet: Network) -> Network:
+    """Quantise, in place, the convolutions and linear layers of a UNet. Attention products and norms stay float.
+
+    The float weights are kept for gradients and adapters; those mapped from a file leave memory when it is needed.
+    """
+    for path, layer in list(unet.named_modules()):
+        if any(f".{name}." in f".{path}." for name in _FLOAT):
+            continue
+        if type(layer) is nn.Linear and layer.weight.numel() >= _LARGE:
+            unet.set_submodule(path, Int8Linear(layer))
+        elif is_plain(layer) and layer.weight.numel() >= _LARGE:
+            unet.set_submodule(path, Int8Conv2d(layer))
+    return unet
+
+
+def quantise(x: Tensor) -> tuple[Tensor, float, int] | None:
+    """A contiguous tensor as (uint8 q, scale, zero point): x is about scale * (q - zero). None if x is not finite.
+
+    Zero is exact, as padding needs, and its point at least 1, since oneDNN's packed weights differ at 0.
+    """
+    least, most = (float(value) for value in torch.aminmax(x)) if x.numel() else (0.0, 0.0)
+    least, most = min(least, 0.0), max(most, 0.0)
+    if not math.isfinite(most - least):
+        return None
+    scale = max((most - least) / 253, 1e-30)  # of 256 values: one lost to the zero point, one each to rounding
+    zero = 1 + round(-least / scale)
+    # In float32 the spacing from 2**23 on is 1: the sum is rounded, and its last byte is q. It is the fastest way that
+    # torch offers, five times faster than a conversion to uint8.
+    shifted = torch.add(torch.tensor(2.0**23 + zero), x.float(), alpha=1 / scale)
+    return shifted.view(torch.int32).to(torch.uint8), scale, zero
+
+
+def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [C',...] as (int8 q, float32 scale [C']): w is about scale * q."""
+    weight = weight.detach().float()
+    scale = weight.flatten(1).abs().amax(dim=1).clamp(min=1e-30) / 127
+    return (weight / scale.view(-1, *[1] * (weight.ndim - 1))).round_().to(torch.int8), scale
+
+
+class Int8Linear(PackedLinear):
+    """nn.Linear in int8."""
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        found = quantise(rows)
+        if found is None:
+            return self.plain(x, self.weight, bias)
+        q, scale, zero = found
+        scales, zeros = _scales(self)
+        packed = self._derive(
+            "int8", lambda: torch.ops.onednn.qlinear_prepack(quantise_weight(self.weight)[0], list(rows.shape))
+        )
+        y = torch.ops.onednn.qlinear_pointwise(
+            q, scale, zero, packed, scales, zeros, _float(bias), 1.0, 0, x.dtype, "none", [], ""
+        )
+        return y.view(*x.shape[:-1], self.shape[0])
+
+
+class Int8Conv2d(PackedConv2d):
+    """nn.Conv2d in int8."""
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        found = quantise(x.movedim(1, -1).contiguous())
+        if found is None:
+            return self.plain(x, self.weight, bias)
+        q, scale, zero = found
+        scales, zeros = _scales(self)
+        how = self.stride, self.padding, _ONES, 1
+        packed = self._derive(
+            "int8",
+            lambda: torch.ops.onednn.qconv_prepack(
+                quantise_weight(self.weight)[0], scales, scale, zero, *how, list(x.shape)
+            ),
+        )
+        return torch.ops.onednn.qconv2d_pointwise(
+            q.movedim(-1, 1), scale, zero, packed, scales, zeros, _float(bias), *how, 1.0, 0, x.dtype, "none", [], ""
+        )
+
+
+def _scales(layer: Packed) -> tuple[Tensor, Tensor]:
+    """The scale of each output channel, and its zero point, which is 0."""
+    scales = layer._derive("int8 scales", lambda: quantise_weight(layer.weight)[1])
+    return scales, torch.zeros(len(scales), dtype=torch.int32)
+
+
+def _float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float()
