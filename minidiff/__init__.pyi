@@ -66,11 +66,15 @@ from .run import (
 )
 from .sampling import (
     DDIM as DDIM,
+    DEIS as DEIS,
+    LCM as LCM,
     LMS as LMS,
     PNDM as PNDM,
+    TCD as TCD,
     DPMpp2M as DPMpp2M,
     Euler as Euler,
     EulerAncestral as EulerAncestral,
+    UniPC as UniPC,
 )
 from .weights.image_prompt import with_image_prompt as with_image_prompt
 from .weights.load import load as load

@@ -26,6 +26,10 @@ SAMPLERS = THEIRS | {
 }
 
 
+KARRAS = {"use_karras_sigmas": True}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+
+
 @pytest.fixture(scope="module")
 def pipeline(tiny_folder: Path) -> diffusers.StableDiffusionPipeline:
     found = diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder)
@@ -126,33 +130,39 @@ def test_clip_skip_equals_a_corrected_diffusers(pipeline, tiny_model: Model, cli
 
 
 @pytest.mark.parametrize(
-    ("kind", "ran"),
+    ("kind", "changes", "ran"),
     [
-        ("EulerDiscreteScheduler", ("euler", "karras")),
-        ("LMSDiscreteScheduler", ("lms", "karras")),
-        ("DPMSolverMultistepScheduler", ("dpmpp_2m", "karras")),
-        ("EulerAncestralDiscreteScheduler", ("euler_ancestral", "uniform")),  # diffusers ignores this option there
+        ("EulerDiscreteScheduler", KARRAS, ("euler", "karras")),
+        ("LMSDiscreteScheduler", KARRAS, ("lms", "karras")),
+        ("DPMSolverMultistepScheduler", KARRAS, ("dpmpp_2m", "karras")),
+        ("EulerAncestralDiscreteScheduler", KARRAS, ("euler_ancestral", "uniform")),  # diffusers ignores it there
+        ("HeunDiscreteScheduler", {"use_beta_sigmas": True}, ("heun", "beta")),
+        ("UniPCMultistepScheduler", {"use_exponential_sigmas": True, "solver_order": 3}, ("uni_pc", "exponential")),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, ("dpmpp_2m_sde", "uniform")),
+        ("LCMScheduler", {"original_inference_steps": 100}, ("lcm", "uniform")),
+        ("DDIMScheduler", ZERO_SNR, ("ddim", "uniform")),
     ],
 )
-def test_karras_in_a_folders_config_reaches_the_run(
-    pipeline, tiny_folder: Path, tmp_path: Path, kind: str, ran: tuple[str, str]
+def test_a_folders_scheduler_config_reaches_the_run(
+    pipeline, tiny_folder: Path, tmp_path: Path, kind: str, changes: dict[str, object], ran: tuple[str, str]
 ) -> None:
-    folder = tmp_path / "karras"
+    folder = tmp_path / "model"
     folder.mkdir()
     for part in tiny_folder.iterdir():
         (folder / part.name).symlink_to(part)
     (folder / "scheduler").unlink()
     (folder / "scheduler").mkdir()
     config = json.loads((tiny_folder / "scheduler" / "scheduler_config.json").read_text())
-    config |= {"_class_name": kind, "use_karras_sigmas": True}
+    config |= {"_class_name": kind, **changes}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     result = minidiff.generate("a cat", model=minidiff.load(folder, dtype="float32"), steps=6, seed=2, output="latents")
     pipeline.scheduler = getattr(diffusers, kind).from_config(config)
     generator = torch.Generator().manual_seed(2)
     expected = pipeline("a cat", num_inference_steps=6, generator=generator, output_type="latent").images
     assert relative_error(result.latents, expected) <= 1e-5
-    assert (result.parameters[0]["sampler"], result.parameters[0]["schedule"]) == ran
-    assert describe(folder).scheduler["sampler"] == f"{ran[0]}{'' if ran[1] == 'uniform' else ' karras'}"
+    if isinstance(result.parameters[0]["sampler"], str):  # settings beside the name make it an object
+        assert (result.parameters[0]["sampler"], result.parameters[0]["schedule"]) == ran
+    assert describe(folder).scheduler["sampler"] == (ran[0] if ran[1] == "uniform" else " ".join(ran))
 
 
 @pytest.mark.parametrize("name", ["Euler a", "k_euler_a", "EulerAncestralDiscreteScheduler"])

@@ -693,7 +693,7 @@ def test_what_is_asked_changes_the_models_own_sampler() -> None:
 def test_an_object_brings_its_own_settings() -> None:
     assert choose_sampler(SD15, None, LMS(order=2, levels="karras"), "karras") == LMS(order=2, levels="karras")
     with pytest.raises(ValueError, match="got schedule='uniform', spacing=None and eta=0.0 with a sampler object"):
-        choose_sampler(SD15, None, Euler(levels="karras"), karras=False)
+        choose_sampler(SD15, None, Euler(levels="karras"), "uniform")
     for wrong in (Euler, 3):
         with pytest.raises(ValueError, match="sampler is .*; expected a name such as 'ddim', or a sampler object"):
             choose_sampler(SD15, None, wrong)  # type: ignore[arg-type]
@@ -723,20 +723,51 @@ def test_a_config_whose_sampler_is_not_implemented() -> None:
         choose_sampler(NoiseSchedule.from_config({}), None)
 
 
-def test_switches_refuse_the_samplers_that_heed_them() -> None:
-    """Same as in diffusers' classes: PNDM and LMS support neither, only DDIM and DPM-Solver++ can threshold."""
-    threshold = NoiseSchedule.from_config(config(_class_name="DDIMScheduler", thresholding=True))
-    zero = NoiseSchedule.from_config(config(_class_name="DDIMScheduler", rescale_betas_zero_snr=True))
-    for noise, key in ((threshold, "thresholding"), (zero, "rescale_betas_zero_snr")):
-        with pytest.raises(ValueError, match=f"config names DDIMScheduler with {key} True, which is not implemented"):
-            choose_sampler(noise, None)
-        for name, (kind, _) in THEIRS.items():
-            if key in kind().config:
-                with pytest.raises(ValueError, match=f"sets {key}, which is not .*affect {name}; use .*lms"):
-                    choose_sampler(noise, None, name)
-    assert choose_sampler(threshold, None, "euler") == Euler()
-    with pytest.warns(UserWarning, match=r"trained up to pure noise .*, but lms starts below it"):
-        assert choose_sampler(zero, None, "lms") == LMS()
+def test_thresholding_refuses_the_samplers_that_heed_it() -> None:
+    noise = NoiseSchedule.from_config(config(_class_name="DDIMScheduler", thresholding=True))
+    with pytest.raises(ValueError, match="config names DDIMScheduler with thresholding True, which is not implemented"):
+        choose_sampler(noise, None)
+    for name, (kind, _) in THEIRS.items():
+        if "thresholding" in kind().config:
+            with pytest.raises(ValueError, match=f"sets thresholding, which is not .*affect {name}; use .*lms"):
+                choose_sampler(noise, None, name)
+    assert choose_sampler(noise, None, "euler") == Euler()
+
+
+ZERO_SNR = [
+    name for name, (kind, _) in THEIRS.items() if "rescale_betas_zero_snr" in inspect.signature(kind).parameters
+]
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 2, 10, 20, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ZERO_SNR)
+def test_zero_terminal_snr_equals_diffusers(name: str, steps: int, spacing: str) -> None:
+    settings = config("v_prediction", spacing, rescale_betas_zero_snr=True)
+    noise, scheduler = NoiseSchedule.from_config(settings), reference(name, settings, steps)
+    sampler = choose_sampler(noise, None, name)
+    schedule = sampler.schedule(noise, steps)
+    assert schedule.timesteps.tolist() == scheduler.timesteps.tolist()
+    if hasattr(scheduler, "sigmas"):
+        torch.testing.assert_close(schedule.sigmas.float(), scheduler.sigmas[:-1], rtol=1e-6, atol=1e-6)
+    if spacing == "trailing" or steps > 1:
+        assert schedule.abar(0) < 1e-7
+    assert torch.equal(noise.up_to_pure_noise(0).alphas_cumprod[:-1], scheduler.alphas_cumprod[:-1])
+    # the first step of Euler goes from 4096 to 14 or less: in float32, x is known to 4096 * 2^-24 there
+    fine = 1e-5 if schedule.space == "vp" or (steps == 1 and spacing == "linspace") else 1e-3
+    assert_same_path(ours(sampler, schedule), trajectory(scheduler), fine)
+
+
+def test_what_zero_terminal_snr_needs() -> None:
+    settings = config(_class_name="DDIMScheduler", rescale_betas_zero_snr=True)
+    noise = NoiseSchedule.from_config({**settings, "prediction_type": "v_prediction"})
+    assert choose_sampler(noise, None) == DDIM()
+    for name in set(SAMPLERS) - set(ZERO_SNR):
+        with pytest.warns(UserWarning, match=f"trained up to pure noise .*, but {name} starts below it"):
+            chosen = choose_sampler(noise, None, name)
+        assert chosen.schedule(noise, 5).sigmas.max() < 14.7
+    with pytest.raises(ValueError, match=r"rescale_betas_zero_snr with prediction_type 'epsilon'.*v_prediction"):
+        choose_sampler(NoiseSchedule.from_config(settings), None)
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.5, math.nan, "1", True])

@@ -125,7 +125,6 @@ def test_the_configs_class_names_a_sampler(changes: dict[str, object], sampler: 
         ({"_class_name": "UniPCMultistepScheduler", "solver_order": 4}, "with solver_order 4"),
         ({"_class_name": None}, "names no scheduler (it has no _class_name)"),
         ({"_class_name": 3}, "names 3, which"),
-        ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, "with rescale_betas_zero_snr True"),
         ({"_class_name": "DDIMScheduler", "thresholding": True}, "with thresholding True"),
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "with timestep_type 'continuous'"),
         (

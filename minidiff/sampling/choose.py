@@ -81,15 +81,21 @@ def _has(sampler: Sampler | type[Sampler], name: str) -> bool:
 
 def _check_switches(noise: NoiseSchedule, sampler: Sampler) -> None:
     """Refuse what diffusers would sample differently; warn if both sample the model outside its training range."""
-    for key in noise.switches:
-        if key in sampler.settings:
-            free = [name for name in SAMPLERS if key not in sampler_class(name).settings]
-            raise ValueError(
-                f"the scheduler config sets {key}, which is not implemented but would affect {sampler.name}; "
-                f"use a sampler that ignores it: {', '.join(free)}"
-            )
-    if "rescale_betas_zero_snr" in noise.switches:
+    if "thresholding" in noise.switches and "thresholding" in sampler.settings:
+        free = [name for name in SAMPLERS if "thresholding" not in sampler_class(name).settings]
+        raise ValueError(
+            f"the scheduler config sets thresholding, which is not implemented but would affect {sampler.name}; "
+            f"use a sampler that ignores it: {', '.join(free)}"
+        )
+    if "rescale_betas_zero_snr" not in noise.switches:
+        return
+    if sampler.zero_snr is None:
         warn(
             f"the model was trained up to pure noise (rescale_betas_zero_snr), but {sampler.name} starts below it: "
             "very dark and very bright images come out greyer"
+        )
+    elif noise.prediction_type == "epsilon":
+        raise ValueError(
+            "the scheduler config sets rescale_betas_zero_snr with prediction_type 'epsilon': of pure noise, eps says "
+            'nothing about the image; load the model with prediction_type="v_prediction" if it was trained so'
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -60,8 +60,8 @@ class NoiseSchedule:
     skip_prk_steps: False asks PNDM for Runge-Kutta warm-up steps, which are not implemented: PNDM then raises.
     sampler: the config's own, with its noise levels; None if it is not implemented; `refusal` then gives the reason:
         "names HeunDiscreteScheduler, which ...".
-    switches: those of rescale_betas_zero_snr and thresholding that are on. Neither is implemented, so samplers that
-        they would affect refuse this model.
+    switches: those of rescale_betas_zero_snr and thresholding that are on. alphas_cumprod is the one before rescaling,
+        since some samplers ignore it. Thresholding is not implemented: samplers that it would affect refuse this model.
     """
 
     alphas_cumprod: Tensor
@@ -118,6 +118,21 @@ class NoiseSchedule:
     @property
     def num_train_timesteps(self) -> int:
         return self.alphas_cumprod.numel()
+
+    def up_to_pure_noise(self, last: float) -> NoiseSchedule:
+        """With rescale_betas_zero_snr, the schedule of Lin et al. 2023 (arXiv 2305.08891), Alg. 1; else this one.
+
+        last: the last abar, which is 0 in the paper. 2^-60 stands for 0, where the clean latents' part of x is 1e-9, so
+        that sigmas are finite.
+        """
+        if "rescale_betas_zero_snr" not in self.switches:
+            return self
+        root = self.alphas_cumprod.sqrt()
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        alphas = torch.cat([root[:1] ** 2, root[1:] ** 2 / root[:-1] ** 2])
+        abar = torch.cumprod(1 - (1 - alphas), dim=0)  # by way of betas, for diffusers' bits
+        abar[-1] = max(last, 2**-60)
+        return replace(self, alphas_cumprod=abar, switches=())
 
     def training_sigmas(self) -> NDArray[np.float32]:
         """Sigma of every training timestep, ascending [T], rounded to float32 as diffusers keeps them."""

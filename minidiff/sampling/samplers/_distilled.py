@@ -23,7 +23,8 @@ class DistilledSampler(Sampler):
     spacing: another choice of timesteps; that of the model's config is ignored.
     """
 
-    settings: ClassVar[Settings] = {"rescale_betas_zero_snr": (False,), "thresholding": (False,)}
+    settings: ClassVar[Settings] = {"thresholding": (False,)}
+    zero_snr: ClassVar[float | None] = 0.0
     original_steps: int = 50
 
     def __post_init__(self) -> None:

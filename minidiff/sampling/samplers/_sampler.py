@@ -45,6 +45,7 @@ class Sampler(ABC):
         `usual_spacing`.
     fractions: whether it accepts fractional timesteps.
     settings: other settings of this algorithm in diffusers' config, with the values that are implemented here.
+    zero_snr: the last abar of a model trained up to pure noise, as in diffusers; None if its scheduler ignores that.
     guided_calls: the number of calls per step before which layout guidance moves x.
     calls_per_step: calls of the network in a step that is neither the first nor the last.
     """
@@ -53,6 +54,7 @@ class Sampler(ABC):
     usual_spacing: ClassVar[str] = "linspace"
     fractions: ClassVar[bool] = False
     settings: ClassVar[Settings] = {}
+    zero_snr: ClassVar[float | None] = None
     guided_calls: ClassVar[int] = 2
     calls_per_step: ClassVar[int] = 1
     spacing: str | None = None
@@ -85,6 +87,8 @@ class Sampler(ABC):
         self, noise: NoiseSchedule, steps: int | None = None, *, timesteps: Custom = None, sigmas: Custom = None
     ) -> Schedule:
         """The Schedule of a run with `steps` steps, or with the given timesteps or sigmas (one more than steps)."""
+        if self.zero_snr is not None:
+            noise = noise.up_to_pure_noise(self.zero_snr)
         count = count_steps(noise, steps, timesteps, sigmas)
         times = None if timesteps is None else custom_timesteps(noise, timesteps, self.fractions)
         levels = None if sigmas is None else custom_sigmas(noise, sigmas)

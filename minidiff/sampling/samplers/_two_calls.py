@@ -47,7 +47,7 @@ class TwoCallSampler(SigmaSampler):
         sigmas = [*(sigma for _, sigma in calls), plain.spans[-1][1]]
         return replace(
             plain,
-            timesteps=torch.tensor([time for time, _ in calls], dtype=torch.float32),
-            sigmas=torch.tensor(sigmas[:-1], dtype=torch.float64),
+            timesteps=torch.tensor([time for time, _ in calls], dtype=torch.float32, device="cpu"),
+            sigmas=torch.tensor(sigmas[:-1], dtype=torch.float64, device="cpu"),
             spans=tuple(itertools.pairwise(sigmas)),
         )

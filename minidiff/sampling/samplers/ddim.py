@@ -29,7 +29,8 @@ class DDIM(Sampler):
 
     name: ClassVar[str] = "ddim"
     usual_spacing: ClassVar[str] = "leading"
-    settings: ClassVar[Settings] = {"rescale_betas_zero_snr": (False,), "thresholding": (False,)}
+    settings: ClassVar[Settings] = {"thresholding": (False,)}
+    zero_snr: ClassVar[float | None] = 0.0
     eta: float = 0.0
 
     def __post_init__(self) -> None:

@@ -28,9 +28,9 @@ class DDPM(Sampler):
     usual_spacing: ClassVar[str] = "leading"
     settings: ClassVar[Settings] = {
         "variance_type": ("fixed_small", "fixed_small_log"),
-        "rescale_betas_zero_snr": (False,),
         "thresholding": (False,),
     }
+    zero_snr: ClassVar[float | None] = 0.0
 
     @property
     def stochastic(self) -> bool:

@@ -25,8 +25,8 @@ class DPMpp2M(MultistepSampler):
         "solver_type": ("midpoint", "bh1", "bh2", "logrho"),
         "lambda_min_clipped": (-math.inf,),
         "use_lu_lambdas": (False,),
-        "rescale_betas_zero_snr": (False,),
     }
+    zero_snr: ClassVar[float | None] = 2**-24
 
     def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:
         before, last = 0.0, None  # the previous call's sigma and clean latents

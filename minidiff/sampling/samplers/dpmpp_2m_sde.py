@@ -24,6 +24,7 @@ class DPMpp2MSDE(MultistepSampler):
     name: ClassVar[str] = "dpmpp_2m_sde"
     truncates_cosine: ClassVar[bool] = True
     settings: ClassVar[Settings] = {**DPMpp2M.settings, "algorithm_type": ("sde-dpmsolver++",)}
+    zero_snr: ClassVar[float | None] = 2**-24
 
     @property
     def stochastic(self) -> bool:

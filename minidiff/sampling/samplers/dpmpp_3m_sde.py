@@ -31,6 +31,7 @@ class DPMpp3MSDE(MultistepSampler):
         "solver_order": (3,),
         "solver_type": (*DPMpp2M.settings["solver_type"], "heun"),
     }
+    zero_snr: ClassVar[float | None] = 2**-24
 
     @property
     def stochastic(self) -> bool:

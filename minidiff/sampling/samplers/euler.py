@@ -16,13 +16,13 @@ class Euler(SigmaSampler):
 
     name: ClassVar[str] = "euler"
     settings: ClassVar[Settings] = {
-        "rescale_betas_zero_snr": (False,),
         "interpolation_type": ("linear",),
         "final_sigmas_type": ("zero",),
         "timestep_type": ("discrete",),
         "sigma_min": (),
         "sigma_max": (),
     }
+    zero_snr: ClassVar[float | None] = 2**-24
 
     def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:
         for call, (start, end) in enumerate(schedule.spans):

@@ -20,9 +20,9 @@ class EulerAncestral(SigmaSampler):
 
     name: ClassVar[str] = "euler_ancestral"
     settings: ClassVar[Settings] = {
-        "rescale_betas_zero_snr": (False,),
         **{f"use_{levels}_sigmas": (False, True) for levels in ("karras", "exponential", "beta")},
     }
+    zero_snr: ClassVar[float | None] = 2**-24
 
     @property
     def stochastic(self) -> bool:

@@ -36,8 +36,8 @@ class UniPC(OrderedSampler):
         "solver_p": (),
         "sigma_min": (),
         "sigma_max": (),
-        "rescale_betas_zero_snr": (False,),
     }
+    zero_snr: ClassVar[float | None] = 2**-24
     solver: str = "bh2"
 
     def __post_init__(self) -> None:
