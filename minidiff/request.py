@@ -65,7 +65,8 @@ class Request:
         the bundled model of coloured shapes, which needs no download.
     negative_prompt: one text for all prompts, or one per prompt; or `negative_context` [P,L,D].
     syntax: "plain" reads prompts as they are, up to the text encoder's length. "a1111" reads AUTOMATIC1111's marks, and
-        texts of any length in chunks of that length: (word:1.3), (word), [word], BREAK; escape brackets as \\( and \\).
+        texts of any length in chunks of that length: (word:1.3), (word), [word], BREAK, [from:to:when], [a|b] and AND
+        (prompts/parse.py says what each means); escape brackets as \\( and \\).
         Phrases of boxes and of attention are found in the text without marks.
     emphasis: how weights act, with a syntax: "a1111" (default) multiplies encodings and restores their mean, "compel"
         moves them away from the empty prompt's, or towards those of the prompt without the words, "none" ignores them.

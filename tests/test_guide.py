@@ -230,6 +230,18 @@ def test_each_image_stops_by_its_own_loss(whole_batch: bool) -> None:
     assert 0 in counts
 
 
+def test_each_step_has_its_own_layout() -> None:
+    guidance = Guidance(scale=40.0, threshold=0.0, iterations=2, steps=2)
+    x, t = torch.randn(1, 4, 4, 6), torch.tensor(500.0)
+    first, second = (toy_guide(guidance, [[BOXES[i]]]) for i in (0, 1))
+    absent = toy_guide(guidance, [[replace(BOXES[0], tokens=())]])
+    told = [(one.context, one.layout) for one in (first, second, absent)]
+    guide = toy_guide(replace(guidance, steps=3), [[BOXES[0]]], each_step=told)
+    assert torch.equal(guide.refine(x, t, 0.4, 1), second.refine(x, t, 0.4, 1))
+    assert torch.equal(guide.refine(x, t, 0.4, 0), first.refine(x, t, 0.4, 0))
+    assert torch.equal(guide.refine(x, t, 0.4, 2), x)  # a text without the phrase
+
+
 def test_a_whole_batch_is_the_same_as_a_shrinking_one() -> None:
     guidance = Guidance(scale=40.0, threshold=0.25, iterations=6, steps=3)
     x = torch.randn(4, 4, 4, 6)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -154,3 +157,25 @@ def test_given_contexts_know_no_texts(tiny_model: Model) -> None:
         minidiff.generate(
             context=context[:, :77], negative_prompt="a BREAK b", model=tiny_model, syntax="a1111", steps=2
         )
+
+
+# ---- compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prompt", "count"),
+    [("a [cat|big dog] and [b:c BREAK:2]", 1), ("a [cat|dog] AND a bird", 2)],
+)
+def test_steps_compile_nothing_anew(tiny_model: Model, prompt: str, count: int) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    unet = copy.deepcopy(tiny_model.unet)
+    unet.compile(backend=backend, fullgraph=True, dynamic=False)
+    found = made(prompt, replace(tiny_model, unet=unet), guidance_scale=4)
+    torch.testing.assert_close(found.latents, made(prompt, tiny_model, guidance_scale=4).latents, rtol=1e-3, atol=1e-3)
+    assert len(graphs) == count

@@ -80,8 +80,8 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--syntax",
         metavar="NAME",
-        help=f"{' or '.join(SYNTAXES)}: how prompts are read; a1111 knows (word:1.3), [word], BREAK and long prompts "
-        "(default: plain)",
+        help=f"{' or '.join(SYNTAXES)}: how prompts are read; a1111 knows (word:1.3), [word], BREAK, [a:b:5], [a|b], "
+        "AND and prompts of any length (default: plain)",
     )
     add(
         "--emphasis",

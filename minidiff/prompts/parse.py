@@ -56,7 +56,7 @@ def check(text: str) -> None:
         kind, name, weight = network.groups()
         mend = f"load it with the model: --lora {name or 'FILE'}.safetensors={weight or 1}, or load(..., loras=...)"
         raise ValueError(
-            f"{shown(network[0])} in the prompt names a file; expected text alone. "
+            f"{shown(network[0])} in the prompt names a file; expected text alone: "
             + (mend if kind != "hypernet" else "Hypernetworks are not supported")
         )
     for part, _ in parts(text):
