@@ -21,6 +21,7 @@ from .guidance.objectives.inside import inside_loss as inside_loss
 from .guidance.objectives.layout import layout_loss as layout_loss
 from .guidance.objectives.refocusing import refocusing_loss as refocusing_loss
 from .guidance.objectives.rnb import rnb_loss as rnb_loss
+from .guidance.regions import Region as Region
 from .guidance.report import Report as Report
 from .model import (
     Adapter as Adapter,

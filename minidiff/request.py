@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .guidance.image_prompt import ImagePrompt
     from .guidance.layout import Boxes
     from .guidance.objectives import Objective
+    from .guidance.regions import Region
     from .model import Model
     from .networks.attention import Edit, Inputs, Record
     from .recorded import Reduce
@@ -44,6 +45,7 @@ MOST_IMAGES = 10_000  # per call: the latents alone take 650 MB at 512x512
 _LAST_SEED = 2**64 - 1  # the largest that torch.Generator takes
 _QUIET = (
     "syntax",
+    "base_weight",
     "images_per_prompt",
     "fit",
     "paste",
@@ -99,6 +101,11 @@ class Request:
         image), or {"boxes": ..., "weight": 2.0}; token positions may replace the phrase.
     guidance: how to follow boxes: a Guidance, an objective, the name of a published one ("layout",
         "attend_and_excite", "boxdiff", "refocusing", "rnb"), or "none" (for edits that follow boxes themselves).
+    regions: parts of the image that read texts of their own: a list of Region(text, box, negative=..., weight=...) for
+        all prompts, or one list (or None) per prompt. The prompt rules where no region is. Phrases of boxes and of
+        attention are found in the regions' texts too.
+    base_weight: how much the prompt counts inside regions, beside their weights. 0 leaves it out; a little (0.2)
+        carries what the whole image shares, such as style and light, into every region.
     image_prompt: a picture that prompts beside the text, for a model with an IP-Adapter (with_image_prompt): a PIL
         image, an array, a path, or an ImagePrompt, which says where it counts and how strongly; or a list of them.
         Those of one adapter, without a box and with the same scale, are read together.
@@ -143,6 +150,8 @@ class Request:
     negative_context: Tensor | None = None
     boxes: Boxes | Sequence[Boxes | None] | None = None
     guidance: Guidance | Objective | str | Mapping[str, object] | None = None
+    regions: Sequence[Region | Mapping[str, object] | Sequence[Region | Mapping[str, object]] | None] | None = None
+    base_weight: float = 0.0
     image_prompt: ImagePrompt | Picture | str | Path | Sequence[object] | Mapping[str, object] | None = None
     image_prompt_scale: float | Sequence[float] = 1.0
     edits: Edit | Sequence[Edit] = ()
@@ -189,6 +198,7 @@ class Request:
                 f"negative_prompt holds {negatives} texts for {self.prompts} prompts; expected one for all, or one "
                 "per prompt"
             )
+        self._check_regions()
         self._check_syntax()
         self._set("images_per_prompt", whole("images_per_prompt", self.images_per_prompt, 1))
         if self.images > MOST_IMAGES:
@@ -196,6 +206,15 @@ class Request:
                 f"images_per_prompt is {self.images_per_prompt} for {self.prompts} prompts; expected at most "
                 f"{MOST_IMAGES} images in one call"
             )
+
+    def _check_regions(self) -> None:
+        self._set("base_weight", number("base_weight", self.base_weight, 0, 1e3))
+        if self.regions is not None:
+            from .guidance.regions import read_regions
+
+            self._set("regions", read_regions(self.regions) or None)
+        if self.base_weight != 0 and not any(self.areas):
+            raise ValueError(f"base_weight is {self.base_weight:g} but there are no regions; expected both")
 
     def _check_syntax(self) -> None:
         choice("syntax", self.syntax, SYNTAXES)
@@ -207,7 +226,8 @@ class Request:
             return
         from .prompts.parse import check
 
-        for texts in (self.prompt, self.negative_prompt):
+        own = [text or "" for some in self.areas for region in some for text in (region.prompt, region.negative)]
+        for texts in (self.prompt, self.negative_prompt, own):
             for text in listed(texts or ""):
                 check(text)
 
@@ -366,6 +386,17 @@ class Request:
         layouts: Sequence[Boxes | None] = found
         return layouts
 
+    @property
+    def areas(self) -> tuple[tuple[Region, ...], ...]:
+        """The regions of each prompt."""
+        found: Any = self.regions or ()
+        lists = found if found and isinstance(found[0], tuple) else (found,) * self.prompts
+        if len(lists) != self.prompts:
+            raise ValueError(
+                f"regions holds {len(lists)} lists for {self.prompts} prompts; expected one for all, or one per prompt"
+            )
+        return tuple(lists)
+
     def filled(self, values: Mapping[str, object]) -> Request:
         """A copy with some fields replaced by known-valid values, which are not checked again."""
         found = copy.copy(self)
@@ -395,6 +426,7 @@ class Request:
                 "image": of(self.image),
                 "mask": of(self.mask),
                 "boxes": self.layouts[p],
+                "regions": self.areas[p] or None,
                 "guidance": self.guidance if self.layouts[p] or self.guidance == "none" else None,
             }
         )
@@ -419,6 +451,8 @@ class Request:
                 value = value.plain()
             elif field.name == "image_prompt":
                 value = [one.plain() for one in value]
+            elif field.name == "regions":
+                value = [[one.plain() for one in own] if isinstance(own, tuple) else own.plain() for own in value]
             elif field.name == "boxes":
                 value = [_plain_boxes(one) for one in value] if isinstance(value, list | tuple) else _plain_boxes(value)
             found[field.name] = value

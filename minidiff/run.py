@@ -17,9 +17,10 @@ from .checks import warn
 from .denoise import Denoise
 from .guidance.guide import Guidance, Guide, look_loss
 from .guidance.layout import Layout, Region, plain_boxes
+from .guidance.regions import share_edits
 from .model import Model
 from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
-from .networks.sites import Grid, Position, Site, choose, cross, level
+from .networks.sites import Position, Site, choose, cross, level
 from .png.chunk import Plain, plain
 from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
 from .request import BUNDLED, Request
@@ -88,11 +89,9 @@ def sample_steps(request: Request) -> Run:
     regions = each_step[0].regions(request, model)
     given_inputs = {name: value.to(model.device) for name, value in (request.inputs or {}).items()}
     own = image_inputs(request, model, there, negative=both) | begun.inputs | given_inputs
-    unread = texts.unread
-    if unread is not None:
-        own["unread"] = unread.to(model.device)
-        skip = Edit(choose(cross, there), bias=_skip_unread)
-        edits += (skip, replace(skip, rows="uncond")) if both else (skip,)
+    masks = texts.masks(model, there, both)
+    if masks:
+        own, edits = own | masks, edits + share_edits(choose(cross, there), both)
     guide, given = None, [own]
     if any(regions):
         length = contexts[0].shape[1]
@@ -202,14 +201,9 @@ class Run(Iterator[Step]):
         texts, record = self._texts, self._record
         assert record is not None
         maps = SiteMaps({site: found.detach().float().cpu() for site, found in kept.items()})
-        asked = texts.negatives if record.rows == "uncond" else texts.prompts
+        reader, asked = texts.reading(record.rows == "uncond")
         prompts = None if asked is None else tuple(text for text in asked for _ in range(texts.repeats))
-        phrases = texts.negative_phrases if record.rows == "uncond" else texts.phrases
-        return Attention(maps, record.kinds, texts.images, phrases, prompts, self._reduce is PER_STEP)
-
-
-def _skip_unread(site: Site, grid: Grid, inputs: Inputs) -> Tensor:
-    return inputs["unread"]
+        return Attention(maps, record.kinds, texts.images, reader, prompts, self._reduce is PER_STEP)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .checks import warn
 from .guidance.layout import Layout, Region, make_layout, read_regions
+from .guidance.regions import Region as Area, share_bias, share_name, shares
 from .model import Model
 from .networks.sites import Position, Site
 from .networks.text import Phrases
 from .prompts.chunks import Marked, encode
+from .prompts.joined import MARK, Joined
 from .request import Request, listed
 
 # A1111's syntax for weights, networks and breaks, which a plain prompt does not have
@@ -30,6 +34,8 @@ class Texts:
 
     phrases: finds phrases in the prompts; with a syntax, as they read in a step. chunks: of how many each text of each
     prompt consists, in all steps, and its negative one. emphasis: how weights act on them.
+    areas: the regions of each prompt; own: the texts of all of them, whose contexts stand behind the prompt's own.
+    base_weight: how much the prompts count in regions.
     """
 
     prompts: tuple[str, ...] | None
@@ -40,6 +46,9 @@ class Texts:
     phrases: Phrases
     chunks: tuple[int, ...] = ()
     emphasis: str = "a1111"
+    areas: tuple[tuple[Area, ...], ...] = ()
+    own: Texts | None = None
+    base_weight: float = 0.0
 
     @classmethod
     def of(cls, request: Request, model: Model, steps: int) -> Texts:
@@ -64,6 +73,9 @@ class Texts:
             request.images_per_prompt,
             Phrases(model.text.tokenizer, model.text.length, added=model.text.added),
         )
+        if any(request.areas):
+            own = cls.of(request.filled(_of_areas(request.areas)), model, steps)
+            texts = replace(texts, areas=request.areas, own=own, base_weight=request.base_weight)
         if request.syntax == "a1111":
             return texts._marked(request.emphasis or "a1111", steps)
         marked = next((text for text in (*(prompts or ()), *negatives) if _MARKS.search(text)), None)
@@ -85,6 +97,8 @@ class Texts:
         given = [] if self.context is None else [self.context.shape[1] // size] * len(self.context)
         chunks = tuple(map(max, zip(*(some for some in (*counts, given) if some), strict=True)))
         part, joined = max(chunks) * size, max((len(marked.texts(text)) for text in self.prompts or ()), default=1)
+        if self.own is not None and (joined > 1 or self.own.weights is not None):
+            raise ValueError("AND joins texts of the whole image, and regions is given; expected one of the two")
         return replace(self, phrases=replace(marked, length=joined * part, part=part), chunks=chunks, emphasis=emphasis)
 
     def in_each_step(self) -> tuple[Texts, ...]:
@@ -94,10 +108,16 @@ class Texts:
         unlike: dict[object, Texts] = {}
         found = []
         for step in range(1, self.phrases.steps + 1):
-            one = replace(self, phrases=replace(self.phrases, step=step))
-            reads = [[reader.texts(text) for text in some] for reader, some in one._readers()]
+            one = self._at(step)
+            own = [] if one.own is None else one.own._readers()
+            reads = [[reader.texts(text) for text in some] for reader, some in one._readers() + own]
             found.append(unlike.setdefault(repr(reads), one))
         return tuple(found) if len(unlike) > 1 else (found[0],)
+
+    def _at(self, step: int) -> Texts:
+        assert isinstance(self.phrases, Marked)
+        own = None if self.own is None else self.own._at(step)
+        return replace(self, phrases=replace(self.phrases, step=step), own=own)
 
     def _readers(self) -> list[tuple[Marked, tuple[str, ...]]]:
         """How to read the prompts, if there are any, and the negative ones, in which AND is a word."""
@@ -129,21 +149,27 @@ class Texts:
     @property
     def any_negative(self) -> bool:
         """True where the caller gave any negative prompt or context."""
-        return self.negative_context is not None or any(self.negatives)
+        own = self.own is not None and self.own.any_negative
+        return self.negative_context is not None or any(self.negatives) or own
 
     @torch.no_grad()
     def encode(self, model: Model, clip_skip: int | None, negative: bool) -> Tensor:
         """[B,L,D], or [uncond, cond] [2B,L,D] with `negative`. Repeated texts are encoded once."""
-        cond = self._encoded(model, False, clip_skip)
-        if not negative:
-            return cond
-        uncond = self._encoded(model, True, clip_skip)
-        if uncond.shape[1] != cond.shape[1]:
+        halves = [self._encoded(model, rows, clip_skip) for rows in ([True, False] if negative else [False])]
+        if halves[0].shape[1] != halves[-1].shape[1]:
             raise ValueError(
-                f"context holds {cond.shape[1]} tokens and the negative one {uncond.shape[1]}; expected equal lengths. "
-                "Pass both context and negative_context"
+                f"context holds {halves[1].shape[1]} tokens and the negative one {halves[0].shape[1]}; expected equal "
+                "lengths. Pass both context and negative_context"
             )
-        return torch.cat([uncond, cond])
+        if self.own is not None:
+            own = self.own.encode(model, clip_skip, negative).chunk(len(halves))
+            slots = [self._in_slots(some).repeat_interleave(self.repeats, dim=0) for some in own]
+            halves = [torch.cat(pair, dim=1) for pair in zip(halves, slots, strict=True)]
+        return torch.cat(halves)
+
+    def _in_slots(self, own: Tensor) -> Tensor:
+        """What belongs to the tokens of all regions, [N,l,...], as it stands in each prompt's context, [P,R*l,...]."""
+        return pad_sequence(own.split([len(some) for some in self.areas]), batch_first=True).flatten(1, 2)
 
     def _encoded(self, model: Model, negative: bool, clip_skip: int | None) -> Tensor:
         context = self.negative_context if negative else self.context
@@ -186,28 +212,70 @@ class Texts:
         bias = torch.zeros(unread.shape).masked_fill(unread, -60.0)
         return bias.repeat_interleave(self.repeats, dim=0)[:, None, None, None]
 
+    @property
+    def length(self) -> int:
+        """The positions of a prompt's context, without its regions."""
+        return self.phrases.length if self.context is None else self.context.shape[1]
+
+    def masks(self, model: Model, there: Mapping[Site, Position], negative: bool) -> dict[str, Tensor]:
+        """The inputs of `share_edits`: biases that hide the positions which an image does not use, and that say how
+        much each region's text counts in a cell. None where every cell reads all."""
+        unread = self.unread
+        if self.own is None:
+            return {} if unread is None else {"unread": unread.to(model.device)}
+        most = max(map(len, self.areas))
+        lengths = [self.length] + [self.own.length] * most
+        hidden = (
+            torch.zeros(self.images, 1, 1, 1, sum(lengths)) if unread is None else F.pad(unread, (0, sum(lengths[1:])))
+        )
+        if self.own.unread is not None:
+            own = self._in_slots(self.own.unread[:, 0, 0, 0]).repeat_interleave(self.repeats, dim=0)
+            hidden[..., self.length :] = own[:, None, None, None]
+        found = {}
+        for grid in {at.grid for at in there.values()}:
+            for rows in ("cond", "uncond") if negative else ("cond",):
+                parts = shares(self.areas, grid, self.base_weight, rows == "uncond")
+                bias = hidden + share_bias(parts, lengths).repeat_interleave(self.repeats, dim=0)
+                found[share_name(rows, grid)] = bias.to(model.device, model.dtype)
+        return found
+
+    def reading(self, negative: bool = False) -> tuple[Phrases, tuple[str, ...] | None]:
+        """What finds phrases in the prompts and the texts of their regions (or in the negative ones), and these texts,
+        as it reads them; None where there are contexts instead."""
+        phrases, texts = (self.negative_phrases, self.negatives) if negative else (self.phrases, self.prompts)
+        if self.own is None:
+            return phrases, texts
+        others, own = self.own.reading(negative)
+        length, added = self.length + others.length * max(map(len, self.areas)), phrases.added
+        reader = Joined(phrases.tokenizer, length, phrases, self.length, others, added=added)
+        if texts is None:
+            return reader, None
+        each, pairs = iter(own or ()), zip(texts, self.areas, strict=True)
+        return reader, tuple(MARK.join([text, *itertools.islice(each, len(some))]) for text, some in pairs)
+
     def regions(self, request: Request, model: Model) -> tuple[tuple[Region, ...], ...]:
         """Each image's regions, with the tokens of their phrases."""
         found = []
+        reader, prompts = self.reading()
+        length = self.length if self.own is None else reader.length
         for i, boxes in enumerate(request.layouts):
-            prompt = None if self.prompts is None else self.prompts[i]
-            length = self.phrases.length if self.context is None else self.context.shape[1]
+            prompt = None if prompts is None else prompts[i]
 
             def find(phrase: str, prompt: str | None = prompt) -> tuple[int, ...]:
                 if prompt is None:
                     raise ValueError(f"boxes has the key {phrase!r} but there is no prompt; expected token positions")
-                return self._find(prompt, phrase)
+                return self._find(reader, prompt, phrase)
 
             found.append(() if boxes is None else read_regions(boxes, find, length))
         return tuple(own for own in found for _ in range(self.repeats))
 
-    def _find(self, prompt: str, phrase: str) -> tuple[int, ...]:
+    def _find(self, reader: Phrases, prompt: str, phrase: str) -> tuple[int, ...]:
         """Positions of a phrase; none in a step whose text lacks it, if another's has it."""
         try:
-            return self.phrases.all_spans(prompt, phrase)
+            return reader.all_spans(prompt, phrase)
         except ValueError:
-            if isinstance(self.phrases, Marked):
-                for other in self.phrases.changes(prompt):
+            if isinstance(reader, Marked):
+                for other in reader.changes(prompt):
                     with suppress(ValueError):
                         other.all_spans(prompt, phrase)
                         return ()
@@ -217,17 +285,25 @@ class Texts:
         self, model: Model, regions: Sequence[Sequence[Region]], length: int, there: Mapping[Site, Position]
     ) -> Layout:
         """The regions of a batch on every grid of the UNet. length: L of the contexts."""
-        if self.prompts is None:
+        reader, prompts = self.reading()
+        if prompts is None:
             tokens = [length - 1] * self.images  # all but the start marker: the prompt's length is unknown
         else:
-            tokens = [self.phrases.num_tokens(prompt) for prompt in self.prompts for _ in range(self.repeats)]
+            tokens = [reader.num_tokens(prompt) for prompt in prompts for _ in range(self.repeats)]
         layout = make_layout(regions, tokens, length, {at.grid for at in there.values()}, model.device)
-        if self.prompts is None or not self.chunks:
+        if prompts is None or not (self.chunks or self.areas):
             return layout
         words = torch.zeros_like(layout.words)
-        for i, prompt in enumerate(self.prompts):
-            words[i * self.repeats : (i + 1) * self.repeats, list(self.phrases.read(prompt).places)] = 1
+        for i, prompt in enumerate(prompts):
+            words[i * self.repeats : (i + 1) * self.repeats, list(reader.read(prompt).places)] = 1
         return layout._replace(words=words.to(model.device))
+
+
+def _of_areas(areas: Sequence[Sequence[Area]]) -> dict[str, object]:
+    """The fields of a request for the texts of all regions."""
+    every = [area for some in areas for area in some]
+    texts = {"prompt": [area.prompt for area in every], "negative_prompt": [area.negative or "" for area in every]}
+    return {**dict.fromkeys(("context", "negative_context", "regions")), **texts, "images_per_prompt": 1}
 
 
 def _padded(context: Tensor, length: int) -> Tensor:

@@ -152,6 +152,14 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
         help='a file with {"phrase": [x0, y0, x1, y1], ...}, or a list with one such object or null per prompt',
     )
     add(
+        "--regions",
+        metavar="JSON",
+        type=_regions,
+        help='a file with [{"prompt": "a red fox", "box": [x0, y0, x1, y1], "negative": "...", "weight": 1}, ...]: '
+        "parts of the image with texts of their own; or a list with one such list or null per prompt",
+    )
+    add("--base-weight", type=float, metavar="W", help="how much PROMPT counts inside the regions (default: 0)")
+    add(
         "--image-prompt",
         action="append",
         type=_image_prompt,
@@ -282,6 +290,10 @@ def _layout(path: str) -> tuple[str, object]:
         return path, json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"cannot read the layout {path}: {error}") from error
+
+
+def _regions(path: str) -> object:
+    return _layout(path)[1]
 
 
 def _numbers(text: str) -> list[float]:
