@@ -213,7 +213,8 @@ class Request:
             from .guidance.regions import read_regions
 
             self._set("regions", read_regions(self.regions) or None)
-        if self.base_weight != 0 and not any(self.areas):
+        areas = self.areas
+        if self.base_weight != 0 and not any(areas):
             raise ValueError(f"base_weight is {self.base_weight:g} but there are no regions; expected both")
 
     def _check_syntax(self) -> None:

@@ -66,7 +66,7 @@ class _Regional:
 
 
 def reweight(sites: Sites = cross, steps: int | tuple[int, int] | None = None) -> Edit:
-    """Multiply the attention to each token by `inputs["word_weights"]`, [B,L] or [1,L].
+    """Multiply the attention to each token by `inputs["word_weights"]`, [B,L] or [1,L]; by 1 beyond its L.
 
     Prompt-to-prompt's attention re-weighting: Hertz et al. 2022, section 3.2. As there, a pixel's probabilities then no
     longer sum to 1. `model.text.word_weights(prompt, {"ball": 2.0})` returns the weights.
@@ -75,7 +75,9 @@ def reweight(sites: Sites = cross, steps: int | tuple[int, int] | None = None) -
 
 
 def _reweighted(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
-    return probs * read_input(inputs, "word_weights", 'inputs={"word_weights": ...}').to(probs)[:, None, None, None]
+    weights = read_input(inputs, "word_weights", 'inputs={"word_weights": ...}').to(probs)
+    rest = probs.shape[-1] - weights.shape[-1]  # tokens of regions
+    return probs * F.pad(weights, (0, max(rest, 0)), value=1.0)[:, None, None, None]
 
 
 def _masks(grid: Grid, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -46,10 +46,7 @@ class Region:
             if not isinstance(text, str) and (text is not None or name == "prompt"):
                 raise ValueError(f"regions: {name} is {shown(text)}; expected a text")
         object.__setattr__(self, "weight", number("regions: weight", self.weight, *_WEIGHTS))
-        place = self._place()
-        if place.weight != 1 or (place.mask is None and not place.boxes):
-            expected = "a box (x0, y0, x1, y1), a list of boxes, or a mask; a weight stands beside it"
-            raise ValueError(f"regions: the box of {self.prompt!r} is {shown(self.box)}; expected {expected}")
+        self._place()
 
     def coverage(self, grid: Grid) -> Tensor:
         """The fraction of each cell that is inside, [h,w] in [0,1]; float64, on the CPU."""
