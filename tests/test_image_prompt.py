@@ -220,6 +220,13 @@ def test_guidance_sees_the_pictures_of_the_conditional_half(two: minidiff.Model)
     assert not torch.allclose(one.reports[0].loss[:1], none.reports[0].loss[:1])
 
 
+def test_each_text_that_and_joins_sees_the_pictures(two: minidiff.Model) -> None:
+    """A text joined to itself, half each, is the text."""
+    call = {**CALL, "model": two, "image_prompt": [ImagePrompt(picture(0), box=LEFT), picture(1)], "syntax": "a1111"}
+    whole, halves = (minidiff.generate(text, **call).images for text in ("a circle", "a circle :0.5 AND a circle :0.5"))
+    assert (whole - halves).abs().max() < 0.1 / 255
+
+
 def test_edits_act_on_the_text_alone(model: minidiff.Model) -> None:
     """Without text the picture still has an effect."""
 
