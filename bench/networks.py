@@ -1,6 +1,7 @@
 """The networks and inputs for benchmarks of speed and memory: ours as returned by `load`, and diffusers'."""
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -180,7 +181,7 @@ def guided_pass(guide: Guide, inputs: Inputs) -> Callable[[], tuple[Tensor, Tens
     rows = torch.arange(len(inputs.x), device=inputs.x.device)
 
     def look() -> tuple[Tensor, Tensor]:
-        gradient, found = guide.look(inputs.x.float(), inputs.t, 0.5, rows, 0)
+        gradient, found = guide.look(inputs.x.float(), inputs.t, 0.5, rows, 0, -math.inf)
         return gradient, found[0]
 
     return look

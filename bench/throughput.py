@@ -162,7 +162,7 @@ def recorded(size: Size, weights: Weights, inputs: Inputs) -> dict[str, Step]:
 
 
 def quantised(size: Size, weights: Weights, inputs: Inputs) -> dict[str, Step]:
-    """Ours in float32, in bfloat16 and in int8, with the float dtype that `load` chooses beside it."""
+    """Ours in float32, in bfloat16 and in int8."""
 
     def step(make: Callable[[Size, Weights], UNet], dtype: torch.dtype) -> Step:
         cast = Inputs(inputs.x.to(dtype), inputs.t, inputs.context.to(dtype))

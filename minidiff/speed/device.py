@@ -92,9 +92,11 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
     """None selects the fast dtype: float16 on CUDA, what `machine` measured on the CPU, float32 elsewhere.
 
-    For int8: the dtype of all that stays float.
+    For int8: float32, for what stays float; bfloat16 is no faster there, as attention products are not.
     """
-    if dtype is None or is_int8(dtype, device):
+    if is_int8(dtype, device):
+        return torch.float32
+    if dtype is None:
         return (
             machine().cpu_dtype if device.type == "cpu" else torch.float16 if device.type == "cuda" else torch.float32
         )

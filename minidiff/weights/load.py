@@ -70,8 +70,8 @@ def load(
         scheduler config; a single file in its tensors, its metadata or a .yaml next to it, else it is epsilon.
     dtype: the dtype of the networks: a torch dtype or "float32", "bfloat16", "float16". None chooses the fastest:
         float16 on CUDA, bfloat16 on a CPU where it is measured to be faster, else float32. "int8", on CPUs with VNNI
-        instructions: the UNet's convolutions and linear layers compute in int8 (see speed/int8.py), all else in what
-        None chooses. Faster and less exact; adapters and compile=True work.
+        instructions: the UNet's convolutions and linear layers compute in int8 (see speed/int8.py), all else in
+        float32. Faster and less exact; adapters and compile=True work.
     device: None means CUDA if available, else the CPU.
     variant: variant of the files in a folder or on the hub, such as "fp16" for model.fp16.safetensors.
     revision: a branch, tag or commit of the hub's repository.
