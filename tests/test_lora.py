@@ -21,11 +21,13 @@ from bench.models import write_folder
 from bench.reference import diffusers, relative_error
 from minidiff import LoRA, with_loras
 from minidiff.cli.main import main
+from minidiff.networks.config import UNetConfig
+from minidiff.networks.unet import UNet
 from minidiff.speed.accelerate import is_compiled
 from minidiff.speed.packed import pack
 from minidiff.speed.replace import changed_weights
 from minidiff.weights.inspect import describe
-from minidiff.weights.lora_names import split
+from minidiff.weights.lora_names import Place, layer_names, split
 
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 Q_WEIGHT = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
@@ -124,6 +126,54 @@ def test_the_first_format_counts_as_its_trainer_did(model: minidiff.Model, path:
     save_file({"<s1>": torch.zeros(64), **one()}, path)
     with pytest.warns(UserWarning, match=r"also holds the words <s1>, which are left out"):
         with_loras(model, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        (
+            "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q",
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        ),
+        ("lora_unet_input_blocks_3_0_op", "down_blocks.0.downsamplers.0.conv"),
+        ("lora_unet_input_blocks_4_0_skip_connection", "down_blocks.1.resnets.0.conv_shortcut"),
+        ("lora_unet_middle_block_1_proj_in", "mid_block.attentions.0.proj_in"),
+        ("lora_unet_middle_block_2_in_layers_2", "mid_block.resnets.1.conv1"),
+        ("lora_unet_output_blocks_2_1_conv", "up_blocks.0.upsamplers.0.conv"),
+        ("lora_unet_output_blocks_5_2_conv", "up_blocks.1.upsamplers.0.conv"),
+        ("lora_unet_output_blocks_11_0_emb_layers_1", "up_blocks.3.resnets.2.time_emb_proj"),
+        ("lora_unet_time_embed_0", "time_embedding.linear_1"),
+        ("lora_unet_up_blocks_1_upsamplers_0_conv", "up_blocks.1.upsamplers.0.conv"),
+        ("lycoris_conv_in", "conv_in"),
+        (
+            "up_blocks.1.attentions.2.transformer_blocks.0.attn2.processor.to_out_lora",
+            "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0",
+        ),
+        (
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora",
+            "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+        ),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1", "text_model.encoder.layers.0.mlp.fc1"),
+        (
+            "text_encoder.encoder.layers.3.self_attn.q_proj.lora_linear_layer",
+            "text_model.encoder.layers.3.self_attn.q_proj",
+        ),
+        (
+            "text_encoder.text_model.encoder.layers.3.self_attn.to_out_lora",
+            "text_model.encoder.layers.3.self_attn.out_proj",
+        ),
+    ],
+)
+def test_names_of_sd15(name: str, path: str, sd15_names: dict[str, Place]) -> None:
+    assert sd15_names[name] == ("text encoder" if path.startswith("text_model.") else "UNet", path)
+
+
+@pytest.fixture(scope="module")
+def sd15_names() -> dict[str, Place]:
+    with torch.device("meta"):
+        unet = [name.removesuffix(".weight") for name in UNet(UNetConfig()).state_dict() if name.endswith("weight")]
+    text = [f"text_model.encoder.layers.{n}.{x}" for n in range(12) for x in ("mlp.fc1", "self_attn.q_proj")]
+    return layer_names(unet, [*text, *(f"text_model.encoder.layers.{n}.self_attn.out_proj" for n in range(12))], 4, 2)
 
 
 def test_half_precision_files(model: minidiff.Model, path: Path) -> None:
