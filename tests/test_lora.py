@@ -207,16 +207,17 @@ def test_the_weight_of_the_text_encoder(model: minidiff.Model, lora: Path) -> No
     assert all(torch.equal(v, both.text.model.state_dict()[k]) for k, v in text.text.model.state_dict().items())
 
 
-def test_sums_are_rounded_once(model: minidiff.Model, folder: Path, path: Path) -> None:
-    """In bfloat16, many small changes of which each alone is rounded away."""
+def test_sums_are_rounded_once(folder: Path, path: Path, tmp_path: Path) -> None:
+    """In bfloat16, small changes beside a large one, each of which alone would be rounded away."""
     half = minidiff.load(folder, dtype="bfloat16", device="cpu")
-    weight = weights(half)[Q_WEIGHT].float()
+    weight, large = weights(half)[Q_WEIGHT].float(), tmp_path / "large.safetensors"
     save_file({f"{Q}.diff": weight * 2**-10}, path)
+    save_file({f"{Q}.diff": weight}, large)
     assert equal(with_loras(half, path), half)
-    found = weights(with_loras(half, *[path] * 8))[Q_WEIGHT]
+    found = weights(with_loras(half, large, *[path] * 16))[Q_WEIGHT]
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found, (weight * (1 + 2**-7)).bfloat16())
-    assert not torch.equal(found.float(), weight)
+    assert torch.equal(found, (weight * (2 + 2**-6)).bfloat16())
+    assert not torch.equal(found.float(), weight * 2)
 
 
 def test_a_decomposed_one_goes_part_of_the_way(model: minidiff.Model, folder: Path) -> None:
