@@ -112,4 +112,5 @@ def clip_pixels(
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
         found.append(np.asarray(resized.crop((left, top, left + edge, top + edge)), dtype=np.float32))
     pixels = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2) / 255
-    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    shift, scale = (torch.tensor(one, dtype=torch.float32, device="cpu")[:, None, None] for one in (mean, std))
+    return (pixels - shift) / scale

@@ -135,7 +135,9 @@ class Texts:
         """Of the texts that AND joins, [B,T], NaN where an image has fewer than another; None without an AND."""
         if not isinstance(self.phrases, Marked) or self.phrases.length == self.phrases.part:
             return None
-        found = torch.full((len(self.negatives), self.phrases.length // self.phrases.part), math.nan)
+        found = torch.full(
+            (len(self.negatives), self.phrases.length // self.phrases.part), math.nan, dtype=torch.float32, device="cpu"
+        )
         for row, prompt in zip(found, self.prompts or (), strict=True):
             for n, (_, weight) in enumerate(self.phrases.texts(prompt)):
                 row[n] = weight
@@ -204,12 +206,12 @@ class Texts:
             return None
         size, part = self.phrases.size, self.phrases.part
         joined = [len(self.phrases.texts(prompt)) for prompt in self.prompts]
-        at = torch.arange(self.phrases.length)
-        unread = at % part >= torch.tensor(self.chunks)[:, None] * size
-        unread |= at // part >= torch.tensor(joined)[:, None]
+        at = torch.arange(self.phrases.length, device="cpu")
+        unread = at % part >= torch.tensor(self.chunks, device="cpu")[:, None] * size
+        unread |= at // part >= torch.tensor(joined, device="cpu")[:, None]
         if not unread.any():
             return None
-        bias = torch.zeros(unread.shape).masked_fill(unread, -60.0)
+        bias = torch.zeros(unread.shape, dtype=torch.float32, device="cpu").masked_fill(unread, -60.0)
         return bias.repeat_interleave(self.repeats, dim=0)[:, None, None, None]
 
     @property
@@ -226,7 +228,9 @@ class Texts:
         most = max(map(len, self.areas))
         lengths = [self.length] + [self.own.length] * most
         hidden = (
-            torch.zeros(self.images, 1, 1, 1, sum(lengths)) if unread is None else F.pad(unread, (0, sum(lengths[1:])))
+            torch.zeros(self.images, 1, 1, 1, sum(lengths), dtype=torch.float32, device="cpu")
+            if unread is None
+            else F.pad(unread, (0, sum(lengths[1:])))
         )
         if self.own.unread is not None:
             own = self._in_slots(self.own.unread[:, 0, 0, 0]).repeat_interleave(self.repeats, dim=0)

@@ -364,6 +364,7 @@ def test_wrong_hooks_are_named(unet: UNet, batch: tuple[Tensor, float, Tensor]) 
         unet(x[:3], t, context[:3], Record(frozenset(unet.sites)))
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph_for_each_kind_of_record(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")

@@ -84,6 +84,7 @@ def test_parity_of_the_autoencoder() -> None:
     assert wrong(parity.SMALL["vae"]()) == []
 
 
+@pytest.mark.slow
 def test_parity_of_images(folder: Path) -> None:
     """One sampler and the call with the most options; the slow suite covers all."""
     rows = list(bench.images.image_rows(folder, ("lms_karras",), ("3 prompts, negatives, seeds",)))
@@ -91,6 +92,7 @@ def test_parity_of_images(folder: Path) -> None:
     assert [row.part for row in rows] == ["generate, lms_karras", "generate, 3 prompts, negatives, seeds"]
 
 
+@pytest.mark.slow
 def test_parity_of_runs_that_start_from_a_picture() -> None:
     rows = list(bench.starts.start_rows(("dpmpp_2m",)))
     parts = ("image to image, 4 channels", "inpainting, 4 channels", "inpainting, 9 channels")
@@ -152,6 +154,7 @@ def test_a_broken_sampler_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrong(parity.sampler_rows("euler")) == ["sampler euler, trajectory"]
 
 
+@pytest.mark.slow
 def test_a_broken_image_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = bench.images.ours
 

@@ -76,6 +76,7 @@ def test_another_box_is_another_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
     assert loss > 1e-2 and gradient > 1e-2
 
 
+@pytest.mark.slow
 def test_whole_images_are_the_same_image(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"STEPS": 3, "GUIDED": 1, "ITERATIONS": 2}.items():
         monkeypatch.setattr(bench.guided, name, value)

@@ -215,6 +215,7 @@ def test_guidance_recording_and_early_stops(tiny_model: Model, nine_model: Model
         assert np.array_equal(np.asarray(stopped.image)[:, 24:], np.asarray(picture(1))[:, 24:])
 
 
+@pytest.mark.slow
 def test_a_second_pass_at_a_larger_size(tiny_model: Model) -> None:
     request = minidiff.Request("a cat", model=tiny_model, steps=4, seed=1, boxes={"cat": (0, 0, 0.5, 1)})
     first = minidiff.generate(request)

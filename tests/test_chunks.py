@@ -293,6 +293,7 @@ def test_ten_thousand_characters(tiny_model: Model, unit: str) -> None:
         assert found.shape == (1, 4, 4, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:this model does not know")
 def test_a_box_on_the_last_phrase_of_a_long_prompt_places_the_object() -> None:
     model, box = minidiff.load(dtype="float32", device="cpu"), (0.55, 0.5, 0.95, 0.9)

@@ -144,14 +144,14 @@ def test_variant_and_scheduler(folder: Path) -> None:
         (folder / f"{base}.safetensors").rename(folder / f"{base}.fp16.safetensors")
     edit_json(
         folder / "scheduler" / "scheduler_config.json",
-        _class_name="UniPCMultistepScheduler",
+        _class_name="IPNDMScheduler",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
     )
     found = describe(folder, variant="fp16")
     assert found.loads
     assert part(found, "UNet").file == "unet/diffusion_pytorch_model.fp16.safetensors"
-    assert "names 'UniPCMultistepScheduler', which is not implemented" in str(found.scheduler["sampler"])
+    assert "names 'IPNDMScheduler', which is not implemented" in str(found.scheduler["sampler"])
     assert (found.scheduler["prediction_type"], found.scheduler["spacing"]) == ("v_prediction", "trailing")
     plain = describe(folder)
     assert not plain.loads

@@ -74,6 +74,7 @@ def test_losses_latents_and_image_are_the_published_ones(
     check_image(model, steps[-1:], file)
 
 
+@pytest.mark.slow
 def test_the_papers_run_begins_as_published(model: Model) -> None:
     """The first step, which has all evaluations; the whole run is slow."""
     reference = load_file(PAPER)
@@ -84,6 +85,7 @@ def test_the_papers_run_begins_as_published(model: Model) -> None:
     assert relative_error(steps, reference["steps"][:1]) < 1e-4
 
 
+@pytest.mark.slow
 def test_each_step_of_the_unstable_run_in_float32(model: Model) -> None:
     reference = load_file(TWO_BOXES)
     losses, steps = rerun(read_run(TWO_BOXES), model, reference["latents0"], starts=reference["steps"])

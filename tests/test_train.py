@@ -141,6 +141,7 @@ def test_what_a_user_can_get_wrong(small: None, tmp_path: Path, capsys: pytest.C
     assert "was not written by a training run" in said("--resume")
 
 
+@pytest.mark.slow
 def test_the_autoencoder_learns() -> None:
     torch.manual_seed(0)
     vae = VAE(VAEConfig.from_dict(VAE_DICT))

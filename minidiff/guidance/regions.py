@@ -118,7 +118,7 @@ def share_bias(parts: Tensor, lengths: Sequence[int]) -> Tensor:
     laksjdjf's attention couple; those run attention once per region and mix the A_r with the weights alone, without Z.
     """
     bias = parts.clamp_min(_LEAST).log().movedim(1, -1)
-    return bias.repeat_interleave(torch.tensor(lengths), dim=-1)[:, None]
+    return bias.repeat_interleave(torch.tensor(lengths, device=bias.device), dim=-1)[:, None]
 
 
 def share_name(rows: str, grid: Grid) -> str:

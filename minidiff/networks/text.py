@@ -119,7 +119,7 @@ class Phrases:
 
     def word_weights(self, prompt: str, weights: Mapping[str, float]) -> torch.Tensor:
         """[1,L]: the weight of each token, 1 for those in no phrase of `weights`, {phrase: weight}."""
-        row = torch.ones(1, self.length)
+        row = torch.ones(1, self.length, dtype=torch.float32, device="cpu")
         for phrase, weight in weights.items():
             row[0, list(self.all_spans(prompt, phrase))] = weight
         return row
@@ -183,7 +183,7 @@ class TextEncoder(Phrases):
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or len(prompts) == 0:
             raise ValueError(f"prompts: got {prompts!r}, expected a non-empty list of strings; write [prompt] for one")
-        ids = torch.tensor(list(map(self._ids, prompts)))
+        ids = torch.tensor(list(map(self._ids, prompts)), device="cpu")
         self.warn_of_unknown_words(prompts)
         return self.encode_ids(ids, clip_skip)
 

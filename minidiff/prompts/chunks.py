@@ -173,7 +173,7 @@ def encode(
     for prompt, count in zip(prompts, counts, strict=True):
         own = [encoder.framed(prompt.ids[a:b]) for a, b in pairwise([*prompt.starts, len(prompt.ids)])]
         rows += own + [encoder.framed([])] * (count - len(own))
-    ids = torch.tensor(rows)
+    ids = torch.tensor(rows, device="cpu")
     parts = zip(prompts, ids.split(list(counts)), encoder.encode_ids(ids, clip_skip).split(list(counts)), strict=True)
     return [_emphasized(encoder, *part, emphasis, clip_skip).flatten(0, 1) for part in parts]
 
@@ -184,8 +184,8 @@ def _emphasized(
     """Chunks z [n,S,D] with the weights in them; the same tensor where there are none."""
     if emphasis == "none" or all(weight == 1 for weight in prompt.weights):
         return z
-    weights = torch.ones(ids.numel(), dtype=torch.float32)
-    weights[list(prompt.places)] = torch.tensor(prompt.weights, dtype=torch.float32)
+    weights = torch.ones(ids.numel(), dtype=torch.float32, device="cpu")
+    weights[list(prompt.places)] = torch.tensor(prompt.weights, dtype=torch.float32, device="cpu")
     weights = weights.view(*ids.shape, 1).to(z.device)
     if emphasis == "compel":
         return _drawn(encoder, prompt, ids, z.float(), weights, clip_skip).to(z.dtype)
@@ -196,7 +196,7 @@ def _emphasized(
 def _drawn(
     encoder: TextEncoder, prompt: Chunks, ids: Tensor, z: Tensor, weights: Tensor, clip_skip: int | None
 ) -> Tensor:
-    empty = encoder.encode_ids(torch.tensor([encoder.framed([])]), clip_skip).float()
+    empty = encoder.encode_ids(torch.tensor([encoder.framed([])], device="cpu"), clip_skip).float()
     base, size = torch.where(weights == 1, z, empty + (z - empty) * weights), prompt.size
     light: dict[int, list[int]] = defaultdict(list)
     share_of: dict[int, float] = {}
@@ -206,7 +206,7 @@ def _drawn(
             share_of[group] = math.tan((1 - max(weight, 1e-5)) * math.pi / 2)
     drawn = torch.zeros_like(base)
     for group, places in light.items():
-        mask = torch.ones(ids.shape, dtype=torch.long)
+        mask = torch.ones(ids.shape, dtype=torch.long, device="cpu")
         mask.view(-1)[places] = 0
         some = sorted({place // size for place in places})
         without = encoder.encode_ids(ids[some], clip_skip, mask[some]).float()

@@ -53,7 +53,7 @@ def quantise(x: Tensor) -> tuple[Tensor, float, int] | None:
     zero = 1 + round(-least / scale)
     # In float32 the spacing from 2**23 on is 1: the sum is rounded, and its last byte is q. It is the fastest way that
     # torch offers, five times faster than a conversion to uint8.
-    shifted = torch.add(torch.tensor(2.0**23 + zero), x.float(), alpha=1 / scale)
+    shifted = torch.add(torch.tensor(2.0**23 + zero, dtype=torch.float32, device=x.device), x.float(), alpha=1 / scale)
     return shifted.view(torch.int32).to(torch.uint8), scale, zero
 
 
@@ -107,7 +107,7 @@ class Int8Conv2d(PackedConv2d):
 def _scales(layer: Packed) -> tuple[Tensor, Tensor]:
     """The scale of each output channel, and its zero point, which is 0."""
     scales = layer._derive("int8 scales", lambda: quantise_weight(layer.weight)[1])
-    return scales, torch.zeros(len(scales), dtype=torch.int32)
+    return scales, torch.zeros(len(scales), dtype=torch.int32, device=scales.device)
 
 
 def _float(bias: Tensor | None) -> Tensor | None:
