@@ -167,6 +167,7 @@ def test_a_broken_image_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert wrong(bench.images.image_rows(folder, ("ddim",), ())) == ["generate, ddim"]
 
 
+@pytest.mark.slow
 def test_an_option_without_effect_is_not_ok(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = bench.images.PLAIN
     monkeypatch.setitem(bench.images.OPTIONS, "nothing", (plain, plain))
@@ -174,6 +175,7 @@ def test_an_option_without_effect_is_not_ok(folder: Path, monkeypatch: pytest.Mo
     assert not row.ok and "contrast 0," in row.note
 
 
+@pytest.mark.slow
 def test_parity_of_a_model_of_the_callers(folder: Path, tmp_path: Path) -> None:
     """A folder in both precisions, and the same model as a single file."""
     rows = list(model_rows(str(folder), None, 2, ("ddim", "dpmpp_2m_karras"), "bfloat16", edge=8))

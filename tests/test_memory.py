@@ -78,6 +78,7 @@ def test_guided_passes() -> None:
     assert guided(1, 128) <= 4.05 * one, "a large image takes more than its pixels"
 
 
+@pytest.mark.slow
 def test_steps() -> None:
     one = step(1)
     assert one <= 0.28e9

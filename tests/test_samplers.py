@@ -169,7 +169,7 @@ EPS_AND_V = [("epsilon", None), ("epsilon", "leading"), ("epsilon", "trailing"),
 
 
 @pytest.mark.parametrize(("prediction_type", "spacing"), EPS_AND_V)
-@pytest.mark.parametrize("steps", [1, 2, 10, 20, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [1, 2, 10, *(pytest.param(n, marks=pytest.mark.slow) for n in (20, 50))])
 @pytest.mark.parametrize("name", list(THEIRS))
 def test_every_step_equals_diffusers(name: str, prediction_type: str, steps: int, spacing: str | None) -> None:
     if name == "dpm2_ancestral" and steps == 2 and spacing is None:
@@ -402,7 +402,7 @@ def k_diffusion(name: str, schedule: Schedule, firsts: list[int]) -> list[Tensor
 
 
 @pytest.mark.parametrize("levels", ["uniform", "karras"])
-@pytest.mark.parametrize("steps", [1, 2, 10, 20, 50])
+@pytest.mark.parametrize("steps", [1, 2, 10, *(pytest.param(n, marks=pytest.mark.slow) for n in (20, 50))])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", ["dpm2_ancestral", "dpmpp_2s_ancestral"])
 def test_ancestral_steps_of_two_calls_equal_k_diffusions(
@@ -511,7 +511,7 @@ def test_solvers_of_other_orders_equal_diffusers(
     assert mine[-1].isfinite().all()
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_tcd_eta_equals_diffusers(eta: float, steps: int) -> None:
     schedule = TCD(eta=eta).schedule(SD15, steps)
@@ -750,7 +750,7 @@ ZERO_SNR = [
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
-@pytest.mark.parametrize("steps", [1, 2, 10, 20, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [1, 2, 10, *(pytest.param(n, marks=pytest.mark.slow) for n in (20, 50))])
 @pytest.mark.parametrize("name", ZERO_SNR)
 def test_zero_terminal_snr_equals_diffusers(name: str, steps: int, spacing: str) -> None:
     settings = config("v_prediction", spacing, rescale_betas_zero_snr=True)
