@@ -1,7 +1,6 @@
 """The networks and inputs for benchmarks of speed and memory: ours as returned by `load`, and diffusers'."""
 
 import argparse
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -181,7 +180,7 @@ def guided_pass(guide: Guide, inputs: Inputs) -> Callable[[], tuple[Tensor, Tens
     rows = torch.arange(len(inputs.x), device=inputs.x.device)
 
     def look() -> tuple[Tensor, Tensor]:
-        gradient, found = guide.look(inputs.x.float(), inputs.t, 0.5, rows, 0, -math.inf)
+        gradient, found = guide.look(inputs.x.float(), inputs.t, 0.5, rows, 0, None)
         return gradient, found[0]
 
     return look

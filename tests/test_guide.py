@@ -346,7 +346,7 @@ def prepared(model: Model, guidance: Guidance, h: int = 8, w: int = 8) -> tuple[
 def test_a_look_does_not_ask_how_the_latents_came_about(tiny_model: Model) -> None:
     """Otherwise the compiler would include second derivatives."""
     guide, x = prepared(tiny_model, Guidance())
-    gradient, found = guide.look(x.requires_grad_(), torch.tensor(600.0), 0.4, range(2), 0, -math.inf)
+    gradient, found = guide.look(x.requires_grad_(), torch.tensor(600.0), 0.4, range(2), 0, None)
     assert gradient is not None
     assert not any(value.requires_grad for value in (gradient, *found))
 

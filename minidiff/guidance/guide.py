@@ -168,11 +168,11 @@ FLOAT16_SCALE = 2.0**10
 
 
 def evaluate(
-    x: Tensor, *look: Any, threshold: Tensor | float = -math.inf, loss: Callable[..., Looked] | None = None
+    x: Tensor, *look: Any, threshold: Tensor | None = None, loss: Callable[..., Looked] | None = None
 ) -> Evaluated:
     """Each image's gradient of its loss with respect to x, and (loss [B], loss per object [B,O], mass inside [B,O]).
 
-    look: the other arguments of `look_loss`. threshold: where no image's loss is above it (a number, or [B] on the
+    look: the other arguments of `look_loss`. threshold: where no image's loss is above its own ([B], on the
     CPU), the pass back through the network is not run, and the gradient is None. loss: `look_loss`, or the same
     compiled. What is found comes on the CPU, in one copy: the only wait for the device in a look.
     """
@@ -184,7 +184,7 @@ def evaluate(
     packed = torch.cat([losses[:, None], objects, mass], dim=1).cpu()
     count = objects.shape[1]
     found = packed[:, 0], packed[:, 1 : 1 + count], packed[:, 1 + count :]
-    if not (found[0] > threshold).any():
+    if threshold is not None and not (found[0] > threshold).any():
         return None, found
     half = any(isinstance(one, Tensor) and one.dtype == torch.float16 for one in look)
     scale = total.new_tensor(FLOAT16_SCALE) if half else None
@@ -280,7 +280,7 @@ class Guide:
         return moved
 
     def look(
-        self, x: Tensor, t: Tensor, abar: float, rows: Sequence[int], index: int, limits: Tensor | float
+        self, x: Tensor, t: Tensor, abar: float, rows: Sequence[int], index: int, limits: Tensor | None
     ) -> Evaluated:
         """The gradient, where a loss is above its limit, and the evaluation for some of the images."""
         batch = len(self.context)
