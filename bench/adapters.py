@@ -41,12 +41,17 @@ def _r(*shape: int, size: float = 0.1) -> Tensor:
 
 
 def low_rank(
-    shape: torch.Size, up: str = "lora_up.weight", down: str = "lora_down.weight", alpha: float = 3
+    shape: torch.Size,
+    up: str = "lora_up.weight",
+    down: str = "lora_down.weight",
+    alpha: float = 3,
+    rank: int = RANK,
+    size: float = 0.1,
 ) -> Tensors:
-    """LoRA, and LoCon for a convolution. alpha 0: none in the file."""
+    """LoRA, and LoCon for a convolution. alpha 0: none in the file. size: the numbers' standard deviation."""
     out, rows, *kernel = shape
     ones = [1] * len(kernel)
-    found = {up: _r(out, RANK, *ones), down: _r(RANK, rows, *kernel)}
+    found = {up: _r(out, rank, *ones, size=size), down: _r(rank, rows, *kernel, size=size)}
     return found | ({"alpha": torch.tensor(float(alpha))} if alpha else {})
 
 

@@ -23,6 +23,7 @@ from minidiff.sampling import SD15_SCHEDULER_CONFIG, NoiseSchedule, Schedule, sa
 from .adapters import adapter_rows
 from .images import image_rows
 from .machine import print_header
+from .merge import merge_rows
 from .models import SD15, TINY, Config, text_dict, unet_dict, vae_dict, write_folder
 from .reference import (
     COMPARED,
@@ -78,7 +79,7 @@ PROMPTS = [
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `python -m bench parity`."""
     parser.add_argument(
-        "--full", action="store_true", help="UNet, VAE and text encoder at SD 1.5's size instead of small ones"
+        "--full", action="store_true", help="UNet, VAE, text encoder and a LoRA at SD 1.5's size instead of small ones"
     )
     parser.add_argument(
         "--model",
@@ -281,5 +282,6 @@ FULL: dict[str, Callable[[], Iterator[Row]]] = {
     "unet": lambda: unet_rows("SD 1.5", SD15.unet, GRIDS, 1),
     "vae": lambda: vae_rows("SD 1.5", SD15.vae, GRIDS, 1),
     "text": lambda: text_rows("SD 1.5", SD15.text),
+    "adapters": merge_rows,
 }
 """Part -> its rows, computed on demand."""

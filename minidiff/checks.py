@@ -96,8 +96,13 @@ def tensor(name: str, value: Any, ndim: int, expected: str) -> None:
 
     if not isinstance(value, Tensor) or value.ndim != ndim or 0 in value.shape or not value.is_floating_point():
         raise ValueError(f"{name} is {shown(value)}; expected a tensor {expected}")
-    if not value.isfinite().all():
+    if not finite(value):
         raise ValueError(f"{name} holds values that are not finite (NaN or infinity); expected a tensor {expected}")
+
+
+def finite(value: Any) -> bool:
+    """Whether a tensor has neither NaN nor infinity. Its sum has one then, and takes no memory, but can overflow."""
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 
 def warn(text: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import minidiff
-from minidiff.checks import choice, number, shown, whole
+from minidiff.checks import choice, finite, number, shown, whole
 
 
 @pytest.mark.parametrize("value", [7, np.int64(7), np.uint8(7), torch.tensor(7), np.array(7)])
@@ -53,6 +53,20 @@ def test_a_message_shows_a_value_in_one_line(value: object) -> None:
     text = shown(value)
     assert len(text) <= 120 and "\n" not in text
     assert shown(torch.zeros(2, 3)) == "a Tensor of shape [2, 3] and dtype float32"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1, -2], True), ([], True), ([math.nan, 1], False), ([1, math.inf, -math.inf], False), ([-math.inf], False)],
+)
+def test_finite(values: list[float], expected: bool, dtype: torch.dtype) -> None:
+    assert finite(torch.tensor(values, dtype=dtype)) is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_finite_where_the_sum_overflows(dtype: torch.dtype) -> None:
+    assert finite(torch.full((3,), torch.finfo(dtype).max, dtype=dtype))
 
 
 def test_a_warning_points_to_the_callers_line(tiny_model: minidiff.Model) -> None:

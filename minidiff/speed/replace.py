@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import shown
+from ..checks import finite, shown
 from .accelerate import compile_network, free_numbers, is_compiled, number_layers, prepare
 from .packed import Packed
 
@@ -26,16 +26,20 @@ def with_weights(network: Network, changes: Mapping[str, Tensor]) -> Network:
     """
     if not isinstance(network, nn.Module):
         raise ValueError(f"network is {shown(network)}; expected one such as model.unet")
-    new = adapted(network, changes)
+    there = dict(network.named_parameters(remove_duplicate=False))
+    new = _replaced(network, _parameters(there, changes, copy=True), free_numbers())
     if changes:
         vars(new)["changed_weights"] = changed_weights(network) | set(changes)
     return new
 
 
 def adapted(network: Network, changes: Mapping[str, Tensor]) -> Network:
-    """with_weights for changes that the model's `adapters` tell of: they do not count among changed_weights()."""
+    """with_weights for changes that the model's `adapters` tell of: they do not count among changed_weights().
+
+    Tensors of a weight's dtype and device are taken over without a copy.
+    """
     there = dict(network.named_parameters(remove_duplicate=False))
-    return _replaced(network, _copies(there, changes), free_numbers())
+    return _replaced(network, _parameters(there, changes, copy=False), free_numbers())
 
 
 def with_modules(network: Network, modules: Mapping[str, nn.Module]) -> Network:
@@ -57,9 +61,9 @@ def changed_weights(network: nn.Module) -> frozenset[str]:
     return found
 
 
-def _copies(there: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+def _parameters(there: Mapping[str, Tensor], changes: Mapping[str, Tensor], copy: bool) -> dict[str, nn.Parameter]:
     """The changes as parameters like those in `there`, checked."""
-    copies, problems = {}, []
+    found, problems = {}, []
     for name, value in changes.items():
         if name not in there:
             problems.append(f"{name} is not a weight of this network")
@@ -69,14 +73,14 @@ def _copies(there: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[
                 f"{list(there[name].shape)}"
             )
         else:
-            copies[name] = _parameter(value, there[name])
-            if not copies[name].isfinite().all():  # of the copy: float16 overflows above 65504
+            found[name] = _parameter(value, there[name], copy)
+            if not finite(found[name]):  # of the copy: float16 overflows above 65504
                 problems.append(
                     f"{name} holds values that are not finite (NaN or infinity) in {str(there[name].dtype)[6:]}"
                 )
     if problems:
         raise ValueError("the weights do not fit:\n  " + "\n  ".join(problems))
-    return copies
+    return found
 
 
 def _holds_numbers(value: object) -> bool:
@@ -85,12 +89,12 @@ def _holds_numbers(value: object) -> bool:
     )
 
 
-def _parameter(value: Tensor, old: Tensor) -> nn.Parameter:
-    """A copy with the old weight's device, dtype, memory format and requires_grad."""
+def _parameter(value: Tensor, old: Tensor, copy: bool) -> nn.Parameter:
+    """The values with the old weight's device, dtype, memory format and requires_grad."""
     last = old.ndim == 4 and not old.is_mkldnn and old.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
-    copy = value.detach().to(old.device, old.dtype, copy=True, memory_format=layout)
-    return nn.Parameter(copy, requires_grad=old.requires_grad)
+    new = value.detach().to(old.device, old.dtype, copy=copy, memory_format=layout)
+    return nn.Parameter(new, requires_grad=old.requires_grad)
 
 
 def _replaced(module: Network, changes: Mapping[str, nn.Parameter | nn.Module], numbers: Iterator[int]) -> Network:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..checks import finite
 from .recognise import name_of
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -200,13 +201,13 @@ def not_finite(tensors: Iterable[Stored], every: bool = False) -> list[str]:
     found = []
     for path, keys in files.items():
         with safe_open(path, framework="pt") as file:
-            found += [key for key in keys if not file.get_tensor(key).float().isfinite().all()]
+            found += [key for key in keys if not finite(file.get_tensor(key).float())]
     return found
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
     """ValueError naming the vectors (norms and biases) with NaN or infinity; checking all would read the whole file."""
-    bad = [key for key, tensor in state.items() if tensor.ndim <= 1 and not tensor.isfinite().all()]
+    bad = [key for key, tensor in state.items() if tensor.ndim <= 1 and not finite(tensor)]
     if bad:
         raise ValueError(
             f"weights are not finite (NaN or infinity): {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}; such a "

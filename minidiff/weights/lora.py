@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..checks import number, shown, warn
+from ..checks import finite, number, shown, warn
 from ..model import Adapter, Model
 from ..networks.config import UNetConfig
 from ..networks.text import PREFIX
@@ -125,11 +125,10 @@ class _Merged(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         stored = self.weights[name].detach()
-        weight = (stored.to_dense() if stored.is_mkldnn else stored).float()
-        total = torch.zeros_like(weight)
+        total = weight = (stored.to_dense() if stored.is_mkldnn else stored).float()
         for factor, change, parts in self.terms[name]:
-            total.add_(change.delta(parts, weight), alpha=factor)
-        return total.add_(weight)
+            total = change.added(total, weight, factor, parts)
+        return total
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.terms)
@@ -210,6 +209,14 @@ class Change:
         decomposed = self.parts.keys() & {"dora_scale", "magnitude"}
         convolution = self.format.name == "LoRA" and any(max(p.shape[2:], default=1) > 1 for p in self.parts.values())
         return f"{'DoRA, ' if decomposed else ''}{'LoCon' if convolution else self.format.name}"
+
+    def added(self, total: Tensor, weight: Tensor, factor: float, parts: Parts) -> Tensor:
+        """A new tensor: total + factor * what is added to the weight at 1."""
+        if self.format is FORMATS[0] and parts.keys() <= {"up", "down", "alpha"}:  # one pass, no memory for the product
+            up, down = parts["up"].flatten(1), parts["down"].flatten(1)
+            alpha = self.alpha if self.alpha is not None else float(parts.get("alpha", len(down)))
+            return torch.addmm(total.flatten(1), up, down, alpha=factor * alpha / len(down)).view_as(total)
+        return torch.add(total, self.delta(parts, weight), alpha=factor)
 
     def delta(self, parts: Parts, weight: Tensor) -> Tensor:
         """What is added to the weight, of its shape, in float32. RuntimeError or KeyError where parts do not fit."""
@@ -352,7 +359,7 @@ def _read(path: Path, changes: Sequence[Change], device: torch.device) -> dict[s
     wanted = {stored.key: stored for change in changes for stored in change.parts.values()}
     shapes = {key: torch.Size(stored.shape) for key, stored in wanted.items()}
     tensors = read_tensors(wanted, shapes, torch.float32, device)
-    bad = [key for key, value in tensors.items() if not value.isfinite().all()]
+    bad = [key for key, value in tensors.items() if not finite(value)]
     if bad:
         raise ValueError(
             f"{path} holds values that are not finite (NaN or infinity), in {len(bad)} of {len(tensors)} tensors: "
