@@ -197,6 +197,16 @@ def test_outside_the_mask_are_the_pictures_own_pixels(output: str, tiny_model: M
     assert not np.array_equal(kept, free[:, 24:])
 
 
+def test_a_grey_mask_paints_where_it_is_at_least_half_white(tiny_model: Model) -> None:
+    grey = np.full((32, 48), 127, np.uint8)
+    grey[:16] = 128
+    made = minidiff.generate(
+        "a cat", image=picture(1), mask=Image.fromarray(grey), steps=2, seed=1, model=tiny_model, strength=1
+    )
+    same = (np.asarray(made.image) == np.asarray(picture(1))).all(2)
+    assert same[16:].all() and same[:16].mean() < 0.1
+
+
 def test_guidance_recording_and_early_stops(tiny_model: Model, nine_model: Model) -> None:
     boxes = {"cat": (0.0, 0.0, 0.5, 1.0)}
     for model in (tiny_model, nine_model):
