@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import minidiff
-from minidiff.weights.inspect import FOLDER, Description, Part, Problem, describe
+from minidiff.weights.inspect import Description, Part, describe
 from minidiff.weights.load import load
 from minidiff.weights.names import LDM_PREFIX
+from minidiff.weights.open import FOLDER
 from minidiff.weights.recognise import CHECKPOINT
+from minidiff.weights.state import Problem
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"
 

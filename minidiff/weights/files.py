@@ -207,7 +207,7 @@ def not_finite(tensors: Iterable[Stored], every: bool = False) -> list[str]:
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
     """ValueError naming the vectors (norms and biases) with NaN or infinity; checking all would read the whole file."""
-    bad = [key for key, tensor in state.items() if tensor.ndim <= 1 and not finite(tensor)]
+    bad = [key for key, tensor in state.items() if tensor.ndim <= 1 and not tensor.isfinite().all()]
     if bad:
         raise ValueError(
             f"weights are not finite (NaN or infinity): {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}; such a "

@@ -1,46 +1,29 @@
 """load(): a model from the hub, a folder or a single file. Built on the meta device, then filled strictly: every weight
 assigned, none left over."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
 
+from ..checks import warn
 from ..model import Defaults, Model
 from ..networks.text import text_encoder_shapes
-from ..networks.unet import UNet
-from ..networks.vae import VAE
 from ..request import BUNDLED
 from ..sampling import NoiseSchedule
 from ..speed.accelerate import compile_unet, prepare
 from ..speed.device import choose_device, choose_dtype, dtype_choice, is_int8
 from ..speed.int8 import to_int8
-from .files import Stored, check_finite, read_tensors, stored_tensors
+from .files import Stored, check_finite, read_tensors
 from .hub import fetch_tokenizer, fetch_vae
 from .lora import LoRA, read_loras, with_loras
-from .names import unwrap
 from .open import local_path, open_source
 from .safety import find_safety, load_safety
-from .sources import (
-    Source,
-    VAESource,
-    check_fit,
-    file_scheduler,
-    file_source,
-    folder_source,
-    vae_from_file,
-    vae_from_folder,
-    weight_file,
-)
-from .state import check_state
+from .sources import VAESource, check_fit, some, vae_from_file, vae_from_folder, weight_file
 from .text import load_text_encoder
 from .words import find_embedding, with_words
-
-Network = TypeVar("Network", bound=nn.Module)
-Config = TypeVar("Config")
 
 
 def load(
@@ -93,24 +76,27 @@ def load(
     device = choose_device(device)
     int8 = is_int8(dtype, device)
     why, dtype = dtype_choice(dtype, device), choose_dtype(dtype, device)
-    found = _find(source, tokenizer, None if vae is None else _vae(vae, variant), variant, revision)
+    own_tokenizer = None if tokenizer is None else Path(tokenizer).expanduser()
+    own_vae = None if vae is None else _vae(vae, variant)
+    found = open_source(source, variant, revision, vae=own_vae, tokenizer=own_tokenizer is None)
+    found.refuse()
+    if found.foreign:
+        count = f"{len(found.foreign)} tensors that are not part of Stable Diffusion 1.x"
+        warn(f"{found.path.name} holds {count}: {some(found.foreign)}")
     checker = find_safety(safety, source, found.path, variant, revision)
     # StableDiffusionPipeline always uses 1, as in SD 1's training, whatever the file says; equal images need the same.
     noise = replace(NoiseSchedule.from_config(found.scheduler), steps_offset=1)
     if prediction_type is not None:
         noise = replace(noise, prediction_type=prediction_type)
-    unet, autoencoder = _empty(UNet, found.unet), _empty(VAE, found.vae.config)
-    text_shapes = text_encoder_shapes(found.text)
-    _check_states(
-        ("UNet", _shapes(unet), found.unet_tensors),
-        ("autoencoder", _shapes(autoencoder), found.vae.tensors),
-        ("text encoder", text_shapes, found.text_tensors),
-    )
-    text_tensors = read_tensors(found.text_tensors, text_shapes, dtype, device)
+    unet, autoencoder, config = found.unet.made, found.vae.made, found.text.made
+    assert unet is not None and autoencoder is not None and config is not None  # refused otherwise
+    text_tensors = read_tensors(found.text.tensors, text_encoder_shapes(config), dtype, device)
     check_finite(text_tensors)
-    text = load_text_encoder(found.text, text_tensors, found.tokenizer)
-    check_fit(found, text.length, text.width)
-    _fill(unet, found.unet_tensors, dtype, device)
+    # A bad file is reported before a tokenizer is looked for.
+    folder = own_tokenizer or (found.path / "tokenizer" if found.path.is_dir() else fetch_tokenizer())
+    text = load_text_encoder(config, text_tensors, folder)
+    check_fit(unet.config, autoencoder.config, text.length, text.width)
+    _fill(unet, found.unet.tensors, dtype, device)
     _fill(autoencoder, found.vae.tensors, dtype, device)
     if int8:
         to_int8(unet)
@@ -143,17 +129,6 @@ def load(
     return with_words(model, words) if words else model
 
 
-def _find(
-    source: str | Path, tokenizer: str | Path | None, vae: VAESource | None, variant: str | None, revision: str | None
-) -> Source:
-    folder = None if tokenizer is None else Path(tokenizer).expanduser()
-    path, name = open_source(source, variant, revision, vae=vae is None, tokenizer=folder is None)
-    if path.is_dir():
-        return folder_source(path, name, variant, folder, vae)
-    tensors = unwrap(stored_tensors(path))  # report a bad file before looking for the tokenizer
-    return file_source(path, tensors, folder or fetch_tokenizer, vae, file_scheduler(path, tensors))
-
-
 def _vae(source: str | Path, variant: str | None) -> VAESource:
     """The autoencoder passed as vae=. `variant` is the model's; this one may lack it."""
     path = local_path(source)
@@ -169,33 +144,9 @@ def _vae(source: str | Path, variant: str | None) -> VAESource:
     return vae_from_folder(folder, variant if has else None)
 
 
-def _empty(kind: Callable[[Config], Network], config: Config) -> Network:
-    """The network on the meta device, without memory for its weights."""
-    try:
-        with torch.device("meta"):
-            return kind(config)
-    except RuntimeError as error:  # torch's error for sizes beyond any memory
-        raise ValueError(f"a network of these sizes cannot be built: {config}: {error}") from error
-
-
-def _shapes(network: nn.Module) -> dict[str, torch.Size]:
-    return {key: value.shape for key, value in network.state_dict().items()}
-
-
-def _check_states(*networks: tuple[str, Mapping[str, torch.Size], Mapping[str, Stored]]) -> None:
-    """One error for all networks, before any weight is read."""
-    problems = []
-    for name, shapes, tensors in networks:
-        try:
-            check_state(name, shapes, tensors)
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
 def _fill(network: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype, device: torch.device) -> None:
-    state = read_tensors(tensors, _shapes(network), dtype, device)
+    shapes = {key: value.shape for key, value in network.state_dict().items()}
+    state = read_tensors(tensors, shapes, dtype, device)
     check_finite(state)
     network.load_state_dict(state, strict=True, assign=True)
     network.eval().requires_grad_(False)

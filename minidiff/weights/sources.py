@@ -1,29 +1,16 @@
-"""Where a model comes from: a folder, a single file or the hub, each turned into the same description of parts. No
-weights are read here."""
+"""Configs and tensors of a model's networks as folders and files hold them, under our names. No weights are read."""
 
-import contextlib
 import json
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from ..checks import warn
 from ..networks.config import UNetConfig, VAEConfig
 from ..sampling import SD15_SCHEDULER_CONFIG
 from .files import PICKLES, Stored, file_metadata, how_to_convert, stored_tensors
-from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED, VAE_OLD_ATTENTION, renamed, unet_ldm, unwrap, vae_ldm
-from .recognise import (
-    CHECKPOINT,
-    Kind,
-    ldm_levels,
-    ldm_vae_levels,
-    recognise,
-    refuse_widths,
-    text_config,
-    unet_config,
-    vae_config,
-)
+from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED, VAE_OLD_ATTENTION, renamed, unwrap, vae_ldm
+from .recognise import Kind, ldm_vae_levels, refuse_widths, vae_config
 
 BUNDLED_FOLDER = Path(__file__).parents[1] / "shapes" / "model"
 BASES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -31,44 +18,11 @@ CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-@dataclass(frozen=True)
-class VAESource:
+class VAESource(NamedTuple):
     """An autoencoder's config, and its tensors under our names."""
 
     config: VAEConfig
     tensors: Mapping[str, Stored]
-
-
-@dataclass(frozen=True)
-class Source:
-    """The parts of a loadable model. Tensors under our names (the text encoder's under the hub's)."""
-
-    name: str
-    path: Path
-    unet: UNetConfig
-    unet_tensors: Mapping[str, Stored]
-    vae: VAESource
-    text: Mapping[str, object]
-    text_tensors: Mapping[str, Stored]
-    tokenizer: Path
-    scheduler: Mapping[str, object]
-
-
-def folder_source(
-    folder: Path, name: str, variant: str | None, tokenizer: Path | None, vae: VAESource | None
-) -> Source:
-    """A folder in the Stable Diffusion format: unet/, vae/, text_encoder/, tokenizer/, scheduler/."""
-    return Source(
-        name=name,
-        path=folder,
-        unet=folder_unet_config(folder),
-        unet_tensors=folder_tensors(folder / "unet", "diffusion_pytorch_model", variant),
-        vae=vae or vae_from_folder(folder / "vae", variant),
-        text=text_encoder_config(folder),
-        text_tensors=hub_text_tensors(folder_tensors(folder / "text_encoder", "model", variant)),
-        tokenizer=tokenizer or folder / "tokenizer",
-        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
-    )
 
 
 def text_encoder_config(folder: Path) -> dict[str, object]:
@@ -108,42 +62,6 @@ def _class_name(folder: Path) -> str:
     return ""
 
 
-def file_source(
-    path: Path,
-    tensors: Mapping[str, Stored],
-    tokenizer: Path | Callable[[], Path],
-    vae: VAESource | None,
-    scheduler: Mapping[str, object] = SD15_SCHEDULER_CONFIG,
-) -> Source:
-    """A single .safetensors file in LDM names, from its header; `tokenizer` is a folder or a function that gets one.
-
-    Keys outside its three networks are ignored, with a warning that names them.
-    """
-    kind = recognise({key: tensor.shape for key, tensor in tensors.items()})
-    if kind.problem is not None and not (
-        vae is not None and kind.name.startswith(f"{CHECKPOINT} without an autoencoder")
-    ):
-        raise ValueError(f"{path} cannot be loaded: {kind.problem}")
-    parts = {part: _under(tensors, prefix) for part, prefix in LDM_PREFIX.items()}
-    foreign = [key for key in tensors if not key.startswith((*LDM_PREFIX.values(), *IGNORED))]
-    if foreign:
-        warn(f"{path.name} holds {len(foreign)} tensors that are not part of Stable Diffusion 1.x: {_some(foreign)}")
-    table = unet_ldm(*ldm_levels(_shapes(parts["unet"])))
-    unet_tensors = renamed(parts["unet"], table)
-    text_tensors = hub_text_tensors(parts["text_encoder"])
-    return Source(
-        name=path.stem,
-        path=path,
-        unet=unet_config(_shapes(unet_tensors)),
-        unet_tensors=unet_tensors,
-        vae=vae or _vae_by_shape(parts["vae"]),
-        text=text_config(_shapes(text_tensors)),
-        text_tensors=text_tensors,
-        tokenizer=tokenizer() if callable(tokenizer) else tokenizer,
-        scheduler=scheduler,
-    )
-
-
 def file_scheduler(path: Path, keys: Container[str]) -> dict[str, object]:
     """A single file's scheduler config: from marker tensors, its metadata or a .yaml next to it; else SD 1.5's.
 
@@ -161,20 +79,20 @@ def file_scheduler(path: Path, keys: Container[str]) -> dict[str, object]:
     return {**SD15_SCHEDULER_CONFIG, **changes, "rescale_betas_zero_snr": "ztsnr" in keys}
 
 
-def check_fit(found: Source, length: int, width: int) -> None:
+def check_fit(unet: UNetConfig, vae: VAEConfig, length: int, width: int) -> None:
     """ValueError if the parts of a model do not fit together, since one may have been replaced.
 
     length and width: those of the text encoder's contexts.
     """
-    if found.unet.cross_attention_dim != width:
+    if unet.cross_attention_dim != width:
         raise ValueError(
-            f"the UNet reads text embeddings {found.unet.cross_attention_dim} wide, the text encoder gives {width}: "
+            f"the UNet reads text embeddings {unet.cross_attention_dim} wide, the text encoder gives {width}: "
             "they are from different models"
         )
-    if found.unet.latent_channels != found.vae.config.latent_channels:
+    if unet.latent_channels != vae.latent_channels:
         raise ValueError(
-            f"the UNet works on {found.unet.latent_channels} channels, the autoencoder on "
-            f"{found.vae.config.latent_channels}: they are from different models"
+            f"the UNet works on {unet.latent_channels} channels, the autoencoder on {vae.latent_channels}: they are "
+            "from different models"
         )
     if length < 3:
         raise ValueError(
@@ -198,22 +116,22 @@ def vae_from_folder(folder: Path, variant: str | None) -> VAESource:
 def vae_from_file(path: Path) -> VAESource:
     """An autoencoder in a file: LDM names with or without prefix, a whole checkpoint, or the folder's names."""
     tensors = unwrap(stored_tensors(path))
-    inside = _under(tensors, LDM_PREFIX["vae"]) or tensors
+    inside = under(tensors, LDM_PREFIX["vae"]) or tensors
     if not any(key.startswith("decoder.") for key in inside):
         raise ValueError(
-            f"{path} holds no autoencoder; expected keys such as decoder.conv_in.weight, found {_some(list(tensors))}"
+            f"{path} holds no autoencoder; expected keys such as decoder.conv_in.weight, found {some(list(tensors))}"
         )
-    return _vae_by_shape(inside)
+    return vae_by_shape(inside)
 
 
-def _vae_by_shape(tensors: Mapping[str, Stored]) -> VAESource:
+def vae_by_shape(tensors: Mapping[str, Stored]) -> VAESource:
     """An autoencoder without a config; tensors in LDM names without prefix, or in the folder's names."""
     table = VAE_OLD_ATTENTION
     if not any(key.startswith("encoder.down_blocks.") for key in tensors):
-        table = vae_ldm(*ldm_vae_levels(_shapes(tensors)))
+        table = vae_ldm(*ldm_vae_levels(shapes_of(tensors)))
     # Some files include the training loss, a network of its own.
     found = renamed({key: tensor for key, tensor in tensors.items() if not key.startswith(IGNORED)}, table)
-    return VAESource(vae_config(_shapes(found)), found)
+    return VAESource(vae_config(shapes_of(found)), found)
 
 
 def hub_text_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -245,18 +163,6 @@ def folder_tensors(folder: Path, base: str, variant: str | None) -> dict[str, St
     else:
         mend = f"the folder holds {', '.join(found) or 'nothing'}"
     raise ValueError(f"{path} is not there; {mend}")
-
-
-def network_tensors(path: Path, variant: str | None) -> list[Stored]:
-    """The tensors of a model's networks, or all tensors of a file that is no model; unreadable parts are skipped."""
-    if path.is_file():
-        tensors = unwrap(stored_tensors(path))
-        return [tensors[key] for key in tensors if key.startswith(tuple(LDM_PREFIX.values()))] or list(tensors.values())
-    found: list[Stored] = []
-    for part, base in BASES.items():
-        with contextlib.suppress(ValueError):  # reported elsewhere, by part
-            found += folder_tensors(path / part, base, variant).values()
-    return found
 
 
 def weight_file(base: str, variant: str | None) -> str:
@@ -303,14 +209,17 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def _under(tensors: Mapping[str, Stored], prefix: str) -> dict[str, Stored]:
+def under(tensors: Mapping[str, Stored], prefix: str) -> dict[str, Stored]:
+    """The tensors below a prefix, without it."""
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def _shapes(tensors: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
+def shapes_of(tensors: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
+    """Their shapes."""
     return {key: tensor.shape for key, tensor in tensors.items()}
 
 
-def _some(keys: Iterable[str]) -> str:
+def some(keys: Iterable[str]) -> str:
+    """The first five of them, and how many more."""
     keys = list(keys)
     return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

@@ -1,6 +1,6 @@
 """Check that a file's tensors fit a network, by their names, shapes and dtypes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,15 +16,23 @@ class HasShape(Protocol):
 
 
 @dataclass(frozen=True)
-class StateProblems:
-    """Why weights do not fit a network: keys; for `wrong` ones, a line with the found and the expected value."""
+class Problem:
+    """Why something does not load: a sentence, or what is wrong with each of `items`, keys and their shapes."""
 
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    wrong: tuple[str, ...]
+    what: str
+    items: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.items:
+            return self.what
+        more = f" and {len(self.items) - 5} more" if len(self.items) > 5 else ""
+        return f"{len(self.items)} {self.what}: {', '.join(self.items[:5])}{more}"
 
 
-def state_problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, HasShape]) -> StateProblems:
+MISSING, UNEXPECTED, WRONG = "missing keys", "unexpected keys", "keys of another shape or dtype"
+
+
+def state_problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, HasShape]) -> tuple[Problem, ...]:
     """Compare the tensors of a file with the shapes that a network needs.
 
     Trailing dimensions of length 1 are ignored: a 1x1 convolution and a linear layer have the same weights. Integers
@@ -41,20 +49,27 @@ def state_problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, 
         for key, _, tensor in both
         if not _floating(tensor.dtype)
     ]
-    return StateProblems(
-        missing=tuple(key for key in expected if key not in found),
-        unexpected=tuple(key for key in found if key not in expected),
-        wrong=(*shapes, *dtypes),
-    )
+    groups = {
+        MISSING: tuple(key for key in expected if key not in found),
+        UNEXPECTED: tuple(key for key in found if key not in expected),
+        WRONG: (*shapes, *dtypes),
+    }
+    return tuple(Problem(what, items) for what, items in groups.items() if items)
 
 
 def check_state(name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, HasShape]) -> None:
     """One ValueError that names every missing, unexpected and misshapen key of a network's weights."""
     problems = state_problems(expected, found)
-    lines = [f"missing {key}" for key in problems.missing] + [f"unexpected {key}" for key in problems.unexpected]
-    lines += problems.wrong
-    if lines:
-        raise ValueError(f"the weights do not fit the {name} that its config describes:\n  " + "\n  ".join(lines))
+    if problems:
+        raise ValueError(refusal(name, problems))
+
+
+def refusal(name: str, problems: Iterable[Problem]) -> str:
+    """A network's problems in full, for an error: a line per key."""
+    said = {MISSING: "missing ", UNEXPECTED: "unexpected ", WRONG: ""}
+    lines = [f"  {said[problem.what]}{item}" for problem in problems for item in problem.items]
+    head = [f"the weights do not fit the {name} that its config describes:"] if lines else []
+    return "\n".join([*(problem.what for problem in problems if not problem.items), *head, *lines])
 
 
 def _floating(dtype: object) -> bool:
