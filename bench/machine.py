@@ -5,17 +5,21 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "openvino")
 UNITS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
 """CPU flags (Linux names) that determine which kernels torch uses."""
 
 
 def machine() -> dict[str, str]:
-    """CPU, its vector units, available cores, memory and system."""
+    """CPU, its vector units, available cores, memory and system; and the card, if there is one."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     flags = _cpu_field("flags").split() or _cpu_field("Features").split()
+    card = {"card": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
+        **card,
         "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
         "units": " ".join(unit for unit in UNITS if unit in flags) or "unknown",
         "cores": str(cores),

@@ -62,14 +62,18 @@ def finish(rows: Iterable[Row], path: str | None, timings: Mapping[str, Mapping[
     for row in wrong:
         print_row(row)
     if path is not None:
-        found = {"machine": machine(), "versions": versions(), "arguments": sys.argv[1:]}
-        # JSON has no NaN or infinity: such values become null, and the row is not ok
-        values = [
-            {**asdict(row), "value": row.value if math.isfinite(row.value) else None, "ok": row.ok} for row in rows
-        ]
-        seconds = {table: {name: asdict(one) for name, one in some.items()} for table, some in (timings or {}).items()}
-        Path(path).write_text(
-            json.dumps({**found, "rows": values, "timings": seconds}, indent=1) + "\n", encoding="utf-8"
-        )
+        write(rows, path, timings)
         print(f"wrote {path}")
     return 1 if wrong or not rows else 0
+
+
+def write(rows: Iterable[Row], path: str, timings: Mapping[str, Mapping[str, Timing]] | None = None) -> None:
+    """Write rows, timings, machine and versions as JSON, which has no NaN or infinity: such values become null."""
+    found = {"machine": machine(), "versions": versions(), "arguments": sys.argv[1:]}
+    values = [{**asdict(row), "value": _finite(row.value), "bound": _finite(row.bound), "ok": row.ok} for row in rows]
+    seconds = {table: {name: asdict(one) for name, one in some.items()} for table, some in (timings or {}).items()}
+    Path(path).write_text(json.dumps({**found, "rows": values, "timings": seconds}, indent=1) + "\n", encoding="utf-8")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

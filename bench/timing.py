@@ -59,6 +59,20 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - before
 
 
+def in_a_row(name: str, call: Callable[[], object], count: int, first: float | None = None) -> Timing:
+    """Seconds of one call in three rows of `count`, between whose calls a card is not waited for: they overlap as in a
+    sampling loop. Without a card one call is timed. first: seconds of the first call, if it was made before.
+    """
+    first = seconds(call) if first is None else first
+    if not torch.cuda.is_available():
+        return Timing(name, first, (seconds(call),))
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    found = tuple(seconds(lambda: [call() for _ in range(count)]) / count for _ in range(3))
+    return Timing(name, first, found)
+
+
 def best(call: Callable[[], object], budget: float = 0.5) -> float:
     """Minimum seconds over the calls that fit into `budget` seconds, at least three: for single kernels."""
     call()

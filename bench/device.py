@@ -1,0 +1,361 @@
+"""Everything that must hold on a CUDA card, in one command of under four minutes, with random weights and the bundled
+model. Without a card it is a dry run: the same code on small networks, with the bounds of results alone.
+
+Stages run in sequence, the cheapest and most telling first, and the JSON file is written after each: a run that is cut
+keeps what it measured. A stage that fails is a row that is OUT, with its message. What is compiled starts in processes
+of its own once the timed stages are over (device_compiled.py), beside parity and pictures.
+"""
+
+import argparse
+import gc
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import minidiff
+from minidiff.vocabulary import OBJECTIVES
+
+from .device_compiled import Compiled, floor_row
+from .guided import PUBLISHED
+from .kernels import ATTENTIONS, WORST
+from .machine import print_header
+from .networks import (
+    DTYPES,
+    PLACES,
+    SIZES,
+    Inputs,
+    Weights,
+    device,
+    guided_pass,
+    layout_guide,
+    our_unet,
+    our_vae,
+    their_unet,
+    their_vae,
+    tokens,
+    unet_weights,
+)
+from .published import Published
+from .reference import relative_error
+from .table import LEVELS, RELATIVE, Row, finish, print_head, print_row, write
+from .throughput import LOADED, OURS, ours, theirs
+from .timing import Timing, gemm_rate, in_a_row
+
+CUDA = torch.cuda.is_available()
+HALF = ("bfloat16", "float16") if CUDA else ("bfloat16",)  # a CPU emulates float16
+IMAGES = (1, 4, 16) if CUDA else (1,)
+EXACT, DECODED = 1e-5, 2e-5  # a decoder's sums run over more pixels
+CAPTURED = 0.6
+"""A step as loaded, of diffusers' time as loaded."""
+GUIDED = 0.25
+"""A guided pass, of the published way's time."""
+GRADIENT = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+"""Relative error of a gradient: bfloat16 keeps 8 bits of each factor."""
+LOOKS = 5
+PROMPT = "a red circle and a blue square"
+BOXES = {"red circle": (0.05, 0.1, 0.45, 0.5), "blue square": (0.55, 0.5, 0.95, 0.9)}
+
+
+@dataclass
+class Check:
+    """What the stages share: size and weights of the networks, and what was measured."""
+
+    size: str
+    edge: int
+    weights: Weights
+    timings: dict[str, dict[str, Timing]] = field(default_factory=dict)
+    rate: float = math.nan
+    """Of the card's own matrix product in bfloat16, TFLOP/s."""
+
+    def cast(self, dtype: str) -> Weights:
+        return {name: value.to(DTYPES[dtype]) for name, value in self.weights.items()}
+
+    def inputs(self, dtype: str, rows: int) -> Inputs:
+        return Inputs.random(SIZES[self.size], DTYPES[dtype], rows, self.edge, self.edge)
+
+    def time(self, table: str, name: str, call: Callable[[], object], count: int = 20) -> float:
+        """Seconds of a call among `count` in a row."""
+        timing = in_a_row(name, call, count)
+        self.timings.setdefault(table, {})[name] = timing
+        return timing.median
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `python -m bench device`."""
+    parser.add_argument("--size", choices=SIZES, default="full" if CUDA else "tiny", help="default: full on a card")
+    parser.add_argument("--latents", type=int, default=64 if CUDA else 32, metavar="N", help="N x N latents")
+    parser.add_argument("--only", nargs="+", choices=[*TIMED, *BESIDE, "compiled"], metavar="STAGE", help="some stages")
+    parser.add_argument("--budget", type=float, default=230.0, metavar="SECONDS", help="later stages are left out")
+    parser.add_argument("--dtype", choices=HALF, default="bfloat16", help="of what is compiled")
+    parser.add_argument("--images", type=int, default=1, metavar="N", help="in a compiled step")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a row per measurement. Returns 1 if a bound is violated."""
+    warnings.simplefilter("ignore")
+    began = time.perf_counter()
+    print_header("on a card" if CUDA else "dry run without a card", {"size": args.size, "latents": str(args.latents)})
+    print_head()
+    check = Check(args.size, args.latents, unet_weights(SIZES[args.size], torch.float32))
+    only = [*TIMED, *BESIDE, "compiled"] if args.only is None else args.only
+    rows: list[Row] = []
+
+    def stage(name: str, make: Callable[[], Iterator[Row]]) -> None:
+        if name not in only or time.perf_counter() - began > args.budget:
+            return
+        before = time.perf_counter()
+        for row in _guarded(name, make):
+            rows.append(row if CUDA or row.unit in (RELATIVE, LEVELS) else replace(row, bound=math.inf))
+            print_row(rows[-1])
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+        print(f"  {name}: {time.perf_counter() - before:.1f} s", flush=True)
+        if args.json is not None:
+            write(rows, args.json, check.timings)
+
+    for name, make in TIMED.items():
+        stage(name, partial(make, check))
+    with Compiled(args.size, args.dtype, args.latents, args.images, "compiled" in only) as compiled:
+        for name, make in BESIDE.items():
+            stage(name, partial(make, check))
+        left = began + args.budget - time.perf_counter()
+        stage("compiled", partial(compiled.rows, left, check.rate, check.timings))
+    print(f"all: {time.perf_counter() - began:.1f} s")
+    return finish(rows, args.json, check.timings)
+
+
+def _guarded(name: str, make: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """The rows of a stage; what it raises is a row, so that the stages after it run."""
+    try:
+        yield from make()
+    except Exception as problem:
+        text = " ".join(str(problem).split())[:200]
+        yield Row(name, "failed", math.nan, 0.0, RELATIVE, f"{type(problem).__name__}: {text}")
+
+
+# --- stages
+
+
+def rate(check: Check) -> Iterator[Row]:
+    """The machine's own speed, without bounds."""
+    check.rate = gemm_rate(torch.bfloat16, device(), 8192 if CUDA else 512)
+    yield Row("matrix product", "bfloat16", check.rate, math.inf, "TFLOP/s")
+
+
+def steps(check: Check) -> Iterator[Row]:
+    """A step with classifier-free guidance, as loaded, and captured as one graph, which must return the same bits."""
+    size = SIZES[check.size]
+    for dtype in HALF:
+        weights = check.cast(dtype)
+        own, other = our_unet(size, weights), their_unet(size, weights)
+        for images in IMAGES:
+            table, count = f"step, {dtype}, {images} images", 20 // images + 1
+            inputs = check.inputs(dtype, 2 * images)
+            call, reference = ours(own, inputs), theirs(other, inputs)
+            loaded, eager = check.time(table, LOADED, reference, count), check.time(table, OURS, call, count)
+            yield _ratio("step, eager", f"{dtype}, {images}", eager, loaded, 1.0, "diffusers'")
+            yield from _memory("step", f"{dtype}, {images}", call, reference)
+            replay, apart = _captured(call)
+            yield Row("step, captured: bits", f"{dtype}, {images}", apart, 0.0)
+            graph = check.time(table, f"{OURS}, captured", replay, count)
+            yield _ratio("step, captured", f"{dtype}, {images}", graph, loaded, CAPTURED, "diffusers'")
+            if check.size == "full":
+                yield floor_row("step, captured", f"{dtype}, {images}", graph, images, check.rate)
+
+
+def guided(check: Check) -> Iterator[Row]:
+    """A guided pass: its gradient, its time against the published way's, and what waits for the device in it."""
+    size, exact = SIZES[check.size], None
+    for dtype in ("float32", *HALF):
+        weights, one = check.cast(dtype), check.inputs(dtype, 1)
+        unet = our_unet(size, weights)
+        guide = layout_guide(unet, one, iterations=LOOKS)
+        look = guided_pass(guide, one)
+        way = Published.of(their_unet(size, weights))
+        published = partial(way.gradient, one.x, one.t, one.context, PLACES[:2], tokens(2))
+        found, expected = look()[0], published()[0]
+        exact = expected if exact is None else exact
+        yield Row("guided pass: gradient", f"{dtype}, to float32", _error(found, exact), GRADIENT[dtype])
+        own, other = (check.time(f"guided, {dtype}", *one, 10) for one in ((OURS, look), (PUBLISHED, published)))
+        yield _ratio("guided pass, eager", dtype, own, other, 1.0, "the published way's")
+        yield from _memory("guided pass", dtype, look, published)
+        replay, apart = _captured(lambda look=look: look()[0])
+        yield Row("guided pass, captured: bits", dtype, apart, 0.0)
+        graph = check.time(f"guided, {dtype}", f"{OURS}, captured", replay, 10)
+        yield _ratio("guided pass, captured", dtype, graph, other, GUIDED, "the published way's")
+        if CUDA:
+            waits = _waits(partial(guide.refine, one.x.float(), one.t, 0.5, 0))
+            yield Row("waits for the device", f"{LOOKS} looks, {dtype}", waits, LOOKS, "waits")
+
+
+def decode(check: Check) -> Iterator[Row]:
+    """Decoding of one image at two sizes, in each dtype."""
+    size = SIZES[check.size]
+    for dtype in ("float32", *HALF):
+        own, other = our_vae(size, DTYPES[dtype]), their_vae(size, DTYPES[dtype])
+        for edge in (check.edge, 2 * check.edge):
+            z = Inputs.random(size, DTYPES[dtype], 1, edge, edge).x
+            call, reference = (
+                torch.no_grad()(lambda network=network, z=z: network.decode(z)) for network in (own, other)
+            )
+            where = f"{dtype}, {8 * edge} pixels"
+            yield Row("decode", where, _error(call(), reference().sample), DECODED if dtype == "float32" else 0.1)
+            seconds = [check.time(f"decode, {where}", *one, 3) for one in ((OURS, call), (LOADED, reference))]
+            yield _ratio("decode", where, seconds[0], seconds[1], 1.0, "diffusers'")
+            yield from _memory("decode", where, call, reference)
+
+
+def attention(check: Check) -> Iterator[Row]:
+    """The fused kernel that torch takes by itself against each that it can be told to take."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    for pixels, length, channels in ATTENTIONS[:4]:
+        pixels, length = (n if check.size == "full" else min(n, 77) for n in (pixels, length))
+        q, k, v = (
+            torch.randn(2, n, 8, channels, device=device(), dtype=torch.bfloat16).transpose(1, 2)
+            for n in (pixels, length, length)
+        )
+        seconds = {}
+        for name in ("default", "FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+            try:
+                with nullcontext() if name == "default" else sdpa_kernel(getattr(SDPBackend, name)):
+                    call = partial(F.scaled_dot_product_attention, q, k, v)
+                    seconds[name] = check.time(f"attention, {pixels}x{length}x{channels}", name, call)
+            except RuntimeError:
+                continue  # not for this shape or machine
+        quickest = min(seconds, key=lambda name: seconds[name])
+        where = f"{pixels} to {length} x {channels}"
+        yield _ratio("attention", where, seconds["default"], seconds[quickest], WORST, f"{quickest}'s")
+
+
+def parity(check: Check) -> Iterator[Row]:
+    """eps against diffusers' with the same weights, TF32 off; below float32, both against float32."""
+    size, exact = SIZES[check.size], {}
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        for dtype in ("float32", *HALF):
+            weights = check.cast(dtype)
+            own, other = our_unet(size, weights), their_unet(size, weights)
+            for grid in ((check.edge, check.edge), (3 * check.edge // 4, 5 * check.edge // 4)):
+                inputs = Inputs.random(size, DTYPES[dtype], 2, *grid)
+                found, expected = ours(own, inputs)(), theirs(other, inputs)()
+                where = f"{dtype}, {grid[0]}x{grid[1]}"
+                exact.setdefault(grid, expected)
+                if dtype == "float32":
+                    yield Row("unet", where, _error(found, expected), EXACT)
+                else:
+                    far, further = (_rms(one, exact[grid]) for one in (found, expected))
+                    unit, note = f"of diffusers' {dtype} error", f"{far:.1e} and {further:.1e}"
+                    yield Row("unet", where, far / further, 1.05, unit, note)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def pictures(check: Check) -> Iterator[Row]:
+    """The bundled model's pictures on the card against the CPU's, plain and with boxes; and what README shows."""
+    asked: dict[str, dict[str, Any]] = {"plain": {}, "boxes": {"boxes": BOXES}}
+    drawn = {what: _picture("cpu", "float32", given) for what, given in asked.items()}
+    for dtype in ("float32", *HALF) if CUDA else ("bfloat16",):
+        for what, given in asked.items():
+            found = _picture(device().type, dtype, given)
+            far = float((found - drawn[what]).abs().max()) * 255
+            note = f"RMS {_rms(found, drawn[what]) * 255:.2f}"
+            bound = 2.0 if dtype == "float32" else math.inf  # a trained network amplifies rounding with boxes
+            yield Row(f"picture, {what}", dtype, far, bound, LEVELS, note)
+    model = minidiff.load(device=device())
+    weighted = {"word_weights": model.text.word_weights(PROMPT, {"red circle": 2.0})}
+    for name, given in {
+        "reweight": {"edits": minidiff.reweight(), "inputs": weighted},
+        "forward guidance": {"boxes": BOXES, "guidance": "none", "edits": minidiff.forward_guidance(0.8)},
+        "attention": {"attention": True},
+        **{name: {"boxes": BOXES, "guidance": name} for name in OBJECTIVES},
+    }.items():
+        minidiff.generate(PROMPT, model=model, steps=2, **given)
+        yield Row(f"runs: {name}", device().type, 0.0, 0.0)
+
+
+TIMED = {"rate": rate, "steps": steps, "guided": guided, "decode": decode, "attention": attention}
+BESIDE = {"parity": parity, "pictures": pictures}
+
+
+# --- measurements
+
+
+def _picture(at: str, dtype: str, given: dict[str, Any]) -> Tensor:
+    model = minidiff.load(device=at, dtype=dtype)
+    images = minidiff.generate(PROMPT, model=model, seed=3, output="tensor", steps=20 if CUDA else 2, **given).images
+    assert isinstance(images, Tensor)
+    return images
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return relative_error(found.float().cpu(), expected.float().cpu())
+
+
+def _rms(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).square().mean().sqrt())
+
+
+def _ratio(part: str, where: str, own: float, other: float, bound: float, of: str) -> Row:
+    return Row(part, where, own / other, bound, f"of {of} seconds", f"{own * 1e3:.2f} ms and {other * 1e3:.2f} ms")
+
+
+def _memory(part: str, where: str, call: Callable[[], object], reference: Callable[[], object]) -> Iterator[Row]:
+    if CUDA:
+        own, other = (_extra(one) for one in (call, reference))
+        note = f"{own / 1e6:.0f} MB and {other / 1e6:.0f} MB"
+        yield Row(f"{part}: extra memory", where, own / other, 1.0, "of the reference's bytes", note)
+
+
+def _extra(call: Callable[[], object]) -> int:
+    """Peak bytes of a call above what is allocated before it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _captured(call: Callable[[], Tensor]) -> tuple[Callable[[], object], float]:
+    """The call as a replayed graph, and how far its result is from the call's own; itself without a card."""
+    expected = call()
+    if not CUDA:
+        return call, relative_error(call(), expected)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    graph.replay()
+    return graph.replay, relative_error(found, expected)
+
+
+def _waits(call: Callable[[], object]) -> int:
+    """How often the host waits for the device in a call."""
+    call()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(one.message) for one in seen)
