@@ -105,6 +105,11 @@ def finite(value: Any) -> bool:
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 
+def not_finite(tensors: Mapping[str, Any]) -> list[str]:
+    """The names of the tensors with NaN or infinity."""
+    return [name for name, value in tensors.items() if not finite(value)]
+
+
 def warn(text: str) -> None:
     """Issue a UserWarning at the caller's line, the nearest outside this package."""
     level, frame = 1, sys._getframe(0)

@@ -494,7 +494,7 @@ def listed(texts: str | Sequence[str]) -> Sequence[str]:
 def _plain_boxes(boxes: Any) -> dict[str, object] | None:
     from .guidance.layout import plain_boxes, read_regions
 
-    return None if boxes is None else plain_boxes(read_regions(boxes, lambda phrase: (1,), length=1 << 30))
+    return None if boxes is None else plain_boxes(read_regions(boxes))
 
 
 def unknown(name: str) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import is_number, shown, whole
-from ..networks.attention import mask_name
+from ..networks.attention import mask_inputs
 
 if TYPE_CHECKING:
     from ..networks.attention import Inputs
@@ -81,8 +81,8 @@ class Layout(NamedTuple):
 
     def inputs(self) -> Inputs:
         """The tensors by the names under which keeps and edits look them up."""
-        masks = {mask_name(grid): mask for grid, mask in self.masks.items()}
-        return {**masks, "token_weights": self.token_weights, "words": self.words, "object_weights": self.weights}
+        tensors = {"token_weights": self.token_weights, "words": self.words, "object_weights": self.weights}
+        return mask_inputs(self.masks) | tensors
 
     def images(self, index: Tensor) -> Layout:
         """The layout of some of the images."""

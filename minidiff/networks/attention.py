@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
@@ -114,6 +115,11 @@ def mask_name(grid: Grid) -> str:
     return f"masks.{grid[0]}x{grid[1]}"
 
 
+def mask_inputs(masks: Mapping[Grid, Tensor]) -> dict[str, Tensor]:
+    """The objects' masks [B,O,h,w] as inputs."""
+    return {mask_name(grid): mask for grid, mask in masks.items()}
+
+
 def picture_name(adapter: int, number: int, grid: Grid | None = None) -> str:
     """The key in `inputs` of the pictures' tokens [B,T,D] for an IP-Adapter, or, with a grid, of their weight in each
     cell, [B or 1,h,w]. number: counts the pictures that the adapter reads separately.
@@ -173,7 +179,7 @@ class Record:
         """The same record with every choice of sites resolved."""
         return replace(self, sites=choose(self.sites), more=tuple((choose(where), keep) for where, keep in self.more))
 
-    @property
+    @cached_property
     def kinds(self) -> dict[Site, Keep]:
         """What to keep at each site, once the sites are resolved."""
         found: dict[Site, Keep] = {}

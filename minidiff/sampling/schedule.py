@@ -95,8 +95,6 @@ class NoiseSchedule:
         so that another one can be chosen.
         """
         spacing, kind = config.get("timestep_spacing"), config.get("prediction_type", "epsilon")
-        if spacing is not None:
-            spacing = choice("scheduler config: timestep_spacing", spacing, SPACINGS)
         betas = choice("scheduler config: beta_schedule", config.get("beta_schedule", "linear"), BETA_SCHEDULES)
         switches = tuple(key for key in _SWITCHES if _flag(config, key))
         sampler, refusal = _own_sampler(config)
@@ -199,8 +197,9 @@ def _number(config: Mapping[str, object], key: str, default: float) -> float:
 
 
 def _whole(config: Mapping[str, object], key: str, default: int, least: int) -> int:
-    value = _number(config, key, default)
-    return whole(f"scheduler config: {key}", int(value) if value.is_integer() else value, least, MOST_TIMESTEPS)
+    value = config.get(key)
+    value = default if value is None else int(value) if isinstance(value, float) and value.is_integer() else value
+    return whole(f"scheduler config: {key}", value, least, MOST_TIMESTEPS)
 
 
 def _flag(config: Mapping[str, object], key: str) -> bool:

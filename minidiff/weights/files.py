@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checks import finite
+from ..checks import finite, not_finite
 from .recognise import name_of
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -192,7 +192,7 @@ def read_tensors(
     return found
 
 
-def not_finite(tensors: Iterable[Stored], every: bool = False) -> list[str]:
+def stored_not_finite(tensors: Iterable[Stored], every: bool = False) -> list[str]:
     """The file's keys of tensors with NaN or infinity, among `every` tensor or only vectors (norms and biases)."""
     files: dict[Path, list[str]] = defaultdict(list)
     for stored in tensors:
@@ -207,7 +207,7 @@ def not_finite(tensors: Iterable[Stored], every: bool = False) -> list[str]:
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
     """ValueError naming the vectors (norms and biases) with NaN or infinity; checking all would read the whole file."""
-    bad = [key for key, tensor in state.items() if tensor.ndim <= 1 and not tensor.isfinite().all()]
+    bad = not_finite({key: tensor for key, tensor in state.items() if tensor.ndim <= 1})
     if bad:
         raise ValueError(
             f"weights are not finite (NaN or infinity): {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}; such a "

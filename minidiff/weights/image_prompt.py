@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..checks import finite, shown
+from ..checks import not_finite, shown
 from ..image_adapter import ImageAdapter, ImageEncoder
 from ..model import Adapter, Model
 from ..networks.image_prompt import AnyProjection, Shapes, image_projection
@@ -120,7 +120,7 @@ def _encoder(model: Model, source: str | Path, path: Path, projection: AnyProjec
 def _fill(adapter: nn.ModuleDict, path: Path, stored: Mapping[str, Stored], model: Model) -> None:
     shapes = {key: value.shape for key, value in adapter.state_dict().items()}
     state = read_tensors(stored, shapes, model.dtype, model.device)
-    bad = [key for key, value in state.items() if not finite(value)]
+    bad = not_finite(state)
     if bad:
         raise ValueError(
             f"{path}: weights are not finite (NaN or infinity) in {str(model.dtype)[6:]}: {', '.join(bad[:5])}"

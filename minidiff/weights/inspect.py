@@ -10,7 +10,7 @@ from ..model import Defaults
 from ..networks.unet import UNet
 from ..networks.vae import VAE
 from ..sampling import NoiseSchedule, choose_sampler
-from .files import Stored, not_finite
+from .files import Stored, stored_not_finite
 from .image_prompt import image_adapter_summary
 from .lora_info import lora_changes
 from .names import IGNORED, LDM_PREFIX, TEXT_IGNORED
@@ -120,7 +120,7 @@ def describe(
             tokenizer = _attempt(lambda: _tokenizer(folder / "tokenizer", found.text.made), {}, problems)
         if not problems and not any(part.problems for part in parts):
             _attempt(lambda: _fit(found, tokenizer), None, problems)
-    bad = not_finite(tensors, every=check)
+    bad = stored_not_finite(tensors, every=check)
     if bad:
         problems.append(Problem("tensors hold NaN or infinity", tuple(bad)))
     model = bool(found.networks)

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..checks import finite, number, shown, warn
+from ..checks import not_finite, number, shown, warn
 from ..model import Adapter, Model
 from ..networks.config import UNetConfig
 from ..networks.text import PREFIX
@@ -359,7 +359,7 @@ def _read(path: Path, changes: Sequence[Change], device: torch.device) -> dict[s
     wanted = {stored.key: stored for change in changes for stored in change.parts.values()}
     shapes = {key: torch.Size(stored.shape) for key, stored in wanted.items()}
     tensors = read_tensors(wanted, shapes, torch.float32, device)
-    bad = [key for key, value in tensors.items() if not finite(value)]
+    bad = not_finite(tensors)
     if bad:
         raise ValueError(
             f"{path} holds values that are not finite (NaN or infinity), in {len(bad)} of {len(tensors)} tensors: "

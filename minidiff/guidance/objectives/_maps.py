@@ -6,7 +6,6 @@ each grid are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,10 +38,6 @@ def object_maps(maps: Maps, layout: Layout) -> dict[Grid, Tensor]:
         sharp = (100 * kept[..., 1:]).softmax(dim=-1)
         found[grid] = smoothed(torch.einsum("byxl,bol->boyx", sharp, layout.token_weights[..., 1:]), 0.5)
     return found
-
-
-def over_grids(losses: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(losses)).mean(dim=0)
 
 
 def smoothed(maps: Tensor, sigma: float) -> Tensor:

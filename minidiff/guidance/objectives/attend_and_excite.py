@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...networks.attention import HEAD_MEAN, Maps
 from ..layout import Layout
-from ._maps import object_maps, over_grids
+from ._maps import object_maps
 from ._objective import SECOND_COARSEST, Settings, objective
 
 EXCITE = Settings(
@@ -25,4 +26,5 @@ def attend_and_excite_loss(maps: Maps, layout: Layout) -> Tensor:
     Chefer et al. 2023 ("Attend-and-Excite"), eq. 1. Deviation: in its refinement steps (0, 10 and 20) their code makes
     one more update whatever the loss; here the threshold applies.
     """
-    return over_grids([1 - excited.amax(dim=(2, 3)) for excited in object_maps(maps, layout).values()])
+    losses = [1 - excited.amax(dim=(2, 3)) for excited in object_maps(maps, layout).values()]
+    return torch.stack(losses).mean(dim=0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ...networks.attention import HEAD_MEAN, Maps
 from ..layout import Layout
-from ._maps import mean_of_top, near_edges, object_maps, over_grids
+from ._maps import mean_of_top, near_edges, object_maps
 from ._objective import SECOND_COARSEST, objective
 from .attend_and_excite import EXCITE
 
@@ -31,4 +32,4 @@ def boxdiff_loss(maps: Maps, layout: Layout) -> Tensor:
             for axis in (2, 3)
         ]
         losses.append(inside + outside + corners[0] + corners[1])
-    return over_grids(losses)
+    return torch.stack(losses).mean(dim=0)

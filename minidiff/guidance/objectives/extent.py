@@ -10,7 +10,7 @@ from torch import Tensor
 from ...networks.attention import HEAD_MEAN, Maps
 from ...networks.sites import block, cross
 from ..layout import Layout
-from ._maps import TINY, grids, over_grids
+from ._maps import TINY, grids
 from ._objective import OWN, objective
 
 SPREAD = 0.62  # a map's spread relative to its object's box: maps peak in the middle (measured on the bundled model)
@@ -31,7 +31,7 @@ def extent_loss(maps: Maps, layout: Layout) -> Tensor:
         offset = (found[0] - wanted[0]) / (math.sqrt(12) * wanted[1])  # a uniform bar of length 1 has std 1 / sqrt(12)
         size = (found[1] / (SPREAD * wanted[1])).log()
         losses.append(3 * offset.square().sum(dim=2) + size.square().sum(dim=2))
-    return over_grids(losses)
+    return torch.stack(losses).mean(dim=0)
 
 
 def _centre_and_spread(maps: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...networks.attention import HEAD_MEAN, Maps
 from ..layout import Layout
-from ._maps import object_maps, over_grids
+from ._maps import object_maps
 from ._objective import SECOND_COARSEST, Settings, objective
 
 
@@ -34,4 +35,4 @@ def refocusing_loss(maps: Maps, layout: Layout) -> Tensor:
         elsewhere = (others * found[:, :, None]).amax(dim=(3, 4)).sum(dim=2)
         background = ((1 - mask.amax(dim=1, keepdim=True)) * found).amax(dim=(2, 3))
         losses.append(1 - (mask * found).amax(dim=(2, 3)) + elsewhere + 0.5 * background)
-    return over_grids(losses)
+    return torch.stack(losses).mean(dim=0)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...networks.attention import HEAD_MEAN, Maps
 from ...networks.sites import cross, level
 from ..layout import Layout
-from ._maps import TINY, bounding, grids, mean_under, over_grids, ratio, steepness
+from ._maps import TINY, bounding, grids, mean_under, ratio, steepness
 from ._objective import Settings, objective
 
 
@@ -43,4 +43,4 @@ def rnb_loss(maps: Maps, layout: Layout) -> Tensor:
         edges = steepness(sharp)
         boundary = 1 - (1 - iou) * ratio(mask * edges, edges)
         losses.append((iou < 0.85) * (region + several * outside * boundary))
-    return over_grids(losses)
+    return torch.stack(losses).mean(dim=0)

@@ -75,7 +75,8 @@ class OrderedSampler(MultistepSampler):
 
 def first_order(x: Tensor, clean: Tensor, start: float, end: float) -> Tensor:
     """DDIM's step as in Lu et al. 2022 (arXiv 2211.01095), eq. 9: 1 - exp(-h) is 1 - end / start."""
-    return signal(end) / signal(start) * end / start * x + signal(end) * (1 - end / start) * clean
+    level = signal(end)
+    return level / signal(start) * end / start * x + level * (1 - end / start) * clean
 
 
 def sde_step(x: Tensor, clean: Tensor, bend: Tensor | None, start: float, end: float, fresh: Draw) -> Tensor:
