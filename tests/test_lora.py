@@ -311,7 +311,7 @@ def test_info_says_what_a_file_changes(path: Path, capsys: pytest.CaptureFixture
     found = describe(path)
     unet, text = found.parts
     assert (found.kind, found.loads) == ("LoRA", False)
-    assert "put this on it with loras=[...] or --lora" in found.all_problems()[0]
+    assert (found.use or "").startswith("--lora FILE=WEIGHT") and found.all_problems() == []
     assert unet.config == {
         "layers": 2,
         "format": "1 LoRA, 1 LoHa",
@@ -322,9 +322,12 @@ def test_info_says_what_a_file_changes(path: Path, capsys: pytest.CaptureFixture
     assert text.config["layers"] == 1 and text.config["format"] == "full" and text.config["rank"] == "none"
     assert (unet.name, unet.content.tensors, text.name, text.content.tensors) == ("UNet", 7, "text encoder", 2)
     assert main(["info", str(path)]) == 0
-    assert "  rank: 4 to 8\n  alpha: 2\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\nuse: --lora FILE=WEIGHT" in said and "loads:" not in said and "  rank: 4 to 8\n  alpha: 2\n" in said
     save_file(file | {f"{K}.dora_scale": torch.ones(319, 1)}, path)
     assert "they do not make a change of" in describe(path).all_problems()[0]
+    assert main(["info", str(path)]) == 0
+    assert "\nuse: none, because " in capsys.readouterr().out
     save_file(one(down=1024, name=K), path)
     assert "it is a LoRA for Stable Diffusion 2" in describe(path).all_problems()[0]
 

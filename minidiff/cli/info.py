@@ -66,8 +66,15 @@ def _metadata(found: Metadata) -> Iterator[str]:
 def _description(found: Description) -> Iterator[str]:
     problems = found.all_problems()
     yield f"kind: {found.kind}"
-    yield "loads: yes" if found.loads else f"loads: no, because {problems[0]}"
+    if found.use is not None and not problems:
+        yield f"use: {found.use}"
+    elif found.use is not None:
+        yield f"use: none, because {problems[0]}"
+    else:
+        yield "loads: yes" if found.loads else f"loads: no, because {problems[0]}"
     yield from (f"problem: {problem}" for problem in problems[1:])
+    if found.finite:
+        yield "finite: yes, every weight was read"
     yield f"content: {_counts(found.content)}"
     for part in found.parts:
         yield f"{part.name}: {_counts(part.content)}{'' if part.file is None else f', {part.file}'}"
@@ -87,5 +94,8 @@ def _pairs(values: Mapping[str, object]) -> Iterator[str]:
 
 
 def _counts(content: Content) -> str:
+    if not content.tensors:
+        return "nothing"
     dtypes = ", ".join(f"{count} {name}" for name, count in content.dtypes.items())
-    return f"{content.tensors} tensors ({dtypes}), {content.parameters:,} parameters, {content.nbytes:,} bytes"
+    count = f"{content.tensors} tensor{'s' if content.tensors > 1 else ''}"
+    return f"{count} ({dtypes}), {content.parameters:,} parameters, {content.nbytes:,} bytes"

@@ -73,10 +73,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Description:
-    """A model folder or a weight file. `loads`: minidiff.load would take it; otherwise some problem says why not.
+    """A model folder or a weight file. `loads`: minidiff.load would take it; otherwise some problem says why not, or it
+    is put on a model, and `use` says how.
 
     problems: of the whole; each part has its own. ignored: how many tensors of which kind are left out knowingly.
     foreign: keys that belong to no network of Stable Diffusion 1.x, which are left out with a warning.
+    finite: whether every weight is; None where they were not read.
     """
 
     name: str
@@ -89,6 +91,8 @@ class Description:
     tokenizer: Mapping[str, object] = field(default_factory=dict)
     ignored: Mapping[str, int] = field(default_factory=dict)
     foreign: tuple[str, ...] = ()
+    use: str | None = None
+    finite: bool | None = None
 
     def all_problems(self) -> list[str]:
         """In words, the first one first, each with the name of its part."""
@@ -106,15 +110,19 @@ def describe(
     What is whole but cannot be loaded is described, with its problems.
     """
     found = open_source(source, variant, revision)
-    folder, problems = found.path if found.path.is_dir() else None, list(found.problems)
+    folder = found.path if found.path.is_dir() else None
+    problems: list[Problem] = []
     parts = tuple(_part(network, folder) for network in found.networks)
     tensors = [tensor for network in found.networks for tensor in network.tensors.values()]
     tokenizer: Config = {"from": f"{CLIP_TOKENIZER} in the hub's cache, or the folder given: a single file has none"}
     scheduler: Config = {}
-    if not parts:  # a file that is no model
+    model = bool(parts)
+    if not model:  # another file
         tensors = list(found.tensors.values())
         parts = _attempt(lambda: _alone(found), (), problems)
+        problems += [] if found.kind.use else found.problems
     else:
+        problems += found.problems
         scheduler = _attempt(lambda: _scheduler(found.scheduler) if found.scheduler else {}, {}, problems)
         if folder is not None:
             tokenizer = _attempt(lambda: _tokenizer(folder / "tokenizer", found.text.made), {}, problems)
@@ -123,11 +131,10 @@ def describe(
     bad = stored_not_finite(tensors, every=check)
     if bad:
         problems.append(Problem("tensors hold NaN or infinity", tuple(bad)))
-    model = bool(found.networks)
     return Description(
         name=found.name if folder is not None else found.path.name,
         kind=found.kind.name.replace("1.x", "1.x inpainting") if _inpaints(found) else found.kind.name,
-        loads=not problems and not any(part.problems for part in parts),
+        loads=model and not problems and not any(part.problems for part in parts),
         content=_content(found.tensors.values() or tensors),
         parts=parts,
         problems=tuple(problems),
@@ -135,6 +142,8 @@ def describe(
         tokenizer=tokenizer if model else {},
         ignored=_ignored(found.tensors) if model else {},
         foreign=found.foreign if model else (),
+        use=found.kind.use,
+        finite=not bad if check else None,
     )
 
 

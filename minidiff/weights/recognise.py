@@ -70,10 +70,15 @@ _NO_LORA_OF_OURS = (
     (r"\.(a|b|bm|c)[12]\.weight$|\.bm[12]\.", "a GLoRA"),
 )
 
-_ON_A_MODEL = "it changes a model; load the model, and put this on it with loras=[...] or --lora"
+_LORA_USE = "--lora FILE=WEIGHT, or loras=[minidiff.LoRA(file, weight)] of minidiff.load"
+# How files are used that are put on a model
+_USES = {
+    "LoRA": _LORA_USE,
+    "LoRA in cloneofsimo's first format": _LORA_USE,
+    EMBEDDING: "--word WORD=FILE, or words={word: file} of minidiff.load",
+    IMAGE_ADAPTER: "--ip-adapter FILE --image-encoder FOLDER, or minidiff.with_image_prompt",
+}
 _WANTED = {
-    "LoRA": _ON_A_MODEL,
-    "LoRA in cloneofsimo's first format": _ON_A_MODEL,
     "checkpoint with averaged weights (EMA) alone": "use the complete checkpoint, or its non-EMA part",
     "model folder's networks in one file": "load the folder that they belong to",
     "UNet in LDM names alone": "use the complete checkpoint, or load the model folder that it belongs to",
@@ -85,10 +90,13 @@ _WANTED = {
 
 @dataclass(frozen=True)
 class Kind:
-    """The kind of a file. `problem` says why minidiff cannot make images with it alone; None if it can."""
+    """The kind of a file. `problem` says why minidiff cannot make images with it alone; None if it can. `use` says how
+    it is put on a model, if it can be.
+    """
 
     name: str
     problem: str | None = None
+    use: str | None = None
 
 
 def recognise(shapes: Shapes) -> Kind:
@@ -100,6 +108,8 @@ def recognise(shapes: Shapes) -> Kind:
         return _embedding(shapes)
     if name == IMAGE_ADAPTER:
         return _image_adapter(shapes)
+    if name in _USES:
+        return _on_a_model(name)
     if name is not None:
         return Kind(name, f"it is {_a(name)}; {_WANTED.get(name, 'minidiff makes images with Stable Diffusion 1.x')}")
     if checkpoint:
@@ -159,16 +169,19 @@ def _embedding(shapes: Shapes) -> Kind:
     if of:
         name = f"{EMBEDDING} of {of[0]}"
         return Kind(name, f"it is a {name}; minidiff makes images with Stable Diffusion 1.x")
-    return Kind(
-        EMBEDDING, f"it is a {EMBEDDING}; load a model, and add it with words={{word: file}} or --word WORD=FILE"
-    )
+    return _on_a_model(EMBEDDING)
 
 
 def _image_adapter(shapes: Shapes) -> Kind:
     width = next((shape[-1] for key, shape in shapes.items() if key.endswith("_ip.weight") and shape), 768)
     of = {768: "", 1024: " of Stable Diffusion 2", 2048: " of Stable Diffusion XL"}.get(width, " of another model")
-    mend = "put it on a model: with_image_prompt, --ip-adapter" if not of else "minidiff takes those of SD 1.5"
-    return Kind(f"{IMAGE_ADAPTER}{of}", f"it is {_a(IMAGE_ADAPTER)}{of}, which reads pictures as prompts; {mend}")
+    if not of:
+        return _on_a_model(IMAGE_ADAPTER)
+    return Kind(f"{IMAGE_ADAPTER}{of}", f"it is {_a(IMAGE_ADAPTER)}{of}; minidiff takes those of Stable Diffusion 1.5")
+
+
+def _on_a_model(name: str) -> Kind:
+    return Kind(name, f"it is {_a(name)}, which is put on a model: {_USES[name]}", _USES[name])
 
 
 def _refuse_unet(shapes: Shapes, conv_in: str) -> Kind | None:
