@@ -160,6 +160,8 @@ def draw(
     edit: minidiff.Edit | None = None,
     sampler: str | None = None,
     steps: int | None = None,
+    cache: int = 1,
+    interval: tuple[float, float] | None = None,
 ) -> Outcome:
     """Generate and measure a picture for every prompt and its boxes with one method."""
     images: list[Tensor] = []
@@ -177,6 +179,8 @@ def draw(
             edits=() if edit is None else edit,
             sampler=sampler,
             steps=steps,
+            cache_interval=cache,
+            guidance_interval=interval,
             output="tensor",
         )
         for step in run:
@@ -224,11 +228,17 @@ class Method:
 
     guidance: str | None
     edit: minidiff.Edit | None = None
+    cache: int = 1
+    interval: tuple[float, float] | None = None
 
 
 METHODS = {
     "none": Method("none"),
+    "none, cached": Method("none", cache=3),
+    "none, in an interval": Method("none", interval=(0.28, 5.42)),
     "minidiff's default": Method(None),
+    "default, cached": Method(None, cache=3),
+    "default, --fast": Method(None, cache=3, interval=(0.28, 5.42)),
     "layout guidance": Method("layout"),
     "Attend-and-Excite": Method("attend_and_excite"),
     "BoxDiff": Method("boxdiff"),
@@ -256,7 +266,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"objects right and in their box (IoU >= {IN_BOX:g}); intervals of 95 %\n{HEAD}")
     outcomes: dict[str, Outcome] = {}
     for name, method in METHODS.items():
-        outcomes[name] = draw(model, every, args.seed, method.guidance, method.edit)
+        outcomes[name] = draw(
+            model, every, args.seed, method.guidance, method.edit, cache=method.cache, interval=method.interval
+        )
         print(line(name, outcomes[name], outcomes["none"]), flush=True)
     shares = list(_bounds(outcomes))
     apart = _samplers(model, every, args.seed)

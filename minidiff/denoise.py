@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from .guidance.guide import some_rows
 from .model import Model
 from .networks.attention import Edit, Inputs, Maps, Record
+from .networks.unet import DEEP
 
 
 class Denoise:
@@ -20,6 +21,8 @@ class Denoise:
     contexts, inputs: one for all steps, or one each. A context holds the conditional texts [B,L,D], or [uncond, cond]
     [2B,L,D] when the scale needs both, as `weights` [B,T] do: of T texts per image, joined by AND, which stand one
     behind the other in L; NaN where an image has fewer.
+    interval: the noise levels (low, high], in sigma, in which the scale acts; outside, only the conditional half runs.
+    every: the deep layers run in every n-th call, and their last result is reused in the others.
     """
 
     def __init__(
@@ -32,35 +35,79 @@ class Denoise:
         edits: Sequence[Edit],
         inputs: Sequence[Inputs],
         weights: Tensor | None = None,
+        interval: Sequence[float] | None = None,
+        every: int = 1,
     ) -> None:
         self.both = scale != 1 or weights is not None
+        if self.both and interval is not None and record is not None and record.rows != "cond":
+            raise ValueError(
+                f'attention.rows is "{record.rows}", but outside guidance_interval no unconditional rows run; expected '
+                '"cond", or no guidance_interval'
+            )
         if not self.both:  # there are no unconditional rows to leave out
             record = None if record is None else replace(record, rows=_only_rows("attention", record.rows))
             edits = tuple(replace(edit, rows=_only_rows("edit", edit.rows)) for edit in edits)
         self.model, self.contexts, self.scale, self.rescale = model, contexts, scale, rescale
         self.record, self.edits, self.inputs, self.weights = record, edits, inputs, weights
+        self.interval, self.every = interval, every
+        self._reused: dict[int, _Reused] = {}  # by text
+        self._context = contexts[0]
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, Maps]:
         """Predict from variance-preserving x in step `index`; returns float32 for any network dtype."""
         context = self.contexts[index if len(self.contexts) > 1 else 0]
         inputs = self.inputs[index if len(self.inputs) > 1 else 0]
+        if context is not self._context:
+            self._context = context
+            self._reused.clear()
         edits = tuple(edit for edit in self.edits if edit.acts_in(index))
         if self.record is not None or edits:
             inputs = {"t": t, "sigma": torch.full_like(t, sigma), **inputs}
+        inside = self.interval is None or self.interval[0] < sigma <= self.interval[1]
         if self.weights is not None:
             uncond, cond, maps = self._composed(x, t, context, edits, inputs)
-        else:
-            output, maps = self._run(torch.cat([x, x]) if self.both else x, t, context, self.record, edits, inputs)
-            if not self.both:
-                return output, maps
-            uncond, cond = output.chunk(2)
+            return (guided(uncond, cond, self.scale, self.rescale) if inside else cond), maps
+        if self.both and not inside:
+            return self._conditional(x, t, context, edits, inputs)
+        output, maps = self._run(torch.cat([x, x]) if self.both else x, t, context, self.record, edits, inputs)
+        if not self.both:
+            return output, maps
+        uncond, cond = output.chunk(2)
         return guided(uncond, cond, self.scale, self.rescale), maps
 
-    def _run(
-        self, x: Tensor, t: Tensor, context: Tensor, record: Record | None, edits: Sequence[Edit], inputs: Inputs
+    def _conditional(
+        self, x: Tensor, t: Tensor, context: Tensor, edits: Sequence[Edit], inputs: Inputs
     ) -> tuple[Tensor, Maps]:
-        output, maps = self.model.unet(x.to(self.model.dtype), t, context, record, edits, inputs)
+        """Only the conditional half of a batch that has both."""
+        record = None if self.record is None else replace(self.record, rows="all")
+        alone = tuple(replace(edit, rows="all") for edit in edits if edit.rows != "uncond")
+        own = {name: some_rows(value, range(len(x)), len(x)) for name, value in inputs.items()}
+        return self._run(x, t, context[len(x) :], record, alone, own)
+
+    def _run(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        record: Record | None,
+        edits: Sequence[Edit],
+        inputs: Inputs,
+        text: int = 0,
+    ) -> tuple[Tensor, Maps]:
+        """A pass of the network. text: which of several joined by AND."""
+        unet, x = self.model.unet, x.to(self.model.dtype)
+        if self.every == 1:
+            output, maps = unet(x, t, context, record, edits, inputs)
+        else:
+            last = self._reused.get(text)
+            needed = record is not None and any(unet.is_deep(site) for site in record.kinds)
+            if last is None or needed or last.age == self.every or not last.serves(x, edits):
+                output, maps = unet(x, t, context, record, edits, inputs, True)
+                self._reused[text] = _Reused(maps.pop(DEEP), tuple(edits))
+            else:
+                output, maps = unet(x, t, context, record, edits, inputs, last.deep)
+                self._reused[text] = replace(last, age=last.age + 1)
         assert output is not None  # no stop
         return output.float(), maps
 
@@ -87,12 +134,25 @@ class Denoise:
                 continue
             rows = (~own.isnan()).nonzero().flatten()
             some = {name: some_rows(value, rows, batch) for name, value in some.items()}
-            cond, more = self._run(x[rows], t, context[batch:][rows, part].contiguous(), record, alone, some)
+            cond, more = self._run(x[rows], t, context[batch:][rows, part].contiguous(), record, alone, some, n)
             mixed = mixed.index_add(0, rows, own[rows, None, None, None] * (cond - uncond[rows]))
             for site, found in more.items():
                 if record is not None and record.kinds[site].heads is not None:
                     maps[site] = torch.cat([maps[site], _in_rows(found, rows, batch)], dim=-1)
         return uncond, mixed, maps
+
+
+@dataclass(frozen=True, eq=False)
+class _Reused:
+    """What the deep layers returned [B,C,h,w] under which edits. age: calls since before them."""
+
+    deep: Tensor
+    edits: tuple[Edit, ...]
+    age: int = 1
+
+    def serves(self, x: Tensor, edits: Sequence[Edit]) -> bool:
+        """Whether a call for these latents with these edits may reuse it."""
+        return len(self.deep) == len(x) and self.edits == tuple(edits)
 
 
 _OF_TOKENS = ("token_weights", "words", "unread")

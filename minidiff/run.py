@@ -102,7 +102,8 @@ def sample_steps(request: Request) -> Run:
             told = [(encoded[one][-texts.images :], layouts[one]) for one in each_step]
             guide = _guide(model, how.of_run(schedule.steps, there), told, regions, edits, own)
     rescale = request.guidance_rescale
-    denoise = Denoise(model, contexts, scale, rescale, record, edits, given, texts.weights)
+    knobs = request.guidance_interval, request.cache_interval
+    denoise = Denoise(model, contexts, scale, rescale, record, edits, given, texts.weights, *knobs)
     used = {
         "seed": tuple(s if request.latents is None or sampler.stochastic else None for s in _seeds(request)),
         "guidance": None if guide is None and request.guidance is None else "none" if how is None else how,

@@ -211,6 +211,10 @@ def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: Asked, tmp_path
     assert asked.request.seed == 5
     cli("generate", "a", "--model=m", "--sampler=ddim", "--eta=0.25", "--steps=7")
     assert (asked.request.eta, asked.request.steps) == (0.25, 7)
+    cli("generate", "a", "--model=m", "--cache-interval=2", "--fast")
+    assert (asked.request.cache_interval, asked.request.guidance_interval) == (2, (0.28, 5.42))
+    cli("generate", "a", "--model=m", "--fast", "--guidance-interval=1,9")
+    assert (asked.request.cache_interval, asked.request.guidance_interval) == (3, (1.0, 9.0))
 
 
 def test_without_flags_the_library_decides(cli: Cli, asked: Asked) -> None:

@@ -52,8 +52,9 @@ def layout_of(model: Model, images: int) -> Layout:
         {"edits": minidiff.forward_guidance(0.5), "guidance": "none"},
         {"sampler": "euler_ancestral"},
         {"guidance_rescale": 0.5},
+        {"cache_interval": 2, "guidance_interval": (0.28, 5.42)},
     ],
-    ids=["plain", "attention", "box masses", "regional", "forward", "stochastic", "rescaled"],
+    ids=["plain", "attention", "box masses", "regional", "forward", "stochastic", "rescaled", "fast"],
 )
 def test_a_step_stays_on_the_device(model: Model, options: dict[str, object]) -> None:
     boxes = {"cat": (0.1, 0.1, 0.6, 0.7)} if options.get("guidance") == "none" else None

@@ -32,6 +32,8 @@ WRONG = {
     "sigmas": [5, [float("nan"), 0], torch.zeros(2, 2)],
     "guidance_scale": [0.5, float("nan"), "7", True, 10**400],
     "guidance_rescale": [-0.1, 2, None],
+    "guidance_interval": [5, (1,), (5.42, 0.28), (-1, 2), (1, 1), "0.2,5", (1, 2, 3)],
+    "cache_interval": [0, 1.5, None, "3"],
     "clip_skip": [-1, 1.5, "1"],
     "sampler": [3, "nope", minidiff.DDIM],
     "schedule": [1, "yes"],

@@ -35,6 +35,21 @@ class _Words(argparse.Action):
         setattr(namespace, self.dest, {**there, word: file})
 
 
+FAST: dict[str, object] = {"guidance_interval": [0.28, 5.42], "cache_interval": 3}
+"""What --fast stands for; its price is measured in bench/RESULTS.md."""
+
+
+class _Fast(argparse.Action):
+    """Sets those of FAST that no flag has set; flags after it set them anew."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        for name, value in FAST.items():
+            if getattr(namespace, name) is None:
+                setattr(namespace, name, value)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser. Its namespace has `command` and the flags, None (PROMPT: []) if not given, to let generate() decide.
 
@@ -194,6 +209,20 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         help="how strongly to follow the prompt; 1 turns guidance off (default: the model's)",
     )
     add("--guidance-rescale", type=float, metavar="R", help="0 to 1, reduces overexposure at large scales (default: 0)")
+    add(
+        "--guidance-interval",
+        type=_numbers,
+        metavar="LOW,HIGH",
+        help="guide only at noise levels sigma above LOW, up to HIGH, and run half of the network's work elsewhere",
+    )
+    add("--cache-interval", type=int, metavar="N", help="run the network's deep layers only in every N-th step")
+    add(
+        "--fast",
+        action=_Fast,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="--guidance-interval 0.28,5.42 --cache-interval 3: less than half the time, slightly other images",
+    )
     add(
         "--clip-skip",
         type=int,

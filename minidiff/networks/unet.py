@@ -20,6 +20,11 @@ from .sites import Place, Position, Site, Where
 MASKED = "masked"
 """The input of an inpainting UNet [B,5,h,w]: the mask, 1 where to paint, and the latents of the masked picture."""
 
+DEEP = Site("up", -1, -1, "self")
+"""The key, among a pass's maps, of what its deep layers returned [B,C,h,w]. No attention layer has it."""
+SHALLOW = 2
+"""How many of the last layers run when that is reused, with as many of the first ones, conv_in among them."""
+
 
 class UNet(nn.Module):
     """`eps, maps = unet(x, t, context)`. `unet.sites` lists the attention layers in execution order."""
@@ -66,6 +71,7 @@ class UNet(nn.Module):
         record: Record | None = None,
         edits: Sequence[Edit] = (),
         inputs: Inputs | None = None,
+        deep: Tensor | bool = False,
     ) -> tuple[Tensor | None, Maps]:
         """Predict the noise (or v) in latents.
 
@@ -73,8 +79,9 @@ class UNet(nn.Module):
         999); context [B,L,D].
         Returns (eps [B,C,h,w], maps). maps is empty without `record`; eps is None when `record.stop` ended the pass.
         inputs: tensors that keeps and edits read, on x's device; an inpainting UNet reads `MASKED` of them, or takes x
-        with all its channels. ValueError if x or context has the wrong shape, or if
-        `record` or `edits` name sites that this UNet does not have.
+        with all its channels. deep: True also returns what the deep layers made, as maps[DEEP]; a later pass, for
+        nearby latents, that is given it leaves these layers out (DeepCache, Ma et al. 2023). ValueError if x or context
+        has the wrong shape, or if `record` or `edits` name sites that this UNet does not have.
         """
         hooks = self._hooks(record, edits, inputs)
         x = self._with_masked(x, inputs)
@@ -83,9 +90,13 @@ class UNet(nn.Module):
         y = self.conv_in(x)
         skips: list[Tensor] = [y]
         maps: Maps = {}
+        if isinstance(deep, Tensor):
+            return self._around(deep, y, emb, context, hooks)
         mid = () if self.mid_block is None else (self.mid_block,)
         for block in cast("list[Block]", [*self.down_blocks, *mid, *self.up_blocks]):
             for i in range(len(block.resnets)):
+                if deep and block is self.up_blocks[-1] and i == len(block.resnets) - SHALLOW:
+                    maps[DEEP] = y
                 # The concatenation gets no name, so that the layer can free it.
                 y, kept = block.layer(
                     i, torch.cat([y, skips.pop()], dim=1) if block.place == "up" else y, emb, context, hooks
@@ -101,7 +112,32 @@ class UNet(nn.Module):
             if block.upsamplers is not None:
                 # Halving rounds up (65 -> 33), so the size comes from the skip connection, not from doubling.
                 y = block.upsamplers[0](y, skips[-1].shape[-2:])
-        return self.conv_out(F.silu(self.conv_norm_out(y))), maps
+        return self._out(y), maps
+
+    def _around(
+        self, deep: Tensor, y: Tensor, emb: Tensor, context: Tensor, hooks: Hooks
+    ) -> tuple[Tensor | None, Maps]:
+        """The first and the last layers, around what the others returned earlier. y: conv_in's output."""
+        first, last = cast(Block, self.down_blocks[0]), cast(Block, self.up_blocks[-1])
+        skip, maps = first.layer(0, y, emb, context, hooks)
+        assert skip is not None  # no pass stops here
+        found: Tensor | None = deep
+        for i, other in zip(range(len(last.resnets) - SHALLOW, len(last.resnets)), (skip, y), strict=True):
+            assert found is not None
+            found, kept = last.layer(i, torch.cat([found, other], dim=1), emb, context, hooks)
+            maps = {**maps, **kept}
+        assert found is not None
+        return self._out(found), maps
+
+    def _out(self, y: Tensor) -> Tensor:
+        return self.conv_out(F.silu(self.conv_norm_out(y)))
+
+    def is_deep(self, site: Site) -> bool:
+        """Whether a pass leaves this attention layer out when it reuses what deep layers returned."""
+        last = len(self.up_blocks) - 1
+        first = len(cast(Block, self.up_blocks[-1]).resnets) - SHALLOW
+        here = (site.place, site.block) == ("up", last) and site.layer >= first
+        return not here and (site.place, site.block, site.layer) != ("down", 0, 0)
 
     def _with_masked(self, x: Tensor, inputs: Inputs | None) -> Tensor:
         """x with the mask and the masked picture behind it, where an inpainting UNet gets them as an input."""
