@@ -67,6 +67,10 @@ def parser() -> argparse.ArgumentParser:
     _add_layout_flags(generate)
     _add_sampling_flags(generate)
     _add_model_flags(generate)
+    text = "open a page in the browser: draw boxes, watch pictures being made, see heat maps"
+    page = commands.add_parser("page", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+    _add_page_flags(page)
+    _add_model_flags(page, "append")
     text = "show what made a picture, or what a weight file or model folder holds and whether it loads"
     info = commands.add_parser("info", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     info.add_argument(
@@ -240,9 +244,23 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--eta", type=float, metavar="E", help="0 to 1, fresh noise in each step of ddim or tcd (default: 0)")
 
 
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+def _add_page_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", metavar="NAME", help="0.0.0.0 serves other machines, too (default: 127.0.0.1)")
+    add("--port", type=int, metavar="N", help="default: the first free one from 7860")
+    add("--out", metavar="FOLDER", help="where pictures are written (default: a new temporary folder)")
+
+
+def _add_model_flags(parser: argparse.ArgumentParser, each: str = "store") -> None:
+    """each: "append" takes several models."""
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="SOURCE", help="a hub id, a model folder or a .safetensors file (default: the bundled one)")
+    text = "a hub id, a model folder or a .safetensors file (default: the bundled one)"
+    add(
+        "--model",
+        action=each,
+        metavar="SOURCE",
+        help=text if each == "store" else f"{text}; repeatable, to choose from",
+    )
     add("--variant", metavar="NAME", help="variant of the weight files in a folder or on the hub, such as fp16")
     add("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     add("--vae", metavar="SOURCE", help="another autoencoder: a hub id, a folder or a .safetensors file")

@@ -50,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = parser().parse_args(argv)
             if args.command == "generate":
                 code = _generate(args)
+            elif args.command == "page":
+                from .page.start import start
+
+                start(args)
+                code = 0
             else:
                 from .info import info
 

@@ -1,0 +1,1 @@
+"""The browser page: `minidiff page` (extra `[page]`). Only app.py imports gradio."""
