@@ -48,6 +48,13 @@ def wholes(name: str, values: Iterable[object], least: float = -math.inf, most: 
     return tuple(whole(name, value, least, most) for value in values)
 
 
+def whole_fields(
+    where: str, values: Mapping[str, object], least: float = -math.inf, most: float = math.inf
+) -> dict[str, int]:
+    """Values of a config by their keys, each as whole()."""
+    return {key: whole(f"{where}: {key}", value, least, most) for key, value in values.items()}
+
+
 def number(name: str, value: object, least: float = -math.inf, most: float = math.inf, expected: str = "") -> float:
     """A finite number from `least` to `most`; see whole()."""
     try:

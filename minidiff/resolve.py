@@ -87,8 +87,8 @@ def _size(request: Request, model: Model) -> tuple[int, int]:
 def _check_memory(model: Model, width: int, height: int, images: int) -> None:
     """ValueError if even the largest single tensor of a step or of decoding does not fit."""
     cells = width * height // model.vae.config.factor**2
-    step = 2 * images * cells * model.unet.config.block_out_channels[0] * model.dtype.itemsize
-    need = max(step, width * height * model.vae.config.block_out_channels[0] * model.dtype.itemsize)
+    step = 2 * images * cells * model.unet.config.block_out_channels[0]
+    need = max(step, width * height * model.vae.config.block_out_channels[0]) * model.dtype.itemsize
     if model.device.type == "cuda":
         there = torch.cuda.mem_get_info(model.device)[1]
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -105,8 +105,8 @@ def _check_memory(model: Model, width: int, height: int, images: int) -> None:
 def latent_shape(request: Request, model: Model) -> tuple[int, int, int]:
     """[C,h,w] of an image's latents, for a request with its size."""
     assert request.width is not None and request.height is not None
-    config = model.vae.config
-    return config.latent_channels, request.height // config.factor, request.width // config.factor
+    channels, factor = model.vae.config.latent_channels, model.vae.config.factor
+    return channels, request.height // factor, request.width // factor
 
 
 def check_latents(request: Request, model: Model) -> Tensor:

@@ -20,7 +20,7 @@ from .guidance.layout import Layout, Region, plain_boxes
 from .guidance.regions import share_edits
 from .model import Model
 from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
-from .networks.sites import Position, Site, choose, cross, level
+from .networks.sites import SECOND_COARSEST, Position, Site, choose, cross
 from .png.chunk import Plain, plain
 from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
 from .request import BUNDLED, Request
@@ -32,7 +32,7 @@ from .speed.replace import changed_weights
 from .texts import Texts
 from .weights.load import load
 
-ATTENTION = Record(cross & level(1), HEAD_MEAN)
+ATTENTION = Record(SECOND_COARSEST, HEAD_MEAN)
 """What `attention=True` records."""
 _REDUCTIONS: Mapping[str, Reduce] = {"mean": MEAN, "last": LAST, "per_step": PER_STEP}
 
@@ -86,7 +86,8 @@ def sample_steps(request: Request) -> Run:
     each_step = texts.in_each_step()
     encoded = {one: one.encode(model, request.clip_skip, negative=both) for one in each_step}
     contexts = [encoded[one] for one in each_step]
-    regions = each_step[0].regions(request, model)
+    placed = {one: one.regions(request, model) for one in encoded}
+    regions = placed[each_step[0]]
     given_inputs = {name: value.to(model.device) for name, value in (request.inputs or {}).items()}
     own = image_inputs(request, model, there, negative=both) | begun.inputs | given_inputs
     masks = texts.masks(model, there, both)
@@ -95,7 +96,7 @@ def sample_steps(request: Request) -> Run:
     guide, given = None, [own]
     if any(regions):
         length = contexts[0].shape[1]
-        layouts = {one: one.layout(model, one.regions(request, model), length, there) for one in encoded}
+        layouts = {one: one.layout(model, placed[one], length, there) for one in encoded}
         given = [{**layouts[one].inputs(), **own} for one in each_step]
         if how is not None:
             check_places(how, regions)

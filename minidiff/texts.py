@@ -53,11 +53,9 @@ class Texts:
     @classmethod
     def of(cls, request: Request, model: Model, steps: int) -> Texts:
         """One text or context per prompt, each with a negative one ("" by default), for a run of so many steps."""
-        width = model.unet.config.cross_attention_dim
-        for name, context, count in (
-            ("context", request.context, request.prompts),
-            ("negative_context", request.negative_context, request.prompts),
-        ):
+        width, count = model.unet.config.cross_attention_dim, request.prompts
+        for name in ("context", "negative_context"):
+            context = getattr(request, name)
             if context is not None and (len(context) != count or context.shape[2] != width):
                 raise ValueError(
                     f"{name} is {list(context.shape)}; expected a tensor [{count}, L, {width}], such as "
@@ -67,7 +65,7 @@ class Texts:
         negatives = tuple(listed(request.negative_prompt or ""))
         texts = cls(
             prompts,
-            negatives * (request.prompts // len(negatives)),
+            negatives * (count // len(negatives)),
             request.context,
             request.negative_context,
             request.images_per_prompt,

@@ -10,6 +10,7 @@ from ldm import SD15_TEXT, sd15_shapes
 from safetensors.torch import save_file
 
 from minidiff.networks.config import UNetConfig, VAEConfig
+from minidiff.networks.text import TextConfig
 from minidiff.networks.unet import UNet
 from minidiff.networks.vae import VAE
 from minidiff.weights.files import Stored
@@ -49,7 +50,7 @@ def test_sd15_is_recognised_with_its_configs(sd15: Shapes, opened: Opened) -> No
     assert recognise(sd15) == Kind(CHECKPOINT)
     source = opened(sd15)
     assert configs(source) == (UNetConfig(), VAEConfig())
-    assert source.text.made == SD15_TEXT
+    assert source.text.made == TextConfig.from_dict(SD15_TEXT)
     assert [len(network.tensors) for network in source.networks] == [686, 248, 196]
     source.refuse()
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.networks import vae as networks_vae
 from minidiff.networks.config import VAEConfig
 from minidiff.networks.vae import VAE
 from minidiff.speed import accelerate, strips
@@ -15,7 +16,6 @@ from minidiff.speed.strips import grow_conv, norm_silu_conv
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows of the grid below at a time."""
     monkeypatch.setattr(strips, "AT_ONCE", 3 * 8 * 7)
-    monkeypatch.setattr(strips, "WHOLE", 0)
 
 
 def layers(dtype: torch.dtype) -> tuple[nn.GroupNorm, nn.Conv2d]:
@@ -57,7 +57,7 @@ def test_half_precision_rounds_once_a_layer() -> None:
     assert (found - expected).abs().max() <= 0.006 * expected.abs().max()
 
 
-def test_what_is_small_or_has_a_gradient_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_a_gradient_stays_whole() -> None:
     norm, conv = layers(torch.float64)
     x = grid(11).requires_grad_()
     seen = []
@@ -65,10 +65,24 @@ def test_what_is_small_or_has_a_gradient_stays_whole(monkeypatch: pytest.MonkeyP
     norm_silu_conv(norm, conv, x).sum().backward()
     with torch.no_grad():
         norm_silu_conv(norm, conv, x)
-        monkeypatch.setattr(strips, "WHOLE", x.numel())
-        norm_silu_conv(norm, conv, x)
-    assert seen == [11, 4, 5, 5, 3, 11]
+    assert seen == [11, 4, 5, 5, 3]
     assert x.grad is not None
+
+
+@torch.no_grad()
+def test_only_large_grids_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, conv = layers(torch.float64)
+    square, x = nn.Conv2d(8, 8, 3, padding=1).double(), grid(11)
+    heights: list[int] = []
+    for layer in (conv, square):
+        layer.register_forward_hook(lambda layer, given, out: heights.append(given[0].shape[2]))
+    for large, divided in ((4 * x.numel(), (False, False)), (x.numel(), (False, True)), (x.numel() - 1, (True, True))):
+        monkeypatch.setattr(networks_vae, "LARGE", large)
+        networks_vae.norm_silu_conv(norm, conv, x, norm_silu_conv)
+        first = len(heights)
+        networks_vae.grow_conv(square, x, grow_conv)
+        assert (first > 1, len(heights) - first > 1) == divided
+        heights.clear()
 
 
 @pytest.mark.parametrize("onednn", [True, False])
@@ -78,6 +92,6 @@ def test_a_prepared_autoencoder_works_in_strips(onednn: bool, monkeypatch: pytes
     with torch.device("meta"):
         vae = VAE(VAEConfig())
     monkeypatch.setattr(vae, "parameters", lambda: iter([torch.empty(0)]))  # claims to be on the CPU
-    layers = [module for module in accelerate.prepare(vae).modules() if hasattr(module, "norm_silu_conv")]
+    layers = [module for module in accelerate.prepare(vae).modules() if hasattr(module, "norm_silu_conv_strips")]
     assert layers
-    assert all(layer.norm_silu_conv is norm_silu_conv for layer in layers)
+    assert all(layer.norm_silu_conv_strips is norm_silu_conv for layer in layers)

@@ -58,6 +58,10 @@ class Keep:
             raise ValueError(f"{self.name} returned {shown(kept)}; expected a tensor")
         return kept
 
+    def of_all(self, probs: Mapping[Site, Tensor], inputs: Inputs) -> Maps:
+        """What to keep from each of several sites."""
+        return {site: self(site, one, inputs) for site, one in probs.items()}
+
     def __str__(self) -> str:
         return self.name
 

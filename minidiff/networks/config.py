@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..checks import number, shown, whole, wholes
+from ..checks import number, shown, whole, whole_fields, wholes
 
 _MID_BLOCK = "UNetMidBlock2DCrossAttn"
 
@@ -35,6 +35,7 @@ _VAE_FIXED: dict[str, object] = {
     "use_post_quant_conv": True,
     "use_quant_conv": True,
 }
+_VAE_WHOLES = ("in_channels", "out_channels", "latent_channels", "norm_num_groups")
 # Upper limits for a config: above any Stable Diffusion's, yet low enough to build the network without delay.
 MOST_LEVELS, MOST_LAYERS, MOST_CHANNELS, MOST_EDGE = 8, 32, 2**16, 2**13
 
@@ -86,8 +87,6 @@ class UNetConfig:
                 "expected the number of heads in attention_head_dim"
             )
         found = cls(
-            in_channels=read.whole("in_channels", cls.in_channels),
-            out_channels=read.whole("out_channels", cls.out_channels),
             block_out_channels=widths,
             down_attention=read.blocks(
                 "down_block_types", "DownBlock2D", "CrossAttnDownBlock2D", cls.down_attention, levels
@@ -96,14 +95,19 @@ class UNetConfig:
             mid_block=read.mid_block(),
             layers_per_block=read.per_level("layers_per_block", 2, levels, MOST_LAYERS),
             num_heads=read.per_level("attention_head_dim", 8, levels),
-            # diffusers' own default when the key is missing
-            cross_attention_dim=read.whole("cross_attention_dim", 1280, MOST_CHANNELS),
-            norm_num_groups=read.whole("norm_num_groups", cls.norm_num_groups),
             norm_eps=read.number("norm_eps", cls.norm_eps, 0, 1),
             flip_sin_to_cos=bool(read.plain("flip_sin_to_cos", True)),
             freq_shift=read.number("freq_shift", cls.freq_shift, 0, max(widths[0] // 2 - 1, 0)),
             use_linear_projection=bool(read.plain("use_linear_projection", False)),
             sample_size=read.sample_size(cls.sample_size),
+            **read.wholes(
+                {
+                    "in_channels": cls.in_channels,
+                    "out_channels": cls.out_channels,
+                    "cross_attention_dim": 1280,  # diffusers' own default when the key is missing
+                    "norm_num_groups": cls.norm_num_groups,
+                }
+            ),
         )
         read.refuse_other_kinds(_UNET_FIXED)
         _check_groups("unet/config.json", found.norm_num_groups, widths)
@@ -144,13 +148,10 @@ class VAEConfig:
         read.blocks("down_block_types", "DownEncoderBlock2D", None, (False,) * len(widths), len(widths))
         read.blocks("up_block_types", "UpDecoderBlock2D", None, (False,) * len(widths), len(widths))
         found = cls(
-            in_channels=read.whole("in_channels", cls.in_channels),
-            out_channels=read.whole("out_channels", cls.out_channels),
-            latent_channels=read.whole("latent_channels", cls.latent_channels),
             block_out_channels=widths,
             layers_per_block=read.whole("layers_per_block", 1, MOST_LAYERS),
-            norm_num_groups=read.whole("norm_num_groups", cls.norm_num_groups),
             scaling_factor=read.number("scaling_factor", cls.scaling_factor, 1e-4, 1e4),
+            **read.wholes({key: getattr(cls, key) for key in _VAE_WHOLES}),
         )
         read.refuse_other_kinds(_VAE_FIXED)
         _check_groups("vae/config.json", found.norm_num_groups, widths)
@@ -172,6 +173,10 @@ class _Reader:
 
     def whole(self, key: str, default: int, most: int = MOST_CHANNELS) -> int:
         return whole(f"{self.file}: {key}", self.plain(key, default), 1, most)
+
+    def wholes(self, defaults: Mapping[str, int]) -> dict[str, int]:
+        given = {key: self.plain(key, default) for key, default in defaults.items()}
+        return whole_fields(self.file, given, 1, MOST_CHANNELS)
 
     def number(self, key: str, default: float, least: float, most: float) -> float:
         return number(f"{self.file}: {key}", self.plain(key, default), least, most)

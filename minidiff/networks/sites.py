@@ -162,6 +162,10 @@ def level(number: int) -> Where:
     return Where(f"level({number})", partial(_is_on, whole("level", number, 0)))
 
 
+SECOND_COARSEST = cross & level(1)
+"""The cross-attention on the second-coarsest grid: 16x16 in SD 1.5 at 512 pixels."""
+
+
 def read_sites(name: str, sites: object) -> Where | frozenset[Site]:
     """Read a caller's sites: a choice, a site, a name, or several. ValueError, with `name`, for anything else."""
     if isinstance(sites, Where):

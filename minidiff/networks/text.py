@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import choice, number, warn, whole
+from ..checks import choice, number, warn, whole_fields
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerFast
@@ -250,10 +250,9 @@ class TextConfig(NamedTuple):
         Sizes have bounds far above those of any CLIP, so that a wrong one is refused before it is looped over.
         """
         where = "text encoder config"
-        sizes = {
-            key: whole(f"{where}: {key}", config.get(key), 1, 200 if key == "num_hidden_layers" else 2**20)
-            for key in cls._fields[:6]
-        }
+        given = {key: config.get(key) for key in cls._fields[:6]}
+        layers = {"num_hidden_layers": given.pop("num_hidden_layers")}
+        sizes = whole_fields(where, layers, 1, 200) | whole_fields(where, given, 1, 2**20)
         found = cls(
             hidden_act=choice(f"{where}: hidden_act", config.get("hidden_act", ACTIVATIONS[0]), ACTIVATIONS),
             layer_norm_eps=number(f"{where}: layer_norm_eps", config.get("layer_norm_eps", 1e-5), 0, 1),

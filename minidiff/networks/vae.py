@@ -4,7 +4,8 @@ Rombach et al. 2022, appendix G. Module names are those of the folder format. Th
 are `scaling_factor` times as large.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +14,21 @@ from torch import Tensor, nn
 from .attention import attention
 from .config import VAEConfig
 
+LARGE = 2**24
+"""Grids of more elements are computed by `strips`, where a layer has such a function (speed/strips.py)."""
+Strips: TypeAlias = Callable[..., Tensor] | None
 
-def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
+
+def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Module, x: Tensor, strips: Strips = None) -> Tensor:
     """conv(silu(norm(x))): [B,C,h,w] -> [B,C',h,w]."""
-    return conv(F.silu(norm(x)))
+    return conv(F.silu(norm(x))) if strips is None or x.numel() <= LARGE else strips(norm, conv, x)
 
 
-def grow_conv(conv: nn.Module, x: Tensor) -> Tensor:
+def grow_conv(conv: nn.Module, x: Tensor, strips: Strips = None) -> Tensor:
     """Double the grid by nearest neighbours, then convolve: [B,C,h,w] -> [B,C',2h,2w]."""
-    return conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    if strips is None or 4 * x.numel() <= LARGE:
+        return conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    return strips(conv, x)
 
 
 _EPS = 1e-6  # for every norm, regardless of the config
@@ -74,7 +81,7 @@ class VAE(nn.Module):
 class Encoder(nn.Module):
     """Image to moments: levels of resnets, each but the last halving the grid, then the mid block."""
 
-    norm_silu_conv = staticmethod(norm_silu_conv)
+    norm_silu_conv_strips: Strips = None
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -93,13 +100,13 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B,3,H,W] -> [B,8,h,w]."""
         x = self.mid_block(_run(self.down_blocks, self.conv_in(x)))
-        return self.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x, self.norm_silu_conv_strips)
 
 
 class Decoder(nn.Module):
     """Latents to image: the mid block, then levels of resnets, each but the last doubling the grid."""
 
-    norm_silu_conv = staticmethod(norm_silu_conv)
+    norm_silu_conv_strips: Strips = None
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -118,7 +125,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B,4,h,w] -> [B,3,H,W]."""
         x = _run(self.up_blocks, self.mid_block(self.conv_in(x)))
-        return self.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x, self.norm_silu_conv_strips)
 
 
 class Level(nn.Module):
@@ -156,7 +163,7 @@ def _run(levels: nn.ModuleList, x: Tensor) -> Tensor:
 class ResBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
 
-    norm_silu_conv = staticmethod(norm_silu_conv)
+    norm_silu_conv_strips: Strips = None
 
     def __init__(self, groups: int, channels: int, out: int) -> None:
         super().__init__()
@@ -168,8 +175,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,h,w] -> [B,C',h,w]."""
-        y = self.norm_silu_conv(self.norm1, self.conv1, x)
-        y = self.norm_silu_conv(self.norm2, self.conv2, y)
+        y = norm_silu_conv(self.norm1, self.conv1, x, self.norm_silu_conv_strips)
+        y = norm_silu_conv(self.norm2, self.conv2, y, self.norm_silu_conv_strips)
         y += x if self.conv_shortcut is None else self.conv_shortcut(x)  # in place: these are the largest grids of all
         return y
 
@@ -221,7 +228,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double the grid by nearest neighbours, then convolve."""
 
-    grow_conv = staticmethod(grow_conv)
+    grow_conv_strips: Strips = None
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -229,4 +236,4 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,h,w] -> [B,C,2h,2w]."""
-        return self.grow_conv(self.conv, x)
+        return grow_conv(self.conv, x, self.grow_conv_strips)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from minidiff.checks import number, shown, warn
+from minidiff.checks import shown, warn
 from minidiff.sampling.samplers import sampler_class
 from minidiff.sampling.samplers._sampler import Sampler
 from minidiff.sampling.schedule import NoiseSchedule
@@ -63,7 +63,7 @@ def sampler_fields(sampler: Sampler) -> dict[str, object]:
 def _with(sampler: Sampler, schedule: str | None, spacing: str | None, eta: float) -> Sampler:
     """The sampler with these settings; None and eta 0 change nothing."""
     levels = None if schedule is None else read_schedule(schedule)
-    asked = {"levels": levels, "spacing": spacing, "eta": number("eta", eta, 0, 1) or None}
+    asked = {"levels": levels, "spacing": spacing, "eta": eta or None}
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     for name, value in changes.items():
         if not _has(sampler, name) and value != "uniform":
@@ -72,7 +72,8 @@ def _with(sampler: Sampler, schedule: str | None, spacing: str | None, eta: floa
                 f"{'schedule' if name == 'levels' else name} is {shown(value)} with sampler {sampler.name!r}; expected "
                 f"one with it: {', '.join(having)}"
             )
-    return replace(sampler, **{name: value for name, value in changes.items() if _has(sampler, name)})
+    changes = {name: value for name, value in changes.items() if _has(sampler, name)}
+    return replace(sampler, **changes) if changes else sampler
 
 
 def _has(sampler: Sampler | type[Sampler], name: str) -> bool:

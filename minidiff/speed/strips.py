@@ -14,14 +14,12 @@ from torch import Tensor, nn
 Network = TypeVar("Network", bound=nn.Module)
 AT_ONCE = 2**22
 """Elements of a grid processed at a time (16 MB in float32)."""
-WHOLE = 2**24
-"""Grids of up to this many elements are not divided."""
 
 
 def by_strips(vae: Network) -> Network:
     """Make an autoencoder process its largest grids strip by strip, in place."""
     for module in vae.modules():
-        for name, function in (("norm_silu_conv", norm_silu_conv), ("grow_conv", grow_conv)):
+        for name, function in (("norm_silu_conv_strips", norm_silu_conv), ("grow_conv_strips", grow_conv)):
             if hasattr(type(module), name):
                 setattr(module, name, function)
     return vae
@@ -29,7 +27,7 @@ def by_strips(vae: Network) -> Network:
 
 def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
     """conv(silu(norm(x))) for a 3x3 convolution with padding 1: [B,C,h,w] -> [B,C',h,w]."""
-    if not _divided(x):
+    if not _can_divide(x):
         return conv(F.silu(norm(x)))
     if len(x) > 1:
         return torch.cat([norm_silu_conv(norm, conv, one) for one in x.split(1)])
@@ -49,15 +47,15 @@ def grow_conv(conv: nn.Module, x: Tensor) -> Tensor:
     def grown(part: Tensor) -> Tensor:
         return F.interpolate(part, scale_factor=2, mode="nearest")
 
-    return _by_strips(x, grown, conv, 2) if _divided(x, 4) else conv(grown(x))
+    return _by_strips(x, grown, conv, 2) if _can_divide(x) else conv(grown(x))
 
 
-def _divided(x: Tensor, growth: int = 1) -> bool:
-    """Whether to use strips: for large grids, on the CPU, without gradients.
+def _can_divide(x: Tensor) -> bool:
+    """Whether to use strips: on the CPU, without gradients.
 
     Autograd would keep all that strips save, and only the CPU's group norm returns its statistics in float32.
     """
-    return growth * x.numel() > WHOLE and x.device.type == "cpu" and not torch.is_grad_enabled()
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def _strips(x: Tensor, growth: int) -> Iterator[tuple[int, int]]:

@@ -192,6 +192,23 @@ def read_tensors(
     return found
 
 
+def read_weights(
+    wanted: Mapping[str, Stored], shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """read_tensors; ValueError naming the vectors (norms and biases) with NaN or infinity.
+
+    Checking all would read the whole file.
+    """
+    state = read_tensors(wanted, shapes, dtype, device)
+    bad = not_finite({key: tensor for key, tensor in state.items() if tensor.ndim <= 1})
+    if bad:
+        raise ValueError(
+            f"weights are not finite (NaN or infinity): {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}; such a "
+            "model makes black images. Use another file of the model; `minidiff info --check` lists all bad tensors"
+        )
+    return state
+
+
 def stored_not_finite(tensors: Iterable[Stored], every: bool = False) -> list[str]:
     """The file's keys of tensors with NaN or infinity, among `every` tensor or only vectors (norms and biases)."""
     files: dict[Path, list[str]] = defaultdict(list)
@@ -203,16 +220,6 @@ def stored_not_finite(tensors: Iterable[Stored], every: bool = False) -> list[st
         with safe_open(path, framework="pt") as file:
             found += [key for key in keys if not finite(file.get_tensor(key).float())]
     return found
-
-
-def check_finite(state: Mapping[str, Tensor]) -> None:
-    """ValueError naming the vectors (norms and biases) with NaN or infinity; checking all would read the whole file."""
-    bad = not_finite({key: tensor for key, tensor in state.items() if tensor.ndim <= 1})
-    if bad:
-        raise ValueError(
-            f"weights are not finite (NaN or infinity): {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}; such a "
-            "model makes black images. Use another file of the model; `minidiff info --check` lists all bad tensors"
-        )
 
 
 def _parts(wanted: Mapping[str, Stored], dtype: torch.dtype, device: torch.device) -> list[list[str]]:

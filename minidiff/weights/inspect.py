@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..model import Defaults
+from ..networks.text import TextConfig
 from ..networks.unet import UNet
 from ..networks.vae import VAE
 from ..sampling import NoiseSchedule, choose_sampler
@@ -199,20 +200,14 @@ def _ignored(tensors: Tensors) -> dict[str, int]:
 # ---- parts
 
 
-def _tokenizer(folder: Path, text: Config | None) -> Config:
+def _tokenizer(folder: Path, text: TextConfig | None) -> Config:
     reader = load_tokenizer(folder)
-    vocabulary, positions = (
-        None if text is None else text.get(key) for key in ("vocab_size", "max_position_embeddings")
-    )
-    if isinstance(vocabulary, int):
-        check_vocabulary(reader, folder, vocabulary)
-    files = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     length = int(reader.model_max_length)  # one without a limit claims 1e30
-    return {
-        "files": files,
-        "tokens": len(reader),
-        "length": min(length, positions) if isinstance(positions, int) else length,
-    }
+    if text is not None:
+        check_vocabulary(reader, folder, text.vocab_size)
+        length = min(length, text.max_position_embeddings)
+    files = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return {"files": files, "tokens": len(reader), "length": length}
 
 
 def _scheduler(config: Config) -> Config:
@@ -233,11 +228,10 @@ def _scheduler(config: Config) -> Config:
 def _part(network: Network[Any], folder: Path | None = None) -> Part:
     """What there is of a network: its sizes, and counts. folder: the model's."""
     made, summary = network.made, {}
-    if isinstance(made, UNet | VAE):
-        sizes = _UNET_SIZES if isinstance(made, UNet) else _VAE_SIZES
-        summary = {ours: getattr(made.config, theirs) for ours, theirs in sizes.items()}
-    elif made is not None:
-        summary = {ours: made.get(theirs) for ours, theirs in _TEXT_SIZES.items()}
+    if made is not None:
+        sizes = _UNET_SIZES if isinstance(made, UNet) else _VAE_SIZES if isinstance(made, VAE) else _TEXT_SIZES
+        config = made.config if isinstance(made, UNet | VAE) else made
+        summary = {ours: getattr(config, theirs) for ours, theirs in sizes.items()}
     path = next((tensor.path for tensor in network.tensors.values()), None)
     file = None if folder is None or path is None else path.relative_to(folder).as_posix()
     return Part(network.name, file, summary, _content(network.tensors.values()), network.problems)
@@ -246,9 +240,9 @@ def _part(network: Network[Any], folder: Path | None = None) -> Part:
 def _fit(found: Source, tokenizer: Config) -> None:
     assert found.unet.made is not None and found.vae.made is not None and found.text.made is not None
     text = found.text.made
-    length, width = tokenizer.get("length", text["max_position_embeddings"]), text["hidden_size"]
-    assert isinstance(length, int) and isinstance(width, int)  # checked when it was made
-    check_fit(found.unet.made.config, found.vae.made.config, length, width)
+    length = tokenizer.get("length", text.max_position_embeddings)
+    assert isinstance(length, int)
+    check_fit(found.unet.made.config, found.vae.made.config, length, text.hidden_size)
 
 
 def _attempt(read: Callable[[], Read], otherwise: Read, problems: list[Problem]) -> Read:

@@ -16,7 +16,7 @@ from ..sampling import NoiseSchedule
 from ..speed.accelerate import compile_unet, prepare
 from ..speed.device import choose_device, choose_dtype, dtype_choice, is_int8
 from ..speed.int8 import to_int8
-from .files import Stored, check_finite, read_tensors
+from .files import Stored, read_weights
 from .hub import fetch_tokenizer, fetch_vae
 from .lora import LoRA, read_loras, with_loras
 from .open import local_path, open_source
@@ -90,8 +90,7 @@ def load(
         noise = replace(noise, prediction_type=prediction_type)
     unet, autoencoder, config = found.unet.made, found.vae.made, found.text.made
     assert unet is not None and autoencoder is not None and config is not None  # refused otherwise
-    text_tensors = read_tensors(found.text.tensors, text_encoder_shapes(config), dtype, device)
-    check_finite(text_tensors)
+    text_tensors = read_weights(found.text.tensors, text_encoder_shapes(config), dtype, device)
     # A bad file is reported before a tokenizer is looked for.
     folder = own_tokenizer or (found.path / "tokenizer" if found.path.is_dir() else fetch_tokenizer())
     text = load_text_encoder(config, text_tensors, folder)
@@ -146,7 +145,6 @@ def _vae(source: str | Path, variant: str | None) -> VAESource:
 
 def _fill(network: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype, device: torch.device) -> None:
     shapes = {key: value.shape for key, value in network.state_dict().items()}
-    state = read_tensors(tensors, shapes, dtype, device)
-    check_finite(state)
+    state = read_weights(tensors, shapes, dtype, device)
     network.load_state_dict(state, strict=True, assign=True)
     network.eval().requires_grad_(False)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checks import shown
 from ..networks.config import UNetConfig
-from ..networks.text import text_encoder_shapes
+from ..networks.text import TextConfig, text_encoder_shapes
 from ..networks.unet import UNet
 from ..networks.vae import VAE
 from ..request import BUNDLED
@@ -56,7 +56,7 @@ KNOWN = (*LDM_PREFIX.values(), *IGNORED)
 class Network(Generic[Made]):
     """One network of a source.
 
-    made: the network on the meta device, without memory for its weights; of the text encoder, its config. None where
+    made: the network on the meta device, without memory for its weights; of the text encoder, its sizes. None where
         it cannot be made, and a problem says why. tensors: under our names (the text encoder's under the hub's).
     """
 
@@ -79,12 +79,12 @@ class Source:
     problems: tuple[Problem, ...]
     unet: Network[UNet] = Network("UNet")
     vae: Network[VAE] = Network("autoencoder")
-    text: Network[Config] = Network("text encoder")
+    text: Network[TextConfig] = Network("text encoder")
     scheduler: Config = field(default_factory=dict)
     tensors: Tensors = field(default_factory=dict)
 
     @property
-    def networks(self) -> tuple[Network[UNet] | Network[VAE] | Network[Config], ...]:
+    def networks(self) -> tuple[Network[UNet] | Network[VAE] | Network[TextConfig], ...]:
         """Those that it has, or should have."""
         return tuple(one for one in (self.unet, self.vae, self.text) if one.made is not None or one.problems)
 
@@ -194,9 +194,14 @@ def vae_network(read: Callable[[], VAESource]) -> Network[VAE]:
     return _network("autoencoder", read, partial(_empty, VAE))
 
 
-def text_network(read: Callable[[], tuple[Config, Tensors]]) -> Network[Config]:
+def text_network(read: Callable[[], tuple[Config, Tensors]]) -> Network[TextConfig]:
     """A text encoder."""
-    return _network("text encoder", read, lambda config: (config, text_encoder_shapes(config)))
+
+    def make(config: Config) -> tuple[TextConfig, Shapes]:
+        sizes = TextConfig.from_dict(config)
+        return sizes, text_encoder_shapes(sizes)
+
+    return _network("text encoder", read, make)
 
 
 def text_by_shape(tensors: Tensors) -> tuple[Config, Tensors]:

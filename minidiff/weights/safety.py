@@ -9,7 +9,7 @@ import torch
 from ..checks import shown
 from ..request import BUNDLED
 from ..safety import SafetyChecker
-from .files import Stored, check_finite, read_tensors
+from .files import Stored, read_weights
 from .hub import fetch_safety
 from .open import local_path
 from .sources import folder_tensors, read_json, weight_file
@@ -85,8 +85,7 @@ def load_safety(found: SafetySource, dtype: torch.dtype, device: torch.device) -
         "special_care_embeds_weights": torch.Size((_SPECIAL,)),
     }
     check_state("safety checker", shapes, own)
-    state = read_tensors(own, shapes, torch.float32, device)  # half precision would shift the thresholds
-    check_finite(state)
+    state = read_weights(own, shapes, torch.float32, device)  # half precision would shift the thresholds
     weight, concepts, thresholds, special, special_thresholds = (state[key] for key in shapes)
     return SafetyChecker(
         vision,

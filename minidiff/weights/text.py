@@ -17,15 +17,18 @@ if TYPE_CHECKING:
 
 
 def load_text_encoder(
-    config: Mapping[str, object], state: Mapping[str, Tensor], tokenizer: Path, dtype: torch.dtype | None = None
+    config: Mapping[str, object] | TextConfig,
+    state: Mapping[str, Tensor],
+    tokenizer: Path,
+    dtype: torch.dtype | None = None,
 ) -> TextEncoder:
-    """A TextEncoder from the contents of its config.json, its weights and the folder of its tokenizer.
+    """A TextEncoder from its config (or the contents of its config.json), its weights and the folder of its tokenizer.
 
     `state` has the hub file's keys, all with the prefix "text_model."; position_ids are ignored (merged files carry
     corrupt ones). The weights are used as they are, not copied, unless `dtype` asks for another one.
     One ValueError names all missing, unexpected and misshapen keys; others report a bad config or tokenizer.
     """
-    sizes = TextConfig.from_dict(config)
+    sizes = config if isinstance(config, TextConfig) else TextConfig.from_dict(config)
     expected = text_encoder_shapes(sizes)
     weights = {key: value for key, value in state.items() if not key.endswith("position_ids")}
     check_state("text encoder", expected, weights)

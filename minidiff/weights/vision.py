@@ -12,7 +12,7 @@ from ..checks import choice, number, numbers, shown, whole
 from ..image_adapter import ImageEncoder
 from ..networks.text import ACTIVATIONS
 from ..pictures import CLIP_MEAN, CLIP_STD
-from .files import Stored, check_finite, read_tensors
+from .files import Stored, read_tensors, read_weights
 from .hub import fetch_image_encoder
 from .open import local_path
 from .sources import folder_tensors, read_json
@@ -46,8 +46,7 @@ def load_vision(
     shapes = {PREFIX + key.removeprefix(own): value.shape for key, value in model.state_dict().items()}
     found = {PREFIX + k.removeprefix(PREFIX): v for k, v in tensors.items() if not k.endswith("position_ids")}
     check_state("image encoder", shapes, found)
-    state = read_tensors(found, shapes, dtype, device)
-    check_finite(state)
+    state = read_weights(found, shapes, dtype, device)
     model.load_state_dict({own + key.removeprefix(PREFIX): value for key, value in state.items()}, assign=True)
     embeddings, count = (
         model.get_submodule(f"{own}embeddings"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce as fold
 from operator import or_
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...checks import choice, number, shown
 from ...networks.attention import ALL, BOX_MASS, Inputs, Keep, Maps, Record
-from ...networks.sites import Position, Site, Where, choose, cross, level, read_sites
+from ...networks.sites import SECOND_COARSEST, Position, Site, Where, choose, read_sites
 from ._maps import TINY
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ Loss: TypeAlias = "Callable[[Maps, Layout], Tensor]"
 Reduction = Literal["mean", "sum", "max"]
 StepRule = Literal["variance", "plain", "unit"]
 PerStep: TypeAlias = "float | tuple[float, ...]"
-
-SECOND_COARSEST = cross & level(1)
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,8 @@ class Objective:
         NaN if no cross-attention was recorded.
         """
         views = self._views(maps, inputs)
-        mass = [views.of(site, BOX_MASS).mean(dim=1) for site in maps if site.kind == "cross"]  # [B,O,L]
+        crossing = [site for site in maps if site.kind == "cross"]
+        mass = [kept.mean(dim=1) for kept in views.of(crossing, BOX_MASS).values()]  # [B,O,L]
         inside = [(one * layout.token_weights).sum(dim=2) for one in mass]
         nothing = torch.full_like(layout.weights, math.nan)
         return *self._losses(views, layout), torch.stack(inside).mean(dim=0) if inside else nothing
@@ -155,7 +154,7 @@ class Objective:
         total, objects = weights.new_zeros(len(weights)), torch.zeros_like(weights)
         for term in self.terms:
             sites = [site for site in views.maps if isinstance(term.sites, Where) or site in term.sites]
-            loss = term.loss({site: views.of(site, term.keep) for site in sites}, layout)
+            loss = term.loss(views.of(sites, term.keep), layout)
             if loss.ndim == 2:
                 objects = objects + term.weight * loss
                 loss = _reduced(loss, weights, term.reduce)
@@ -181,14 +180,13 @@ class _Views:
         self.maps, self.kinds, self.inputs = maps, kinds, inputs
         self.seen: dict[tuple[Site, Keep], Tensor] = {}
 
-    def of(self, site: Site, keep: Keep) -> Tensor:
-        """What `keep` keeps of a site, computed from what was recorded: the same, all, or the mean over heads."""
-        kept, kind = self.maps[site], self.kinds[site]
-        if keep == kind:
-            return kept
-        if (site, keep) not in self.seen:
-            self.seen[site, keep] = keep(site, kept if kind.heads else kept[:, None], self.inputs)
-        return self.seen[site, keep]
+    def of(self, sites: Sequence[Site], keep: Keep) -> Maps:
+        """What `keep` keeps of some sites, computed from what was recorded: the same, all, or the mean over heads."""
+        others = [site for site in sites if self.kinds[site] != keep and (site, keep) not in self.seen]
+        if others:
+            probs = {site: self.maps[site] if self.kinds[site].heads else self.maps[site][:, None] for site in others}
+            self.seen |= {(site, keep): kept for site, kept in keep.of_all(probs, self.inputs).items()}
+        return {site: self.maps[site] if self.kinds[site] == keep else self.seen[site, keep] for site in sites}
 
 
 def _reduced(loss: Tensor, weights: Tensor, reduce: Reduction) -> Tensor:

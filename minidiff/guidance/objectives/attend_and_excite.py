@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ...networks.attention import HEAD_MEAN, Maps
+from ...networks.sites import SECOND_COARSEST
 from ..layout import Layout
 from ._maps import object_maps
-from ._objective import SECOND_COARSEST, Settings, objective
+from ._objective import Settings, objective
 
 EXCITE = Settings(
     scale=tuple(20 * (1 - 0.5 * i / 49) ** 0.5 for i in range(25)),

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ...networks.attention import HEAD_MEAN, Maps
+from ...networks.sites import SECOND_COARSEST
 from ..layout import Layout
 from ._maps import mean_of_top, near_edges, object_maps
-from ._objective import SECOND_COARSEST, objective
+from ._objective import objective
 from .attend_and_excite import EXCITE
 
 

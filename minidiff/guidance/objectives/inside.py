@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ...networks.attention import BOX_MASS, Maps
-from ...networks.sites import block, cross, place
 from ..layout import Layout
 from ._objective import OWN, objective
+from .layout import SITES
 
 LEAST = 1e-12  # lower bound of a fraction, before its logarithm
 
 
-@objective(sites=cross & (place("mid") | block("up", 1)), keep=BOX_MASS, settings=OWN)
+@objective(sites=SITES, keep=BOX_MASS, settings=OWN)
 def inside_loss(maps: Maps, layout: Layout) -> Tensor:
     """-log of the fraction of attention to an object's tokens inside its mask; mean over sites, heads and tokens.
 

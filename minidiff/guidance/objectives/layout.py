@@ -10,8 +10,10 @@ from ...networks.sites import block, cross, place
 from ..layout import Layout
 from ._objective import objective
 
+SITES = cross & (place("mid") | block("up", 1))
 
-@objective(sites=cross & (place("mid") | block("up", 1)), keep=BOX_MASS)
+
+@objective(sites=SITES, keep=BOX_MASS)
 def layout_loss(maps: Maps, layout: Layout) -> Tensor:
     """Squared fraction of attention to an object's tokens outside its mask; mean over sites, heads and tokens.
 
