@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,6 +23,7 @@ class Denoise:
     behind the other in L; NaN where an image has fewer.
     interval: the noise levels (low, high], in sigma, in which the scale acts; outside, only the conditional half runs.
     every: the deep layers run in every n-th call, and their last result is reused in the others.
+    watch: what is recorded for guidance, of which no maps are returned; not together with record, weights or every.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class Denoise:
         weights: Tensor | None = None,
         interval: Sequence[float] | None = None,
         every: int = 1,
+        watch: Watch | None = None,
     ) -> None:
         self.both = scale != 1 or weights is not None
+        self.watch = watch
         if self.both and interval is not None and record is not None and record.rows != "cond":
             raise ValueError(
                 f'attention.rows is "{record.rows}", but outside guidance_interval no unconditional rows run; expected '
@@ -62,28 +65,28 @@ class Denoise:
             self._context = context
             self._reused.clear()
         edits = tuple(edit for edit in self.edits if edit.acts_in(index))
-        if self.record is not None or edits:
+        watch = self.watch if self.watch is not None and index < self.watch.steps else None
+        record = self.record if watch is None else watch.record
+        if record is not None or edits:
             inputs = {"t": t, "sigma": torch.full_like(t, sigma), **inputs}
         inside = self.interval is None or self.interval[0] < sigma <= self.interval[1]
         if self.weights is not None:
             uncond, cond, maps = self._composed(x, t, context, edits, inputs)
             return (guided(uncond, cond, self.scale, self.rescale) if inside else cond), maps
-        if self.both and not inside:
-            return self._conditional(x, t, context, edits, inputs)
-        output, maps = self._run(torch.cat([x, x]) if self.both else x, t, context, self.record, edits, inputs)
-        if not self.both:
+        halves = self.both and inside
+        if self.both and not inside:  # the conditional half alone
+            context, edits = context[len(x) :], tuple(_alone(edits))
+            inputs = {name: some_rows(value, range(len(x)), len(x)) for name, value in inputs.items()}
+        if not halves and record is not None:
+            record = replace(record, rows="all")
+        output, maps = self._run(torch.cat([x, x]) if halves else x, t, context, record, edits, inputs)
+        if watch is not None:
+            watch.take(maps, inputs)
+            maps = {}
+        if not halves:
             return output, maps
         uncond, cond = output.chunk(2)
         return guided(uncond, cond, self.scale, self.rescale), maps
-
-    def _conditional(
-        self, x: Tensor, t: Tensor, context: Tensor, edits: Sequence[Edit], inputs: Inputs
-    ) -> tuple[Tensor, Maps]:
-        """Only the conditional half of a batch that has both."""
-        record = None if self.record is None else replace(self.record, rows="all")
-        alone = tuple(replace(edit, rows="all") for edit in edits if edit.rows != "uncond")
-        own = {name: some_rows(value, range(len(x)), len(x)) for name, value in inputs.items()}
-        return self._run(x, t, context[len(x) :], record, alone, own)
 
     def _run(
         self,
@@ -121,7 +124,7 @@ class Denoise:
         assert self.weights is not None
         batch, weights = len(x), self.weights.to(x.device)
         length = context.shape[1] // weights.shape[1]
-        alone = tuple(replace(edit, rows="all") for edit in edits if edit.rows != "uncond")
+        alone = tuple(_alone(edits))
         record = self.record
         for n, own in enumerate(weights.mT):
             part = slice(n * length, (n + 1) * length)
@@ -143,6 +146,15 @@ class Denoise:
 
 
 @dataclass(frozen=True, eq=False)
+class Watch:
+    """What to record in the first `steps` steps, and who takes these maps and the inputs that they were made with."""
+
+    record: Record
+    steps: int
+    take: Callable[[Maps, Inputs], None]
+
+
+@dataclass(frozen=True, eq=False)
 class _Reused:
     """What the deep layers returned [B,C,h,w] under which edits. age: calls since before them."""
 
@@ -157,6 +169,11 @@ class _Reused:
 
 _OF_TOKENS = ("token_weights", "words", "unread")
 """The inputs whose last dimension is L."""
+
+
+def _alone(edits: Sequence[Edit]) -> Iterator[Edit]:
+    """The edits of a batch without unconditional rows."""
+    return (replace(edit, rows="all") for edit in edits if edit.rows != "uncond")
 
 
 def _in_rows(found: Tensor, rows: Tensor, batch: int) -> Tensor:

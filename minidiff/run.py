@@ -14,7 +14,7 @@ from torch import Tensor
 from .asked import asked
 from .canvas import Canvas, begin
 from .checks import warn
-from .denoise import Denoise
+from .denoise import Denoise, Watch
 from .guidance.guide import Guidance, Guide, look_loss
 from .guidance.layout import Layout, Region, plain_boxes
 from .guidance.regions import share_edits
@@ -103,8 +103,12 @@ def sample_steps(request: Request) -> Run:
             told = [(encoded[one][-texts.images :], layouts[one]) for one in each_step]
             guide = _guide(model, how.of_run(schedule.steps, there), told, regions, edits, own)
     rescale = request.guidance_rescale
-    knobs = request.guidance_interval, request.cache_interval
-    denoise = Denoise(model, contexts, scale, rescale, record, edits, given, texts.weights, *knobs)
+    every = request.cache_interval
+    alone = record is None and texts.weights is None and every == 1 and len(contexts) == 1
+    watch = _watch(guide) if guide is not None and alone else None
+    denoise = Denoise(
+        model, contexts, scale, rescale, record, edits, given, texts.weights, request.guidance_interval, every, watch
+    )
     used = {
         "seed": tuple(s if request.latents is None or sampler.stochastic else None for s in _seeds(request)),
         "guidance": None if guide is None and request.guidance is None else "none" if how is None else how,
@@ -254,6 +258,14 @@ def _guide(
     look = compile_whole(look_loss, model.unet) if compiled else look_loss
     each_step = told if len(told) > 1 else ()
     return Guide(how, model.unet.forward, *told[0], names, edits, inputs, compiled, look, each_step)
+
+
+def _watch(guide: Guide) -> Watch | None:
+    """What a guide that watches needs of the steps before its last guided one."""
+    how = guide.guidance
+    assert isinstance(how.steps, int)  # of_run
+    record = replace(guide.record, rows="cond", stop=False)
+    return Watch(record, how.steps - 1, guide.take) if how.watch and not guide.each_step else None
 
 
 def _with_progress(run: Run) -> Iterator[Step]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -173,3 +174,40 @@ def test_they_stand_in_the_recipe(tiny_model: Model) -> None:
     assert (parameters["guidance_interval"], parameters["cache_interval"]) == ([0.28, 5.42], 2)
     again = minidiff.generate(**{**parameters, "model": tiny_model, "output": "latents"})
     assert torch.equal(again.latents, result.latents)
+
+
+# --- looks that a step's own maps decide
+
+
+def how(threshold: float | tuple[float, ...], watch: bool) -> minidiff.Guidance:
+    return minidiff.Guidance(minidiff.layout_loss, 1e-9, threshold, iterations=2, steps=4, watch=watch)
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 1}, {"guidance_interval": (0.5, 5)}], ids=str)
+def test_a_step_sees_the_loss_of_a_look(tiny_model: Model, options: dict[str, object]) -> None:
+    """Hardly anything moves, so that the look before a step and the step have the same latents. A threshold just above
+    the loss of the step before saves a look, one just below does not.
+    """
+    looked = drawn(tiny_model, **options, steps=4, boxes=BOXES, guidance=how(0.0, False)).reports[0]
+    assert looked.steps == (0, 1, 2, 3)
+    first, second, third, _ = looked.loss.tolist()
+    thresholds = (0.0, first + 1e-5, second - 1e-5, third + 1e-5)
+    watched = drawn(tiny_model, **options, steps=4, boxes=BOXES, guidance=how(thresholds, True)).reports[0]
+    assert watched.steps == (0, 2)
+
+
+def test_looks_that_are_needed_are_made(tiny_model: Model) -> None:
+    plain, watched = (
+        drawn(tiny_model, steps=4, boxes=BOXES, guidance=replace(how(0.0, watch), scale=30.0))
+        for watch in (False, True)
+    )
+    assert watched.reports[0].iterations == plain.reports[0].iterations == (2, 2, 2, 2)
+    torch.testing.assert_close(watched.latents, plain.latents, rtol=0, atol=1e-4)
+    assert watched.parameters[0]["guidance"]["watch"] and "watch" not in plain.parameters[0]["guidance"]
+
+
+@pytest.mark.parametrize("options", [{"attention": True}, {"cache_interval": 2}], ids=["recorded", "reused"])
+def test_all_looks_are_made_where_a_step_is_not_watched(tiny_model: Model, options: dict[str, object]) -> None:
+    given = {**options, "steps": 4, "boxes": BOXES}
+    plain, watched = (drawn(tiny_model, **given, guidance=how(1e9, watch)) for watch in (False, True))
+    assert watched.reports[0].steps == (0, 1, 2, 3) and torch.equal(watched.latents, plain.latents)

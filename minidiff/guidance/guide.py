@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..checks import choice, is_number, number, shown, whole
-from ..networks.attention import Edit, Inputs, Record
+from ..networks.attention import Edit, Inputs, Maps, Record
 from ..networks.sites import Position, Site, Where, read_sites
 from ..vocabulary import OBJECTIVES as NAMES
 from .objectives import OBJECTIVES, Objective, Settings
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 MOST_STEPS = MOST_ITERATIONS = 1000  # no model has more timesteps; an iteration is one forward and backward pass
 STEP_RULES = ("variance", "plain", "unit")
 _SETTINGS = tuple(field.name for field in fields(Settings))
+_FIELDS = (*_SETTINGS, "watch")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class Guidance:
     sites: where attention is read, instead of the objective's own: a choice (`cross & level(1)`) or a set.
     step_rule: "variance" moves by scale * (1 - abar) * grad, "plain" by scale * grad; "unit" is "variance" with each
         image's gradient normalised to a root mean square of 1, so that step sizes do not depend on its magnitude.
+    watch: also evaluate the objective on the maps of the sampling step itself, and look before the next step only at
+        images whose loss there is above the threshold: no pass of the network to find that nothing is to be done. Not
+        with recorded attention, reused layers (cache_interval), texts that change or AND, where all looks are made.
     """
 
     objective: Objective = layout_loss
@@ -63,6 +67,7 @@ class Guidance:
     steps: int | float | None = None
     sites: Where | frozenset[Site] | None = None
     step_rule: StepRule | None = None
+    watch: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.objective, Objective):
@@ -80,6 +85,8 @@ class Guidance:
             steps = whole("steps", self.steps, 0, MOST_STEPS, expected)
             object.__setattr__(self, "steps", steps)
         choice("step_rule", self.step_rule, STEP_RULES)
+        if not isinstance(self.watch, bool):
+            raise ValueError(f"watch is {shown(self.watch)}; expected True or False")
         if self.sites is not None:
             object.__setattr__(self, "sites", read_sites("sites", self.sites))
         for name in ("scale", "threshold", "iterations"):
@@ -120,11 +127,11 @@ class Guidance:
             return cls(value)
         if isinstance(value, str):
             return cls(_named(value))
-        if not isinstance(value, Mapping) or not value.keys() <= {"objective", *_SETTINGS}:
+        if not isinstance(value, Mapping) or not value.keys() <= {"objective", *_FIELDS}:
             hint = ". For classifier-free guidance use guidance_scale" if is_number(value) else ""
             raise ValueError(
                 f"guidance is {shown(value)}; expected a minidiff.Guidance, an objective, one of {', '.join(NAMES)}, "
-                f"or a mapping with some of objective, {', '.join(_SETTINGS)}{hint}"
+                f"or a mapping with some of objective, {', '.join(_FIELDS)}{hint}"
             )
         given = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
         names = given.pop("objective", "layout")
@@ -139,7 +146,8 @@ class Guidance:
         named = [OBJECTIVES[name].terms[0] for name in weights if name in NAMES]
         if self.sites is not None or [replace(term, weight=1.0) for term in self.objective.terms] != named:
             return self
-        return {"objective": weights, **{name: getattr(self, name) for name in _SETTINGS}}
+        watch = {"watch": True} if self.watch else {}
+        return {"objective": weights, **{name: getattr(self, name) for name in _SETTINGS}, **watch}
 
 
 def _named(name: object) -> Objective:
@@ -243,6 +251,7 @@ class Guide:
         self.inputs = inputs or {}
         self.whole_batch, self.loss = whole_batch, loss
         self.seen: dict[int, list[Evaluation]] = {}
+        self._ahead: list[float] | None = None  # each image's loss in the step before
         self._guided = _with_objects(layout)
         placed = [(mask > 0).flatten(2).any(dim=2) for mask in layout.masks.values()][:1]
         self._placeless = [(~some & (layout.weights > 0)).cpu() for some in placed]
@@ -256,7 +265,7 @@ class Guide:
         if self.each_step:
             self.context, self.layout = self.each_step[index]
             self._guided = _with_objects(self.layout)
-        left = self._guided
+        left = [row for row in self._guided if self._ahead is None or self._ahead[row] > threshold]
         moved = x
         for _ in range(iterations):
             if not left:
@@ -278,6 +287,11 @@ class Guide:
                 there = _index(left, x.device)
                 moved = moved.index_copy(0, there, moved[there] - step[_index(going, x.device)])
         return moved
+
+    def take(self, maps: Maps, inputs: Inputs) -> None:
+        """Take the maps that `record` keeps in a sampling step, which decide where the next `refine` looks."""
+        total, _, _ = self.guidance.objective.look(maps, self.layout, inputs)
+        self._ahead = total.tolist()
 
     def look(
         self, x: Tensor, t: Tensor, abar: float, rows: Sequence[int], index: int, limits: Tensor | None
