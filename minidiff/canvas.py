@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from .model import Model
 from .networks.unet import MASKED
+from .noise import Noise
 from .pictures import fitted, opaque, transparency
 from .request import Request
 from .resolve import check_latents
@@ -45,9 +45,7 @@ class Beginning:
     canvas: Canvas | None = None
 
 
-def begin(
-    request: Request, model: Model, sampler: Sampler, schedule: Schedule, noise: Callable[[], Tensor]
-) -> Beginning:
+def begin(request: Request, model: Model, sampler: Sampler, schedule: Schedule, noise: Noise) -> Beginning:
     """What a resolved request starts from. `noise` draws one unit tensor [B,4,h,w], in diffusers' order: for the
     picture's latents, the start, the masked picture's latents.
 
@@ -56,11 +54,11 @@ def begin(
     """
     canvas = _canvas(request)
     if canvas is None:
-        return Beginning(noise() if request.latents is None else check_latents(request, model), schedule)
+        return Beginning(noise.start() if request.latents is None else check_latents(request, model), schedule)
     assert request.strength is not None  # resolved
     inpaints, pure = model.unet.config.inpaints, canvas.mask is not None and request.strength == 1
     clean = None if inpaints and pure else _encoded(model, canvas.pixels, noise())
-    start = noise().to(model.device)
+    start = noise.start().to(model.device)
     if not pure:
         if int(schedule.steps * request.strength) < 1:
             raise ValueError(

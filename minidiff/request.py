@@ -90,6 +90,8 @@ class Request:
         `schedule` is its noise levels ("uniform", "karras", "exponential", "beta", "sgm_uniform"), `spacing`
         ("leading", "linspace", "trailing") places the timesteps, and `eta` in [0,1] adds fresh noise in DDIM and TCD.
     seed: of the first image, counting up for the rest; or one per image. None draws one, which the result reports.
+    vary: (seed, strength in [0,1]) moves the starting noise towards another seed's, which counts up while `seed` then
+        stays: images much alike, as by A1111's variation seed. Or one such seed per image.
     images_per_prompt: images of the same prompt are adjacent. Image i of a batch equals, within 1/255 in float32, the
         image made alone from its seed.
     latents: initial latents instead of noise, [images,4,h,w] of unit variance.
@@ -148,6 +150,7 @@ class Request:
     spacing: str | None = None
     eta: float = 0.0
     seed: int | Sequence[int] | None = None
+    vary: tuple[int | Sequence[int], float] | None = None
     images_per_prompt: int = 1
     latents: Tensor | None = None
     image: Picture | str | Path | Sequence[Picture | str | Path] | None = None
@@ -265,7 +268,18 @@ class Request:
         if self.clip_skip is not None:
             self._set("clip_skip", whole("clip_skip", self.clip_skip, 0))
         if self.seed is not None:
-            self._set("seed", _seeds(self.seed, self.images))
+            self._set("seed", _seeds("seed", self.seed, self.images))
+        if self.vary is not None:
+            self._check_vary()
+
+    def _check_vary(self) -> None:
+        given: Any = self.vary
+        if not isinstance(given, list | tuple) or len(given) != 2:
+            raise ValueError(f"vary is {shown(given)}; expected (seed, strength), such as (7, 0.2)")
+        if self.latents is not None:
+            raise ValueError("got both vary and latents; expected one of them, since vary is about the noise of a seed")
+        seeds = _seeds("vary's seed", given[0], self.images)
+        self._set("vary", (seeds, number("vary's strength", given[1], 0, 1)))
 
     def _check_shortcuts(self) -> None:
         self._set("cache_interval", whole("cache_interval", self.cache_interval, 1, 1000))
@@ -433,6 +447,9 @@ class Request:
         def of(values: Any) -> Any:
             return values[p if len(values) > 1 else 0] if isinstance(values, list | tuple) else values
 
+        def own(values: Any) -> Any:
+            return values[i] if isinstance(values, list | tuple) else values
+
         def row(values: Tensor | None, at: int) -> Tensor | None:
             return None if values is None else values[at : at + 1]
 
@@ -442,7 +459,8 @@ class Request:
                 "negative_prompt": of(self.negative_prompt),
                 "context": row(self.context, p),
                 "negative_context": row(self.negative_context, p),
-                "seed": self.seed[i] if isinstance(self.seed, list | tuple) else self.seed,
+                "seed": own(self.seed),
+                "vary": None if self.vary is None else (own(self.vary[0]), self.vary[1]),
                 "images_per_prompt": 1,
                 "latents": row(self.latents, i),
                 "image": of(self.image),
@@ -536,18 +554,18 @@ def _texts(name: str, value: Any) -> Any:
     return tuple(value)
 
 
-def _seeds(seed: Any, count: int) -> int | tuple[int, ...]:
+def _seeds(name: str, seed: Any, count: int) -> int | tuple[int, ...]:
     """One seed, or one per image, each as torch.Generator takes them."""
     several = hasattr(seed, "__len__") and not isinstance(seed, str | bytes | Mapping) and getattr(seed, "ndim", 1) == 1
     if several and len(seed) != count:
         raise ValueError(
-            f"seed holds {len(seed)} numbers for {count} images; expected one per image, or one to count up from"
+            f"{name} holds {len(seed)} numbers for {count} images; expected one per image, or one to count up from"
         )
     seeds = tuple(seed) if several else (seed,)
-    found = tuple(whole("seed", one, expected="a whole number, a list of them, or None to draw one") for one in seeds)
+    found = tuple(whole(name, one, expected="a whole number, a list of them, or None to draw one") for one in seeds)
     last = _LAST_SEED if several else _LAST_SEED - count + 1
     for one in found:
         if not 0 <= one <= last:
             hint = "; omit seed (None) to draw one" if one == -1 else ""
-            raise ValueError(f"seed is {shown(one)}; expected 0 to {last}{hint}")
+            raise ValueError(f"{name} is {shown(one)}; expected 0 to {last}{hint}")
     return found if several else found[0]

@@ -45,6 +45,7 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
         "steps": None if custom else defaults.steps if request.steps is None else request.steps,
         "guidance_scale": defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
         "seed": _seeds(request),
+        "vary": None if request.vary is None else (_counted(request.vary[0], request.images), request.vary[1]),
         **({} if request.image is None else {"strength": _strength(request)}),
         **sampler_fields(sampler),
     }
@@ -59,12 +60,14 @@ def _strength(request: Request) -> float:
 
 
 def _seeds(request: Request) -> tuple[int, ...]:
-    """One per image: as given, counted up from the first, or drawn."""
-    if isinstance(request.seed, tuple):
-        return request.seed
-    assert not isinstance(request.seed, Sequence)  # Request makes it a tuple
-    first = random.SystemRandom().randrange(2**32) if request.seed is None else request.seed
-    return tuple(range(first, first + request.images))
+    """One per image: as given, counted up from the first, or drawn. Variations are of one seed."""
+    seed = random.SystemRandom().randrange(2**32) if request.seed is None else request.seed
+    return _counted(seed, request.images, by=1 if request.vary is None else 0)
+
+
+def _counted(seed: int | Sequence[int], images: int, by: int = 1) -> tuple[int, ...]:
+    """One per image: as given, or counted up from the first."""
+    return tuple(seed + by * i for i in range(images)) if isinstance(seed, int) else tuple(seed)
 
 
 def _size(request: Request, model: Model) -> tuple[int, int]:

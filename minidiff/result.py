@@ -6,7 +6,6 @@ A saved PNG has two text chunks: `parameters`, in A1111's format, which most pro
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from .checks import whole
 from .draw import sheet, to_image
 from .png.chunk import Plain, plain
-from .png.write import check_output_path, file_name, png_bytes, write_png
+from .png.write import check_output_path, png_bytes, wanted_path, write_png
 
 if TYPE_CHECKING:
     from .guidance.report import Report
@@ -103,10 +102,11 @@ class Result:
         """Write every image as PNG and return the paths, in order. Never overwrites.
 
         A path ending in .png names the file; anything else, and any existing folder, is a folder, with file names from
-        prompt and seed (a-red-circle-seed-42.png). Missing folders are created. A taken name gets the next free number,
-        so three images saved as cat.png are cat.png, cat-1.png, cat-2.png, also across processes. A file that cannot be
-        written goes to the current, home or temporary folder, with a warning. An open binary file or a BytesIO takes
-        one image. metadata=False writes no text chunks.
+        prompt and seed (a-red-circle-seed-42.png). Either may have {index} (from 0), {seed} and {prompt} (made safe and
+        cut), as in "{seed}/{index}-{prompt}.png"; {{ is a brace. Missing folders are created. A taken name gets the
+        next free number, so three images saved as cat.png are cat.png, cat-1.png, cat-2.png, also across processes. A
+        file that cannot be written goes to the current, home or temporary folder, with a warning. An open binary file
+        or a BytesIO takes one image. metadata=False writes no text chunks.
         ValueError: a format other than PNG, latents, or several images for an open file. OSError: no folder is
         writable; the images are still in the Result.
         """
@@ -115,11 +115,10 @@ class Result:
             path.write(png_bytes(image, self.parameters[0] if metadata else None, self._facts(0)))
             return []
         check_output_path(path)
-        named = Path(path).suffix.lower() == ".png" and not os.path.isdir(path)
         images = self._pil()
         written: list[Path] = []
         for i, (image, seed, arguments) in enumerate(zip(images, self.seeds, self.parameters, strict=True)):
-            wanted = Path(path) if named else Path(path, file_name(arguments.get("prompt"), seed))
+            wanted = wanted_path(path, i, len(self), seed, arguments)
             try:
                 written.append(write_png(png_bytes(image, arguments if metadata else None, self._facts(i)), wanted))
             except OSError as error:

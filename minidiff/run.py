@@ -21,6 +21,7 @@ from .guidance.regions import share_edits
 from .model import Model
 from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
 from .networks.sites import SECOND_COARSEST, Position, Site, choose, cross
+from .noise import Noise
 from .png.chunk import Plain, plain
 from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
 from .request import BUNDLED, Request
@@ -72,7 +73,7 @@ def sample_steps(request: Request) -> Run:
     schedule = sampler.schedule(model.noise, request.steps, timesteps=request.timesteps, sigmas=request.sigmas)
     scale, shape = request.guidance_scale, latent_shape(request, model)
     assert scale is not None  # resolved
-    noise = _Noise(tuple(torch.Generator().manual_seed(seed) for seed in _seeds(request)), shape)
+    noise = Noise.of(request, shape)
     begun = begin(request, model, sampler, schedule, noise)
     schedule = begun.schedule
     texts = Texts.of(request, model, schedule.steps)
@@ -210,18 +211,6 @@ class Run(Iterator[Step]):
         reader, asked = texts.reading(record.rows == "uncond")
         prompts = None if asked is None else tuple(text for text in asked for _ in range(texts.repeats))
         return Attention(maps, record.kinds, texts.images, reader, prompts, self._reduce is PER_STEP)
-
-
-@dataclass(frozen=True)
-class _Noise:
-    """Unit noise [B,C,h,w] from one CPU generator per image: the same on every device and in every batch."""
-
-    generators: tuple[torch.Generator, ...]
-    shape: tuple[int, int, int]
-
-    def __call__(self) -> Tensor:
-        draw = [torch.randn(self.shape, generator=one, dtype=torch.float32, device="cpu") for one in self.generators]
-        return torch.stack(draw)
 
 
 def _seeds(request: Request) -> tuple[int, ...]:

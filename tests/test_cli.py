@@ -132,6 +132,16 @@ def test_never_overwrites_and_leaves_the_metadata_out_on_request(
         assert Image.open(out[0]).text == {}  # type: ignore[attr-defined]
 
 
+def test_names_have_a_pattern(cli: Cli, tiny: tuple[object, ...], tmp_path: Path) -> None:
+    flags = ("--seed", 5, "--images", 2, "--vary", "7=0.5", "--out", tmp_path / "{prompt}" / "{{{index}}}-{seed}.png")
+    for taken in ("", "-1"):
+        code, out, _ = cli("generate", "A Cat/../é", *tiny, *flags)
+        assert (code, out) == (0, [str(tmp_path / "a-cat-e" / f"{{{i}}}-5{taken}.png") for i in range(2)])
+    assert read_metadata(out[1]).arguments["vary"] == [8, 0.5]
+    code, (again,), err = cli("generate", "--from", out[1], *tiny)
+    assert (code, Image.open(again).tobytes()) == (0, Image.open(out[1]).tobytes()) and "vary" not in "".join(err)
+
+
 def test_an_image_that_cannot_be_written_there_is_saved_elsewhere(
     cli: Cli, tiny: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +225,8 @@ def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: Asked, tmp_path
     assert (asked.request.cache_interval, asked.request.guidance_interval) == (2, (0.28, 5.42))
     cli("generate", "a", "--model=m", "--fast", "--guidance-interval=1,9")
     assert (asked.request.cache_interval, asked.request.guidance_interval) == (3, (1.0, 9.0))
+    cli("generate", "a", "--model=m", "--vary=9=0.25")
+    assert asked.request.vary == (9, 0.25)
 
 
 def test_without_flags_the_library_decides(cli: Cli, asked: Asked) -> None:
@@ -257,6 +269,8 @@ def test_progress_bar_is_for_terminals(
         (["a", "--model", "m", "--seed", "-1"], "seed is -1; expected 0 to"),
         (["a", "--model", "m", "--seed", "one"], "argument --seed: got 'one'; expected whole numbers"),
         (["a", "--model", "m", "--timesteps", "9;8"], "argument --timesteps: got '9;8'; expected numbers separated by"),
+        (["a", "--model", "m", "--vary", "9"], "argument --vary: got '9'; expected e.g. 7=0.2"),
+        (["a", "--model", "m", "--out", "{sed}.png"], "has '{sed}'; expected some of {index}, {seed}, {prompt}"),
         (["a", "--mod", "m"], "unrecognized arguments: --mod"),
         (["a", "--model", "m", "--from", "gone.png"], "no such file: gone.png"),
     ],

@@ -51,6 +51,15 @@ def test_writes_what_a1111_writes() -> None:
     )
 
 
+def test_variation_seeds() -> None:
+    text = to_infotext({"prompt": "x", "steps": 4, "seed": 3, "vary": [9, 0.25]})
+    assert text == "x\nSteps: 4, Seed: 3, Variation seed: 9, Variation seed strength: 0.25, RNG: CPU"
+    assert parse_infotext(text)[0]["vary"] == [9, 0.25]
+    for wrong in (text.replace("0.25", "2"), text.replace("seed: 9", "seed: -9")):
+        with pytest.raises(ValueError, match="Variation seed"):
+            parse_infotext(wrong)
+
+
 def test_leaves_out_what_is_unset_or_has_no_plain_value() -> None:
     marked = {"tensor": {"shape": [1], "dtype": "float32", "sha256": "0"}}
     arguments = {

@@ -113,7 +113,17 @@ def parsed(line: str) -> argparse.Namespace:
 
 @pytest.mark.parametrize(
     "values",
-    [VALUES, {"prompt": PROMPT, "negative_prompt": "-x", "paste": False, "images_per_prompt": 2, "seed": [1, 2]}],
+    [
+        VALUES,
+        {
+            "prompt": PROMPT,
+            "negative_prompt": "-x",
+            "paste": False,
+            "images_per_prompt": 2,
+            "seed": [1, 2],
+            "vary": [3, 0.5],
+        },
+    ],
 )
 def test_the_command_line_and_the_python_ask_for_the_same(values: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     loras = (("a b=1.safetensors", 0.5, 0.25), ("c.safetensors", None, None))

@@ -104,6 +104,17 @@ def test_a_png_in_memory_is_the_file(tmp_path: Path) -> None:
     assert b"minidiff" not in made.png_bytes(0, metadata=False)
 
 
+def test_names_from_a_pattern(tmp_path: Path) -> None:
+    result(11).save(tmp_path / "names" / "{index}-{seed}.png")
+    assert files(tmp_path / "names") == [f"{i:02}-{42 + i}.png" for i in range(11)]
+    (tmp_path / "{old}").mkdir()
+    assert result().save(tmp_path / "{old}")[0].parent.name == "{old}"
+    for wrong in ("{sed}.png", "{.png", "{seed!r}.png", "{}/a.png", "a}.png"):
+        with pytest.raises(ValueError, match=r"expected some of \{index\}, \{seed\}, \{prompt\}, and \{\{ or"):
+            result().save(tmp_path / "new" / wrong)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_result_is_json_without_its_pixels() -> None:
     values = json.loads(json.dumps(result(2).plain()))
     assert values["images"][1] == {"seed": 43, "parameters": {**ARGUMENTS, "seed": 43}, "report": None}

@@ -17,7 +17,7 @@ FLOORS = [
     {"sampling", "guidance", "prompts", "recorded", "speed", "draw", "pictures", "safety", "image_adapter"},
     {"model"},
     {"weights", "png", "result", "request", "asked"},
-    {"resolve", "texts", "denoise"},
+    {"resolve", "texts", "denoise", "noise"},
     {"canvas"},
     {"run"},
     {"cli", "__init__"},

@@ -115,12 +115,19 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N[,N...]",
         help="seed of the first image, counting up for the rest; or one per image (default: random)",
     )
+    add(
+        "--vary",
+        type=_vary,
+        metavar="SEED=STRENGTH",
+        help="move the noise of --seed towards another seed's, by 0 to 1; that seed counts up and --seed stays",
+    )
     add("--images", dest="images_per_prompt", type=int, metavar="N", help="images per prompt (default: 1)")
     add(
         "--out",
         metavar="PATH",
         default=".",
-        help="a .png file or a folder (default: the current one); existing files are kept, a taken name gets a number",
+        help="a .png file or a folder (default: the current one), with {index}, {seed} and {prompt} in it if you like; "
+        "existing files are kept, a taken name gets a number",
     )
     add("--no-metadata", action="store_true", help="do not write parameters into the PNG")
     add(
@@ -348,6 +355,13 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text!r}; expected numbers separated by commas") from None
+
+
+def _vary(text: str) -> tuple[int | list[int], float]:
+    seed, sign, strength = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected e.g. 7=0.2")
+    return _seed(seed), *_numbers(strength)  # type: ignore[return-value]  # checked by Request
 
 
 def _seed(text: str) -> int | list[int]:

@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from .flags import parser
@@ -127,6 +126,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _write(result: Result, request: Request, args: argparse.Namespace) -> int:
+    from ..png.write import wanted_path
     from .pictures import blackened, write_pictures
 
     if any(result.flagged or ()):
@@ -140,9 +140,9 @@ def _write(result: Result, request: Request, args: argparse.Namespace) -> int:
     own = [layout or {} for layout in request.layouts for _ in range(request.images_per_prompt)]
     for path in write_pictures(result, written, own):
         print(path)
-    out = Path(args.out)
-    folder = out.parent if out.suffix.lower() == ".png" and not out.is_dir() else out
-    return 0 if all(path.parent.resolve() == folder.resolve() for path in written) else EXIT_ELSEWHERE
+    asked = zip(result.seeds, result.parameters, strict=True)
+    folders = [wanted_path(args.out, i, len(result), *one).parent.resolve() for i, one in enumerate(asked)]
+    return 0 if folders == [path.parent.resolve() for path in written] else EXIT_ELSEWHERE
 
 
 def _fields(args: argparse.Namespace) -> dict[str, object]:

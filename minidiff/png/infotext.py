@@ -19,8 +19,9 @@ from typing import TypeAlias
 
 from ..checks import number, shown, whole
 from ..vocabulary import SCHEDULES, a1111_sampler, read_sampler, read_schedule
+from .chunk import Plain
 
-Value: TypeAlias = bool | int | float | str
+Value: TypeAlias = "bool | int | float | str | list[Plain]"
 
 NEGATIVE = "Negative prompt:"
 # One `Key: value` of the settings. Unlike A1111's, a key starts only after a comma: linear time on a hostile line.
@@ -35,6 +36,8 @@ _NUMBERS: tuple[tuple[str, str, Callable[[str, object, float, float], float], fl
     ("Steps", "steps", whole, 1, 10_000),
     ("CFG scale", "guidance_scale", number, -math.inf, math.inf),
     ("Seed", "seed", whole, 0, 2**64 - 1),
+    ("Variation seed", "vary", whole, 0, 2**64 - 1),
+    ("Variation seed strength", "strength of vary", number, 0, 1),
     ("width", "width", whole, 1, 65_536),
     ("height", "height", whole, 1, 65_536),
     ("Clip skip", "clip_skip", whole, 0, 100),
@@ -109,7 +112,8 @@ def _broken(line: str) -> list[str]:
 
 def _settings(arguments: Mapping[str, object]) -> dict[str, object]:
     get = arguments.get
-    sampler, clip_skip, seed = get("sampler"), get("clip_skip"), get("seed")
+    sampler, clip_skip, seed, vary = get("sampler"), get("clip_skip"), get("seed"), get("vary")
+    varied, share = vary if isinstance(vary, list | tuple) and len(vary) == 2 else (None, None)
     if isinstance(sampler, Mapping):  # an object, as chunk.plain() writes it
         sampler = str(sampler.get("object")).rpartition(".")[2]
     schedule = str(get("schedule") or "uniform")
@@ -122,6 +126,8 @@ def _settings(arguments: Mapping[str, object]) -> dict[str, object]:
         "Size": None if get("width") is None or get("height") is None else f"{get('width')}x{get('height')}",
         "Model hash": None,  # its place in the line
         "Model": get("model"),
+        "Variation seed": varied,
+        "Variation seed strength": share,
         "Clip skip": clip_skip + 1 if isinstance(clip_skip, int) and clip_skip > 0 else None,  # A1111 counts one more
         "Denoising strength": get("strength"),
         "Eta DDIM": (get("eta") or None) if sampler == "ddim" else None,
@@ -175,12 +181,14 @@ def _take_sampler(rest: dict[str, str]) -> dict[str, Value]:
 def _take_numbers(rest: dict[str, str]) -> dict[str, Value]:
     if "Size" in rest:
         rest["width"], _, rest["height"] = rest.pop("Size").partition("x")
-    known: dict[str, Value] = {}
+    known: dict[str, float] = {}
     for key, name, kind, least, most in _NUMBERS:
         if key in rest:
             known[name] = kind(repr(key), _number(rest.pop(key)), least, most)
     clip_skip = int(known.pop("clip_skip", 1)) - 1
-    return known | ({"clip_skip": clip_skip} if clip_skip > 0 else {})  # A1111's 1 is our None
+    vary: list[Plain] = [known.pop(name) for name in ("vary", "strength of vary") if name in known]
+    more: dict[str, Value] = {"vary": vary} if len(vary) == 2 else {}
+    return known | more | ({"clip_skip": clip_skip} if clip_skip > 0 else {})  # A1111's 1 is our None
 
 
 def _number(text: str) -> float | str:

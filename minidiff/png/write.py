@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import re
 import tempfile
 import unicodedata
@@ -18,13 +19,15 @@ from ..checks import shown, warn
 from .chunk import Plain, to_chunk
 from .infotext import to_infotext
 
+FIELDS = ("index", "seed", "prompt")
+"""What a file name may have in braces."""
 OTHER_FORMATS = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".jxl", ".ppm", ".svg", ".tif", ".tiff", ".webp")
 
 
 def check_output_path(path: str | Path) -> None:
     """ValueError if Result.save would refuse `path`, for callers who want to know before generating."""
     try:
-        suffix = Path(path).suffix
+        suffix = _filled(Path(path), dict.fromkeys(FIELDS, "0")).suffix
     except TypeError as error:
         raise ValueError(f"path is {shown(path)}; expected a str or a Path: a .png file or a folder") from error
     if suffix.lower() in OTHER_FORMATS and not Path(path).is_dir():
@@ -32,6 +35,32 @@ def check_output_path(path: str | Path) -> None:
             f"cannot save as {suffix}: only .png keeps the pixels and the parameters; name a .png file or a "
             f"folder, or convert with Pillow: result.images[0].save({str(Path(path).name)!r})"
         )
+
+
+def wanted_path(path: str | Path, i: int, images: int, seed: int | None, arguments: Mapping[str, Plain]) -> Path:
+    """Where image i of some is to be written: `path` with its fields filled in, or a file in that folder."""
+    prompt = arguments.get("prompt")
+    number, text = str(i).zfill(len(str(images - 1))), slug(prompt if isinstance(prompt, str) else "")
+    filled = _filled(Path(path), {"index": number, "seed": "none" if seed is None else str(seed), "prompt": text})
+    named = filled.suffix.lower() == ".png" and not os.path.isdir(filled)
+    return filled if named else filled / file_name(prompt, seed)
+
+
+def _filled(path: Path, values: Mapping[str, str]) -> Path:
+    """A path with {field} replaced by its value and {{ by {; a folder that is there is taken as it stands."""
+
+    def value(found: re.Match[str]) -> str:
+        if found[0] in ("{{", "}}"):
+            return found[0][0]
+        if found[1] not in values:
+            known = ", ".join(f"{{{name}}}" for name in values)
+            raise ValueError(
+                f"the file name {shown(str(path))} has {shown(found[0])}; expected some of {known}, and {{{{ or }}}} "
+                "for a brace"
+            )
+        return values[found[1]]
+
+    return path if os.path.isdir(path) else Path(re.sub(r"\{\{|\}\}|\{([^{}]*)\}|[{}]", value, str(path)))
 
 
 def file_name(prompt: Plain, seed: int | None) -> str:

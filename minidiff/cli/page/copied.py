@@ -72,6 +72,8 @@ def _words(flag: argparse.Action, value: Any) -> Iterator[str]:
     elif flag.dest == "words":
         for word, file in value.items():
             yield from _pair(option, f"{word}={file}")
+    elif flag.dest == "vary":
+        yield from _pair(option, "=".join(_numbers(one if isinstance(one, list) else [one]) for one in value))
     elif isinstance(value, dict):
         raise _NoFlagError
     elif isinstance(value, list) and isinstance(flag, argparse._AppendAction):
