@@ -183,7 +183,11 @@ def progress(studio: Studio) -> list:
 
 
 def test_a_run_shows_each_step_and_writes_what_generate_makes(progress: list, studio: Studio) -> None:
-    assert [str(now) for now in progress] == ["loading the model", *(f"step {n} of 3" for n in (1, 2, 3, 3))]
+    assert [str(now) for now in progress] == [
+        "loading the model",
+        *(f"step {n} of 3" for n in (1, 2, 3)),
+        "made in 3 steps",
+    ]
     assert [len(now.looks) for now in progress] == [0, 1, 1, 0, 1]
     (made,) = progress[-1].made
     wanted = minidiff.generate(Request.from_plain(RUN), model=studio.model(Source()))
@@ -209,6 +213,11 @@ def test_without_guidance_the_share_is_that_of_the_attention(studio: Studio) -> 
     height, width = heat.shape
     box = minidiff.guidance.layout.box_coverage(torch.tensor(RUN["boxes"]["red circle"][0]), height, width).numpy()
     assert last.looks[0].shares["red circle"] == pytest.approx(float((heat * box).sum() / heat.sum()), rel=1e-5)
+
+
+def test_warnings_are_notes(studio: Studio) -> None:
+    *_, last = studio.run({"prompt": "a zebra", "steps": 1, "seed": 1}, Source(), threading.Event())
+    assert any("zebra" in note for note in last.notes) and len(last.notes) == len(set(last.notes))
 
 
 def test_a_run_stops_before_the_next_step(studio: Studio) -> None:
@@ -269,7 +278,9 @@ def test_the_page_makes_shows_and_takes_back_a_picture(page: object) -> None:
     drawn = {"image": Image.new("RGB", (1000, 1000)), "boxes": form.to_annotations(PLACES[:1], (1000, 1000))}
     *_, last = page._run(holds(page, seed="3", steps="2", board=drawn, what="red"))
     made = last[part["chosen"]]
-    assert "step 2 of 2" in last[part["status"]] and last[part["view"]].tobytes() == made.look.shown("red").tobytes()
+    assert (
+        "made in 2 steps" in last[part["status"]] and last[part["view"]].tobytes() == made.look.shown("red").tobytes()
+    )
     assert last[part["gallery"]] == [(str(made.file), "seed 3")]
     wanted = minidiff.generate(PROMPT, seed=3, steps=2, boxes=dict(PLACES[:1]), attention=True)
     assert Image.open(made.file).tobytes() == wanted.image.tobytes()

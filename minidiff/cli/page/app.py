@@ -54,22 +54,21 @@ class Page:
             add["stop"], add["made"], add["places"] = gr.State(None, delete_callback=_leave), gr.State([]), gr.State([])
             add["chosen"] = gr.State(None)
             gr.Markdown("## minidiff")
-            with gr.Row():
-                with gr.Column(scale=1, min_width=320):
-                    self._left()
-                with gr.Column(scale=1, min_width=320):
-                    self._right()
+            for left, right in ((self._drawing, self._seeing), (self._settings, self._files)):  # a phone stacks them
+                with gr.Row():
+                    for column in (left, right):
+                        with gr.Column(scale=1, min_width=320):
+                            column()
             self._connect()
         return page
 
-    def _left(self) -> None:
-        add = self.parts
+    def _drawing(self) -> None:
+        add, names = self.parts, form.phrases(_START)
         self._fields(_FIRST)
-        board = {"image": Image.new("RGB", form.board_size(None, None), _GREY), "boxes": []}
-        names = form.phrases(_START)
+        gr.HTML("Draw boxes, and name each by a phrase of the prompt.")
         add["board"] = image_annotator(
-            board,
-            label="Boxes: draw them, and name each by a phrase of the prompt",
+            {"image": Image.new("RGB", form.board_size(None, None), _GREY), "boxes": []},
+            show_label=False,
             label_list=names,
             label_colors=form.colours(len(names)),
             image_type="pil",
@@ -83,14 +82,27 @@ class Page:
         with gr.Row():
             add["go"] = gr.Button("Generate", variant="primary", min_width=120, elem_id="go")
             add["cancel"] = gr.Button("Cancel", variant="stop", min_width=120, interactive=False, elem_id="cancel")
+
+    def _seeing(self) -> None:
+        add = self.parts
+        add["status"] = gr.HTML(_said("Ready."), elem_id="status")
+        add["view"] = gr.Image(
+            show_label=False, format="png", interactive=False, height=480, buttons=["fullscreen"], elem_id="view"
+        )
+        add["what"] = gr.Dropdown(_kinds(_START), value=BOXES, label="Show: a heat map of any word", elem_id="what")
+        gr.HTML("Made since the page opened; choose one to see it again:")
+        add["gallery"] = gr.Gallery(
+            show_label=False, columns=4, height=200, allow_preview=False, fit_columns=False, elem_id="gallery"
+        )
+
+    def _settings(self) -> None:
+        add = self.parts
         with gr.Row():
             self._fields(_USUAL)
-        add["dropped"] = gr.File(
-            label="Settings from a picture: drop its PNG here", height=150, elem_id="dropped", file_types=["image"]
-        )
         with gr.Accordion("Start from a picture", open=False):
+            gr.HTML("Paint where it is to change, or nothing to change all of it.")
             add["start"] = gr.ImageEditor(
-                label="Picture; paint where it is to change, or nothing to change all of it",
+                show_label=False,
                 type="pil",
                 format="png",
                 transforms=(),
@@ -112,12 +124,18 @@ class Page:
             with gr.Row():
                 self._fields([name for name in form.CONTROLS if name not in add])
             add["every"] = gr.Slider(1, 20, 1, step=1, label="Preview every ... steps")
-            add["more"] = gr.Textbox(
-                "",
-                label="Further settings",
-                info='Other fields of a request as JSON: {"guidance_rescale": 0.7}',
-                elem_id="more",
+            info = 'Other fields of a request as JSON: {"guidance_rescale": 0.7}'
+            add["more"] = gr.Textbox("", label="Further settings", info=info, elem_id="more")
+
+    def _files(self) -> None:
+        add = self.parts
+        add["file"] = gr.DownloadButton("Download PNG", interactive=False, elem_id="file")
+        for name, label in (("python", "Python"), ("command", "Command line")):
+            add[name] = gr.Textbox(
+                label=label, lines=2, max_lines=12, buttons=["copy"], interactive=False, elem_id=name
             )
+        gr.HTML("Take the settings of a picture: drop its PNG here.")
+        add["dropped"] = gr.File(show_label=False, height=130, elem_id="dropped", file_types=["image"])
 
     def _fields(self, names: Sequence[str]) -> None:
         """The controls of fields of a request."""
@@ -126,33 +144,12 @@ class Page:
             if kind is bool:
                 made: Any = gr.Checkbox(True, label=f"{label} (for heat maps)", elem_id=elem)
             elif isinstance(kind, tuple):
-                choices = [(form.default(name) or "the model's", ""), *((one, one) for one in kind)]
-                made = gr.Dropdown(choices, value="", label=label, elem_id=elem, min_width=170)
+                choices = [("default", ""), *((one, one) for one in kind)]
+                made = gr.Dropdown(choices, value="", label=label, elem_id=elem, min_width=150)
             else:
                 text, empty = _START if name == "prompt" else "", form.default(name)
-                made = gr.Textbox(text, label=label, placeholder=empty, lines=1, elem_id=elem, min_width=170)
+                made = gr.Textbox(text, label=label, placeholder=empty, lines=1, elem_id=elem, min_width=150)
             self.parts[name] = made
-
-    def _right(self) -> None:
-        add = self.parts
-        add["status"] = gr.HTML(_said("ready"), elem_id="status")
-        add["view"] = gr.Image(
-            label="Picture", format="png", interactive=False, height=480, buttons=["fullscreen"], elem_id="view"
-        )
-        add["what"] = gr.Dropdown(_kinds(_START), value=BOXES, label="Show: a heat map of any word", elem_id="what")
-        add["gallery"] = gr.Gallery(
-            label="Made since the page opened",
-            columns=4,
-            height=220,
-            allow_preview=False,
-            fit_columns=False,
-            elem_id="gallery",
-        )
-        add["file"] = gr.DownloadButton("Download PNG", interactive=False, elem_id="file")
-        for name, label in (("python", "Python"), ("command", "Command line")):
-            add[name] = gr.Textbox(
-                label=label, lines=2, max_lines=12, buttons=["copy"], interactive=False, elem_id=name
-            )
 
     # ---- what happens
 
@@ -161,7 +158,7 @@ class Page:
         shown = [part[name] for name in ("status", "view", "chosen", "file", "python", "command")]
         given = {one for name, one in part.items() if name not in _OUTPUTS}
         buttons = [part["go"], part["cancel"]]
-        _at_once(part["go"].click, self._begin, None, [part["stop"], *buttons]).then(
+        _at_once(part["go"].click, self._begin, None, [part["stop"], *buttons, part["status"]]).then(
             self._run,
             given,
             [*shown, part["made"], part["gallery"]],
@@ -179,7 +176,12 @@ class Page:
         _at_once(part["dropped"].upload, self._take, given, [*filled, *self._loras()])
 
     def _begin(self) -> tuple[Any, ...]:
-        return threading.Event(), gr.Button(interactive=False), gr.Button(interactive=True)
+        return (
+            threading.Event(),
+            gr.Button(interactive=False),
+            gr.Button(interactive=True),
+            _said("waiting for its turn"),
+        )
 
     def _end(self) -> tuple[Any, ...]:
         return gr.Button(interactive=True), gr.Button(interactive=False)

@@ -140,7 +140,7 @@ def fill(fields: Mapping[str, object]) -> tuple[dict[str, object], list[Place], 
         seeds = name == "seed" and isinstance(value, list)
         shown[name] = kind is bool and value is True
         if value is not None and (fits or seeds or (kind is float and isinstance(value, int))):
-            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            text = ", ".join(str(one).removesuffix(".0") for one in (value if isinstance(value, list) else [value]))
             shown[name] = value if kind is bool else text
             del rest[name]
         elif kind is not bool:

@@ -105,6 +105,8 @@ class Progress:
     stopped: bool = False
 
     def __str__(self) -> str:
+        if self.made:
+            return f"made in {self.steps} steps"
         if self.stopped:
             return f"stopped after {self.step} of {self.steps} steps"
         return f"step {self.step} of {self.steps}" if self.steps else "loading the model"
@@ -210,9 +212,9 @@ def _clean(result: Result) -> Result:
 
 @contextmanager
 def _noted() -> Iterator[list[str]]:
-    """Collect the texts of warnings."""
+    """Collect the texts of our warnings, not those of other threads' libraries."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield found
-    found += [str(one.message) for one in caught]
+    found += [str(one.message) for one in caught if one.category is UserWarning]
