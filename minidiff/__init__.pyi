@@ -20,6 +20,7 @@ from .guidance.objectives.extent import extent_loss as extent_loss
 from .guidance.objectives.inside import inside_loss as inside_loss
 from .guidance.objectives.layout import layout_loss as layout_loss
 from .guidance.objectives.refocusing import refocusing_loss as refocusing_loss
+from .guidance.objectives.relation import relation_loss as relation_loss
 from .guidance.objectives.rnb import rnb_loss as rnb_loss
 from .guidance.regions import Region as Region
 from .guidance.report import Report as Report

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .guidance.layout import Boxes
     from .guidance.objectives import Objective
     from .guidance.regions import Region
+    from .guidance.relations import Relation
     from .model import Model
     from .networks.attention import Edit, Inputs, Record
     from .recorded import Reduce
@@ -108,8 +109,12 @@ class Request:
     boxes: where to place things: {phrase of the prompt: (x0, y0, x1, y1)}, from the left and top in [0,1]; one mapping
         for all prompts, or a list with one (or None) per prompt. A phrase may have several boxes, a mask ([H,W] or an
         image), or {"boxes": ..., "weight": 2.0}; token positions may replace the phrase.
+    relations: how things relate, without boxes: [("cat", "left of", "ball"), "ball smaller than cat"], between
+        phrases of the prompt; "left of", "right of", "above", "below", "smaller than" or "larger than". One list for
+        all prompts, or one (or None) per prompt. With boxes, every phrase needs one.
     guidance: how to follow boxes: a Guidance, an objective, the name of a published one ("layout",
         "attend_and_excite", "boxdiff", "refocusing", "rnb"), or "none" (for edits that follow boxes themselves).
+        Relations add the objective "relation".
     regions: parts of the image that read texts of their own: a list of Region(text, box, negative=..., weight=...) for
         all prompts, or one list (or None) per prompt. The prompt rules where no region is. Phrases of boxes and of
         attention are found in the regions' texts too.
@@ -161,6 +166,7 @@ class Request:
     context: Tensor | None = None
     negative_context: Tensor | None = None
     boxes: Boxes | Sequence[Boxes | None] | None = None
+    relations: Sequence[Sequence[str] | str | Sequence[Sequence[str] | str] | None] | None = None
     guidance: Guidance | Objective | str | Mapping[str, object] | None = None
     regions: Sequence[Region | Mapping[str, object] | Sequence[Region | Mapping[str, object]] | None] | None = None
     base_weight: float = 0.0
@@ -317,6 +323,11 @@ class Request:
             for one in self.layouts:
                 if one is not None:
                     read_regions(one)
+        if self.relations is not None:
+            from .guidance.relations import read_relations
+
+            self._set("relations", read_relations(self.relations))
+            self._set("relations", self.relations if any(self.related) else None)
         self._check_guidance()
         self._check_image()
         self._check_image_prompt()
@@ -341,7 +352,7 @@ class Request:
         from .guidance.guide import Guidance
 
         Guidance.read(self.guidance)
-        if not any(self.layouts):
+        if not any(self.layouts) and not any(self.related):
             raise ValueError(
                 f"guidance is {shown(self.guidance)} but there are no boxes to follow; expected "
                 'boxes={"phrase": (x0, y0, x1, y1)} too, or {"phrase": None} for an objective that needs no position'
@@ -423,6 +434,18 @@ class Request:
         return layouts
 
     @property
+    def related(self) -> tuple[tuple[Relation, ...], ...]:
+        """The relations of each prompt."""
+        found: Any = self.relations or ()
+        lists = found if found and not (found[0] and isinstance(found[0][0], str)) else (found,) * self.prompts
+        if len(lists) != self.prompts:
+            raise ValueError(
+                f"relations holds {len(lists)} lists for {self.prompts} prompts; expected one list for all prompts, "
+                "or one for each"
+            )
+        return tuple(lists)
+
+    @property
     def areas(self) -> tuple[tuple[Region, ...], ...]:
         """The regions of each prompt."""
         found: Any = self.regions or ()
@@ -467,7 +490,8 @@ class Request:
                 "mask": of(self.mask),
                 "boxes": self.layouts[p],
                 "regions": self.areas[p] or None,
-                "guidance": self.guidance if self.layouts[p] or self.guidance == "none" else None,
+                "relations": self.related[p] or None,
+                "guidance": self.guidance if self.layouts[p] or self.related[p] or self.guidance == "none" else None,
             }
         )
 

@@ -7,6 +7,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from .checks import number
 from .guidance.guide import Guidance
 from .guidance.image_prompt import ImagePrompt
 from .guidance.layout import Region
+from .guidance.objectives.relation import relation_loss
 from .model import Model
 from .networks.attention import picture_name
 from .networks.sites import Position, Site
@@ -36,8 +38,6 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
     custom = request.timesteps is not None or request.sigmas is not None
     width, height = _size(request, model)
     _check_memory(model, width, height, request.images)
-    guidance = defaults.guidance if request.guidance is None else request.guidance
-    how = None if isinstance(guidance, str) and guidance == "none" else Guidance.read(guidance)
     values = {
         "model": model,
         "width": width,
@@ -49,7 +49,20 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
         **({} if request.image is None else {"strength": _strength(request)}),
         **sampler_fields(sampler),
     }
-    return request.filled(values), sampler, how
+    return request.filled(values), sampler, _guidance(request, model)
+
+
+def _guidance(request: Request, model: Model) -> Guidance | None:
+    """As given or the model's; relations add their objective, and without boxes it is the only one."""
+    guidance = model.defaults.guidance if request.guidance is None else request.guidance
+    if isinstance(guidance, str) and guidance == "none":
+        return None
+    if request.guidance is None and any(request.related) and not any(request.layouts):
+        return Guidance(relation_loss)
+    how = Guidance.read(guidance)
+    if not any(request.related) or relation_loss.terms[0].name in {term.name for term in how.objective.terms}:
+        return how
+    return replace(how, objective=how.objective + relation_loss)
 
 
 def _strength(request: Request) -> float:

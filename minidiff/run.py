@@ -97,7 +97,7 @@ def sample_steps(request: Request) -> Run:
     guide, given = None, [own]
     if any(regions):
         length = contexts[0].shape[1]
-        layouts = {one: one.layout(model, placed[one], length, there) for one in encoded}
+        layouts = {one: one.layout(model, placed[one], length, there, request.related) for one in encoded}
         given = [{**layouts[one].inputs(), **own} for one in each_step]
         if how is not None:
             check_places(how, regions)
@@ -142,7 +142,8 @@ class Run(Iterator[Step]):
         timings: Mapping[str, float],
         canvas: Canvas | None = None,
     ) -> None:
-        layouts = [plain_boxes(some) or None for some in regions[:: texts.repeats]]
+        each = zip(regions[:: texts.repeats], request.layouts, strict=True)  # phrases of relations alone come last
+        layouts = [plain_boxes(some[: len(boxes or ())]) or None for some, boxes in each]
         negatives = None if request.negative_context is not None else texts.negatives
         self.request = request.filled({"boxes": layouts, "negative_prompt": negatives})
         self._model, self._texts, self._schedule, self._steps = model, texts, schedule, steps

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .checks import warn
 from .guidance.layout import Layout, Region, make_layout, read_regions
 from .guidance.regions import Region as Area, share_bias, share_name, shares
+from .guidance.relations import Relation
 from .model import Model
 from .networks.sites import Position, Site
 from .networks.text import Phrases
@@ -268,7 +269,10 @@ class Texts:
                     raise ValueError(f"boxes has the key {phrase!r} but there is no prompt; expected token positions")
                 return self._find(reader, prompt, phrase)
 
-            found.append(() if boxes is None else read_regions(boxes, find, length))
+            own = () if boxes is None else read_regions(boxes, find, length)
+            phrases = dict.fromkeys(phrase for first, _, second in request.related[i] for phrase in (first, second))
+            names = {region.name for region in own}
+            found.append((*own, *(Region(phrase, find(phrase)) for phrase in phrases if phrase not in names)))
         return tuple(own for own in found for _ in range(self.repeats))
 
     def _find(self, reader: Phrases, prompt: str, phrase: str) -> tuple[int, ...]:
@@ -284,15 +288,21 @@ class Texts:
             raise
 
     def layout(
-        self, model: Model, regions: Sequence[Sequence[Region]], length: int, there: Mapping[Site, Position]
+        self,
+        model: Model,
+        regions: Sequence[Sequence[Region]],
+        length: int,
+        there: Mapping[Site, Position],
+        related: Sequence[Sequence[Relation]],
     ) -> Layout:
-        """The regions of a batch on every grid of the UNet. length: L of the contexts."""
+        """The regions of a batch on every grid of the UNet. length: L of the contexts; related: of each prompt."""
         reader, prompts = self.reading()
         if prompts is None:
             tokens = [length - 1] * self.images  # all but the start marker: the prompt's length is unknown
         else:
             tokens = [reader.num_tokens(prompt) for prompt in prompts for _ in range(self.repeats)]
-        layout = make_layout(regions, tokens, length, {at.grid for at in there.values()}, model.device)
+        relations = [own for own in related for _ in range(self.repeats)]
+        layout = make_layout(regions, tokens, length, {at.grid for at in there.values()}, model.device, relations)
         if prompts is None or not (self.chunks or self.areas):
             return layout
         words = torch.zeros_like(layout.words)

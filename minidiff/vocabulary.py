@@ -23,8 +23,19 @@ def _stems(folder: Path) -> tuple[str, ...]:
 
 SAMPLERS = _stems(_HERE / "sampling" / "samplers")
 OBJECTIVES = _stems(_HERE / "guidance" / "objectives") or (
-    *("inside", "extent", "layout", "attend_and_excite", "boxdiff", "refocusing", "rnb"),
+    *("inside", "extent", "layout", "attend_and_excite", "boxdiff", "refocusing", "relation", "rnb"),
 )
+RELATIONS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {
+        "left of": (0, -1),
+        "right of": (0, 1),
+        "above": (1, -1),
+        "below": (1, 1),
+        "smaller than": (2, -1),
+        "larger than": (2, 1),
+    }
+)
+"""A relation -> which of x, y (down) and size it compares, and whether the first is more (1) or less (-1)."""
 SPACINGS = ("leading", "linspace", "trailing")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SYNTAXES = ("plain", "a1111")

@@ -171,9 +171,10 @@ def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: Asked, tmp_path
         "--guidance-rescale=0.5 --clip-skip=1 --sampler=lms --karras --spacing=trailing --seed=3,4 "
         "--images=2 --variant=fp16 --revision=r --vae=v --tokenizer=t --prediction-type=v_prediction --dtype=bf16 "
         "--device=cuda --compile --safety-from=s --word=w=x --word=v=y --lora=f=0.5 --box=cat=0,0,1,1 "
+        "--relation=cat@left@of@hat "
         f"--guidance=boxdiff --attention --image={start} --mask=alpha --strength=0.5 --fit=pad --no-paste"
     )
-    cli("generate", "a cat", *flags.split())
+    cli("generate", "a cat", *(flag.replace("@", " ") for flag in flags.split()))
     assert asked.load == {
         "source": "m",
         "tokenizer": "t",
@@ -205,6 +206,7 @@ def test_every_argument_has_a_flag_that_arrives(cli: Cli, asked: Asked, tmp_path
         "seed": [3, 4],
         "images_per_prompt": 2,
         "boxes": {"cat": {"weight": 1.0, "boxes": [[0.0, 0.0, 1.0, 1.0]]}},
+        "relations": [["cat", "left of", "hat"]],
         "guidance": "boxdiff",
         "attention": True,
         "image": asked.request.plain()["image"],

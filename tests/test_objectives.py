@@ -16,10 +16,13 @@ from minidiff.guidance.guide import evaluate
 from minidiff.guidance.layout import Layout, Region, make_layout
 from minidiff.guidance.objectives import OBJECTIVES, Objective
 from minidiff.guidance.objectives.extent import SPREAD
+from minidiff.guidance.objectives.relation import APART
+from minidiff.guidance.relations import Relation, relation_tensor
 from minidiff.networks.attention import ALL, BOX_MASS, COLUMNS, HEAD_MEAN, Inputs, Keep, Maps, Record, mask_name
 from minidiff.networks.config import UNetConfig
 from minidiff.networks.sites import Site
 from minidiff.networks.unet import UNet
+from minidiff.vocabulary import RELATIONS
 
 Box = tuple[float, float, float, float]
 
@@ -44,6 +47,12 @@ OBJECTS: list[list[tuple[list[Box], tuple[int, ...], float]]] = [
     [([(0.2, 0.0, 1.0, 0.3)], (2,), 1.0), ([(0.3, 0.55, 0.6, 0.9)], (2, 3), 3.0)],
 ]
 COUNT = max(len(some) for some in OBJECTS)
+# per image: relations between the objects "a", "b", "c"
+RELATED: list[list[Relation]] = [
+    [Relation("a", "right of", "b"), Relation("c", "smaller than", "a"), Relation("c", "above", "b")],
+    [],
+    [Relation("b", "left of", "a"), Relation("b", "larger than", "a"), Relation("a", "below", "b")],
+]
 
 
 def part(start: float, end: float, cell: int, cells: int) -> float:
@@ -72,7 +81,8 @@ def layout_by_hand(dtype: torch.dtype = torch.float64) -> Layout:
                 masks[h, w][b, o] = torch.tensor(coverage(boxes, h, w), dtype=dtype)
     words = torch.zeros(len(OBJECTS), LENGTH, dtype=dtype)
     words[:, 1:8] = 1
-    return Layout(masks, token_weights, words, weights)
+    relations = relation_tensor([list("abc"), list("a"), list("ab")], RELATED).to(dtype)
+    return Layout(masks, token_weights, words, weights, relations)
 
 
 def random_maps(spread: float = 2.0, seed: int = 0) -> Maps:
@@ -344,6 +354,24 @@ def slow_extent(maps: Maps, objects: Objects) -> float:
     return whole / sum(weight for _, _, weight in objects)
 
 
+def slow_relation(maps: Maps, objects: Objects) -> float:
+    related = RELATED[next(b for b, some in enumerate(OBJECTS) if some is objects)]
+    losses = []
+    for mean in by_grid(maps).values():
+        found = {}
+        for name, (_, tokens, _) in zip("abc", objects, strict=False):
+            rows = [[sum(cell[token] for token in tokens) / len(tokens) for cell in row] for row in mean]
+            (x, wide), (y, tall) = (moments([sum(line) for line in some]) for some in (zip(*rows, strict=True), rows))
+            found[name] = (x, y, math.log(wide * tall) / 2)
+        loss = 0.0
+        for first, relation, second in related:
+            k, sign = RELATIONS[relation]
+            more = sign * (found[first][k] - found[second][k]) / APART[k]
+            loss += objects["abc".index(first)][2] * max(0.0, 1 - more) ** 2
+        losses.append(loss)
+    return sum(losses) / len(losses)
+
+
 SLOW: dict[str, Callable[[Maps, Objects], float]] = {
     "inside": slow_inside,
     "extent": slow_extent,
@@ -351,6 +379,7 @@ SLOW: dict[str, Callable[[Maps, Objects], float]] = {
     "attend_and_excite": slow_attend_and_excite,
     "boxdiff": slow_boxdiff,
     "refocusing": slow_refocusing,
+    "relation": slow_relation,
     "rnb": slow_rnb,
 }
 
@@ -415,6 +444,7 @@ def test_padding_of_objects_has_no_part_in_a_loss() -> None:
                 layout.token_weights[b : b + 1, :count],
                 layout.words[b : b + 1],
                 layout.weights[b : b + 1, :count],
+                layout.relations[b : b + 1, :count, :count],
             )
             own = {site: probs[b : b + 1] for site, probs in maps.items()}
             torch.testing.assert_close(
@@ -451,7 +481,8 @@ def on_unet(
     """The objective with its sites chosen, what it records, a layout, x and context of two images; all float64."""
     there = unet.positions(h, w)
     bound = objective.bound(there)
-    made = make_layout(REGIONS, [7, 7], LENGTH, {at.grid for at in there.values()})
+    grids = {at.grid for at in there.values()}
+    made = make_layout(REGIONS, [7, 7], LENGTH, grids, relations=[RELATED[0][:1], []])
     layout = Layout({grid: mask.double() for grid, mask in made.masks.items()}, *(value.double() for value in made[1:]))
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(2, 4, h, w, generator=generator, dtype=torch.float64)
@@ -474,7 +505,8 @@ def test_the_gradient_equals_finite_differences(unet: UNet, name: str) -> None:
 
     gradient, (value, _, _) = evaluate(x, unet.forward, bound, record, (), t, context, layout, {})
     torch.testing.assert_close(value, loss(x))
-    assert gradient.abs().amax(dim=(1, 2, 3)).min() > 1e-8
+    steepest = gradient.abs().amax(dim=(1, 2, 3))
+    assert steepest[0] > 1e-8 and (steepest[1] > 1e-8 or name == "relation")  # the second image has no relation
     for _ in range(2):
         direction = torch.randn_like(x)
         expected = slopes(loss, x, direction)
@@ -699,7 +731,7 @@ def test_your_own_function_is_an_objective() -> None:
 def test_reductions_weigh_objects_and_leave_padding_out(reduce: str) -> None:
     weights = torch.tensor([[1.0, 2.0, 0.5], [3.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     loss = torch.tensor([[0.5, 0.3, 0.9], [-0.2, 1e6, 1e6], [1e6, -1e6, 7.0]])
-    layout = Layout({}, torch.zeros(3, 3, 4), torch.zeros(3, 4), weights)
+    layout = Layout({}, torch.zeros(3, 3, 4), torch.zeros(3, 4), weights, torch.zeros(3, 3, 3, 3))
     made = minidiff.objective(reduce=reduce)(as_they_are)
     expected = {"mean": [(0.5 + 0.6 + 0.45) / 3.5, -0.2, 0], "sum": [1.55, -0.6, 0], "max": [0.6, -0.6, 0]}
     torch.testing.assert_close(made({SITE: loss}, layout), torch.tensor(expected[reduce]))
@@ -707,7 +739,7 @@ def test_reductions_weigh_objects_and_leave_padding_out(reduce: str) -> None:
 
 @pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
 def test_a_batch_without_any_object_has_no_loss(reduce: str) -> None:
-    layout = Layout({}, torch.zeros(2, 0, 4), torch.zeros(2, 4), torch.zeros(2, 0))
+    layout = Layout({}, torch.zeros(2, 0, 4), torch.zeros(2, 4), torch.zeros(2, 0), torch.zeros(2, 0, 0, 3))
     made = minidiff.objective(reduce=reduce)(as_they_are)
     assert torch.equal(made({SITE: torch.zeros(2, 0)}, layout), torch.zeros(2))
 
@@ -795,6 +827,8 @@ def can_move(name: str, mask: Tensor, probs: Tensor, regions: list[Region], loss
     uneven = mask.flatten(1).amax(1) - mask.flatten(1).amin(1) > 1e-9
     if name in ("layout", "inside"):
         return bool(uneven.any())
+    if name == "relation":  # one column has one x
+        return loss > 1e-6 and mask.shape[2] > 1
     if name == "extent":  # one cell has one centre and one size
         return mask[0].numel() > 1
     if name == "rnb":
@@ -811,7 +845,8 @@ def test_loss_and_gradient_are_finite_and_move_what_can_be_moved(
     name: str, case: tuple[tuple[int, int], list[Region], int]
 ) -> None:
     grid, regions, seed = case
-    made = make_layout([regions], [WIDE - 2], WIDE, [grid])
+    related = [[Relation("0", "left of", "1")]]
+    made = make_layout([regions], [WIDE - 2], WIDE, [grid], relations=related)
     layout = Layout({grid: made.masks[grid].double()}, *(value.double() for value in made[1:]))
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(1, HEADS, *grid, WIDE, generator=generator, dtype=torch.float64).requires_grad_()

@@ -52,6 +52,10 @@ WRONG = {
     "boxes": [3, "cat", {"cat": 3}, {"cat": (0, 0, 2, 1)}, [None, None], {"cat": (0, 0, 0, 0)}],
     "regions": [3, "a fox", ["a fox"], [{"prompt": "a fox"}], {"prompt": "a fox", "box": (0, 0, 1, 1)}],
     "base_weight": [-1, "1", None, 0.5],
+    "relations": [
+        *("cat left of dog", 3, ["cat near dog"], ["cat left of"], [("cat", "left of", "cat")], [("cat", "by", "dog")]),
+        *([None, None], [["cat left of dog"], 3], ["a left of b right of c"]),
+    ],
     "guidance": [7.5, "magic", {"scale": 3, "wrong": 1}, 3],
     "image_prompt": [7, [], {"image": 3}, {"a": 3}, "no/such.png", "~nobody/a.png", [[1]], [{"tensor": "a"}]],
     "image_prompt_scale": ["1", None, float("nan"), ["1"], [], {1: 1}, 0.5],

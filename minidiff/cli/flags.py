@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from ..vocabulary import EMPHASES, OBJECTIVES, SAMPLERS, SCHEDULES, SYNTAXES
+from ..vocabulary import EMPHASES, OBJECTIVES, RELATIONS, SAMPLERS, SCHEDULES, SYNTAXES
 
 LoraFlag: TypeAlias = "tuple[str, float | None, float | None]"
 """File, weight and text weight of --lora, None where not given."""
@@ -197,6 +197,13 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
         type=_scales,
         metavar="S[,S...]",
         help="how strongly the pictures count; one number, or one per adapter (default: 1)",
+    )
+    add(
+        "--relation",
+        dest="relations",
+        action="append",
+        metavar='"PHRASE RELATION PHRASE"',
+        help=f'such as "cat left of ball", without boxes: {", ".join(RELATIONS)}; repeatable',
     )
     add("--guidance", metavar="NAME", help=f"{', '.join(OBJECTIVES)} or none (default: the model's)")
     add(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..checks import is_number, shown, whole
 from ..networks.attention import mask_inputs
+from .relations import Relation, relation_tensor
 
 if TYPE_CHECKING:
     from ..networks.attention import Inputs
@@ -72,12 +73,15 @@ class Layout(NamedTuple):
     token_weights: [B,O,L], uniform over the tokens of each object; they sum to 1.
     words: [B,L], 1 for the prompt's own tokens, 0 for start, end and padding.
     weights: [B,O], the object weights; 0 for padding.
+    relations: [B,O,O,3], as `relation_tensor` makes them: 1 or -1 where one object's x, y or size is to be larger or
+        smaller than another's.
     """
 
     masks: dict[Grid, Tensor]
     token_weights: Tensor
     words: Tensor
     weights: Tensor
+    relations: Tensor
 
     def inputs(self) -> Inputs:
         """The tensors by the names under which keeps and edits look them up."""
@@ -87,7 +91,7 @@ class Layout(NamedTuple):
     def images(self, index: Tensor) -> Layout:
         """The layout of some of the images."""
         masks = {grid: mask[index] for grid, mask in self.masks.items()}
-        return Layout(masks, self.token_weights[index], self.words[index], self.weights[index])
+        return Layout(masks, self.token_weights[index], self.words[index], self.weights[index], self.relations[index])
 
 
 def make_layout(
@@ -96,6 +100,7 @@ def make_layout(
     length: int,
     grids: Iterable[Grid],
     device: torch.device | None = None,
+    relations: Sequence[Sequence[Relation]] | None = None,
 ) -> Layout:
     """Build the tensors for B images. num_tokens: per prompt, without start and end; length: L."""
     objects = max((len(some) for some in regions), default=0)
@@ -114,7 +119,11 @@ def make_layout(
             for grid, mask in masks.items():
                 mask[i, o] = region.coverage(grid)
     on_device = {grid: mask.to(device) for grid, mask in masks.items()}
-    return Layout(on_device, token_weights.to(device), words.to(device), weights.to(device))
+    names = [[region.name for region in some] for some in regions]
+    related = relation_tensor(names, [()] * len(regions) if relations is None else relations)
+    there = (weights > 0).float()
+    related = related * torch.einsum("bi,bj->bij", there, there)[..., None]
+    return Layout(on_device, *(one.to(device) for one in (token_weights, words, weights, related)))
 
 
 def read_regions(

@@ -96,3 +96,19 @@ def steepness(maps: Tensor) -> Tensor:
     sobel = smooth.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
     across, down = filtered(smooth, sobel), filtered(smooth, sobel.T)
     return (across.square() + down.square() + TINY).sqrt()
+
+
+def centre_and_spread(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """[B,O,h,w] >= 0 -> centre and standard deviation along x and y, each [B,O,2], as fractions of the picture."""
+    share = maps / maps.sum(dim=(2, 3), keepdim=True).clamp_min(TINY)
+    centres, spreads = [], []
+    for axis in (2, 3):  # summing over y leaves x
+        line = share.sum(dim=axis)
+        cells = line.shape[2]
+        at = (torch.arange(cells, dtype=maps.dtype, device=maps.device) + 0.5) / cells
+        centre = (line * at).sum(dim=2)
+        # mass is spread uniformly within a cell, so that no map or mask has zero size
+        within = 1 / (12 * cells**2)
+        centres.append(centre)
+        spreads.append(((line * (at - centre[..., None]).square()).sum(dim=2) + within).sqrt())
+    return torch.stack(centres, dim=2), torch.stack(spreads, dim=2)

@@ -1,0 +1,84 @@
+"""Relations are read from all forms, become a tensor, and steer where things go without any box."""
+
+import json
+
+import pytest
+import torch
+
+import minidiff
+from minidiff.guidance.layout import Region, make_layout
+from minidiff.guidance.relations import Relation, read_relations, relation_tensor
+from minidiff.request import Request
+from minidiff.vocabulary import RELATIONS
+
+LEFT = Relation("cat", "left of", "hat")
+
+
+@pytest.mark.parametrize("value", [[("cat", "left of", "hat")], ["cat left of hat"], (["cat", "left of", "hat"],)])
+def test_all_forms_of_a_relation_are_one(value: object) -> None:
+    assert read_relations(value) == (LEFT,)
+
+
+def test_relations_belong_to_all_prompts_or_to_each() -> None:
+    both = Request(["a cat and a hat"] * 2, relations=["cat left of hat"])
+    assert both.related == ((LEFT,), (LEFT,))
+    each = Request(["a", "a cat and a hat"], relations=[None, ["cat left of hat"]])
+    assert each.related == ((), (LEFT,))
+    assert Request.from_plain(json.loads(json.dumps(each.plain()))).related == each.related
+    assert each.alone(1).related == ((LEFT,),)
+    assert each.alone(0).relations is None
+    assert Request("a", relations=[]).relations is None
+
+
+def test_the_tensor_holds_the_sign_of_each_quantity_between_all_of_a_name() -> None:
+    names = [["cat", "hat", "hat"], ["cat"]]
+    found = relation_tensor(names, [[LEFT, Relation("hat", "larger than", "cat")], [LEFT]])
+    expected = torch.zeros(2, 3, 3, 3)
+    expected[0, 0, 1:, 0] = -1
+    expected[0, 1:, 0, 2] = 1
+    assert torch.equal(found, expected)
+    assert {RELATIONS[name][0] for name in ("above", "below")} == {1}
+
+
+def test_a_phrase_that_the_text_lacks_has_no_relation() -> None:
+    some = [[Region("cat", (1,)), Region("hat", ())]]
+    assert make_layout(some, [3], 5, [(2, 2)], relations=[[LEFT]]).relations.count_nonzero() == 0
+
+
+def test_relations_move_an_image_and_are_recorded(tiny_model: minidiff.Model) -> None:
+    asked = Request(
+        "a cat and a hat", model=tiny_model, relations=["cat left of hat"], seed=1, steps=2, output="latents"
+    )
+    found = minidiff.generate(asked)
+    assert found.reports is not None and sum(found.reports[0].iterations) > 0
+    assert not torch.equal(found.latents, minidiff.generate(asked, relations=None).latents)
+    recipe = json.loads(json.dumps(found.parameters[0]))
+    assert recipe["relations"] == [["cat", "left of", "hat"]] and "boxes" not in recipe
+    again = minidiff.generate(Request.from_plain(recipe), model=tiny_model, output="latents")
+    assert torch.equal(again.latents, found.latents)
+
+
+def test_with_boxes_both_objectives_count(tiny_model: minidiff.Model) -> None:
+    boxes = {"cat": (0, 0, 0.5, 1), "hat": (0.5, 0, 1, 1)}
+    asked = Request("a cat and a hat", model=tiny_model, boxes=boxes, relations=[LEFT], guidance="layout", steps=2)
+    run = minidiff.sample_steps(asked)
+    guidance = run.request.guidance
+    assert isinstance(guidance, minidiff.Guidance)
+    assert [term.name for term in guidance.objective.terms] == ["layout_loss", "relation_loss"]
+    with pytest.raises(ValueError, match=r"boxes\['hat'\] has no box"):
+        minidiff.sample_steps(asked, boxes={"cat": boxes["cat"]})
+    with pytest.raises(ValueError, match="dog"):
+        minidiff.sample_steps(asked, relations=["cat left of dog"])
+
+
+def test_a_relation_that_holds_has_no_loss() -> None:
+    some = [[Region("cat", (1,)), Region("hat", (2,))]]
+    probs = torch.full((1, 4, 5, 4), 1e-6)
+    probs[..., 0, 1] = probs[..., 4, 2] = 1
+    site = minidiff.Site("up", 1, 0, "cross")
+    layouts = [
+        make_layout(some, [2], 4, [(4, 5)], relations=[[LEFT._replace(relation=name)]])
+        for name in ("left of", "right of")
+    ]
+    assert minidiff.relation_loss({site: probs}, layouts[0]).item() == 0
+    assert minidiff.relation_loss({site: probs}, layouts[1]).item() > 4
