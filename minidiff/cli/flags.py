@@ -71,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
     page = commands.add_parser("page", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     _add_page_flags(page)
     _add_model_flags(page, "append")
+    text = "make the pictures of a file of requests, and go on with it after a kill"
+    batch = commands.add_parser("batch", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+    _add_batch_flags(batch)
+    _add_sampling_flags(batch)
+    _add_model_flags(batch)
     text = "show what made a picture, or what a weight file or model folder holds and whether it loads"
     info = commands.add_parser("info", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     info.add_argument(
@@ -85,6 +90,21 @@ def parser() -> argparse.ArgumentParser:
     info.add_argument("--revision", help="branch, tag or commit on the hub")
     info.add_argument("--json", action="store_true", help="print JSON, with all missing or misshapen keys")
     return top
+
+
+def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "requests",
+        metavar="FILE",
+        help='a line for each request, {"prompt": ..., "seed": ...}, with the fields of minidiff.Request: .jsonl, '
+        ".json, .csv or .parquet. Flags replace what lines say. A line without a seed gets one of its number",
+    )
+    add("--out", metavar="FOLDER", required=True, help="where pictures (by number of line), logs and the manifest go")
+    add("--batch-size", type=_positive, metavar="N", help="images at a time (default: 8, or what memory is free for)")
+    add("--shard", type=_shard, metavar="I/N", help="make part I of N, counted from 1: for schedulers")
+    add("--width", type=int, metavar="PIXELS", help="a multiple of 8 in SD 1.5 (default: the model's training size)")
+    add("--height", type=int, metavar="PIXELS", help="see --width")
 
 
 def _add_image_flags(parser: argparse.ArgumentParser) -> None:
@@ -355,6 +375,19 @@ def _layout(path: str) -> tuple[str, object]:
 
 def _regions(path: str) -> object:
     return _layout(path)[1]
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of at least 1")
+    return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected e.g. 1/4, the first of four parts")
+    return int(found[1]), int(found[2])
 
 
 def _numbers(text: str) -> list[float]:

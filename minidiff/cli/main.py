@@ -1,4 +1,4 @@
-"""The command line: `minidiff generate` and `minidiff info`. Output goes to stdout, all messages to stderr.
+"""The command line: `minidiff generate`, `page`, `batch` and `info`. Output goes to stdout, all messages to stderr.
 
 Commands import what they need when they need it, so that help and errors in flags are immediate.
 """
@@ -18,6 +18,7 @@ from .flags import parser
 if TYPE_CHECKING:
     from ..request import Request
     from ..result import Result
+    from ..weights.lora import LoRA
     from .flags import LoraFlag
     from .take import Taken
 
@@ -54,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 start(args)
                 code = 0
+            elif args.command == "batch":
+                from .batch import batch
+
+                code = batch(args)
             else:
                 from .info import info
 
@@ -78,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from ..request import Request
 
-    given, loading = _fields(args), {name: getattr(args, name) for name in LOADING}
+    given, loading = given_fields(args), {name: getattr(args, name) for name in LOADING}
     taken: Taken | None = None
     if args.png is not None:
         from .take import take
@@ -104,11 +109,9 @@ def _generate(args: argparse.Namespace) -> int:
     from ..speed.accelerate import keep_memory
     from ..weights.image_prompt import with_image_prompt
     from ..weights.load import load
-    from ..weights.lora import LoRA
 
     keep_memory()
-    flags: list[LoraFlag] = loading["loras"] or []
-    loading["loras"] = [LoRA(file, 1.0 if weight is None else weight, text) for file, weight, text in flags]
+    loading["loras"] = lora_values(loading["loras"])
     model = load(request.model, **loading)  # type: ignore[arg-type]
     for file in args.ip_adapter or ():
         model = with_image_prompt(model, file, args.image_encoder)
@@ -145,12 +148,19 @@ def _write(result: Result, request: Request, args: argparse.Namespace) -> int:
     return 0 if folders == [path.parent.resolve() for path in written] else EXIT_ELSEWHERE
 
 
-def _fields(args: argparse.Namespace) -> dict[str, object]:
+def lora_values(flags: Sequence[LoraFlag] | None) -> list[LoRA]:
+    """The arguments of --lora as values."""
+    from ..weights.lora import LoRA
+
+    return [LoRA(file, 1.0 if weight is None else weight, text) for file, weight, text in flags or ()]
+
+
+def given_fields(args: argparse.Namespace) -> dict[str, object]:
     """The fields of a Request given by flags."""
     from ..request import FIELDS
 
     values = {name: getattr(args, name, None) for name in FIELDS}
-    values["boxes"] = _boxes(args)
+    values["boxes"] = _boxes(args) if args.command == "generate" else None
     return {name: value for name, value in values.items() if value is not None and value != []}
 
 

@@ -1,0 +1,216 @@
+"""minidiff batch: a file of requests, on this machine or on Ray."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .lines import as_text, import_parquet, read_lines
+from .manifest import COLUMNS, Done, Row, append, begin, write_manifest, write_whole
+from .plan import Job, batches, jobs, together
+
+if TYPE_CHECKING:
+    from ..model import Model
+    from ..request import Request
+    from ..result import Result
+
+BATCH = 8
+"""Images per call where nothing else is said: more gain little (bench/RESULTS.md)."""
+# Memory of a step for one image, in tensors [2,h,w,channels of the first block]: measured 25 and 57 (bench memory).
+_STEP, _GUIDED = 30, 70
+
+
+class Draw:
+    """Makes the pictures of rows of requests: a callable class for the map_batches of ray.data, which the command uses.
+
+    A row holds the fields of a Request, or "request" with all of them as JSON; "line" (a whole number) names its
+    pictures and, where it has no seed, gives it one. It returns a row per picture with the columns of a manifest
+    (minidiff.cli.manifest.COLUMNS); an invalid row becomes one with its error.
+
+    out: the folder for pictures, which are then not made again by another call, after a kill either; None: each row
+    holds its PNG, in the column "png". fields: of a Request, which replace the rows' own. loading: the arguments of
+    minidiff.load. adapters: the arguments of minidiff.with_image_prompt, for each. batch_size: images per call of
+    minidiff.generate; default: 8, or as many as there is memory for. log: the name of this process in the folder.
+    """
+
+    def __init__(
+        self,
+        out: str | Path | None = None,
+        *,
+        fields: Mapping[str, object] | None = None,
+        loading: Mapping[str, object] | None = None,
+        adapters: Sequence[tuple[str, str]] = (),
+        batch_size: int | None = None,
+        log: str | None = None,
+    ) -> None:
+        self._out = None if out is None else Path(out)
+        self._fields, self._loading, self._adapters = dict(fields or {}), dict(loading or {}), adapters
+        self._size = batch_size
+        self._log = log or f"{socket.gethostname()}-{os.getpid()}"
+        self._loaded: tuple[str, Model] | None = None
+        self._done = None if self._out is None else Done.read(self._out)
+
+    def __call__(self, batch: Mapping[str, Sequence[object]]) -> dict[str, list[object]]:
+        """The manifest's rows for a batch of rows, column by column."""
+        columns = {name: list(values) for name, values in batch.items()}
+        count = len(next(iter(columns.values()), []))
+        lines = [self._line({name: column[i] for name, column in columns.items()}) for i in range(count)]
+        place = {line: i for i, (line, _) in enumerate(lines)}
+        rows = [row for some in self.rows(lines) for row in some]
+        rows.sort(key=lambda row: (place[row["line"]], row["image"]))
+        names = (*COLUMNS, "png") if self._out is None else COLUMNS
+        return {name: [row.get(name) for row in rows] for name in names}
+
+    @staticmethod
+    def _line(row: dict[str, object]) -> tuple[int, str]:
+        plain = {name: getattr(value, "tolist", lambda value=value: value)() for name, value in row.items()}
+        number, text = plain.pop("line", None), plain.pop("request", None)
+        text = text if isinstance(text, str) else as_text(plain)
+        return int(str(number)) if number is not None else _number(text), text
+
+    def rows(self, lines: Iterable[tuple[int, str]]) -> Iterator[list[Row]]:
+        """The rows of each batch, after its pictures are written. lines: numbers and JSON texts; done ones are
+        skipped."""
+        planned = (job for line, text in lines for job in jobs(line, text, self._fields))
+        left = planned if self._done is None else (job for job in planned if job not in self._done)
+        for batch in batches(left, self._size or BATCH):
+            for some in self._made(batch):
+                if self._out is not None:
+                    for row in some:
+                        if "png" in row:
+                            write_whole(self._out / row["file"], row.pop("png"))
+                    append(self._out / f"rows-{self._log}.jsonl", some)
+                yield some
+
+    def _made(self, batch: list[Job]) -> Iterator[list[Row]]:
+        """The rows of a batch; where it fails, or needs too much memory, those of its halves."""
+        import torch
+
+        if batch[0].request is None:
+            yield [_row(job, error=job.error) for job in batch]
+            return
+        try:
+            model = self._model(batch[0].request)
+            size = self._size or _fitting(batch[0].request, model)
+            if len(batch) > size:
+                half = size
+            else:
+                yield _rows(batch, _generate(batch, model))
+                return
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            if len(batch) == 1:
+                yield [_row(batch[0], error=str(error))]
+                return
+            half = len(batch) // 2
+        yield from self._made(batch[:half])
+        yield from self._made(batch[half:])
+
+    def _model(self, request: Request) -> Model:
+        """The request's model, kept until another is asked for."""
+        from ..weights.image_prompt import with_image_prompt
+        from ..weights.load import load
+
+        source = str(request.model)
+        if self._loaded is None or self._loaded[0] != source:
+            self._loaded = None  # frees the memory of the model before
+            model = load(source, **self._loading)  # type: ignore[arg-type]
+            for file, encoder in self._adapters:
+                model = with_image_prompt(model, file, encoder)
+            self._loaded = source, model
+        return self._loaded[1]
+
+
+def _generate(batch: list[Job], model: Model) -> Result:
+    from ..run import generate
+    from .pictures import blackened
+
+    result = generate(together(batch).filled({"model": model}))
+    return blackened(result) if any(result.flagged or ()) else result
+
+
+def _rows(batch: list[Job], result: Result) -> list[Row]:
+    found = []
+    for job, one in zip(batch, result, strict=True):
+        facts = {
+            "file": f"{job.name}.png",
+            "seed": one.seeds[0],
+            "prompt": one.parameters[0].get("prompt"),
+            "parameters": json.dumps(one.parameters[0]),
+            "report": None if one.reports is None else json.dumps(one.plain()["images"][0]["report"]),  # type: ignore
+            "flagged": None if one.flagged is None else one.flagged[0],
+            "png": one.png_bytes(),
+        }
+        found.append(_row(job, **facts))
+    return found
+
+
+def _row(job: Job, **facts: object) -> Row:
+    return {"line": job.line, "image": job.image, "digest": f"{job.digest:016x}", **facts}
+
+
+def _fitting(request: Request, model: Model) -> int:
+    """How many images like this one fit into half of the memory that is free, from 1."""
+    import torch
+
+    width, height = (edge or model.unet.config.sample_size * model.vae.config.factor for edge in _size(request))
+    tensor = 2 * width * height // model.vae.config.factor**2 * model.unet.config.block_out_channels[0]
+    need = tensor * model.dtype.itemsize * (_GUIDED if request.boxes else _STEP)
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return BATCH
+    return max(1, free // 2 // max(need, 1))
+
+
+def _size(request: Request) -> tuple[int | None, int | None]:
+    start = getattr(request.image, "size", (None, None))
+    return request.width or start[0], request.height or start[1]
+
+
+def _number(text: str) -> int:
+    """A number for a row without one, of its text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=5).digest(), "little")
+
+
+# ---- the command
+
+
+def batch(args: argparse.Namespace) -> int:
+    """Make the pictures of a file of requests, and its manifest. Returns the exit code."""
+    from tqdm import tqdm
+
+    from ..png.chunk import plain
+    from ..speed.accelerate import keep_memory
+    from .main import LOADING, given_fields, lora_values, note
+
+    keep_memory()
+    source, out, shard = Path(args.requests), Path(args.out), args.shard or (1, 1)
+    import_parquet("to write the manifest")
+    mine = sum(number % shard[1] == shard[0] % shard[1] for number, _ in read_lines(source))
+    loading = {name: getattr(args, name) for name in LOADING}
+    loading["loras"] = lora_values(args.loras)
+    fields, adapters = given_fields(args), [(file, args.image_encoder) for file in args.ip_adapter or ()]
+    begin(out, {"fields": plain(fields), "loading": plain(loading), "adapters": plain(adapters)})
+    name = f"{shard[0]}-of-{shard[1]}"
+    draw = Draw(out, fields=fields, loading=loading, adapters=adapters, batch_size=args.batch_size, log=name)
+    done = sum(row["image"] == 0 for row in Done.read(out).rows(shard))
+    with tqdm(total=mine, initial=done, unit="line", disable=None) as bar:
+        lines = ((number, text) for number, text in read_lines(source) if number % shard[1] == shard[0] % shard[1])
+        for rows in draw.rows(lines):
+            bar.update(sum(row["image"] == 0 for row in rows))
+    manifest = out / ("manifest.parquet" if shard[1] == 1 else f"manifest-{name}.parquet")
+    made = Done.read(out)
+    write_manifest(made, manifest, shard)
+    errors = len({row["line"] for row in made.rows(shard) if row.get("error") is not None})
+    if errors:
+        note(f"{errors} of {mine} lines have an error, in the column error of {manifest}")
+    print(manifest)
+    return 0

@@ -1,0 +1,295 @@
+"""minidiff batch: every picture is generate's, a kill at any moment repeats nothing, and a bad line stops nothing."""
+
+import json
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import minidiff
+from minidiff.cli import batch as command
+from minidiff.cli.batch import Draw
+from minidiff.cli.lines import read_lines
+from minidiff.cli.main import main
+from minidiff.cli.manifest import COLUMNS, Done
+from minidiff.cli.plan import WINDOW, Job, batches, jobs, together
+from minidiff.request import Request
+
+parquet = pytest.importorskip("pyarrow.parquet", reason="minidiff batch needs pyarrow")
+SMALL = {"steps": 2, "width": 8, "height": 8}
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """A stub of the model: grey pictures. Returns the requests it got."""
+    asked: list[Request] = []
+
+    def draw(batch: list[Job], model: minidiff.Model) -> minidiff.Result:
+        asked.append(together(batch))
+        images = [Image.new("RGB", (4, 4)) for _ in batch]
+        parameters = tuple(job.request.plain() for job in batch)
+        seeds = tuple(job.request.seed for job in batch)
+        return minidiff.Result(images, torch.zeros(len(batch), 4, 1, 1), seeds, parameters, {})
+
+    monkeypatch.setattr(command, "_generate", draw)
+    monkeypatch.setattr(Draw, "_model", lambda self, request: None)
+    monkeypatch.setattr(command, "_fitting", lambda request, model: 8)
+    return asked
+
+
+def write(path: Path, lines: list[object]) -> Path:
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def run(file: Path, out: Path, *flags: str) -> list[dict]:
+    assert main(["batch", str(file), "--out", str(out), *flags]) == 0
+    return [row for name in sorted(out.glob("manifest*.parquet")) for row in parquet.read_table(name).to_pylist()]
+
+
+def assert_same(out: Path, row: dict, expected: Image.Image) -> None:
+    """Equal within the 1/255 of any batch."""
+    pixels = np.asarray(Image.open(out / row["file"]), dtype=int)
+    assert abs(pixels - np.asarray(expected, dtype=int)).max() <= 1, row
+
+
+def test_each_picture_is_that_of_generate_whatever_its_batch(tmp_path: Path) -> None:
+    start, mask = tmp_path / "start.png", tmp_path / "mask.png"
+    Image.effect_noise((12, 8), 90).convert("RGB").save(start)
+    Image.linear_gradient("L").resize((12, 8)).save(mask)
+    box, place = {"red circle": [0.1, 0.1, 0.9, 0.9]}, {"prompt": "a blue square", "box": [0, 0, 0.5, 1]}
+    two = {**box, "blue square": [0, 0, 0.4, 0.4]}
+    many = "a red circle, " * 30
+    lines: list[object] = [
+        {"prompt": "a red circle", "seed": 1},
+        {"prompt": "a blue square", "seed": 2, "negative_prompt": "red"},
+        {"prompt": ["a red circle", "a green star"], "images_per_prompt": 2, "seed": [4, 3, 2, 1]},
+        {"prompt": "a red circle", "boxes": box, "seed": 5, "width": 16, "height": 16, "steps": 1},
+        {"prompt": "a red circle and a blue square", "boxes": two, "seed": 6, "width": 16, "height": 16, "steps": 1},
+        {"prompt": "a red circle", "regions": [place], "seed": 7},
+        {"prompt": "a green star", "regions": [place, place], "seed": 8},
+        {"prompt": "a red circle", "image": str(start), "seed": 9, "width": None, "height": None},
+        {"prompt": "a blue square", "image": str(start), "mask": str(mask), "seed": 10},
+        {"prompt": "a blue square", "image": [str(start)], "mask": [str(mask)], "seed": 11, "output": "latents"},
+        {"prompt": "a (red:1.3) circle", "syntax": "a1111", "seed": 12},
+        {"prompt": f"a blue square {many}", "syntax": "a1111", "seed": 13},
+        {"prompt": "a blue square", "sampler": "Euler a", "seed": 14},
+        {"prompt": "a red circle", "sampler": "Euler a", "seed": 15},
+    ]
+    lines = [{**SMALL, **line} for line in lines]  # type: ignore[dict-item]
+    rows = run(write(tmp_path / "r.jsonl", lines), tmp_path / "out", "--dtype", "float32")
+    assert [row["error"] for row in rows] == [None] * 17
+    model = minidiff.load(dtype="float32")
+    for i, line in enumerate(lines, start=1):
+        one = Request.from_plain({**line, "output": "pil"})  # type: ignore[dict-item]
+        result = minidiff.generate(one, model=model)
+        for row, alone in zip([row for row in rows if row["line"] == i], result, strict=True):
+            assert row["seed"] == alone.seeds[0]
+            assert json.loads(row["parameters"]) == alone.parameters[0]
+            assert minidiff.read_parameters(tmp_path / "out" / row["file"]) == alone.parameters[0]
+            assert_same(tmp_path / "out", row, alone.image)
+
+
+def test_a_bad_line_is_a_row_with_its_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"prompt": "a red circle", **SMALL}
+    bad: list[object] = [
+        "{",
+        "[1]",
+        "\ud800".encode(errors="surrogatepass").decode(errors="replace"),
+        {**good, "widht": 8},
+        {**good, "boxes": {"a hat": [0, 0, 1, 1]}},  # found when it is made, in a batch with others
+        {**good, "width": 17},
+        {**good, "model": "nowhere.safetensors"},
+        {**good, "image": "none.png"},
+        {**good, "latents": {"tensor": {}}},
+    ]
+    box = {**good, "boxes": {"red circle": [0, 0, 1, 1]}}
+    rows = run(write(tmp_path / "r.jsonl", [box, *bad, "", box]), tmp_path / "out")
+    assert [row["error"] is None for row in rows] == [True, *[False] * len(bad), True]
+    assert "did you mean 'width'" in rows[4]["error"] and "'a hat'" in rows[5]["error"]
+    assert [row["line"] for row in rows] == [*range(1, 11), 12]
+    assert "9 of 11 lines have an error" in capsys.readouterr().err
+
+
+def test_what_is_the_same_but_for_texts_seeds_and_places_is_one_batch(tmp_path: Path, drawn: list[Request]) -> None:
+    lines = [{"prompt": f"a {i}", "steps": 2 + i % 2, "width": 8, "height": 8} for i in range(24)]
+    run(write(tmp_path / "r.jsonl", lines), tmp_path / "out")
+    assert [(one.images, one.steps) for one in drawn] == [(8, 2), (4, 2), (8, 3), (4, 3)]
+    drawn.clear()
+    run(tmp_path / "r.jsonl", tmp_path / "more", "--batch-size", "5", "--steps", "4")
+    assert [(one.images, one.steps) for one in drawn] == [(5, 4)] * 4 + [(4, 4)]
+
+
+def test_a_log_cut_anywhere_is_taken_up_from_its_last_whole_row(tmp_path: Path, drawn: list[Request]) -> None:
+    file, out = write(tmp_path / "r.jsonl", [{"prompt": f"a {i}", **SMALL} for i in range(9)] + ["{"]), tmp_path / "out"
+    whole = run(file, out)
+    log = out / "rows-1-of-1.jsonl"
+    text = log.read_bytes()
+    for end in (0, 1, text.index(b"\n"), text.index(b"\n") + 1, len(text) // 2, len(text) - 1):
+        drawn.clear()
+        log.write_bytes(text[:end])
+        assert run(file, out) == whole
+        kept = text[:end].splitlines(keepends=True)
+        whole_ones = [row for row in kept if row.endswith(b"\n") and b'"error"' not in row]
+        assert sum(one.images for one in drawn) == 9 - len(whole_ones)
+        assert len(log.read_bytes().splitlines()) == 10
+    assert len(list(out.glob("*.png"))) == 9 and not list(out.glob(".*"))
+
+
+def test_a_changed_line_is_made_anew_and_other_flags_are_refused(
+    tmp_path: Path, drawn: list[Request], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines: list[object] = [{"prompt": "a", **SMALL}, "{", {"prompt": "b", **SMALL}]
+    file, out = tmp_path / "r.jsonl", tmp_path / "out"
+    run(write(file, lines), out)
+    drawn.clear()
+    lines[1] = {"prompt": "mended", **SMALL}
+    rows = run(write(file, lines), out)
+    assert [one.prompt for one in drawn] == [("mended",)] and [row["error"] for row in rows] == [None] * 3
+    assert main(["batch", str(file), "--out", str(out), "--steps", "3"]) == 2
+    assert "begun with other flags" in capsys.readouterr().err
+
+
+def test_shards_make_together_what_one_makes(tmp_path: Path, drawn: list[Request]) -> None:
+    file = write(tmp_path / "r.jsonl", [{"prompt": f"a {i}", **SMALL} for i in range(7)])
+    parts = [row for i in (1, 2, 3) for row in run(file, tmp_path / str(i), "--shard", f"{i}/3")]
+    assert sorted(parts, key=lambda row: row["line"]) == run(file, tmp_path / "whole")
+    for i in (1, 2, 3):
+        rows = run(file, tmp_path / "shared", "--shard", f"{i}/3")
+    assert sorted(rows, key=lambda row: row["line"]) == run(file, tmp_path / "whole")
+
+
+def test_too_little_memory_halves_a_batch(
+    tmp_path: Path, drawn: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enough = command._generate
+
+    def little(batch: list[Job], model: minidiff.Model) -> minidiff.Result:
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return enough(batch, model)
+
+    monkeypatch.setattr(command, "_generate", little)
+    rows = run(write(tmp_path / "r.jsonl", [{"prompt": f"a {i}", **SMALL} for i in range(8)]), tmp_path / "out")
+    assert [one.images for one in drawn] == [2] * 4 and len(rows) == 8
+
+
+def test_the_formats_hold_the_same_lines(tmp_path: Path) -> None:
+    import pyarrow
+
+    rows = [
+        {"prompt": "2024", "seed": 5, "boxes": {"ball": [0.5, 0, 1, 1]}, "sampler": "ddim"},
+        {"prompt": "[a|b]", "guidance_scale": 2.5},
+    ]
+    table = pyarrow.Table.from_pylist([{**rows[0], "guidance_scale": None}, rows[1]])
+    write(tmp_path / "a.jsonl", rows)  # type: ignore[arg-type]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.csv").write_text(
+        'prompt,seed,boxes,sampler,guidance_scale\n2024,5,"{""ball"": [0.5, 0, 1, 1]}",ddim,\n[a|b],,,,2.5\n'
+    )
+    parquet.write_table(table, tmp_path / "a.parquet")
+    for ending in ("jsonl", "json", "csv", "parquet"):
+        lines = list(read_lines(tmp_path / f"a.{ending}"))
+        assert [(number, json.loads(text)) for number, text in lines] == [(1, rows[0]), (2, rows[1])], ending
+    with pytest.raises(ValueError, match=r"a\.txt ends in '\.txt'; expected one of \.jsonl"):
+        next(read_lines(tmp_path / "a.txt"))
+    with pytest.raises(ValueError, match="cannot read the requests"):
+        next(read_lines(tmp_path / "none.csv"))
+
+
+def test_planning_holds_one_window() -> None:
+    """Of a file without an end."""
+    taken = 0
+
+    def lines() -> Iterator[Job]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield from jobs(taken, json.dumps({"prompt": "a", "steps": 1 + taken % 3}), {})
+
+    planned = batches(lines(), 8)
+    seen = [next(planned) for _ in range(2 * WINDOW // 8)]
+    assert taken <= 3 * WINDOW and max(map(len, seen)) == 8
+    assert all(len({job.kind for job in batch}) == 1 for batch in seen)
+
+
+def test_pictures_to_start_from_end_a_window() -> None:
+    picture = Image.new("RGB", (4096, 4096))
+    one = Job(1, 0, 0, "", Request("a", image=picture).filled({"image": picture}))
+    planned = batches((one for _ in range(100)), 8)
+    assert len(next(planned)) == 5  # 80 million pixels
+
+
+def test_draw_is_a_function_of_columns(tmp_path: Path, drawn: list[Request]) -> None:
+    """As ray.data calls it: numpy columns, here with rows of a table and with lines."""
+    table = {"prompt": np.array(["a", "b"], dtype=object), "seed": np.array([3, -1]), "steps": np.array([2, 2])}
+    made = Draw()(table)
+    assert set(made) == {*COLUMNS, "png"} and made["seed"] == [3, None]
+    assert "seed is -1" in str(made["error"][1]) and bytes(made["png"][0])[:4] == b"\x89PNG"  # type: ignore[call-overload]
+    told = {"line": np.array([4, 5]), "request": np.array(['{"prompt": "a"}', '{"prompt": "b"}'], dtype=object)}
+    draw = Draw(tmp_path, fields={"steps": 3})
+    assert draw(told)["file"] == ["0000004.png", "0000005.png"] and drawn[-1].steps == 3
+    assert Draw(tmp_path)(told)["file"] == [] and len(Done.read(tmp_path).keys) == 2
+
+
+@pytest.mark.slow
+def test_five_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
+    lines: list[object] = [
+        {"prompt": ("a red circle", "a blue square", "a green star")[i % 3], "steps": 2, "width": 8, "height": 8}
+        for i in range(500)
+    ]
+    chance = random.Random(0)
+    bad = chance.sample(range(500), 10)
+    for i in bad:
+        lines[i] = '{"prompt": '
+    file, out = write(tmp_path / "r.jsonl", lines), tmp_path / "out"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["minidiff.run", "minidiff.cli.batch", "minidiff.weights.load"])
+    flags = ["batch", str(file), "--out", str(out), "--dtype", "float32", "--batch-size", "16"]
+
+    def go() -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=main, args=(flags,))
+        process.start()
+        return process
+
+    def wait(process: multiprocessing.process.BaseProcess, ready: Callable[[], bool]) -> None:
+        while process.is_alive() and not ready():
+            time.sleep(0.001)
+
+    for _ in range(5):
+        process, before = go(), len(list(out.glob("*.png")))
+        there = before + chance.randrange(1, 90)
+        wait(process, lambda there=there: len(os.listdir(out)) > there if out.exists() else False)
+        process.kill()
+        process.join()
+        assert process.exitcode == -9
+        left = len(list(out.glob("*.png"))) - sum(
+            row["file"] is not None for row in ({"file": None, **row} for row in Done.read(out).rows((1, 1)))
+        )
+        assert 0 <= left <= 16  # the running batch
+    process = go()
+    process.join()
+    assert process.exitcode == 0
+    rows = parquet.read_table(out / "manifest.parquet").to_pylist()
+    assert [row["line"] for row in rows] == list(range(1, 501))
+    assert [row["line"] - 1 for row in rows if row["error"] is not None] == sorted(bad)
+    good = [row for row in rows if row["error"] is None]
+    assert {path.name for path in out.glob("*.png")} == {row["file"] for row in good} and len(good) == 490
+    assert not list(out.glob(".*"))
+    logged = [line for log in out.glob("rows-*.jsonl") for line in log.read_bytes().splitlines()]
+    assert len(logged) == 500
+    model = minidiff.load(dtype="float32")
+    chance.shuffle(good)
+    for start in range(0, 490, 35):
+        some = good[start : start + 35]
+        seeds = [row["seed"] for row in some]
+        made = minidiff.generate([row["prompt"] for row in some], seed=seeds, model=model, steps=2, width=8, height=8)
+        for row, image in zip(some, made.images, strict=True):
+            assert_same(out, row, image)
