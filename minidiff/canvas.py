@@ -27,6 +27,11 @@ class Canvas:
     pixels: Tensor
     mask: Tensor | None
 
+    def fields(self) -> dict[str, object]:
+        """The fields of a request, with one prompt for each image, for these masks: they fit already."""
+        masks = () if self.mask is None else self.mask[:, 0]
+        return {"mask": tuple(Image.fromarray(one.mul(255).byte().numpy()) for one in masks) or None, "fit": "resize"}
+
     def pasted(self, images: Tensor) -> Tensor:
         """Finished images with the picture's own pixels outside the mask."""
         return images if self.mask is None else torch.where(self.mask > 0, images, self.pixels)

@@ -100,7 +100,7 @@ class Request:
         [3,H,W] or a path; turned as its EXIF says, white where it is transparent. It sets the default size.
     strength: in (0,1], how much of it is made anew: the last steps * strength steps run, from the picture with noise.
         Default: 0.8, or 1 with a mask, which then starts from noise alone. A second pass at a larger size is
-        generate(request, image=result.image, width=..., height=..., strength=0.5).
+        result.again(scale=2, strength=0.5).
     mask: where to paint in `image` (white, 1), which stays elsewhere: an image, a path, numbers [H,W] in [0,1], or
         "alpha", which paints where the picture is transparent. Inpainting models (9 channels) need both.
     fit: how `image` and `mask` get to width and height: "resize" (stretched), "crop" (the middle), or "pad" (all of
@@ -462,6 +462,28 @@ class Request:
         for name, value in values.items():
             found._set(name, value)
         return found
+
+    def each(self) -> Request:
+        """The request that makes the same images from one prompt for each."""
+        n = self.images_per_prompt
+
+        def spread(values: Any, found: Any) -> Any:
+            return values if values is None or len(found) < self.prompts else tuple(v for v in found for _ in range(n))
+
+        def rows(values: Tensor | None) -> Tensor | None:
+            return values if values is None or len(values) < self.prompts else values.repeat_interleave(n, dim=0)
+
+        values: dict[str, Any] = {
+            "prompt": spread(self.prompt, listed(self.prompt or "")),
+            "negative_prompt": spread(self.negative_prompt, listed(self.negative_prompt or "")),
+            "context": rows(self.context),
+            "negative_context": rows(self.negative_context),
+            "image": spread(self.image, self.image),
+            "mask": spread(self.mask, self.mask),
+            "boxes": spread(self.boxes, self.layouts),
+            "regions": spread(self.regions, self.areas),
+        }
+        return self if n == 1 else self.filled({**values, "images_per_prompt": 1})
 
     def alone(self, i: int) -> Request:
         """The request that makes image i alone."""

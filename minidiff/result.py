@@ -6,7 +6,7 @@ A saved PNG has two text chunks: `parameters`, in A1111's format, which most pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .checks import whole
+from .checks import number, whole
 from .draw import sheet, to_image
 from .png.chunk import Plain, plain
 from .png.write import check_output_path, png_bytes, wanted_path, write_png
@@ -24,6 +24,7 @@ from .png.write import check_output_path, png_bytes, wanted_path, write_png
 if TYPE_CHECKING:
     from .guidance.report import Report
     from .recorded import Attention
+    from .request import Request
 
 Images: TypeAlias = "list[Image.Image] | NDArray[np.float32] | Tensor"
 
@@ -39,6 +40,8 @@ class Result:
     `timings` are seconds per phase. `attention` holds the requested maps, `reports` what guidance did to each image
     with boxes. `flagged[i]`: the safety checker flagged image i, which stays as it is here and is marked in its PNG;
     None where no checker looked (see `load(safety=)`; it does not look at latents). ValueError if the counts differ.
+    `request` asks for the same images, with one prompt for each, and `generate` is the function that it is for; None
+    where something else made the Result.
 
     len(result) is the number of images; result[i], and each item of a loop, is the Result of image i alone.
     """
@@ -52,6 +55,8 @@ class Result:
     attention: Attention | None = field(default=None, repr=False)
     reports: tuple[Report, ...] | None = field(default=None, repr=False)
     flagged: tuple[bool, ...] | None = field(default=None, repr=False)
+    request: Request | None = field(default=None, repr=False)
+    generate: Callable[[Request], Result] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         counts = (len(self.images), len(self.latents), len(self.seeds), len(self.parameters))
@@ -81,6 +86,7 @@ class Result:
             attention=None if self.attention is None else self.attention.alone(i),
             reports=None if self.reports is None else self.reports[one],
             flagged=None if self.flagged is None else self.flagged[one],
+            request=None if self.request is None else self.request.alone(i),
         )
 
     def __iter__(self) -> Iterator[Result]:
@@ -92,6 +98,31 @@ class Result:
         if len(self) != 1:
             raise ValueError(f"this Result holds {len(self)} images; expected one: use result[i].image")
         return self._pil()[0]
+
+    def again(self, scale: float = 2.0, strength: float = 0.5) -> Result:
+        """A second pass at a larger size ("hires fix"): from these images, enlarged, with all else as asked for first.
+
+        scale: of width and height, 1 to 16. strength: in (0,1], how much is made anew, as for generate(image=...). The
+        PNGs name no file to start from: `--from` needs --image with the first picture. ValueError as for larger().
+        """
+        larger = self.larger(scale, strength)
+        assert self.generate is not None  # larger() has asked
+        return self.generate(larger)
+
+    def larger(self, scale: float = 2.0, strength: float = 0.5) -> Request:
+        """The request of again(), to change more of it: generate(result.larger(2), steps=40).
+
+        ValueError for latents, for a Result that generate() did not make, and for numbers out of their range.
+        """
+        request = self.request
+        if request is None or self.generate is None or request.width is None or request.height is None:
+            raise ValueError(
+                "this Result was not made by generate(), so it cannot be made again; expected one that was"
+            )
+        scale, factor = number("scale", scale, 1, 16), request.width // self.latents.shape[3]
+        width, height = (round(edge * scale / factor) * factor for edge in (request.width, request.height))
+        values = {"width": width, "height": height, "strength": strength, "image": self._pil(), "latents": None}
+        return replace(request, **values)  # type: ignore[arg-type]  # which checks them
 
     def png_bytes(self, i: int = 0, *, metadata: bool = True) -> bytes:
         """The PNG file of image i, as save() writes it."""

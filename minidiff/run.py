@@ -66,7 +66,7 @@ def sample_steps(request: Request) -> Run:
     recorded (`maps`, with `attention`) and what guidance evaluated (`report`, a tuple of Evaluation). Texts are encoded
     immediately; the UNet runs when a step is requested.
     """
-    started = time.perf_counter()
+    started, given_request = time.perf_counter(), request
     model = request.model if isinstance(request.model, Model) else load(request.model)
     loaded = time.perf_counter()
     request, sampler, how = resolve(request, model)
@@ -119,7 +119,10 @@ def sample_steps(request: Request) -> Run:
     fresh = noise if sampler.stochastic else None
     refine = None if guide is None else guide.refine
     steps = sample(denoise, begun.latents.to(model.device), schedule, sampler, refine, fresh, begun.hold)
-    return Run(request.filled(used), model, texts, schedule, steps, regions, guide, record, timings, begun.canvas)
+    remake = given_request.filled({name: getattr(request, name) for name in ("width", "height", "seed", "vary")})
+    return Run(
+        request.filled(used), model, texts, schedule, steps, regions, guide, record, timings, begun.canvas, remake
+    )
 
 
 class Run(Iterator[Step]):
@@ -141,6 +144,7 @@ class Run(Iterator[Step]):
         record: Record | None,
         timings: Mapping[str, float],
         canvas: Canvas | None = None,
+        remake: Request | None = None,
     ) -> None:
         each = zip(regions[:: texts.repeats], request.layouts, strict=True)  # phrases of relations alone come last
         layouts = [plain_boxes(some[: len(boxes or ())]) or None for some, boxes in each]
@@ -149,6 +153,7 @@ class Run(Iterator[Step]):
         self._model, self._texts, self._schedule, self._steps = model, texts, schedule, steps
         self._guide, self._record, self._timings = guide, record, dict(timings)
         self._canvas = canvas if request.paste else None
+        self._remake = None if remake is None else remake.each().filled({} if canvas is None else canvas.fields())
         self._names = [[region.name for region in some] for some in regions]
         self._reduce = request.reduce if callable(request.reduce) else _REDUCTIONS[request.reduce]
         self._last: Step | None = None
@@ -203,6 +208,8 @@ class Run(Iterator[Step]):
             attention=None if self._kept is None else self._attention(self._kept),
             reports=reports,
             flagged=flagged,
+            request=self._remake,
+            generate=generate,
         )
 
     def _attention(self, kept: Maps) -> Attention:

@@ -397,3 +397,81 @@ def test_the_recipe_of_a_picture_made_from_a_picture(
     flags = ("--image", tmp_path / "other.png", *flags[2:])
     _, _, err = run("--from", tmp_path / "made.png", *model, *flags, "--out", tmp_path / "third.png")
     assert f"made.png was made from another picture than {tmp_path}/other.png" in err
+
+
+# ---- a second pass
+
+
+@pytest.mark.slow
+def test_a_second_pass_is_image_to_image_of_each_image(tiny_model: Model) -> None:
+    request = minidiff.Request(
+        ["a cat", "a dog and a cat"],
+        model=tiny_model,
+        negative_prompt=["blur", ""],
+        boxes=[None, {"a dog": (0, 0, 0.5, 1)}],
+        guidance="layout",
+        regions=[[minidiff.Region("a dog", (0, 0, 1, 0.5))], None],
+        images_per_prompt=2,
+        sampler="euler_ancestral",
+        steps=1,
+        spacing="trailing",
+        seed=3,
+        vary=(9, 0.2),
+        **SIZE,
+    )
+    first = minidiff.generate(request)
+    again = first.again(1.5, 1)
+    assert again.seeds == first.seeds and all(image.size == (72, 48) for image in again.images)  # type: ignore[union-attr]
+    alone = minidiff.generate(
+        "a dog and a cat",
+        model=tiny_model,
+        negative_prompt="",
+        boxes={"a dog": (0, 0, 0.5, 1)},
+        guidance="layout",
+        sampler="euler_ancestral",
+        steps=1,
+        spacing="trailing",
+        seed=3,
+        vary=(12, 0.2),
+        image=first[3].image,
+        strength=1,
+        width=72,
+        height=48,
+    )
+    for made in (alone, first[3].again(1.5, 1)):
+        assert np.abs(np.asarray(again[3].image, int) - np.asarray(made.image, int)).max() <= 1
+    assert again.request is not None and again.request.prompts == 4
+    assert again[0].again(1, 1).image.size == (72, 48)
+
+
+def test_a_second_pass_keeps_the_mask_as_it_fitted(tiny_model: Model) -> None:
+    masked = minidiff.generate(
+        "a cat",
+        model=tiny_model,
+        image=picture(width=32),
+        mask=half(width=32),
+        fit="pad",
+        seed=2,
+        steps=2,
+        images_per_prompt=2,
+        output="tensor",
+        **SIZE,
+    )
+    again = masked.again(2, 0.5)
+    assert np.abs(np.asarray(again[1].image, int) - np.asarray(masked[1].again(2, 0.5).image, int)).max() <= 1
+    larger = np.asarray(masked[0].image.resize((96, 64), Image.Resampling.LANCZOS), int)
+    same = (np.abs(np.asarray(again[0].image, int) - larger) <= 1).all(axis=(0, 2))
+    # 8 pixels of padding and 16 of mask are painted at the left, and 8 of padding at the right
+    assert same[48:80].all() and not same[:48].any() and not same[80:].any()
+
+
+def test_what_cannot_be_made_again_is_said(tiny_model: Model) -> None:
+    made = minidiff.generate("a cat", model=tiny_model, steps=2, seed=1, guidance_scale=1)
+    for values, message in (((0.5,), "scale is 0.5"), ((2, 0), "strength is 0"), ((2, "x"), "strength is 'x'")):
+        with pytest.raises(ValueError, match=message):
+            made.again(*values)  # type: ignore[arg-type]
+    latents = minidiff.generate("a cat", model=tiny_model, steps=2, guidance_scale=1, output="latents")
+    with pytest.raises(ValueError, match="holds latents"):
+        latents.again()
+    with pytest.raises(ValueError, match="was not made by generate"):
+        minidiff.Result(made.images, made.latents, made.seeds, made.parameters, {}).again()

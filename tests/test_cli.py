@@ -142,6 +142,22 @@ def test_names_have_a_pattern(cli: Cli, tiny: tuple[object, ...], tmp_path: Path
     assert (code, Image.open(again).tobytes()) == (0, Image.open(out[1]).tobytes()) and "vary" not in "".join(err)
 
 
+def test_a_second_pass_is_made_larger_and_its_png_says_what_it_needs(
+    cli: Cli, tiny: tuple[object, ...], tmp_path: Path
+) -> None:
+    size = ("--width", 24, "--height", 32, "--seed", 5)
+    _, (first,), _ = cli("generate", "a cat", *tiny, *size)
+    code, (second,), err = cli("generate", "a cat", *tiny, *size, "--again", "1.5=1")
+    assert (code, err, Image.open(second).size) == (0, [], (36, 48))
+    code, _, err = cli("generate", "--from", second, *tiny)
+    assert code == 2 and "was made from a picture that it does not hold: pass --image" in err[0]
+    larger = tmp_path / "larger.png"
+    Image.open(first).resize((36, 48), Image.Resampling.LANCZOS).save(larger)
+    for start in (first, larger):
+        code, (again,), _ = cli("generate", "--from", second, *tiny, "--image", start)
+        assert (code, Image.open(again).tobytes()) == (0, Image.open(second).tobytes())
+
+
 def test_an_image_that_cannot_be_written_there_is_saved_elsewhere(
     cli: Cli, tiny: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +287,7 @@ def test_progress_bar_is_for_terminals(
         (["a", "--model", "m", "--seed", "-1"], "seed is -1; expected 0 to"),
         (["a", "--model", "m", "--seed", "one"], "argument --seed: got 'one'; expected whole numbers"),
         (["a", "--model", "m", "--timesteps", "9;8"], "argument --timesteps: got '9;8'; expected numbers separated by"),
+        (["a", "--model", "m", "--again", "2=3"], "argument --again: got '2=3'; expected 1 to 16 times the size"),
         (["a", "--model", "m", "--vary", "9"], "argument --vary: got '9'; expected e.g. 7=0.2"),
         (["a", "--model", "m", "--out", "{sed}.png"], "has '{sed}'; expected some of {index}, {seed}, {prompt}"),
         (["a", "--mod", "m"], "unrecognized arguments: --mod"),

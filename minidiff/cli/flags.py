@@ -173,6 +173,12 @@ def _add_picture_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PICTURE",
         help='paint where it is white and keep the rest; "alpha" paints where the image is transparent',
     )
+    add(
+        "--again",
+        type=_again,
+        metavar="SCALE=STRENGTH",
+        help="make the images again from themselves, larger: 2=0.5 for twice the size, half made anew",
+    )
     add("--fit", metavar="NAME", help="how it gets to --width and --height: resize (default), crop or pad")
     add(
         "--paste",
@@ -395,6 +401,13 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text!r}; expected numbers separated by commas") from None
+
+
+def _again(text: str) -> list[float]:
+    numbers = _numbers(text.replace("=", ",", 1))
+    if len(numbers) != 2 or not (1 <= numbers[0] <= 16 and 0 < numbers[1] <= 1):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected 1 to 16 times the size = 0 to 1, e.g. 2=0.5")
+    return numbers
 
 
 def _vary(text: str) -> tuple[int | list[int], float]:

@@ -122,10 +122,14 @@ def _generate(args: argparse.Namespace) -> int:
             note(line)
     from tqdm import tqdm
 
-    run = sample_steps(request.filled({"model": model}))
-    for _ in tqdm(run, disable=None, unit="step"):  # None: off where stderr is no terminal
-        pass
-    return _write(run.result(), request, args)
+    def made(request: Request) -> Result:
+        run = sample_steps(request)
+        for _ in tqdm(run, disable=None, unit="step"):  # None: off where stderr is no terminal
+            pass
+        return run.result()
+
+    result = made(request.filled({"model": model}))
+    return _write(result if args.again is None else made(result.larger(*args.again)), request, args)
 
 
 def _write(result: Result, request: Request, args: argparse.Namespace) -> int:
