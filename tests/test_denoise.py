@@ -8,10 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import minidiff
+from bench.models import SD15
 from minidiff.denoise import Denoise
 from minidiff.model import Model
+from minidiff.networks.config import UNetConfig
 from minidiff.networks.unet import DEEP, UNet
 
 BOXES = {"cat": (0.1, 0.1, 0.6, 0.7)}
@@ -64,6 +67,21 @@ def test_what_deep_layers_returned_stands_for_them(tiny_model: Model) -> None:
             hook.remove()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert kept == {} and (found - unet(near, t, context)[0]).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_reused_step_of_sd_15_is_a_quarter_of_a_step() -> None:
+    """In operations, counted on a device that holds no values."""
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_dict(SD15.unet))
+        given = torch.empty(2, 4, 64, 64), torch.empty(()), torch.empty(2, 77, 768)
+    counts, deep = [], True
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            _, maps = unet(*given, None, (), {}, deep)
+        deep = maps.get(DEEP)
+        counts.append(counter.get_total_flops())
+    assert counts[1] / counts[0] == pytest.approx(0.224, abs=0.002)
 
 
 def test_sites_that_run_in_each_step(tiny_model: Model) -> None:
