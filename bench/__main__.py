@@ -13,6 +13,7 @@ BENCHES = {
     "memory": "memory of steps, guided passes, batches, large images and their decoding, against diffusers",
     "scaling": "cost as a function of batch size, resolution, number of steps and number of boxes",
     "load": "seconds and peak memory of loading a full-size model, against diffusers; imports and start-up",
+    "batch": "planning a million lines of requests, and pictures a second against a loop over generate",
     "device": "everything that must hold on a CUDA card, in under four minutes; without a card, a dry run",
     "all": "all six of speed and memory, in sequence",
     "model": "not a benchmark: writes a model folder with random weights, for tests without a download",

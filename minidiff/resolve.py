@@ -44,8 +44,7 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
         "height": height,
         "steps": None if custom else defaults.steps if request.steps is None else request.steps,
         "guidance_scale": defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-        "seed": _seeds(request),
-        "vary": None if request.vary is None else (_counted(request.vary[0], request.images), request.vary[1]),
+        **counted_seeds(request),
         **({} if request.image is None else {"strength": _strength(request)}),
         **sampler_fields(sampler),
     }
@@ -72,10 +71,15 @@ def _strength(request: Request) -> float:
     return 0.8 if request.mask is None else 1.0
 
 
-def _seeds(request: Request) -> tuple[int, ...]:
-    """One per image: as given, counted up from the first, or drawn. Variations are of one seed."""
+def counted_seeds(request: Request) -> dict[str, object]:
+    """seed and vary with one seed per image: as given, counted up from the first, or drawn. Variations are of one
+    seed.
+    """
     seed = random.SystemRandom().randrange(2**32) if request.seed is None else request.seed
-    return _counted(seed, request.images, by=1 if request.vary is None else 0)
+    return {
+        "seed": _counted(seed, request.images, by=1 if request.vary is None else 0),
+        "vary": None if request.vary is None else (_counted(request.vary[0], request.images), request.vary[1]),
+    }
 
 
 def _counted(seed: int | Sequence[int], images: int, by: int = 1) -> tuple[int, ...]:

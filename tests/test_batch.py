@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from minidiff.cli.batch import Draw
 from minidiff.cli.lines import read_lines
 from minidiff.cli.main import main
 from minidiff.cli.manifest import COLUMNS, Done
-from minidiff.cli.plan import WINDOW, Job, batches, jobs, together
+from minidiff.cli.plan import OWN, WINDOW, Job, batches, jobs, together
 from minidiff.request import Request
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="minidiff batch needs pyarrow")
@@ -64,15 +65,12 @@ def test_each_picture_is_that_of_generate_whatever_its_batch(tmp_path: Path) -> 
     start, mask = tmp_path / "start.png", tmp_path / "mask.png"
     Image.effect_noise((12, 8), 90).convert("RGB").save(start)
     Image.linear_gradient("L").resize((12, 8)).save(mask)
-    box, place = {"red circle": [0.1, 0.1, 0.9, 0.9]}, {"prompt": "a blue square", "box": [0, 0, 0.5, 1]}
-    two = {**box, "blue square": [0, 0, 0.4, 0.4]}
+    place = {"prompt": "a blue square", "box": [0, 0, 0.5, 1]}
     many = "a red circle, " * 30
     lines: list[object] = [
         {"prompt": "a red circle", "seed": 1},
         {"prompt": "a blue square", "seed": 2, "negative_prompt": "red"},
         {"prompt": ["a red circle", "a green star"], "images_per_prompt": 2, "seed": [4, 3, 2, 1]},
-        {"prompt": "a red circle", "boxes": box, "seed": 5, "width": 16, "height": 16, "steps": 1},
-        {"prompt": "a red circle and a blue square", "boxes": two, "seed": 6, "width": 16, "height": 16, "steps": 1},
         {"prompt": "a red circle", "regions": [place], "seed": 7},
         {"prompt": "a green star", "regions": [place, place], "seed": 8},
         {"prompt": "a red circle", "image": str(start), "seed": 9, "width": None, "height": None},
@@ -81,11 +79,31 @@ def test_each_picture_is_that_of_generate_whatever_its_batch(tmp_path: Path) -> 
         {"prompt": "a (red:1.3) circle", "syntax": "a1111", "seed": 12},
         {"prompt": f"a blue square {many}", "syntax": "a1111", "seed": 13},
         {"prompt": "a blue square", "sampler": "Euler a", "seed": 14},
+        {"prompt": "a red circle", "seed": 16, "vary": [1, 0.5], "images_per_prompt": 2},
+        {"prompt": "a blue square", "seed": 17, "vary": [3, 0.5]},
         {"prompt": "a red circle", "sampler": "Euler a", "seed": 15},
     ]
+    check(tmp_path, lines)
+
+
+@pytest.mark.slow
+def test_each_guided_picture_is_that_of_generate(tmp_path: Path) -> None:
+    text, box = "a red circle and a blue square", {"red circle": [0.1, 0.1, 0.9, 0.9]}
+    guided: list[object] = [
+        {"prompt": "a red circle", "boxes": box},
+        {"prompt": text, "boxes": {**box, "blue square": [0, 0, 0.4, 0.4]}},
+        {"prompt": text, "relations": [["red circle", "left of", "blue square"]]},
+        {"prompt": text, "relations": ["blue square above red circle", "red circle smaller than blue square"]},
+    ]
+    size = {"width": 16, "height": 16, "steps": 1}
+    check(tmp_path, [{"seed": i, **line, **size} for i, line in enumerate(guided)])  # type: ignore[dict-item]
+
+
+def check(tmp_path: Path, lines: list[object]) -> None:
+    """Run a file of lines, and each line alone."""
     lines = [{**SMALL, **line} for line in lines]  # type: ignore[dict-item]
     rows = run(write(tmp_path / "r.jsonl", lines), tmp_path / "out", "--dtype", "float32")
-    assert [row["error"] for row in rows] == [None] * 17
+    assert [row["error"] for row in rows] == [None] * len(rows)
     model = minidiff.load(dtype="float32")
     for i, line in enumerate(lines, start=1):
         one = Request.from_plain({**line, "output": "pil"})  # type: ignore[dict-item]
@@ -125,6 +143,14 @@ def test_what_is_the_same_but_for_texts_seeds_and_places_is_one_batch(tmp_path: 
     drawn.clear()
     run(tmp_path / "r.jsonl", tmp_path / "more", "--batch-size", "5", "--steps", "4")
     assert [(one.images, one.steps) for one in drawn] == [(5, 4)] * 4 + [(4, 4)]
+
+
+def test_each_field_that_is_an_image_s_own_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new one in Request.alone has to be known to the plan, too."""
+    told: set[str] = set()
+    monkeypatch.setattr(Request, "filled", lambda self, values: told.update(values))
+    Request("a").alone(0)
+    assert told - {"context", "negative_context", "latents", "guidance"} == set(OWN)  # no file holds the first three
 
 
 def test_a_log_cut_anywhere_is_taken_up_from_its_last_whole_row(tmp_path: Path, drawn: list[Request]) -> None:
@@ -293,3 +319,34 @@ def test_five_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
         made = minidiff.generate([row["prompt"] for row in some], seed=seeds, model=model, steps=2, width=8, height=8)
         for row, image in zip(some, made.images, strict=True):
             assert_same(out, row, image)
+
+
+@pytest.mark.slow
+def test_ray_makes_the_same_with_a_worker_killed(tmp_path: Path) -> None:
+    pytest.importorskip("ray.data", reason="Ray is not installed (the extra [ray])")
+    lines: list[object] = [{"prompt": "a red circle", **SMALL} for _ in range(600)]
+    lines[5] = "{"
+    file, flags = write(tmp_path / "r.jsonl", lines), ("--dtype", "float32", "--batch-size", "16")
+    alone = run(file, tmp_path / "alone", *flags)
+    out = tmp_path / "out"
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not killed:
+            for log in out.glob("rows-*.jsonl"):
+                killed.append(int(log.stem.rpartition("-")[2]))
+                os.kill(killed[0], 9)
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    rows = run(file, out, *flags, "--ray", "local", "--workers", "2")
+    thread.join()
+    ray = pytest.importorskip("ray")
+    ray.shutdown()
+    assert rows == alone and len(killed) == 1
+    assert sum(len(log.read_bytes().splitlines()) for log in out.glob("rows-*.jsonl")) == 600
+    assert {path.name for path in out.glob("*.png")} == {row["file"] for row in rows if row["file"]}
+    for row in rows[6::100]:
+        assert_same(out, row, Image.open(tmp_path / "alone" / row["file"]))

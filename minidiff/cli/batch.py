@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .lines import as_text, import_parquet, read_lines
 from .manifest import COLUMNS, Done, Row, append, begin, write_manifest, write_whole
@@ -200,12 +200,12 @@ def batch(args: argparse.Namespace) -> int:
     fields, adapters = given_fields(args), [(file, args.image_encoder) for file in args.ip_adapter or ()]
     begin(out, {"fields": plain(fields), "loading": plain(loading), "adapters": plain(adapters)})
     name = f"{shard[0]}-of-{shard[1]}"
-    draw = Draw(out, fields=fields, loading=loading, adapters=adapters, batch_size=args.batch_size, log=name)
+    options = {"fields": fields, "loading": loading, "adapters": adapters, "batch_size": args.batch_size}
     done = sum(row["image"] == 0 for row in Done.read(out).rows(shard))
     with tqdm(total=mine, initial=done, unit="line", disable=None) as bar:
         lines = ((number, text) for number, text in read_lines(source) if number % shard[1] == shard[0] % shard[1])
-        for rows in draw.rows(lines):
-            bar.update(sum(row["image"] == 0 for row in rows))
+        for images in _images(args, out, lines, options, name):
+            bar.update(images.count(0))
     manifest = out / ("manifest.parquet" if shard[1] == 1 else f"manifest-{name}.parquet")
     made = Done.read(out)
     write_manifest(made, manifest, shard)
@@ -214,3 +214,15 @@ def batch(args: argparse.Namespace) -> int:
         note(f"{errors} of {mine} lines have an error, in the column error of {manifest}")
     print(manifest)
     return 0
+
+
+def _images(
+    args: argparse.Namespace, out: Path, lines: Iterable[tuple[int, str]], options: dict[str, Any], name: str
+) -> Iterator[list[int]]:
+    """Make the pictures, here or on Ray, and tell the image numbers of the rows of each batch."""
+    if args.ray is None:
+        yield from ([row["image"] for row in rows] for rows in Draw(out, log=name, **options).rows(lines))
+    else:
+        from .cluster import draw_on_ray
+
+        yield from draw_on_ray(args.ray, args.workers, out / f"requests-{name}.parquet", lines, options)

@@ -102,6 +102,8 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", metavar="FOLDER", required=True, help="where pictures (by number of line), logs and the manifest go")
     add("--batch-size", type=_positive, metavar="N", help="images at a time (default: 8, or what memory is free for)")
+    add("--ray", metavar="ADDRESS", help="on the machines of a Ray cluster that see the folder; local begins one here")
+    add("--workers", type=_positive, metavar="N", help="of --ray (default: one per GPU, or else one per machine)")
     add("--shard", type=_shard, metavar="I/N", help="make part I of N, counted from 1: for schedulers")
     add("--width", type=int, metavar="PIXELS", help="a multiple of 8 in SD 1.5 (default: the model's training size)")
     add("--height", type=int, metavar="PIXELS", help="see --width")

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..request import MOST_IMAGES, Request
+from ..resolve import counted_seeds
 from ..vocabulary import modernised
 
 WINDOW = 2048
 """Pictures that are planned at a time: memory does not grow with the file."""
 _MOST_PIXELS = 1 << 26  # of pictures to start from, in one window
 # What each image of a call has of its own; images of one batch agree in the rest.
-_OWN = ("prompt", "negative_prompt", "seed", "images_per_prompt", "boxes", "regions", "image", "mask")
+_LISTED = ("prompt", "negative_prompt", "seed", "boxes", "regions", "relations", "image", "mask")
+OWN = (*_LISTED, "images_per_prompt", "vary")
 _FIXED: Mapping[str, object] = {"output": "pil", "progress": False}
 
 
@@ -59,20 +61,20 @@ def jobs(line: int, text: str, changes: Mapping[str, object]) -> list[Job]:
         request = Request.from_plain(values)
     except (ValueError, OSError, RecursionError) as error:
         return [Job(line, 0, digest, error=str(error))]
-    seed = request.seed
-    if seed is None:
-        seed = int.from_bytes(hashlib.blake2b(str(line).encode(), digest_size=4).digest(), "little")
-    if isinstance(seed, int):
-        request = request.filled({"seed": tuple(range(seed, seed + request.images))})
+    if request.seed is None:
+        first = int.from_bytes(hashlib.blake2b(str(line).encode(), digest_size=4).digest(), "little")
+        request = request.filled({"seed": first})
+    request = request.filled(counted_seeds(request))
     alone = [request.alone(i) for i in range(request.images)]
     return [Job(line, i, digest, _kind(values, one), one) for i, one in enumerate(alone)]
 
 
 def _kind(values: Mapping[str, object], request: Request) -> str:
-    shared = {name: value for name, value in values.items() if name not in _OWN and value is not None}
+    shared = {name: value for name, value in values.items() if name not in OWN and value is not None}
     size = getattr(request.image, "size", None) if None in (request.width, request.height) else None
-    there = [bool(request.boxes), bool(request.regions), request.image is not None, request.mask is not None, size]
-    return json.dumps([str(request.model), there, shared], sort_keys=True)
+    there = [bool(getattr(request, name)) for name in ("boxes", "regions", "relations", "image", "mask")]
+    varied = None if request.vary is None else request.vary[1]
+    return json.dumps([str(request.model), there, size, varied, shared], sort_keys=True)
 
 
 def batches(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
@@ -103,9 +105,11 @@ def together(batch: list[Job]) -> Request:
     """One request for the jobs of a batch: the inverse of Request.alone."""
     each = [job.request for job in batch if job.request is not None]
     own: dict[str, object] = {}
-    for name in ("prompt", "negative_prompt", "seed", "boxes", "regions", "image", "mask"):
+    for name in _LISTED:
         values = tuple(getattr(one, name) for one in each)
         if name == "negative_prompt":
             values = tuple(value or "" for value in values) if any(values) else (None,)
         own[name] = None if all(value is None for value in values) else values
+    varied = [one.vary for one in each if one.vary is not None]
+    own["vary"] = (tuple(seed for seed, _ in varied), varied[0][1]) if varied else None
     return each[0].filled(own)

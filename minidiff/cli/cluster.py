@@ -1,0 +1,62 @@
+"""minidiff batch --ray: the same rows on the machines of a Ray cluster, which schedules and tries again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .batch import Draw
+from .lines import import_parquet
+
+_ROWS = 256  # per call of a worker: enough to find pictures of one kind in, few enough to share out
+
+
+def draw_on_ray(
+    address: str, workers: int | None, requests: Path, lines: Iterable[tuple[int, str]], options: dict[str, Any]
+) -> Iterator[list[int]]:
+    """Make the pictures of lines with Draw in Ray's actors; yields the image numbers of new rows.
+
+    requests: the file, in the folder of the pictures, that tells Ray the lines. options: of Draw.
+    address: "local" begins a cluster on this machine. workers: default: one per GPU, or else one per machine. All
+    machines see the folder. ValueError where Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("--ray needs Ray; pip install 'minidiff[ray]'") from error
+    ray.init(address, ignore_reinit_error=True, log_to_driver=False)
+    there = ray.cluster_resources()
+    gpus, machines = int(there.get("GPU", 0)), sum(node["Alive"] for node in ray.nodes())
+    count = workers or gpus or machines
+    own = {"num_gpus": 1.0} if gpus else {"num_cpus": max(there["CPU"] - 1, 1) / count}  # one is left to read files
+    _write(requests, lines)
+    made = (
+        ray.data.read_parquet(str(requests.resolve()))
+        .repartition(target_num_rows_per_block=_ROWS)
+        .map_batches(
+            Draw,
+            fn_constructor_args=(str(requests.parent.resolve()),),
+            fn_constructor_kwargs=options,
+            batch_size=_ROWS,
+            concurrency=count,
+            num_cpus=own.get("num_cpus"),
+            num_gpus=own.get("num_gpus"),
+        )
+    )
+    for some in made.iter_batches(batch_size=None):
+        yield some["image"].tolist() if "image" in some else []
+
+
+def _write(path: Path, lines: Iterable[tuple[int, str]]) -> None:
+    """The lines as Parquet, which Ray reads part by part."""
+    parquet = import_parquet("for --ray")
+    import pyarrow
+
+    left = iter(lines)
+    schema = pyarrow.schema([("line", pyarrow.int64()), ("request", pyarrow.string())])
+    with parquet.ParquetWriter(path, schema) as writer:
+        while some := list(islice(left, _ROWS)):
+            numbers, texts = zip(*some, strict=True)
+            writer.write_table(pyarrow.table([numbers, texts], schema=schema))
