@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minidiff.guidance.guide import Guidance, Guide, look_loss
-from minidiff.guidance.layout import Region, make_layout
+from minidiff.guidance.layout import PlacedObject, make_layout
 from minidiff.guidance.objectives.layout import layout_loss
 from minidiff.networks.attention import HEAD_MEAN, Maps, Record
 from minidiff.networks.config import UNetConfig, VAEConfig
@@ -160,7 +160,7 @@ def layout_guide(
     height, width = inputs.x.shape[-2:]
     there = unet.positions(height, width)
     how = Guidance(layout_loss.bound(there), iterations=iterations, threshold=0.0, steps=steps)
-    regions = tuple(Region(str(i), (2 + i,), (place,)) for i, place in enumerate(PLACES[:objects]))
+    regions = tuple(PlacedObject(str(i), (2 + i,), (place,)) for i, place in enumerate(PLACES[:objects]))
     rows = len(inputs.x)
     layout = make_layout(
         [regions] * rows, [objects + 3] * rows, 77, {at.grid for at in there.values()}, inputs.x.device

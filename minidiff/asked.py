@@ -8,7 +8,8 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
-from .request import FIELDS, Request, unknown
+from .request import FIELDS, Request
+from .vocabulary import unknown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,7 +37,7 @@ def asked(ask: Callable[P, Request]) -> Callable[[Callable[[Request], R]], Asked
         def call(*args: Any, **given: Any) -> R:
             for name in given:
                 if name not in FIELDS:
-                    raise TypeError(f"{function.__name__}(): {unknown(name)}")
+                    raise TypeError(f"{function.__name__}(): {unknown(name, FIELDS)}")
             if len(args) > 1:
                 raise TypeError(f"{function.__name__}() takes one positional argument, the prompt; got {len(args)}")
             if args and isinstance(args[0], Request):

@@ -118,9 +118,9 @@ def not_finite(tensors: Mapping[str, Any]) -> list[str]:
 
 
 def warn(text: str) -> None:
-    """Issue a UserWarning at the caller's line, the nearest outside this package."""
+    """Issue a UserWarning at the caller's line, the nearest outside this package and torch's decorators."""
     level, frame = 1, sys._getframe(0)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "minidiff":
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("minidiff", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
 

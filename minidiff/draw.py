@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .checks import number, shown, whole as whole_number
-from .guidance.layout import Boxes, read_regions, to_array
+from .guidance.layout import Boxes, read_objects, to_array
 
 Picture: TypeAlias = "Image.Image | NDArray[Any] | Tensor"
 Heat: TypeAlias = "Tensor | ArrayLike"
@@ -33,7 +33,7 @@ def boxes(picture: Picture, layout: Boxes, labels: bool = True) -> Image.Image:
     whole = _enlarged(image) if labels else image
     width = max(1, min(whole.size) // 128)
     places: list[tuple[Corners, str, str]] = []
-    for i, region in enumerate(read_regions(layout)):
+    for i, region in enumerate(read_objects(layout)):
         colour = _COLOURS[i % len(_COLOURS)]
         if region.mask is not None:
             places.append((_outline(whole, _inside(region.mask, whole.size), colour, width), region.name, colour))

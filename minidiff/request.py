@@ -7,14 +7,13 @@ download. Modules of other packages are imported only when a field needs them.
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .checks import choice, number, numbers, shown, tensor, whole
-from .vocabulary import EMPHASES, KEYWORDS, SPACINGS, SYNTAXES, modernised, read_sampler, read_schedule
+from .vocabulary import EMPHASES, SPACINGS, SYNTAXES, modernised, own_keywords, read_sampler, read_schedule, unknown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,6 +59,7 @@ _QUIET = (
 )  # omitted at their default
 
 
+@own_keywords
 @dataclass(frozen=True, eq=False)
 class Request:
     """What to make. Only `prompt` (or `context`) is required; None leaves a field to the model.
@@ -318,11 +318,11 @@ class Request:
             if len(self.latents) != self.images:
                 raise ValueError(f"latents hold {len(self.latents)} for {self.images} images; expected one per image")
         if self.boxes is not None:
-            from .guidance.layout import read_regions
+            from .guidance.layout import read_objects
 
             for one in self.layouts:
                 if one is not None:
-                    read_regions(one)
+                    read_objects(one)
         if self.relations is not None:
             from .guidance.relations import read_relations
 
@@ -561,7 +561,7 @@ class Request:
         values = modernised(values)
         for name in values:
             if name not in FIELDS:
-                raise ValueError(f"{where}{unknown(str(name))}")
+                raise ValueError(f"{where}{unknown(str(name), FIELDS)}")
         try:
             return cls(**values)  # type: ignore[arg-type]  # each is checked in there
         except ValueError as error:
@@ -577,17 +577,9 @@ def listed(texts: str | Sequence[str]) -> Sequence[str]:
 
 
 def _plain_boxes(boxes: Any) -> dict[str, object] | None:
-    from .guidance.layout import plain_boxes, read_regions
+    from .guidance.layout import plain_boxes, read_objects
 
-    return None if boxes is None else plain_boxes(read_regions(boxes))
-
-
-def unknown(name: str) -> str:
-    """The message for an unknown keyword, with our name for another program's, or the closest match."""
-    near, hint = difflib.get_close_matches(name, FIELDS, n=1), KEYWORDS.get(name)
-    if hint is not None:
-        return f"there is no argument {name!r}; {f'its name here is {hint!r}' if hint in FIELDS else hint}"
-    return f"there is no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return None if boxes is None else plain_boxes(read_objects(boxes))
 
 
 def _texts(name: str, value: Any) -> Any:

@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .checks import number
+from .checks import number, warn
 from .guidance.guide import Guidance
 from .guidance.image_prompt import ImagePrompt
-from .guidance.layout import Region
+from .guidance.layout import PlacedObject
 from .guidance.objectives.relation import relation_loss
 from .model import Model
 from .networks.attention import picture_name
@@ -195,7 +195,20 @@ def _image_prompts(request: Request, model: Model) -> list[tuple[int, float, Ima
     return found
 
 
-def check_places(how: Guidance, regions: Sequence[Sequence[Region]]) -> None:
+def warn_unused(request: Request, steps: int) -> None:
+    """Warn of edits that begin after the run's last step, and of inputs that nothing reads."""
+    assert isinstance(request.edits, tuple)  # normalised by Request
+    for i, edit in enumerate(request.edits):
+        first, last = edit.steps if isinstance(edit.steps, tuple) else (0, steps)
+        if steps <= first < last:
+            warn(f"edits[{i}] has no effect: its steps are {first} to {last - 1}, and the run's are 0 to {steps - 1}")
+    own = request.edits or request.attention not in (True, False) or request.guidance not in (None, "none")
+    if request.inputs and not own:
+        names = ", ".join(map(repr, request.inputs))
+        warn(f"inputs hold {names}, which nothing reads; expected an edit, a Record or an objective that does")
+
+
+def check_places(how: Guidance, regions: Sequence[Sequence[PlacedObject]]) -> None:
     """ValueError if guidance needs boxes and a phrase has none."""
     for region in (region for some in regions for region in some):
         if how.objective.needs_boxes and region.mask is None and not region.boxes:

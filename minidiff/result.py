@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .checks import number, whole
+from .checks import number, shown, whole
 from .draw import sheet, to_image
 from .png.chunk import Plain, plain
 from .png.write import check_output_path, png_bytes, wanted_path, write_png
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Images: TypeAlias = "list[Image.Image] | NDArray[np.float32] | Tensor"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Result:
     """The images of one generate() call and what is needed to reproduce each. Notebooks display them.
 
@@ -46,17 +46,17 @@ class Result:
     len(result) is the number of images; result[i], and each item of a loop, is the Result of image i alone.
     """
 
-    images: Images = field(repr=False)
-    latents: Tensor = field(repr=False)
+    images: Images
+    latents: Tensor
     seeds: tuple[int | None, ...]
-    parameters: tuple[dict[str, Plain], ...] = field(repr=False)
+    parameters: tuple[dict[str, Plain], ...]
     timings: dict[str, float]
-    info: dict[str, Plain] = field(default_factory=dict, repr=False)
-    attention: Attention | None = field(default=None, repr=False)
-    reports: tuple[Report, ...] | None = field(default=None, repr=False)
-    flagged: tuple[bool, ...] | None = field(default=None, repr=False)
-    request: Request | None = field(default=None, repr=False)
-    generate: Callable[[Request], Result] | None = field(default=None, repr=False)
+    info: dict[str, Plain] = field(default_factory=dict)
+    attention: Attention | None = None
+    reports: tuple[Report, ...] | None = None
+    flagged: tuple[bool, ...] | None = None
+    request: Request | None = None
+    generate: Callable[[Request], Result] | None = None
 
     def __post_init__(self) -> None:
         counts = (len(self.images), len(self.latents), len(self.seeds), len(self.parameters))
@@ -65,6 +65,16 @@ class Result:
                 f"a Result needs one of each per image; got {counts[0]} images, {counts[1]} latents, "
                 f"{counts[2]} seeds and {counts[3]} parameters"
             )
+
+    def __repr__(self) -> str:
+        kind, several = "latent" if self._holds_latents() else "image", "" if len(self) == 1 else "s"
+        images = self.images
+        height, width = images.shape[-2:] if isinstance(images, Tensor) else np.asarray(images[0]).shape[:2]
+        found = [f"{len(self)} {kind}{several} of {width}x{height}", f"seeds {shown(self.seeds)}"]
+        found += [f"{sum(self.timings.values()):.1f} s"] if self.timings else []
+        found += [name for name in ("attention", "reports") if getattr(self, name) is not None]
+        found += [f"{sum(self.flagged)} flagged"] if self.flagged is not None else []
+        return f"<Result: {', '.join(found)}>"
 
     def __len__(self) -> int:
         """B, the number of images."""

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .asked import asked
 from .canvas import Canvas, begin
-from .checks import warn
+from .checks import shown, warn
 from .denoise import Denoise, Watch
 from .guidance.guide import Guidance, Guide, look_loss
-from .guidance.layout import Layout, Region, plain_boxes
+from .guidance.layout import Layout, PlacedObject, plain_boxes
 from .guidance.regions import share_edits
 from .model import Model
 from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
@@ -25,7 +25,7 @@ from .noise import Noise
 from .png.chunk import Plain, plain
 from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
 from .request import BUNDLED, Request
-from .resolve import check_places, image_inputs, latent_shape, resolve
+from .resolve import check_places, image_inputs, latent_shape, resolve, warn_unused
 from .result import Images, Result, to_numpy, to_pil
 from .sampling import SamplerStep, Schedule, sample
 from .speed.accelerate import compile_whole, is_compiled
@@ -76,6 +76,7 @@ def sample_steps(request: Request) -> Run:
     noise = Noise.of(request, shape)
     begun = begin(request, model, sampler, schedule, noise)
     schedule = begun.schedule
+    warn_unused(request, schedule.steps)
     texts = Texts.of(request, model, schedule.steps)
     both = scale > 1 or texts.weights is not None  # uncond and cond
     if texts.any_negative and not both:
@@ -139,7 +140,7 @@ class Run(Iterator[Step]):
         texts: Texts,
         schedule: Schedule,
         steps: Iterator[SamplerStep],
-        regions: Sequence[Sequence[Region]],
+        regions: Sequence[Sequence[PlacedObject]],
         guide: Guide | None,
         record: Record | None,
         timings: Mapping[str, float],
@@ -158,6 +159,13 @@ class Run(Iterator[Step]):
         self._reduce = request.reduce if callable(request.reduce) else _REDUCTIONS[request.reduce]
         self._last: Step | None = None
         self._kept: Maps | None = None
+
+    def __repr__(self) -> str:
+        done, asked = 0 if self._last is None else self._last.index + 1, self.request
+        return (
+            f"<Run: {done} of {len(self)} steps, {asked.images} image{'' if asked.images == 1 else 's'} of "
+            f"{asked.width}x{asked.height}, seeds {shown(asked.seed)}, {self._model!r}>"
+        )
 
     def __len__(self) -> int:
         """The total number of steps, including those already taken."""
@@ -245,7 +253,7 @@ def _guide(
     model: Model,
     how: Guidance,
     told: Sequence[tuple[Tensor, Layout]],
-    regions: Sequence[Sequence[Region]],
+    regions: Sequence[Sequence[PlacedObject]],
     edits: Sequence[Edit],
     inputs: Inputs | None,
 ) -> Guide:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .checks import warn
-from .guidance.layout import Layout, Region, make_layout, read_regions
-from .guidance.regions import Region as Area, share_bias, share_name, shares
+from .guidance.layout import Layout, PlacedObject, make_layout, read_objects
+from .guidance.regions import Region, share_bias, share_name, shares
 from .guidance.relations import Relation
 from .model import Model
 from .networks.sites import Position, Site
@@ -47,7 +47,7 @@ class Texts:
     phrases: Phrases
     chunks: tuple[int, ...] = ()
     emphasis: str = "a1111"
-    areas: tuple[tuple[Area, ...], ...] = ()
+    areas: tuple[tuple[Region, ...], ...] = ()
     own: Texts | None = None
     base_weight: float = 0.0
 
@@ -256,7 +256,7 @@ class Texts:
         each, pairs = iter(own or ()), zip(texts, self.areas, strict=True)
         return reader, tuple(MARK.join([text, *itertools.islice(each, len(some))]) for text, some in pairs)
 
-    def regions(self, request: Request, model: Model) -> tuple[tuple[Region, ...], ...]:
+    def regions(self, request: Request, model: Model) -> tuple[tuple[PlacedObject, ...], ...]:
         """Each image's regions, with the tokens of their phrases."""
         found = []
         reader, prompts = self.reading()
@@ -269,10 +269,10 @@ class Texts:
                     raise ValueError(f"boxes has the key {phrase!r} but there is no prompt; expected token positions")
                 return self._find(reader, prompt, phrase)
 
-            own = () if boxes is None else read_regions(boxes, find, length)
+            own = () if boxes is None else read_objects(boxes, find, length)
             phrases = dict.fromkeys(phrase for first, _, second in request.related[i] for phrase in (first, second))
             names = {region.name for region in own}
-            found.append((*own, *(Region(phrase, find(phrase)) for phrase in phrases if phrase not in names)))
+            found.append((*own, *(PlacedObject(phrase, find(phrase)) for phrase in phrases if phrase not in names)))
         return tuple(own for own in found for _ in range(self.repeats))
 
     def _find(self, reader: Phrases, prompt: str, phrase: str) -> tuple[int, ...]:
@@ -290,7 +290,7 @@ class Texts:
     def layout(
         self,
         model: Model,
-        regions: Sequence[Sequence[Region]],
+        regions: Sequence[Sequence[PlacedObject]],
         length: int,
         there: Mapping[Site, Position],
         related: Sequence[Sequence[Relation]],
@@ -311,7 +311,7 @@ class Texts:
         return layout._replace(words=words.to(model.device))
 
 
-def _of_areas(areas: Sequence[Sequence[Area]]) -> dict[str, object]:
+def _of_areas(areas: Sequence[Sequence[Region]]) -> dict[str, object]:
     """The fields of a request for the texts of all regions."""
     every = [area for some in areas for area in some]
     texts = {"prompt": [area.prompt for area in every], "negative_prompt": [area.negative or "" for area in every]}

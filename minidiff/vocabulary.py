@@ -3,16 +3,20 @@
 A sampler or an objective exists if its file does: sampling/samplers/NAME.py, guidance/objectives/NAME.py.
 """
 
+import difflib
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from pkgutil import iter_modules
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .checks import choice, shown
 
 _Value = TypeVar("_Value")
+_Made = TypeVar("_Made", bound=Callable[..., object])
 _HERE = Path(__file__).parent
 
 
@@ -294,3 +298,48 @@ KEYWORDS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Keywords of other programs -> our field, or a sentence that says what to do."""
+
+
+def unknown(name: str, names: Sequence[str]) -> str:
+    """The message for a keyword that is none of `names`: ours for another program's, or the closest, or all."""
+    hint = KEYWORDS.get(name, "")
+    near = difflib.get_close_matches(name, names, n=1)
+    if hint in names:
+        advice = f"; its name here is {hint!r}"
+    elif hint and not hint.isidentifier():
+        advice = f"; {hint}"
+    elif near:
+        advice = f"; did you mean {near[0]!r}?"
+    else:
+        advice = _all(names)
+    return f"there is no argument {name!r}{advice}"
+
+
+def _all(names: Sequence[str]) -> str:
+    return f"; expected {', '.join(names)}" if len(names) < 20 else ""
+
+
+def own_keywords(made: _Made) -> _Made:
+    """Let a class or a function answer a wrong call with a TypeError that names our arguments."""
+    plain: Any = made.__init__ if isinstance(made, type) else made  # type: ignore[misc]  # the class's own
+    signature = inspect.signature(plain)
+    names = [name for name in signature.parameters if name != "self"]
+
+    @wraps(plain)
+    def call(*args: Any, **given: Any) -> Any:
+        try:
+            return plain(*args, **given)
+        except TypeError:
+            for name in given:
+                if name not in names:
+                    raise TypeError(f"{made.__name__}(): {unknown(name, names)}") from None
+            try:
+                signature.bind(*args, **given)
+            except TypeError as wrong:
+                raise TypeError(f"{made.__name__}(): {wrong}{_all(names)}") from None
+            raise
+
+    if not isinstance(made, type):
+        return call  # type: ignore[return-value]  # of the same signature
+    made.__init__ = call  # type: ignore[misc]
+    return made

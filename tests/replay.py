@@ -27,7 +27,7 @@ from torch import Tensor
 import minidiff
 from minidiff.denoise import Denoise
 from minidiff.guidance.guide import Guidance, Guide, evaluate
-from minidiff.guidance.layout import Box, Layout, Region, make_layout
+from minidiff.guidance.layout import Box, Layout, PlacedObject, make_layout
 from minidiff.guidance.objectives import Objective
 from minidiff.guidance.objectives.layout import layout_loss
 from minidiff.guidance.report import Evaluation
@@ -154,7 +154,9 @@ class Sticky(Guide):
 
 
 def published_layout(run: Run, model: Model, grids: set[Grid]) -> Layout:
-    regions = [Region(f"tokens:{tokens}", tokens, boxes) for tokens, boxes in zip(run.tokens, run.boxes, strict=True)]
+    regions = [
+        PlacedObject(f"tokens:{tokens}", tokens, boxes) for tokens, boxes in zip(run.tokens, run.boxes, strict=True)
+    ]
     layout = make_layout([regions], [model.text.num_tokens(run.prompt)], model.text.length, grids)
     if run.snap is None:
         return layout

@@ -1,5 +1,6 @@
 """Attention edits equal slow loops over their formulas, and change nothing else."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from compare import relative_error
 from torch import Tensor
 
 import minidiff
-from minidiff.guidance.layout import Layout, Region, make_layout
+from minidiff.guidance.layout import Layout, PlacedObject, make_layout
 from minidiff.model import Model
 from minidiff.networks.attention import Edit, Record, hooked_attention
 from minidiff.networks.sites import Site
@@ -18,11 +19,11 @@ SITE = Site("mid", 0, 0, "cross")
 LENGTH = 7
 REGIONS = [
     [
-        Region("a", (1,), ((0.1, 0.2, 0.6, 0.8),)),
-        Region("b", (3, 4), ((0.5, 0.0, 1.0, 0.5),)),
-        Region("c", (4,), ((0.0, 0.6, 0.3, 1.0),)),  # shares token 4 with b
+        PlacedObject("a", (1,), ((0.1, 0.2, 0.6, 0.8),)),
+        PlacedObject("b", (3, 4), ((0.5, 0.0, 1.0, 0.5),)),
+        PlacedObject("c", (4,), ((0.0, 0.6, 0.3, 1.0),)),  # shares token 4 with b
     ],
-    [Region("a", (2,), ((0.0, 0.0, 0.4, 1.0),))],
+    [PlacedObject("a", (2,), ((0.0, 0.0, 0.4, 1.0),))],
     [],
 ]
 BOXES = {"cat": (0.0, 0.0, 0.5, 0.6), "red ball": (0.5, 0.4, 1.0, 0.9)}
@@ -223,6 +224,19 @@ def test_edited_attention_is_what_the_sites_compute_with(name: str) -> None:
     if name == "forward":
         probs = edit.probs(SITE, probs.unflatten(2, (4, 6)), layout.inputs()).flatten(2, 3)
     torch.testing.assert_close(found, probs @ v, rtol=1e-4, atol=1e-5)
+
+
+def test_an_edit_after_the_last_step_and_inputs_that_nothing_reads_are_warned_of(tiny_model: Model) -> None:
+    late, never = (minidiff.reweight(steps=steps) for steps in ((2, 9), (2, 2)))
+    shared = {"model": tiny_model, "steps": 2, "inputs": {"word_weights": torch.ones(1, 7)}}
+    with pytest.warns(UserWarning, match=r"edits\[1\] has no effect: its steps are 2 to 8, and the run's are 0 to 1"):
+        minidiff.sample_steps(PROMPT, edits=[never, late], **shared)
+    with pytest.warns(UserWarning, match="inputs hold 'word_weights', which nothing reads"):
+        minidiff.sample_steps(PROMPT, **shared)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        minidiff.sample_steps(PROMPT, edits=minidiff.reweight(steps=(1, 9)), **shared)
+        minidiff.sample_steps(PROMPT, attention=Record(minidiff.cross), **shared)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "pndm", "euler"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import minidiff
 from minidiff.guidance.guide import evaluate, look_loss
-from minidiff.guidance.layout import Layout, Region, make_layout
+from minidiff.guidance.layout import Layout, PlacedObject, make_layout
 from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.model import Model
 from minidiff.networks.attention import Inputs
@@ -38,7 +38,7 @@ def context(model: Model, rows: int) -> Tensor:
 def layout_of(model: Model, images: int) -> Layout:
     """Of one box an image."""
     grids = {at.grid for at in model.unet.positions(8, 8).values()}
-    region = Region("cat", (2,), ((0.1, 0.1, 0.6, 0.7),))
+    region = PlacedObject("cat", (2,), ((0.1, 0.1, 0.6, 0.7),))
     return make_layout([[region]] * images, [3] * images, model.text.length, grids, CARD)
 
 

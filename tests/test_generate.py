@@ -294,7 +294,7 @@ def test_steps_can_be_watched(tiny_model: Model) -> None:
     site = next(site for site in tiny_model.unet.sites if site.name == "mid.0.0.cross")
     record = minidiff.Record(frozenset([site]), minidiff.HEAD_MEAN)
     run = minidiff.sample_steps(PROMPTS[:2], model=tiny_model, steps=4, seed=1, attention=record, output="tensor")
-    assert len(run) == 4
+    assert len(run) == 4 and repr(run).startswith("<Run: 0 of 4 steps, ")
     steps = list(run)
     assert [step.index for step in steps] == [0, 1, 2, 3]
     assert [step.t for step in steps] == [751, 501, 251, 1]

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import minidiff
 from minidiff.guidance.guide import Guidance, Guide, evaluate
-from minidiff.guidance.layout import Layout, Region, make_layout
+from minidiff.guidance.layout import Layout, PlacedObject, make_layout
 from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.model import Model
 from minidiff.networks.attention import Inputs, Maps, Record
@@ -169,7 +169,7 @@ def toy(
     return None, {SITE: record.keep(SITE, probs, inputs)}
 
 
-def toy_guide(guidance: Guidance, regions: list[list[Region]], **options: object) -> Guide:
+def toy_guide(guidance: Guidance, regions: list[list[PlacedObject]], **options: object) -> Guide:
     layout = make_layout(regions, [2] * len(regions), 4, [(4, 6)])
     bound = replace(
         guidance,
@@ -181,21 +181,23 @@ def toy_guide(guidance: Guidance, regions: list[list[Region]], **options: object
     return Guide(bound, toy, torch.zeros(len(regions), 4, 8), layout, names, **options)  # type: ignore[arg-type]
 
 
-def toy_loss(x: Tensor, region: Region) -> Tensor:
+def toy_loss(x: Tensor, region: PlacedObject) -> Tensor:
     """layout_loss of one image [4,4,6] with one object of one token."""
     probs = x.softmax(dim=0)[region.tokens[0]]
     return (1 - (region.coverage((4, 6)).float() * probs).sum() / probs.sum()) ** 2
 
 
 BOXES = [
-    Region("a", (1,), ((0.0, 0.0, 0.5, 0.5),)),
-    Region("b", (2,), ((0.3, 0.1, 0.9, 0.8),)),
-    Region("c", (1,), ((0.0, 0.3, 0.6, 1.0),)),
-    Region("d", (3,), ((0.2, 0.2, 0.9, 0.9),)),
+    PlacedObject("a", (1,), ((0.0, 0.0, 0.5, 0.5),)),
+    PlacedObject("b", (2,), ((0.3, 0.1, 0.9, 0.8),)),
+    PlacedObject("c", (1,), ((0.0, 0.3, 0.6, 1.0),)),
+    PlacedObject("d", (3,), ((0.2, 0.2, 0.9, 0.9),)),
 ]
 
 
-def by_hand(x: Tensor, region: Region, size: float, threshold: float, iterations: int) -> tuple[Tensor, list[float]]:
+def by_hand(
+    x: Tensor, region: PlacedObject, size: float, threshold: float, iterations: int
+) -> tuple[Tensor, list[float]]:
     """One image guided alone: (its final latents, the loss at each evaluation)."""
     seen = []
     for _ in range(iterations):
@@ -615,7 +617,7 @@ def test_one_rule_moves_what_the_network_sees_with_every_sampler(tiny_model: Mod
     (x, t), (moved, _) = seen
     guide, _ = prepared(tiny_model, guidance)
     find = tiny_model.text.all_spans("a cat", "cat")
-    layout = make_layout([[Region("cat", find, (CAT["cat"],))]], [2], 77, list(guide.layout.masks))
+    layout = make_layout([[PlacedObject("cat", find, (CAT["cat"],))]], [2], 77, list(guide.layout.masks))
     objective = guide.guidance.objective
     record = replace(objective.record, stop=False)
     leaf = x.clone().requires_grad_()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff.guidance.layout import Box, Layout, Region, box_coverage, make_layout, plain_boxes, read_regions
+from minidiff.guidance.layout import Box, Layout, PlacedObject, box_coverage, make_layout, plain_boxes, read_objects
 from minidiff.model import Model
 from minidiff.networks.attention import mask_name
 
@@ -50,15 +50,15 @@ def find(phrase: str) -> tuple[int, ...]:
     return {"ball": (2,), "red ball": (1, 2)}[phrase]
 
 
-def one(value: object, key: object = "ball") -> Region:
-    (region,) = read_regions({key: value}, find, 8)  # type: ignore[dict-item]
+def one(value: object, key: object = "ball") -> PlacedObject:
+    (region,) = read_objects({key: value}, find, 8)  # type: ignore[dict-item]
     return region
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("box", BOXES)
 def test_a_box_covers_cells_exactly(box: Box, grid: tuple[int, int]) -> None:
-    found = Region("ball", (2,), (box,)).coverage(grid)
+    found = PlacedObject("ball", (2,), (box,)).coverage(grid)
     torch.testing.assert_close(found, slow(box, *grid), rtol=0, atol=1e-12)
     torch.testing.assert_close(box_coverage(torch.tensor(box, dtype=torch.float64), *grid), found, rtol=0, atol=1e-12)
     x0, y0, x1, y1 = box
@@ -77,7 +77,7 @@ def test_box_coverage_takes_boxes_of_any_number() -> None:
 def test_boxes_that_overlap_count_once(grid: tuple[int, int]) -> None:
     # edges at multiples of 1/120, never at sampled points of either grid
     boxes = [(0.1, 0.2, 0.6, 0.7), (0.4, 0.5, 0.9, 1.0), (0.45, 0.55, 0.5, 0.6), (0.1, 0.2, 0.6, 0.7)]
-    found = Region("ball", (2,), tuple(boxes)).coverage(grid)
+    found = PlacedObject("ball", (2,), tuple(boxes)).coverage(grid)
     torch.testing.assert_close(found, sampled(boxes, *grid), rtol=0, atol=1e-12)
     # areas by inclusion and exclusion: two of 0.25, 0.04 in common, and the others inside
     assert found.mean().item() == pytest.approx(0.25 + 0.25 - 0.2 * 0.2, rel=1e-12)
@@ -86,7 +86,7 @@ def test_boxes_that_overlap_count_once(grid: tuple[int, int]) -> None:
 
 def test_boxes_apart_are_the_sum_of_each() -> None:
     boxes = ((0.0, 0.0, 0.3, 0.4), (0.3, 0.0, 0.5, 0.4), (0.55, 0.6, 0.95, 1.0))  # the first two touch
-    found = Region("ball", (2,), boxes).coverage((7, 5))
+    found = PlacedObject("ball", (2,), boxes).coverage((7, 5))
     torch.testing.assert_close(found, sum(slow(box, 7, 5) for box in boxes), rtol=0, atol=1e-12)
 
 
@@ -173,9 +173,9 @@ def test_regions_are_read_from_every_way_to_write_them() -> None:
     ):
         region = one(box, key)
         assert (region.tokens, region.name) == (tokens, name)
-    both = read_regions({"ball": box, "red ball": {"boxes": box}}, find, 8)
+    both = read_objects({"ball": box, "red ball": {"boxes": box}}, find, 8)
     assert [region.name for region in both] == ["ball", "red ball"]
-    assert read_regions({}, find, 8) == ()
+    assert read_objects({}, find, 8) == ()
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_target_without_a_place_covers_nothing() -> None:
 
 def test_a_layout_has_a_limit() -> None:
     with pytest.raises(ValueError, match="boxes holds 257 phrases; expected at most 256"):
-        read_regions({(i,): BOX for i in range(1, 258)})
+        read_objects({(i,): BOX for i in range(1, 258)})
 
 
 def test_torchs_defaults_change_no_layout() -> None:
@@ -341,7 +341,7 @@ def test_torchs_defaults_change_no_layout() -> None:
 @pytest.mark.parametrize("value", ["ball", [("ball", (0, 0, 1, 1))], 3, (0, 0, 1, 1)], ids=str)
 def test_layouts_must_be_mappings(value: object) -> None:
     with pytest.raises(ValueError, match="expected a mapping from phrases of the prompt to boxes, such as"):
-        read_regions(value, find, 8)  # type: ignore[arg-type]
+        read_objects(value, find, 8)  # type: ignore[arg-type]
 
 
 def test_a_phrase_that_is_not_there_lists_the_prompts_words(tiny_model: Model) -> None:
@@ -351,8 +351,8 @@ def test_a_phrase_that_is_not_there_lists_the_prompts_words(tiny_model: Model) -
     with pytest.raises(
         ValueError, match="phrase 'dog' is not in the prompt .* The prompt's words: a, red, ball, a, cat"
     ):
-        read_regions({"dog": (0, 0, 1, 1)}, spans, 77)
-    (twice,) = read_regions({"a": (0, 0, 1, 1)}, spans, 77)
+        read_objects({"dog": (0, 0, 1, 1)}, spans, 77)
+    (twice,) = read_objects({"a": (0, 0, 1, 1)}, spans, 77)
     assert twice.tokens == (1, 5)  # the comma is a token too
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import minidiff
 from minidiff.guidance.guide import evaluate
-from minidiff.guidance.layout import Layout, Region, make_layout
+from minidiff.guidance.layout import Layout, PlacedObject, make_layout
 from minidiff.guidance.objectives import OBJECTIVES, Objective
 from minidiff.guidance.objectives.extent import SPREAD
 from minidiff.guidance.objectives.relation import APART
@@ -398,7 +398,7 @@ def test_an_objective_equals_a_slow_formula(name: str, spread: float) -> None:
 def test_rnb_has_no_loss_once_the_boxes_agree() -> None:
     grid = (4, 5)
     # token 3 is bright in the second and third column of the upper half, which is its box
-    layout = make_layout([[Region("a", (3,), ((0.2, 0.0, 0.6, 0.5),))]], [7], LENGTH, [grid])
+    layout = make_layout([[PlacedObject("a", (3,), ((0.2, 0.0, 0.6, 0.5),))]], [7], LENGTH, [grid])
     probs = torch.full((1, *grid, LENGTH), 0.05)
     probs[:, :2, 1:3, 3] = 0.6
     assert minidiff.rnb_loss({SITE: probs}, layout).item() == 0
@@ -468,10 +468,10 @@ def unet() -> UNet:
 
 REGIONS = [
     [
-        Region("a", (1, 2), ((0.1, 0.2, 0.55, 0.7),)),
-        Region("b", (4,), ((0.4, 0.3, 0.9, 1.0),), weight=2.0),
+        PlacedObject("a", (1, 2), ((0.1, 0.2, 0.55, 0.7),)),
+        PlacedObject("b", (4,), ((0.4, 0.3, 0.9, 1.0),), weight=2.0),
     ],
-    [Region("a", (3,), ((0.05, 0.1, 0.45, 0.65), (0.7, 0.5, 1.0, 1.0)), weight=1.5)],
+    [PlacedObject("a", (3,), ((0.05, 0.1, 0.45, 0.65), (0.7, 0.5, 1.0, 1.0)), weight=1.5)],
 ]
 
 
@@ -793,7 +793,7 @@ WIDE = 14  # text tokens in the property tests: more than all objects own
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> tuple[tuple[int, int], list[Region], int]:
+def layouts(draw: st.DrawFn) -> tuple[tuple[int, int], list[PlacedObject], int]:
     """A grid, one image's regions, and a seed. Edges from a fine raster, so that all special cases occur."""
     grid = draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
     regions = []
@@ -813,11 +813,11 @@ def layouts(draw: st.DrawFn) -> tuple[tuple[int, int], list[Region], int]:
             box = (x0, y0, 1.0, 1.0) if kind == "edge" else (x0, y0, x0 + draw(far), y0 + draw(far))
         twice = draw(st.booleans())  # a phrase that occurs twice in the prompt owns two runs of tokens
         tokens = (o + 1, 9 + o % 4) if twice else (o + 1,)
-        regions.append(Region(str(o), tokens, (box,), weight=draw(st.sampled_from([0.5, 1.0, 2.0]))))
+        regions.append(PlacedObject(str(o), tokens, (box,), weight=draw(st.sampled_from([0.5, 1.0, 2.0]))))
     return grid, regions, draw(st.integers(0, 1000))
 
 
-def can_move(name: str, mask: Tensor, probs: Tensor, regions: list[Region], loss: float) -> bool:
+def can_move(name: str, mask: Tensor, probs: Tensor, regions: list[PlacedObject], loss: float) -> bool:
     """Whether the loss can decrease by changing the maps.
 
     With a mask that is equal in all cells (the whole picture; a grid of one cell), the attention inside does not depend
@@ -842,7 +842,7 @@ def can_move(name: str, mask: Tensor, probs: Tensor, regions: list[Region], loss
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(case=layouts())
 def test_loss_and_gradient_are_finite_and_move_what_can_be_moved(
-    name: str, case: tuple[tuple[int, int], list[Region], int]
+    name: str, case: tuple[tuple[int, int], list[PlacedObject], int]
 ) -> None:
     grid, regions, seed = case
     related = [[Relation("0", "left of", "1")]]
@@ -863,7 +863,7 @@ def test_loss_and_gradient_are_finite_and_move_what_can_be_moved(
 
 def test_nothing_is_to_be_won_where_the_box_is_the_whole_picture() -> None:
     grid = (3, 5)
-    layout = make_layout([[Region("a", (1,), ((0, 0, 1, 1),))]], [5], LENGTH, [grid])
+    layout = make_layout([[PlacedObject("a", (1,), ((0, 0, 1, 1),))]], [5], LENGTH, [grid])
     probs = torch.rand(1, 2, *grid, LENGTH).softmax(-1)
     mass = BOX_MASS(SITE, probs, layout.inputs())
     found = minidiff.layout_loss({SITE: mass}, layout)
@@ -873,9 +873,9 @@ def test_nothing_is_to_be_won_where_the_box_is_the_whole_picture() -> None:
 def test_a_box_at_the_edge_and_a_full_one_are_finite_in_float32() -> None:
     """In float32, as guidance runs; with a full mask, one of a single cell, and one below cell size."""
     regions = [
-        Region("a", (1,), ((0, 0, 1, 1),)),
-        Region("b", (2,), ((0.75, 0.5, 1, 1),)),
-        Region("c", (3,), ((0.999, 0.999, 1, 1),)),
+        PlacedObject("a", (1,), ((0, 0, 1, 1),)),
+        PlacedObject("b", (2,), ((0.75, 0.5, 1, 1),)),
+        PlacedObject("c", (3,), ((0.999, 0.999, 1, 1),)),
     ]
     for grid in ((1, 1), (1, 4), (2, 4), (8, 8)):
         layout = make_layout([regions], [7], LENGTH, [grid])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import minidiff
-from minidiff.guidance.layout import Region, make_layout
+from minidiff.guidance.layout import PlacedObject, make_layout
 from minidiff.guidance.relations import Relation, read_relations, relation_tensor
 from minidiff.request import Request
 from minidiff.vocabulary import RELATIONS
@@ -41,7 +41,7 @@ def test_the_tensor_holds_the_sign_of_each_quantity_between_all_of_a_name() -> N
 
 
 def test_a_phrase_that_the_text_lacks_has_no_relation() -> None:
-    some = [[Region("cat", (1,)), Region("hat", ())]]
+    some = [[PlacedObject("cat", (1,)), PlacedObject("hat", ())]]
     assert make_layout(some, [3], 5, [(2, 2)], relations=[[LEFT]]).relations.count_nonzero() == 0
 
 
@@ -72,7 +72,7 @@ def test_with_boxes_both_objectives_count(tiny_model: minidiff.Model) -> None:
 
 
 def test_a_relation_that_holds_has_no_loss() -> None:
-    some = [[Region("cat", (1,)), Region("hat", (2,))]]
+    some = [[PlacedObject("cat", (1,)), PlacedObject("hat", (2,))]]
     probs = torch.full((1, 4, 5, 4), 1e-6)
     probs[..., 0, 1] = probs[..., 4, 2] = 1
     site = minidiff.Site("up", 1, 0, "cross")

@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,9 @@ def files(folder: Path) -> list[str]:
 
 def test_result_is_frozen_short_in_print_and_counted() -> None:
     made = result(2)
-    assert repr(made) == "Result(seeds=(42, 43), timings={'sampling': 0.5})"
+    assert repr(made) == "<Result: 2 images of 16x8, seeds (42, 43), 0.5 s>"
+    flagged = replace(result(1, "latents"), flagged=(True,))
+    assert repr(flagged) == "<Result: 1 latent of 2x1, seeds (42,), 0.5 s, 1 flagged>"
     with pytest.raises(FrozenInstanceError):
         made.seeds = ()  # type: ignore[misc]
     with pytest.raises(ValueError, match="2 images, 2 latents, 1 seeds and 2 parameters"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -19,6 +20,7 @@ from minidiff.vocabulary import (
     SCHEDULES,
     a1111_sampler,
     modernised,
+    own_keywords,
     read_sampler,
     read_schedule,
 )
@@ -194,3 +196,35 @@ def test_keywords_are_not_ours_and_lead_to_ours() -> None:
         assert " " in meaning or meaning in FIELDS, word
     with pytest.raises(TypeError, match="no argument 'num_inference_steps'; its name here is 'steps'"):
         minidiff.generate("a cat", num_inference_steps=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: minidiff.load(torch_dtype="float16"),
+            r"load\(\): .*'torch_dtype'; pass it to load: load\(model, dtype=",
+        ),
+        (lambda: minidiff.Request("a", stepz=3), r"Request\(\): there is no argument 'stepz'; did you mean 'steps'"),
+        (lambda: minidiff.Request("a", 3), r"Request\(\): too many positional arguments$"),
+        (lambda: minidiff.Guidance(num_inference_steps=3), r"Guidance\(\): .*; its name here is 'steps'"),
+        (lambda: minidiff.Edit(site=minidiff.cross), r"Edit\(\): .*did you mean 'sites'"),
+        (lambda: minidiff.Record(), r"Record\(\): missing a required argument: 'sites'; expected sites, keep, rows"),
+        (lambda: minidiff.LoRA("a", scale=1), r"LoRA\(\): there is no argument 'scale'; expected file, weight, text_w"),
+        (lambda: minidiff.Region(text="a"), r"Region\(\): .*; its name here is 'prompt'"),
+        (lambda: minidiff.with_words(cat="a"), r"with_words\(\): there is no argument 'cat'; expected model, words"),
+    ],
+)
+def test_values_and_functions_know_their_arguments(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_a_type_error_from_within_is_kept() -> None:
+    @own_keywords
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    assert add(1, b=2) == 3
+    with pytest.raises(TypeError, match="unsupported operand"):
+        add(1, "a")  # type: ignore[arg-type]

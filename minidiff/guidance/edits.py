@@ -16,10 +16,12 @@ from torch import Tensor
 from ..checks import number
 from ..networks.attention import Edit, Inputs, mask_name, read_input
 from ..networks.sites import Grid, Site, Where, cross
+from ..vocabulary import own_keywords
 
 Sites = Where | frozenset[Site]
 
 
+@own_keywords
 def forward_guidance(strength: float = 0.8, sites: Sites = cross, steps: int | tuple[int, int] | None = None) -> Edit:
     """Blend the attention to each object's tokens with a smoothed box of the same mass.
 
@@ -47,6 +49,7 @@ class _Forward:
         return torch.where(owned.any(dim=1)[:, None, None, None], mixed, probs)
 
 
+@own_keywords
 def regional_prompting(strength: float = 8.0, sites: Sites = cross, steps: int | tuple[int, int] | None = None) -> Edit:
     """Confine the attention to each object's tokens to its boxes: add `-strength` to their logits outside, less on
     partly covered cells. Keeps the fused kernel. 0 changes nothing, 20 suppresses all attention outside.
@@ -65,6 +68,7 @@ class _Regional:
         return (self.strength * (inside - 1) * owned.amax(dim=1)[:, None, None])[:, None]
 
 
+@own_keywords
 def reweight(sites: Sites = cross, steps: int | tuple[int, int] | None = None) -> Edit:
     """Multiply the attention to each token by `inputs["word_weights"]`, [B,L] or [1,L]; by 1 beyond its L.
 

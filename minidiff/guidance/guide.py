@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from ..checks import choice, is_number, number, shown, whole
 from ..networks.attention import Edit, Inputs, Maps, Record
 from ..networks.sites import Position, Site, Where, read_sites
-from ..vocabulary import OBJECTIVES as NAMES
+from ..vocabulary import OBJECTIVES as NAMES, own_keywords
 from .objectives import OBJECTIVES, Objective, Settings
 from .objectives._objective import PerStep, StepRule
 from .objectives.layout import layout_loss
@@ -43,6 +43,7 @@ _SETTINGS = tuple(field.name for field in fields(Settings))
 _FIELDS = (*_SETTINGS, "watch")
 
 
+@own_keywords
 @dataclass(frozen=True)
 class Guidance:
     """How to guide. Fields left as None take the objective's published settings.

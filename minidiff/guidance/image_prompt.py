@@ -17,12 +17,14 @@ from torch import Tensor
 from ..checks import number, shown, whole
 from ..draw import Picture
 from ..pictures import read_picture
-from .layout import Region, read_place
+from ..vocabulary import own_keywords
+from .layout import PlacedObject, read_place
 
 if TYPE_CHECKING:
     from ..networks.sites import Grid
 
 
+@own_keywords
 @dataclass(frozen=True, eq=False)
 class ImagePrompt:
     """A picture used as a prompt in addition to the text, for a model with an IP-Adapter (see with_image_prompt).
@@ -78,7 +80,7 @@ class ImagePrompt:
         found = {name: value for name, value in named.items() if value is not None}
         return found | ({} if self.scale == 1 else {"scale": self.scale})
 
-    def _region(self) -> Region | None:
+    def _region(self) -> PlacedObject | None:
         return None if self.box is None else read_place("image_prompt: box", self.box)
 
 

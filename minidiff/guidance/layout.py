@@ -36,7 +36,7 @@ _MOST = 256  # phrases, and boxes per phrase: the union of n boxes takes 4 n^3 b
 
 
 @dataclass(frozen=True, eq=False)
-class Region:
+class PlacedObject:
     """One object: its token positions, and its boxes or its mask [H,W] in [0,1]; with neither, its position is free.
 
     `name` is the phrase, or e.g. "tokens:2,3". `weight` is its weight in an objective relative to other objects.
@@ -67,7 +67,7 @@ class Region:
 
 
 class Layout(NamedTuple):
-    """The regions of a batch as tensors, zero-padded for images with fewer objects than others.
+    """The objects of a batch as tensors, zero-padded for images with fewer objects than others.
 
     masks: {(h, w): [B,O,h,w]} for each grid, in [0,1].
     token_weights: [B,O,L], uniform over the tokens of each object; they sum to 1.
@@ -95,7 +95,7 @@ class Layout(NamedTuple):
 
 
 def make_layout(
-    regions: Sequence[Sequence[Region]],
+    regions: Sequence[Sequence[PlacedObject]],
     num_tokens: Sequence[int],
     length: int,
     grids: Iterable[Grid],
@@ -126,9 +126,9 @@ def make_layout(
     return Layout(on_device, *(one.to(device) for one in (token_weights, words, weights, related)))
 
 
-def read_regions(
+def read_objects(
     boxes: Boxes, find: Callable[[str], tuple[int, ...]] = lambda phrase: (1,), length: int = 1 << 30
-) -> tuple[Region, ...]:
+) -> tuple[PlacedObject, ...]:
     """Parse and check boxes. find: maps a phrase to its token positions; ValueError for a phrase without any.
 
     Without find and length, phrases and token positions stay unchecked until the model is known.
@@ -143,7 +143,7 @@ def read_regions(
     return tuple(_region(key, value, find, length) for key, value in boxes.items())
 
 
-def _region(key: object, value: object, find: Callable[[str], tuple[int, ...]], length: int) -> Region:
+def _region(key: object, value: object, find: Callable[[str], tuple[int, ...]], length: int) -> PlacedObject:
     named = _TOKENS.fullmatch(key) if isinstance(key, str) else None
     if named is not None:
         key = tuple(int(position) for position in named[1].split(","))
@@ -155,15 +155,15 @@ def _region(key: object, value: object, find: Callable[[str], tuple[int, ...]], 
     return _placed(f"boxes[{shown(key)}]", value, name, tokens)
 
 
-def read_place(name: str, value: object) -> Region:
-    """Parse and check a value as in `boxes`: one or several boxes, or a mask. The region has no tokens."""
+def read_place(name: str, value: object) -> PlacedObject:
+    """Parse and check a value as in `boxes`: one or several boxes, or a mask. The object has no tokens."""
     found = _placed(name, value, name, ())
     if found.weight != 1 or not (found.boxes or found.mask is not None):
         raise ValueError(f"{name} is {shown(value)}; expected a box, several or a mask, without a weight")
     return found
 
 
-def _placed(where: str, value: object, name: str, tokens: tuple[int, ...]) -> Region:
+def _placed(where: str, value: object, name: str, tokens: tuple[int, ...]) -> PlacedObject:
     weight, masked = 1.0, False
     if isinstance(value, Mapping):
         if not value.keys() <= {"boxes", "mask", "weight"} or len(value.keys() & {"boxes", "mask"}) != 1:
@@ -174,10 +174,10 @@ def _placed(where: str, value: object, name: str, tokens: tuple[int, ...]) -> Re
         value = value["mask"] if masked else value["boxes"]
     value, weight = to_array(where, value), float(weight)
     if value is None and not masked:
-        return Region(name, tokens, weight=weight)
+        return PlacedObject(name, tokens, weight=weight)
     if masked or _is_mask(value):
-        return Region(name, tokens, mask=_mask(where, value), weight=weight)
-    return Region(name, tokens, boxes=_boxes(where, value), weight=weight)
+        return PlacedObject(name, tokens, mask=_mask(where, value), weight=weight)
+    return PlacedObject(name, tokens, boxes=_boxes(where, value), weight=weight)
 
 
 def to_array(name: str, value: Any) -> Any:
@@ -273,7 +273,7 @@ def box_coverage(boxes: Tensor, height: int, width: int) -> Tensor:
     return overlap(y0, y1, height)[..., :, None] * overlap(x0, x1, width)[..., None, :]
 
 
-def plain_boxes(regions: Sequence[Region]) -> dict[str, object]:
+def plain_boxes(regions: Sequence[PlacedObject]) -> dict[str, object]:
     """Regions in the form of a request's `boxes`, as plain values except for masks."""
     return {
         region.name: {"weight": region.weight}

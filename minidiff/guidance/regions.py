@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..checks import number, shown
 from ..networks.attention import Edit, Inputs
-from .layout import Region as Placed, read_place
+from ..vocabulary import own_keywords
+from .layout import PlacedObject, read_place
 
 if TYPE_CHECKING:
     from ..networks.sites import Grid, Site
@@ -25,6 +26,7 @@ _WEIGHTS = 1e-3, 1e3
 _LEAST = 1e-26  # of a text that does not count: an objective may divide by all that a token gets
 
 
+@own_keywords
 @dataclass(frozen=True, eq=False)
 class Region:
     """A part of the image that reads a text of its own instead of the prompt.
@@ -59,7 +61,7 @@ class Region:
         found |= {} if self.negative is None else {"negative": self.negative}
         return found | ({} if self.weight == 1 else {"weight": self.weight})
 
-    def _place(self) -> Placed:
+    def _place(self) -> PlacedObject:
         return read_place(f"regions: the box of {self.prompt!r}", self.box)
 
 

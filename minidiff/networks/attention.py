@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, cat, einsum, nn
 
 from ..checks import choice, shown, whole
+from ..vocabulary import own_keywords
 from .sites import Grid, Site, Where, read_sites
 
 Rows = Literal["cond", "uncond", "all"]
@@ -27,6 +28,7 @@ ROWS = ("cond", "uncond", "all")
 # ---- what to keep
 
 
+@own_keywords
 @dataclass(frozen=True)
 class Keep:
     """What to keep from a recorded site.
@@ -138,6 +140,7 @@ def read_input(inputs: Inputs, name: str, expected: str = 'boxes={"phrase": (x0,
     return inputs[name]
 
 
+@own_keywords
 @dataclass(frozen=True)
 class Record:
     """What to keep from a forward pass, which returns the maps.
@@ -196,6 +199,7 @@ class Record:
 # ---- what to change
 
 
+@own_keywords
 @dataclass(frozen=True)
 class Edit:
     """How to change the attention of some sites.

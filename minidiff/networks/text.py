@@ -211,8 +211,8 @@ class TextEncoder(Phrases):
         parts = [part for text in texts for part in re.findall(r"\w+|[^\w\s]", text.lower())]
         unknown = [part for part in dict.fromkeys(parts) if part not in self.words]
         if unknown:
-            text = f"this model does not know {', '.join(map(repr, unknown))}; it knows {' '.join(sorted(self.words))}"
-            warn(text)
+            known = " ".join(sorted(filter(str.isalnum, self.words)))
+            warn(f"this model does not know {', '.join(map(repr, unknown))}; it knows {known}")
 
     def _ids(self, prompt: str) -> list[int]:
         """L token ids: BOS, the prompt's, EOS, padding. Warns about lost words."""

@@ -17,6 +17,7 @@ from ..networks.image_prompt import AnyProjection, Shapes, image_projection
 from ..networks.sites import Site
 from ..networks.unet import UNet
 from ..speed.replace import with_modules
+from ..vocabulary import own_keywords
 from .files import Stored, read_tensors, sha256, stored_tensors
 from .recognise import recognise
 from .state import check_state
@@ -27,6 +28,7 @@ _FACES = ("perceiver_resampler.", "to_k_lora.", "to_q_lora.")
 """Parts of tensor names that only FaceID adapters have."""
 
 
+@own_keywords
 def with_image_prompt(model: Model, file: str | Path, image_encoder: str | Path) -> Model:
     """The model with an IP-Adapter; it shares everything else with the old model, which does not change.
 

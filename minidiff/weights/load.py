@@ -16,6 +16,7 @@ from ..sampling import NoiseSchedule
 from ..speed.accelerate import compile_unet, prepare
 from ..speed.device import choose_device, choose_dtype, dtype_choice, is_int8
 from ..speed.int8 import to_int8
+from ..vocabulary import own_keywords
 from .files import Stored, read_weights
 from .hub import fetch_tokenizer, fetch_vae
 from .lora import LoRA, read_loras, with_loras
@@ -26,6 +27,7 @@ from .text import load_text_encoder
 from .words import find_embedding, with_words
 
 
+@own_keywords
 def load(
     source: str | Path = BUNDLED,
     *,

@@ -19,6 +19,7 @@ from ..model import Adapter, Model
 from ..networks.config import UNetConfig
 from ..networks.text import PREFIX
 from ..speed.replace import adapted
+from ..vocabulary import own_keywords
 from .files import Stored, file_metadata, read_tensors, sha256, stored_tensors
 from .lora_names import TEXT, UNET, WORDS, PeftAlpha, Place, alphas, layer_names, numbered_names, split
 from .recognise import CONTEXTS, lora_problem
@@ -28,6 +29,7 @@ Term: TypeAlias = "tuple[float, Change, Parts]"
 Shapes = Mapping[str, Sequence[int]]
 
 
+@own_keywords
 @dataclass(frozen=True)
 class LoRA:
     """A LoRA file and how strongly it counts: LoRA("style.safetensors", 0.8).
@@ -71,6 +73,7 @@ def read_loras(loras: object) -> tuple[LoRA, ...]:
     return found
 
 
+@own_keywords
 def with_loras(model: Model, *loras: LoRA | str | Path, strict: bool = True) -> Model:
     """The model with LoRAs merged into the weights that they touch; it shares all others with the given one, which does
     not change: with_loras(model, LoRA("style.safetensors", 0.8), "lcm.safetensors").

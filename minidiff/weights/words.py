@@ -17,12 +17,14 @@ from ..checks import shown
 from ..model import Adapter, Model
 from ..networks.text import TextEncoder, part, part_path
 from ..speed.replace import with_modules
+from ..vocabulary import own_keywords
 from .files import Stored, read_tensors, sha256, stored_tensors
 from .recognise import EMBEDDING, TEXT_WIDTHS, recognise
 
 _TABLE = "embeddings.token_embedding"
 
 
+@own_keywords
 def with_words(model: Model, words: Mapping[str, str | Path]) -> Model:
     """A model with additional words, {word: file}. The old one does not change and shares all but the embedding table.
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ...guidance.guide import Guidance
-from ...guidance.layout import Box, read_regions
+from ...guidance.layout import Box, read_objects
 from ...request import FITS, Plain, Request
 from ...vocabulary import EMPHASES, OBJECTIVES, SAMPLERS, SCHEDULES, SPACINGS, SYNTAXES
 from ..flags import parser
@@ -160,7 +160,7 @@ def drawn(boxes: object) -> list[Place]:
     """The boxes of a layout, each with its phrase; none where it has what cannot be drawn as boxes alone."""
     if not isinstance(boxes, Mapping):
         return []
-    regions = read_regions(boxes)
+    regions = read_objects(boxes)
     if not all(one.boxes and one.weight == 1 and not one.name.startswith("tokens:") for one in regions):
         return []
     return [(one.name, box) for one in regions for box in one.boxes]

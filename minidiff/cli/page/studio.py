@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ... import draw
-from ...guidance.layout import Region, read_regions
+from ...guidance.layout import PlacedObject, read_objects
 from ...model import Model
 from ...request import BUNDLED, Request
 from ...result import Result
@@ -179,7 +179,7 @@ def _look(one: Result, layout: Mapping[Any, object]) -> Look:
         with suppress(ValueError):  # a word beyond the encoder's length
             assert one.attention is not None
             maps[name] = one.attention.of(0, name).numpy()
-    regions = [region for region in read_regions(layout) if region.boxes or region.mask is not None]
+    regions = [region for region in read_objects(layout) if region.boxes or region.mask is not None]
     shares = {region.name: _share(region, maps[region.name]) for region in regions if region.name in maps}
     for report in one.reports or ():
         inside = report.mass[-1].tolist() if len(report.mass) else []
@@ -187,7 +187,7 @@ def _look(one: Result, layout: Mapping[Any, object]) -> Look:
     return Look(one.image, {region.name: layout[region.name] for region in regions}, shares, maps)
 
 
-def _share(region: Region, heat: NDArray[np.float32]) -> float:
+def _share(region: PlacedObject, heat: NDArray[np.float32]) -> float:
     """The fraction of a map inside a region."""
     inside = region.coverage((heat.shape[0], heat.shape[1])).numpy()
     return float((heat * inside).sum() / max(float(heat.sum()), 1e-30))

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...checks import choice, number, shown
 from ...networks.attention import ALL, BOX_MASS, Inputs, Keep, Maps, Record
 from ...networks.sites import SECOND_COARSEST, Position, Site, Where, choose, read_sites
+from ...vocabulary import own_keywords
 from ._maps import TINY
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ StepRule = Literal["variance", "plain", "unit"]
 PerStep: TypeAlias = "float | tuple[float, ...]"
 
 
+@own_keywords
 @dataclass(frozen=True)
 class Settings:
     """An objective's default guidance settings: its paper's values.
