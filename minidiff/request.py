@@ -355,7 +355,7 @@ class Request:
         if not any(self.layouts) and not any(self.related):
             raise ValueError(
                 f"guidance is {shown(self.guidance)} but there are no boxes to follow; expected "
-                'boxes={"phrase": (x0, y0, x1, y1)} too, or {"phrase": None} for an objective that needs no position'
+                'boxes={"phrase": (x0, y0, x1, y1)} too; None (null) for a box, if the objective needs no position'
             )
 
     def _check_image(self) -> None:

@@ -24,6 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import minidiff
 from minidiff.cli.main import main
+from minidiff.cli.spoken import spoken
 from minidiff.png.read import read_metadata
 from minidiff.request import Request
 from minidiff.result import Result
@@ -268,6 +269,21 @@ def test_progress_bar_is_for_terminals(
 # ---- errors
 
 
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ('no boxes; expected boxes={"a": (0, 0, 1, 1)} too', 'no boxes; expected --box "PHRASE=X0,Y0,X1,Y1" too'),
+        ('expected syntax="a1111" too', "expected --syntax a1111 too"),
+        ("pass safety='a/b', or safety=True", "pass --safety-from a/b, or --safety"),
+        ("pass timesteps=[999, 1]; vae=", "pass --timesteps 999,1; --vae SOURCE"),
+        ("images_per_prompt is 0; x.png: images_per_prompt is 0", "--images is 0; x.png: images_per_prompt is 0"),
+        ("the seed of 'a seed=4', a model's", "the seed of 'a seed=4', a model's"),
+    ],
+)
+def test_messages_name_flags(message: str, told: str) -> None:
+    assert spoken(message) == told
+
+
 @pytest.mark.usefixtures("no_load")
 @pytest.mark.parametrize(
     ("flags", "text"),
@@ -279,9 +295,9 @@ def test_progress_bar_is_for_terminals(
         (["a", "--model", "m", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
         (["a", "--model", "m", "--timesteps", "2", "--sigmas", "2,1,0"], "timesteps and sigmas"),
         (["a", "--model", "m", "--width", "-8"], "width is -8"),
-        (["a", "--model", "m", "--images", "0"], "images_per_prompt is 0"),
-        (["a", "--model", "m", "--guidance-scale", "0.5"], "guidance_scale is 0.5; expected a number of at least 1"),
-        (["a", "--model", "m", "--guidance-rescale", "2"], "guidance_rescale is 2.0; expected a number from 0 to 1"),
+        (["a", "--model", "m", "--images", "0"], "--images is 0"),
+        (["a", "--model", "m", "--guidance-scale", "0.5"], "--guidance-scale is 0.5; expected a number of at least 1"),
+        (["a", "--model", "m", "--guidance-rescale", "2"], "--guidance-rescale is 2.0; expected a number from 0 to 1"),
         (["a", "--model", "m", "--eta", "2"], "eta is 2.0; expected a number from 0 to 1"),
         (["a", "--model", "m", "--seed", "1,2"], "seed holds 2 numbers for 1 images"),
         (["a", "--model", "m", "--seed", "-1"], "seed is -1; expected 0 to"),
@@ -308,12 +324,12 @@ def test_bad_arguments_are_one_line_and_exit_code_2(flags: list[str], text: str,
         (["--sampler", "euler", "--eta", 0.5], "eta is 0.5"),
         (["--sampler", "pndm", "--karras"], "expected one with it: deis, dpm2, dpm2_ancestral"),
         (["--spacing", "odd"], "odd"),
-        (["--clip-skip", 9], "clip_skip: got 9, expected 0 to 2"),
+        (["--clip-skip", 9], "--clip-skip: got 9, expected 0 to 2"),
         (["--dtype", "int4"], "dtype 'int4' is unknown"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
-        (["--prediction-type", "sample"], "prediction_type is 'sample'"),
-        (["--variant", "fp16"], 'variant="fp16"'),
-        (["--negative-prompt", "a", "--negative-prompt", "b"], "negative_prompt holds 2 texts for 1 prompts"),
+        (["--prediction-type", "sample"], "--prediction-type is 'sample'"),
+        (["--variant", "fp16"], "--variant fp16"),
+        (["--negative-prompt", "a", "--negative-prompt", "b"], "--negative-prompt holds 2 texts for 1 prompts"),
         (["--model", "nobody/nothing"], "is not in the hub's cache and the hub cannot be reached"),
         (["--model", "gone.safetensors"], "gone.safetensors is not there"),
     ],
@@ -339,7 +355,7 @@ def test_a_long_list_of_keys_becomes_a_short_line(cli: Cli, tiny_folder: Path, t
 def test_warnings_are_one_line_without_code(cli: Cli, tiny: tuple[object, ...]) -> None:
     code, out, err = cli("generate", "red " * 100, *tiny, "--guidance-scale", 1, "--negative-prompt", "blur")
     assert (code, len(out), len(err)) == (0, 1, 2)
-    assert "warning: the negative prompt has no effect at guidance_scale 1" in err
+    assert "warning: the negative prompt has no effect at --guidance-scale 1" in err
     assert any(line.startswith("warning: prompt 'red red") and "has 100 tokens" in line for line in err)
 
 
@@ -516,7 +532,7 @@ def test_info_of_models(cli: Cli, tiny_folder: Path, tmp_path: Path) -> None:
     path = write_single_file(tiny_folder, tmp_path / "x.safetensors", vae=False, more={"odd": torch.zeros(1)})
     code, out, err = cli("info", path)
     assert (code, err) == (0, [])  # it can be described
-    assert out[1] == "loads: no, because it holds no autoencoder; pass one with vae="
+    assert out[1] == "loads: no, because it holds no autoencoder; pass one with --vae SOURCE"
     assert "  schedule and trainer state: 14" in out
     assert out[-1] == "foreign, left out: 1 tensors: odd"
     _, out, _ = cli("info", "--json", path)

@@ -62,11 +62,7 @@ def parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
     )
-    _add_image_flags(generate)
-    _add_picture_flags(generate)
-    _add_layout_flags(generate)
-    _add_sampling_flags(generate)
-    _add_model_flags(generate)
+    add_generate_flags(generate)
     text = "open a page in the browser: draw boxes, watch pictures being made, see heat maps"
     page = commands.add_parser("page", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     _add_page_flags(page)
@@ -107,6 +103,12 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
     add("--shard", type=_shard, metavar="I/N", help="make part I of N, counted from 1: for schedulers")
     add("--width", type=int, metavar="PIXELS", help="a multiple of 8 in SD 1.5 (default: the model's training size)")
     add("--height", type=int, metavar="PIXELS", help="see --width")
+
+
+def add_generate_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `minidiff generate`."""
+    for add in (_add_image_flags, _add_picture_flags, _add_layout_flags, _add_sampling_flags, _add_model_flags):
+        add(parser)
 
 
 def _add_image_flags(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .spoken import spoken
+
 if TYPE_CHECKING:
     from ..png.read import Metadata
     from ..weights.inspect import Content, Description
@@ -64,7 +66,7 @@ def _metadata(found: Metadata) -> Iterator[str]:
 
 
 def _description(found: Description) -> Iterator[str]:
-    problems = found.all_problems()
+    problems = [spoken(problem) for problem in found.all_problems()]
     yield f"kind: {found.kind}"
     if found.use is not None and not problems:
         yield f"use: {found.use}"

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from .flags import parser
+from .spoken import spoken
 
 if TYPE_CHECKING:
     from ..request import Request
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: success; 1: nothing could be written; 2: bad input; 3: written to another place than asked; 130: interrupted.
     """
+    args = None
     try:
         _take_any_character()
         with _warnings_in_one_line():
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()  # to detect a closed pipe here
             return code
     except ValueError as error:
-        return _fail(str(error), EXIT_INPUT)
+        return _fail(str(error) if args is None else spoken(str(error)), EXIT_INPUT)
     except BrokenPipeError:  # the reader (e.g. head) has closed; keep Python from flushing into it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OUTPUT
@@ -233,7 +235,7 @@ def _one_line(text: str) -> str:
     """The first lines of a message, joined: lists of keys may have hundreds."""
     head, *rest = text.splitlines() or [""]
     more = [f"and {len(rest) - 5} more (minidiff info --json lists all)"] if len(rest) > 5 else []
-    return printable("; ".join([head, *(line.strip() for line in rest[:5]), *more]))
+    return printable("; ".join([head, *(line.strip() for line in rest[:5]), *more]).replace(":; ", ": ", 1))
 
 
 def _take_any_character() -> None:
@@ -255,7 +257,7 @@ def _warnings_in_one_line() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        say(f"warning: {_one_line(str(message))}")
+        say(f"warning: {_one_line(spoken(str(message)))}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show
