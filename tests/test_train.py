@@ -42,6 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autoencoder, "JUDGED", 8)
     monkeypatch.setattr(autoencoder, "SCALED", 8)
     monkeypatch.setattr(train, "BATCH", 2)
+    monkeypatch.setattr(train, "FULL", 0.1)
     monkeypatch.setattr(train, "CHECKPOINT", 0.5)
     monkeypatch.setattr(train, "LINE", 2.5)
     monkeypatch.setattr(train, "PROMPTS", ("a red circle", "a blue square"))
@@ -72,6 +73,24 @@ def test_a_run_writes_a_model_that_loads_and_a_sheet(
     assert " dB, " in said
     # a finished run keeps its checkpoint, so training can continue
     train.train(tmp_path / "run", minutes=0.3, resume=True)
+
+
+def test_a_short_run_measures_and_draws_little(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[int] = []
+    encode = VAE.encode
+    monkeypatch.setattr(VAE, "encode", lambda self, images: (seen.append(len(images)), encode(self, images))[1])
+    for name, value in (("FULL", 5.0), ("PROMPTS", ("a red circle",) * 12)):
+        monkeypatch.setattr(train, name, value)
+    for name in ("JUDGED", "SCALED"):
+        monkeypatch.setattr(autoencoder, name, 64)
+    monkeypatch.setattr(latents, "FIRST", 8)
+    monkeypatch.setattr(latents, "PER_STEP", 0)
+    made = train.train(tmp_path / "run", minutes=0.05)
+    assert sum(seen) == 8 + 8 + 4  # scaled by, measured on, trained on first
+    (drawn,) = (made.parent / "sheets").iterdir()
+    assert Image.open(drawn).width < 2 * 128
 
 
 class Cut(BaseException):

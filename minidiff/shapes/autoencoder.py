@@ -38,11 +38,14 @@ def autoencoder_loss(vae: VAE, seed: int, step: int) -> Tensor:
 
 
 @torch.no_grad()
-def fidelity(vae: VAE) -> tuple[float, float]:
-    """PSNR in dB of reconstructed unseen pictures, and the fraction of flat pixels that keep their nearest colour."""
+def fidelity(vae: VAE, share: float = 1.0) -> tuple[float, float]:
+    """PSNR in dB of reconstructed unseen pictures, and the fraction of flat pixels that keep their nearest colour.
+
+    share: of the pictures, here and in `normalise`; at least eight are used.
+    """
     palette = torch.tensor([*COLOURS.values(), *BACKGROUNDS.values()], dtype=torch.float32)
     errors, kept = [], []
-    for index in range(JUDGED // 8):
+    for index in range(max(1, int(share * JUDGED) // 8)):
         images = pictures(TEST_SEED, index, 8)
         decoded = vae.decode(vae.encode(images)).clamp(-1, 1)
         errors.append(((decoded - images) / 2).square().mean(dim=(1, 2, 3)))
@@ -53,12 +56,13 @@ def fidelity(vae: VAE) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def normalise(vae: VAE, seed: int) -> None:
+def normalise(vae: VAE, seed: int, share: float = 1.0) -> None:
     """Shift and scale each channel of the latents to mean 0 and variance 1 after multiplication by `scaling_factor`.
 
     This is folded into the 1x1 convolutions before and after the latents; the images stay the same.
     """
-    latents = torch.cat([vae.encode(pictures(seed, index, 8)) for index in range(SCALED // 8)])
+    batches = range(max(1, int(share * SCALED) // 8))
+    latents = torch.cat([vae.encode(pictures(seed, index, 8)) for index in batches])
     mean, gain = latents.mean(dim=(0, 2, 3)), 1 / vae.config.scaling_factor / latents.std(dim=(0, 2, 3))
     channels = len(mean)
     into, out = vae.quant_conv, vae.post_quant_conv

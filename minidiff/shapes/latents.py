@@ -18,17 +18,19 @@ class Latents:
     """Random scenes without the held-out pairs, and their latents at the UNet's scale.
 
     Files in `folder` are reused, not encoded again, so they must come from the same autoencoder and seed.
+    share: below 1, a single chunk is encoded before the first step.
     """
 
-    def __init__(self, vae: VAE, folder: Path, seed: int) -> None:
-        self.vae, self.folder, self.seed = vae, folder, seed
+    def __init__(self, vae: VAE, folder: Path, seed: int, share: float = 1.0) -> None:
+        self.vae, self.folder, self.seed, self.share = vae, folder, seed, share
         self.scenes: list[Scene] = []
         self.chunks: list[Tensor] = []  # each float16 [CHUNK,4,32,32]
         folder.mkdir(parents=True, exist_ok=True)
 
     def batch(self, step: int, size: int) -> tuple[Tensor, list[Scene], list[str]]:
         """Batch number `step`: float32 latents [size,4,32,32], their scenes, and a caption for each."""
-        while len(self.scenes) < min(FIRST + PER_STEP * step, MOST):
+        first = FIRST if self.share == 1 else CHUNK
+        while len(self.scenes) < min(first + PER_STEP * step, MOST):
             self._grow()
         rng = np.random.default_rng([self.seed, step, 2])
         chosen = rng.integers(0, len(self.scenes), size).tolist()

@@ -38,6 +38,7 @@ from .optimise import Optimiser
 BATCH = 32
 SHARE, LONGEST = 0.2, 15.0  # the autoencoder's fraction of the minutes, and its maximum in minutes
 LINE, CHECKPOINT, SHEET = 10.0, 90.0, 600.0  # intervals in seconds
+FULL = 5.0  # minutes from which the autoencoder is measured, and the sheets are drawn, in full; shorter runs do a part
 PROMPTS = (  # for the sheets; red circle, blue ring, green square, purple triangle and lime star are held out
     "a red circle",
     "a blue star on a white background",
@@ -149,21 +150,22 @@ def train(out: Path, minutes: float, resume: bool = False, autoencoder: Path | N
     if resume:
         run.read()
     torch.manual_seed(run.seed)
-    vae = _autoencoder(run, min(SHARE * minutes, LONGEST), autoencoder)
-    return _unet(run, vae, minutes - run.before / 60)
+    part = min(1.0, minutes / FULL)
+    vae = _autoencoder(run, min(SHARE * minutes, LONGEST), autoencoder, part)
+    return _unet(run, vae, minutes - run.before / 60, part)
 
 
-def _autoencoder(run: Run, minutes: float, given: Path | None) -> VAE:
+def _autoencoder(run: Run, minutes: float, given: Path | None, part: float) -> VAE:
     """The finished autoencoder: from the run's checkpoint, from a folder, or trained."""
     vae = VAE(VAEConfig.from_dict(folder.VAE))
     if run.stage == "autoencoder":
         if given is None:
             optimiser = run.learn({"vae": vae}, lambda step: autoencoder_loss(vae, run.seed, step), minutes)
             vae.load_state_dict(optimiser.averaged("vae"))
-            normalise(vae, run.seed)
+            normalise(vae, run.seed, part)
         else:
             vae.load_state_dict(load(given, dtype="float32", device="cpu").vae.state_dict())
-        psnr, kept = fidelity(vae)
+        psnr, kept = fidelity(vae, part)
         _say(f"autoencoder: {psnr:.1f} dB, {kept:.2%} of the flat pixels keep their colour")
         run.stage, run.step, run.before, run.seconds = "unet", 0, run.seconds, 0.0
         run.fixed = {f"vae/{key}": value for key, value in vae.state_dict().items()}
@@ -171,13 +173,14 @@ def _autoencoder(run: Run, minutes: float, given: Path | None) -> VAE:
     return vae.requires_grad_(False)
 
 
-def _unet(run: Run, vae: VAE, minutes: float) -> Path:
+def _unet(run: Run, vae: VAE, minutes: float, part: float) -> Path:
     """Train the UNet and the text encoder, and write the model's folder."""
     unet, text = UNet(UNetConfig.from_dict(folder.UNET)), CLIPTextModel(CLIPTextConfig.from_dict(dict(folder.TEXT)))
     model = run.out / "model"
     folder.write_tokenizer(model / "tokenizer")
     tokenizer = load_tokenizer(model / "tokenizer")
-    pictures = Latents(vae, run.out / "latents", run.seed)
+    pictures = Latents(vae, run.out / "latents", run.seed, part)
+    prompts = PROMPTS[: max(1, round(part * len(PROMPTS)))]
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng([run.seed, step, 4])
@@ -186,18 +189,18 @@ def _unet(run: Run, vae: VAE, minutes: float) -> Path:
     def show(optimiser: Optimiser) -> None:
         states = {"unet": optimiser.averaged("unet"), "text": optimiser.averaged("text"), "vae": vae.state_dict()}
         folder.write_folder(model, states, torch.float16)
-        _draw(model, run.out / "sheets" / f"{run.step:06d}.png")
+        _draw(model, run.out / "sheets" / f"{run.step:06d}.png", prompts)
 
     show(run.learn({"unet": unet, "text": text}, loss, minutes, show))
     return model
 
 
-def _draw(model: Path, path: Path) -> None:
-    """Save a contact sheet of the model's images for PROMPTS."""
+def _draw(model: Path, path: Path, prompts: Sequence[str]) -> None:
+    """Save a contact sheet of the model's images for these prompts."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = generate(PROMPTS, model=model, seed=0).images
+    images = generate(prompts, model=model, seed=0).images
     assert isinstance(images, list)
-    sheet(images, PROMPTS).save(path)
+    sheet(images, prompts).save(path)
     _say(f"wrote {path}")
 
 
@@ -210,7 +213,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m minidiff.shapes.train", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the model, sheets and checkpoints")
-    add("--minutes", type=float, default=150, metavar="N", help="training time over all sessions (default: 150)")
+    add(
+        "--minutes",
+        type=float,
+        default=150,
+        metavar="N",
+        help="training time over all sessions, without writing and drawing at the end (default: 150)",
+    )
     add("--resume", action="store_true", help="continue the interrupted run in DIR")
     add("--autoencoder", type=Path, metavar="FOLDER", help="a model folder whose autoencoder is used unchanged")
     add("--seed", type=int, default=0, metavar="N")
