@@ -302,7 +302,7 @@ def test_bad_input_is_a_message_of_the_page(page: object, tmp_path: Path) -> Non
         assert list(last) == [page.parts["status"]] and 'role="alert"' in (text := last[page.parts["status"]])
         assert said in text
     Image.new("RGB", (8, 8)).save(tmp_path / "<other>.png")
-    (text,) = page._take(holds(page, dropped=str(tmp_path / "<other>.png"))).values()
+    text, _ = page._take(holds(page, dropped=str(tmp_path / "<other>.png"))).values()
     assert "&lt;other&gt;.png has no parameters" in text and str(tmp_path) not in text
 
 
@@ -315,3 +315,25 @@ def test_a_picture_to_start_from_and_its_painted_part_become_files(page: object)
     assert Image.open(files["image"]).getpixel((0, 0)) == (255, 0, 0, 255)
     assert [Image.open(files["mask"]).getpixel((x, 9)) for x in (0, 31, 32)] == [255, 255, 0]
     assert page._redraw(holds(page, start=start, width="64", height="32"))[page.parts["board"]].value
+
+
+@gradio
+def test_a_dropped_picture_sets_the_weights_of_loras_and_a_missing_one_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from minidiff.cli.page.app import Page
+
+    model, style = minidiff.load(), tmp_path / "style.safetensors"
+    key = next(name for name in model.unet.state_dict() if name.endswith("attn2.to_k.weight"))
+    layer = f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}.diff"
+    save_file({layer: torch.ones(model.unet.state_dict()[key].shape)}, style)
+    source = Source(loras=((str(style), 0.4, None),))
+    *_, last = Studio(tmp_path).run({"prompt": "a red circle", "steps": 1}, source, threading.Event())
+    file = str(last.made[0].file)
+
+    page = Page([weighted(source, [1.0])], tmp_path)
+    page.build()
+    assert page._take(holds(page, dropped=file))[page.parts["lora 0"]] == 0.4
+    page = Page([Source()], tmp_path)
+    page.build()
+    assert "pass lora style" in page._take(holds(page, dropped=file))[page.parts["status"]]

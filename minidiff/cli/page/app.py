@@ -7,16 +7,17 @@ import html
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import gradio as gr
 from gradio_image_annotation import image_annotator
 from PIL import Image
 
+from ..flags import LoraFlag
 from ..main import LOADING
 from ..take import take
 from . import form
-from .studio import BOXES, PICTURE, Made, Progress, Source, Studio, sheet, weighted
+from .studio import BOXES, PICTURE, Made, Progress, Source, Studio, differences, sheet, weighted
 
 Given: TypeAlias = "dict[Any, Any]"
 """What the page holds, or what is to change in it, by component."""
@@ -31,6 +32,7 @@ _CSS = """
 #board canvas { max-width: 100%; touch-action: none; }
 #status { min-height: 1.6em; overflow-wrap: anywhere; }
 #status [role=alert] { color: var(--error-text-color, #b00020); font-weight: 600; }
+#view img { width: 100%; height: 100%; object-fit: contain; }
 #python textarea, #command textarea { font-family: monospace; font-size: 12px; }
 """
 
@@ -172,8 +174,10 @@ class Page:
         _at_once(part["prompt"].input, self._name, {part["prompt"], part["what"]}, [part["board"], part["what"]])
         for event in (part["width"].blur, part["height"].blur, part["start"].upload, part["start"].clear):
             _at_once(event, self._redraw, given, [part["board"]])
-        filled = [part[name] for name in ("status", "places", "board", "what", "more", *form.CONTROLS)]
-        _at_once(part["dropped"].upload, self._take, given, [*filled, *self._loras()])
+        filled = [part[name] for name in ("status", "places", "board", "what", "more", "dropped", *form.CONTROLS)]
+        part["dropped"].upload(  # which may load the model
+            self._take, given, [*filled, *self._loras()], concurrency_id="run", show_progress="hidden"
+        )
 
     def _begin(self) -> tuple[Any, ...]:
         return (
@@ -249,12 +253,13 @@ class Page:
             values, places, more = form.fill(taken.fields)
             # in float32, pictures do not say whether it was recorded, which moves no value by more than 1/255
             values["attention"] = values["attention"] or taken.found.info.get("dtype") == "float32"
-            notes = [*taken.notes, *self.studio.differences(taken, source)]
-        except ValueError as error:
-            return {part["status"]: _said(str(error).replace(file, name), wrong=True)}
+            weights = [weight or 0.0 for _, weight, _ in cast("list[LoraFlag]", taken.loading["loras"])]
+            loaded = weighted(source, weights)
+            notes = [*taken.notes, *differences(taken, loaded, self.studio.model(loaded))]
+        except (ValueError, OSError) as error:
+            return {part["status"]: _said(str(error).replace(file, name), wrong=True), part["dropped"]: None}
         new = {part[field]: value for field, value in values.items()}
-        weights: Any = taken.loading["loras"]
-        new |= {one: weight or 0 for one, (_, weight, _) in zip(self._loras(), weights, strict=True)}
+        new |= dict(zip(self._loras(), weights, strict=True))
         prompt = str(values["prompt"] or "")
         text = "; ".join([f"these are the settings of {name}", *notes]).replace(file, name)
         return new | {
@@ -263,6 +268,7 @@ class Page:
             part["what"]: gr.Dropdown(_kinds(prompt), value=BOXES),
             part["more"]: more,
             part["status"]: _said(text),
+            part["dropped"]: None,  # free for the next
         }
 
     # ---- what the page holds

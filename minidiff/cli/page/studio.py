@@ -126,12 +126,6 @@ class Studio:
             self._loaded = (source, source.load())
         return self._loaded[1]
 
-    def differences(self, taken: Taken, source: Source) -> tuple[str, ...]:
-        """Notes on differences from the model that made a picture, if in memory. ValueError for a LoRA it lacks."""
-        if self._loaded is None or self._loaded[0].name != source.name:
-            return ()
-        return tuple(taken.differences(self._loaded[1]))
-
     def run(self, values: Values, source: Source, stop: threading.Event, every: int = 1) -> Iterator[Progress]:
         """The steps of a request, until it ends or `stop` is set, which is looked at before each. every: steps between
         previews.
@@ -204,6 +198,15 @@ def weighted(source: Source, weights: Sequence[float]) -> Source:
     """The source with other weights for its LoRAs; those of 0 are left out."""
     loras = tuple((file, weight, text) for (file, _, text), weight in zip(source.loras, weights, strict=True) if weight)
     return replace(source, loras=loras)
+
+
+def differences(taken: Taken, source: Source, model: Model) -> Iterator[str]:
+    """Notes on what made a picture and is otherwise here. ValueError for a LoRA that is missing."""
+    yield from taken.differences(model)
+    here = {**source.loading, "dtype": model.dtype_name, "loras": taken.loading["loras"]}
+    for name, value in taken.loading.items():
+        if value is not None and value != here.get(name):
+            yield f"{taken.picture} was made with {name} {value}, this is {here.get(name) or 'without'}"
 
 
 def _clean(result: Result) -> Result:
