@@ -15,7 +15,7 @@ from PIL import Image
 
 import minidiff
 from minidiff.cli.flags import parser
-from minidiff.cli.main import _fields
+from minidiff.cli.main import given_fields
 from minidiff.cli.page import copied, form
 from minidiff.cli.page.start import sources
 from minidiff.cli.page.studio import BOXES, PICTURE, Source, Studio, sheet, weighted
@@ -130,7 +130,7 @@ def test_the_command_line_and_the_python_ask_for_the_same(values: dict, monkeypa
     source = Source("folder", {"dtype": "float32", "safety": True, "words": {"w": "f"}}, loras, ("ip",), "encoder")
     args = parsed(copied.command(values, source, "made.png"))
     wanted = Request.from_plain(values).plain() | {"model": "folder"}
-    said = Request(**_fields(args)).plain()  # the command line's texts are lists
+    said = Request(**given_fields(args)).plain()  # the command line's texts are lists
     assert args.png is None and {n: v[0] if v in ([PROMPT], ["-x"], ["grey"]) else v for n, v in said.items()} == wanted
     assert (args.dtype, args.safety, args.words, args.ip_adapter) == ("float32", True, {"w": "f"}, ["ip"])
     assert args.loras == [loras[0], ("c.safetensors", 1.0, None)]
