@@ -21,6 +21,7 @@ from minidiff.networks.unet import UNet
 from minidiff.sampling import SD15_SCHEDULER_CONFIG, NoiseSchedule, Schedule, sample, sampler_by_name
 
 from .adapters import adapter_rows
+from .emphasis import emphasis_rows
 from .images import image_rows
 from .machine import print_header
 from .merge import merge_rows
@@ -274,6 +275,7 @@ SMALL: dict[str, Callable[[], Iterator[Row]]] = {
     "vae": _each(lambda: (vae_rows(name, config, [grid], 2) for name, config, grid in SMALL_VAES)),
     "text": lambda: text_rows("small", text_dict(64, 256, 3, 4)),
     "samplers": _each(lambda: (sampler_rows(name) for name in COMPARED)),
+    "emphasis": emphasis_rows,
     "images": _small_images,
     "starts": start_rows,
     "adapters": adapter_rows,

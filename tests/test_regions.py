@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import minidiff
 from minidiff import Region, Request
+from minidiff.cli.flags import parser
 from minidiff.cli.main import main
 from minidiff.guidance.regions import share_bias, share_edits, share_name, shares
 from minidiff.networks.attention import hooked_attention
@@ -254,6 +255,13 @@ def test_the_command_line_reads_and_keeps_them(tmp_path: Path, monkeypatch: pyte
     assert main(["generate", "--from", "a.png", "--out", "b.png"]) == 0
     assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
     assert minidiff.read_parameters("b.png") == written
+    Path("pictures").mkdir()
+    Path("masked.json").write_text(json.dumps([[{"prompt": "a ring", "mask": "pictures/left.png"}]]))
+    args = ["generate", "a circle", "--regions", "masked.json"]
+    assert main(args) == 2
+    Image.fromarray(np.uint8([[255, 0]])).save("pictures/left.png")
+    region = parser().parse_args(args).regions[0][0]
+    assert Request("a circle", regions=[region]).areas[0][0].coverage((2, 2)).tolist() == [[1, 0], [1, 0]]
 
 
 @pytest.mark.parametrize(

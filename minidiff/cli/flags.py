@@ -212,7 +212,8 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         type=_regions,
         help='a file with [{"prompt": "a red fox", "box": [x0, y0, x1, y1], "negative": "...", "weight": 1}, ...]: '
-        "parts of the image with texts of their own; or a list with one such list or null per prompt",
+        'parts of the image with texts of their own; "mask": a picture\'s file, white inside, may replace "box"; or a '
+        "list with one such list or null per prompt",
     )
     add("--base-weight", type=float, metavar="W", help="how much PROMPT counts inside the regions (default: 0)")
     add(
@@ -384,7 +385,22 @@ def _layout(path: str) -> tuple[str, object]:
 
 
 def _regions(path: str) -> object:
-    return _layout(path)[1]
+    """The content of a JSON file, where "mask" may name a picture beside it in the place of a "box"."""
+
+    def read(value: object) -> object:
+        if isinstance(value, list):
+            return [read(one) for one in value]
+        if not isinstance(value, dict) or not isinstance(value.get("mask"), str) or "box" in value:
+            return value
+        from ..pictures import read_picture
+
+        mask = read_picture(f"the mask {value['mask']}", Path(path).parent / value["mask"])
+        return {**{name: one for name, one in value.items() if name != "mask"}, "box": mask}
+
+    try:
+        return read(_layout(path)[1])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from error
 
 
 def _positive(text: str) -> int:
