@@ -191,7 +191,7 @@ LEVELLED = sorted(set(THEIRS) - {"ddim", "pndm", "euler_ancestral", "ddpm", "lcm
     [
         *((steps, "epsilon", None) for steps in (1, 2, 10)),
         *(pytest.param(steps, "epsilon", None, marks=pytest.mark.slow) for steps in (20, 50)),
-        *((10, *one) for one in EPS_AND_V[1:]),
+        *(pytest.param(10, *one, marks=pytest.mark.slow) for one in EPS_AND_V[1:]),
     ],
 )
 @pytest.mark.parametrize("name", LEVELLED)
