@@ -16,7 +16,7 @@ from .canvas import Canvas, begin
 from .checks import shown, warn
 from .denoise import Denoise, Watch
 from .guidance.guide import Guidance, Guide, look_loss
-from .guidance.layout import Layout, PlacedObject, plain_boxes
+from .guidance.layout import Layout, PlacedObject, plain_boxes, read_objects
 from .guidance.regions import share_edits
 from .model import Model
 from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
@@ -148,7 +148,7 @@ class Run(Iterator[Step]):
         remake: Request | None = None,
     ) -> None:
         each = zip(regions[:: texts.repeats], request.layouts, strict=True)  # phrases of relations alone come last
-        layouts = [plain_boxes(some[: len(boxes or ())]) or None for some, boxes in each]
+        layouts = [plain_boxes(some[: len(read_regions(boxes or {}))]) or None for some, boxes in each]
         negatives = None if request.negative_context is not None else texts.negatives
         self.request = request.filled({"boxes": layouts, "negative_prompt": negatives})
         self._model, self._texts, self._schedule, self._steps = model, texts, schedule, steps

@@ -1,5 +1,6 @@
 """Boxes and masks cover cells exactly, and errors name what is wrong."""
 
+import json
 import math
 import warnings
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import minidiff
 from minidiff.guidance.layout import Box, Layout, PlacedObject, box_coverage, make_layout, plain_boxes, read_objects
 from minidiff.model import Model
 from minidiff.networks.attention import mask_name
@@ -202,7 +204,7 @@ def test_regions_are_read_from_every_way_to_write_them() -> None:
         ("ball", "middle", "is 'middle'; expected"),
         ("ball", {"boxes": (0, 0, 1, 1), "mask": np.ones((2, 2))}, r'expected \{"boxes": ..., "weight": 1.0\} or'),
         ("ball", {"weight": 2.0}, r'expected \{"boxes": ...'),
-        ("ball", {"box": (0, 0, 1, 1)}, r'expected \{"boxes": ...'),
+        ("ball", {"bbox": (0, 0, 1, 1)}, r'expected \{"boxes": ...'),
         ("ball", {"boxes": (0, 0, 1, 1), "weight": 0}, r"boxes\['ball'\] has the weight 0; expected a number above 0"),
         ("ball", {"boxes": (0, 0, 1, 1), "weight": -1.0}, "has the weight -1.0"),
         ("ball", {"boxes": (0, 0, 1, 1), "weight": math.inf}, "has the weight inf"),
@@ -396,3 +398,54 @@ def test_a_layout_of_nothing_has_no_objects() -> None:
     layout = make_layout([[], []], [3, 4], 8, [(2, 3)])
     assert layout.masks[2, 3].shape == (2, 0, 2, 3)
     assert layout.weights.shape == (2, 0)
+
+
+LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+
+
+def test_a_list_of_mappings_is_several_objects_and_a_list_of_boxes_is_one() -> None:
+    assert len(read_regions({"cat": [LEFT, RIGHT]})) == 1  # a union, as in older recipes
+    two = read_regions({"cat": [{"box": LEFT}, {"boxes": [RIGHT], "weight": 2.0}], "ball": LEFT})
+    assert [(one.name, one.boxes, one.weight) for one in two] == [
+        ("cat", (LEFT,), 1.0),
+        ("cat", (RIGHT,), 2.0),
+        ("ball", (LEFT,), 1.0),
+    ]
+    again = read_regions(plain_boxes(two))
+    assert [vars(one) for one in again] == [vars(one) for one in two]
+    with pytest.raises(ValueError, match="holds 257 objects"):
+        read_regions({"cat": [{"box": LEFT}] * 257})
+
+
+def test_objects_of_one_phrase_share_its_attention() -> None:
+    grid, site = (2, 4), minidiff.Site("up", 1, 0, "cross")
+    boxes = [{"box": LEFT}, {"box": (0.5, 0.0, 1.0, 0.5)}]
+    two = make_layout([read_regions({"cat": boxes})], [2], 4, [grid])
+    assert torch.equal(two.siblings, torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]))
+    probs = torch.full((1, 1, *grid, 4), 0.25)
+    probs[..., 1, 2:, 1] = 0  # nothing outside of both
+    for objective in (minidiff.layout_loss, minidiff.inside_loss):
+        loss = objective({site: objective.keep(site, probs, two.inputs())}, two)
+        assert loss.item() == pytest.approx(0, abs=1e-6)
+    extent = minidiff.extent_loss({site: probs.mean(dim=1)}, two)
+    alone = [
+        minidiff.extent_loss({site: (probs * mask[0, :, :, None]).mean(dim=1)}, make_layout([[one]], [2], 4, [grid]))
+        for one, mask in zip(read_regions({"cat": boxes}), two.masks[grid].movedim(1, 0), strict=True)
+    ]
+    torch.testing.assert_close(extent, (alone[0] + alone[1]) / 2)
+
+
+def test_siblings_are_objects_of_the_same_tokens_alone() -> None:
+    some = [[Region("a", (1,)), Region("b", (1, 2)), Region("c", (1,)), Region("d", ())], [Region("a", (1,))]]
+    found = make_layout(some, [3, 3], 5, [(2, 2)]).siblings
+    assert found.nonzero().tolist() == [[0, 0, 2], [0, 2, 0]]
+
+
+def test_two_of_a_kind_are_guided_recorded_and_made_again(tiny_model: Model) -> None:
+    boxes = {"cat": [{"box": LEFT}, {"box": RIGHT}]}
+    found = minidiff.generate("two cat", model=tiny_model, boxes=boxes, steps=2, seed=1, output="latents")
+    assert found.reports is not None and found.reports[0].names == ("cat", "cat")
+    recipe = json.loads(json.dumps(found.parameters[0]))
+    assert [one["boxes"] for one in recipe["boxes"]["cat"]] == [[list(LEFT)], [list(RIGHT)]]
+    again = minidiff.generate(minidiff.Request.from_plain(recipe), model=tiny_model, output="latents")
+    assert torch.equal(torch.as_tensor(again.latents), found.latents)

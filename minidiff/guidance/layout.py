@@ -28,7 +28,8 @@ Box: TypeAlias = tuple[float, float, float, float]
 Boxes: TypeAlias = Mapping[Any, object]  # Any: the key type of Mapping is invariant, and callers have dict[str, ...]
 """Maps a phrase of the prompt, or token positions, to a box (x0, y0, x1, y1) in [0,1] from the upper left, several
 boxes (a list, or an array [n,4]), a mask (an image, or an array [H,W] in [0,1]), None for a phrase without a position,
-or one of these in {"boxes": ..., "weight": 2.0} or {"mask": ..., "weight": ...}.
+or one of these in {"boxes": ..., "weight": 2.0} or {"mask": ..., "weight": ...}. Several boxes are one object that may
+lie in any of them; a list of such mappings, [{"box": ...}, {"box": ...}], is as many objects of that phrase.
 """
 
 _TOKENS = re.compile(r"tokens:(\d{1,9}(?:,\d{1,9})*)")  # token positions where keys must be strings, as in JSON
@@ -88,6 +89,14 @@ class Layout(NamedTuple):
         tensors = {"token_weights": self.token_weights, "words": self.words, "object_weights": self.weights}
         return mask_inputs(self.masks) | tensors
 
+    @property
+    def siblings(self) -> Tensor:
+        """[B,O,O]: 1 between different objects of the same tokens, such as two boxes of "cat", each a cat; else 0."""
+        same = (self.token_weights[:, :, None] == self.token_weights[:, None]).all(dim=3)
+        there = self.weights > 0
+        found = (same & there[:, :, None] & there[:, None]).to(self.weights.dtype)
+        return found - torch.diag_embed(found.diagonal(dim1=1, dim2=2))
+
     def images(self, index: Tensor) -> Layout:
         """The layout of some of the images."""
         masks = {grid: mask[index] for grid, mask in self.masks.items()}
@@ -140,7 +149,16 @@ def read_objects(
         )
     if len(boxes) > _MOST:
         raise ValueError(f"boxes holds {len(boxes):,} phrases; expected at most {_MOST}")
-    return tuple(_region(key, value, find, length) for key, value in boxes.items())
+    found = tuple(one for key, value in boxes.items() for one in _instances(key, value, find, length))
+    if len(found) > _MOST:
+        raise ValueError(f"boxes holds {len(found):,} objects; expected at most {_MOST}")
+    return found
+
+
+def _instances(key: object, value: object, find: Callable[[str], tuple[int, ...]], length: int) -> Iterable[Region]:
+    """One object, or one for each of a list of mappings."""
+    several = isinstance(value, list | tuple) and value and all(isinstance(one, Mapping) for one in value)
+    return [_region(key, one, find, length) for one in (value if several else (value,))]  # type: ignore[union-attr]
 
 
 def _region(key: object, value: object, find: Callable[[str], tuple[int, ...]], length: int) -> PlacedObject:
@@ -166,12 +184,13 @@ def read_place(name: str, value: object) -> PlacedObject:
 def _placed(where: str, value: object, name: str, tokens: tuple[int, ...]) -> PlacedObject:
     weight, masked = 1.0, False
     if isinstance(value, Mapping):
-        if not value.keys() <= {"boxes", "mask", "weight"} or len(value.keys() & {"boxes", "mask"}) != 1:
+        places = value.keys() & {"box", "boxes", "mask"}
+        if len(places) != 1 or not value.keys() <= {*places, "weight"}:
             raise ValueError(f'{where} is {shown(value)}; expected {{"boxes": ..., "weight": 1.0}} or {{"mask": ...}}')
         weight, masked = value.get("weight", 1.0), "mask" in value
         if not is_number(weight) or not float(weight) > 0:
             raise ValueError(f"{where} has the weight {shown(weight)}; expected a number above 0")
-        value = value["mask"] if masked else value["boxes"]
+        value = value[places.pop()]
     value, weight = to_array(where, value), float(weight)
     if value is None and not masked:
         return PlacedObject(name, tokens, weight=weight)
@@ -275,8 +294,8 @@ def box_coverage(boxes: Tensor, height: int, width: int) -> Tensor:
 
 def plain_boxes(regions: Sequence[PlacedObject]) -> dict[str, object]:
     """Regions in the form of a request's `boxes`, as plain values except for masks."""
-    return {
-        region.name: {"weight": region.weight}
-        | ({"boxes": region.boxes or None} if region.mask is None else {"mask": region.mask})
-        for region in regions
-    }
+    found: dict[str, list[dict[str, object]]] = {}
+    for region in regions:
+        place = {"boxes": region.boxes or None} if region.mask is None else {"mask": region.mask}
+        found.setdefault(region.name, []).append({"weight": region.weight} | place)
+    return {name: several[0] if len(several) == 1 else several for name, several in found.items()}

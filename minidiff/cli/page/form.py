@@ -163,6 +163,8 @@ def drawn(boxes: object) -> list[Place]:
     regions = read_objects(boxes)
     if not all(one.boxes and one.weight == 1 and not one.name.startswith("tokens:") for one in regions):
         return []
+    if len({one.name for one in regions}) < len(regions):  # objects of one phrase: the board makes them one
+        return []
     return [(one.name, box) for one in regions for box in one.boxes]
 
 

@@ -28,6 +28,20 @@ def grids(maps: Maps) -> dict[Grid, Tensor]:
     return {grid: torch.stack(some).mean(dim=0) for grid, some in found.items()}
 
 
+def own_share(mass: Tensor, layout: Layout) -> Tensor:
+    """Fractions inside masks [B,H,O,L], of the attention that is not inside the masks of the object's siblings."""
+    siblings = layout.siblings.to(mass)
+    return mass / (1 - torch.einsum("boi,bhil->bhol", siblings, mass)).clamp_min(TINY)
+
+
+def own_maps(kept: Tensor, layout: Layout) -> Tensor:
+    """Attention to each object's tokens [B,O,h,w], from [B,h,w,L]; none where its siblings are to be."""
+    found = torch.einsum("byxl,bol->boyx", kept, layout.token_weights)
+    masks = layout.masks[found.shape[2], found.shape[3]]
+    taken = (layout.siblings[..., None, None] * masks[:, None]).sum(dim=2).clamp(max=1)
+    return found * (1 - taken)
+
+
 def object_maps(maps: Maps, layout: Layout) -> dict[Grid, Tensor]:
     """[B,O,h,w]: smoothed softmax(100 * probabilities) over all tokens but the start marker.
 
@@ -36,7 +50,7 @@ def object_maps(maps: Maps, layout: Layout) -> dict[Grid, Tensor]:
     found = {}
     for grid, kept in grids(maps).items():
         sharp = (100 * kept[..., 1:]).softmax(dim=-1)
-        found[grid] = smoothed(torch.einsum("byxl,bol->boyx", sharp, layout.token_weights[..., 1:]), 0.5)
+        found[grid] = smoothed(own_maps(F.pad(sharp, (1, 0)), layout), 0.5)
     return found
 
 

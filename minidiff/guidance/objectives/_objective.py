@@ -17,7 +17,7 @@ from ...checks import choice, number, shown
 from ...networks.attention import ALL, BOX_MASS, Inputs, Keep, Maps, Record
 from ...networks.sites import SECOND_COARSEST, Position, Site, Where, choose, read_sites
 from ...vocabulary import own_keywords
-from ._maps import TINY
+from ._maps import TINY, own_share
 
 if TYPE_CHECKING:
     from ..layout import Layout
@@ -136,14 +136,15 @@ class Objective:
         return self._losses(self._views(maps, layout.inputs()), layout)[0]
 
     def look(self, maps: Maps, layout: Layout, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss [B], the loss per object [B,O], and each object's fraction of attention inside its mask [B,O].
+        """The loss [B], the loss per object [B,O], and each object's fraction of attention inside its mask [B,O],
+        not counting what is inside those of its siblings.
 
         Terms that return [B] do not count in the second. The third is the mean over cross-attention sites and heads,
         NaN if no cross-attention was recorded.
         """
         views = self._views(maps, inputs)
         crossing = [site for site in maps if site.kind == "cross"]
-        mass = [kept.mean(dim=1) for kept in views.of(crossing, BOX_MASS).values()]  # [B,O,L]
+        mass = [own_share(kept, layout).mean(dim=1) for kept in views.of(crossing, BOX_MASS).values()]  # [B,O,L]
         inside = [(one * layout.token_weights).sum(dim=2) for one in mass]
         nothing = torch.full_like(layout.weights, math.nan)
         return *self._losses(views, layout), torch.stack(inside).mean(dim=0) if inside else nothing

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...networks.attention import HEAD_MEAN, Maps
 from ...networks.sites import block, cross
 from ..layout import Layout
-from ._maps import centre_and_spread, grids
+from ._maps import centre_and_spread, grids, own_maps
 from ._objective import OWN, objective
 
 SPREAD = 0.62  # a map's spread relative to its object's box: maps peak in the middle (measured on the bundled model)
@@ -26,7 +26,7 @@ def extent_loss(maps: Maps, layout: Layout) -> Tensor:
     """
     losses = []
     for grid, kept in grids(maps).items():
-        found = centre_and_spread(torch.einsum("byxl,bol->boyx", kept, layout.token_weights))
+        found = centre_and_spread(own_maps(kept, layout))
         wanted = centre_and_spread(layout.masks[grid])
         offset = (found[0] - wanted[0]) / (math.sqrt(12) * wanted[1])  # a uniform bar of length 1 has std 1 / sqrt(12)
         size = (found[1] / (SPREAD * wanted[1])).log()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...networks.attention import BOX_MASS, Maps
 from ..layout import Layout
+from ._maps import own_share
 from ._objective import OWN, objective
 from .layout import SITES
 
@@ -20,5 +21,6 @@ def inside_loss(maps: Maps, layout: Layout) -> Tensor:
     Not from a paper. Where almost no attention is inside (the model is sure of another place), the gradient of
     `layout_loss` is proportional to that fraction and vanishes; this one's does not.
     """
-    missed = torch.stack([-mass.clamp_min(LEAST).log().mean(dim=1) for mass in maps.values()]).mean(dim=0)  # [B,O,L]
+    shares = [own_share(mass, layout).clamp_min(LEAST) for mass in maps.values()]
+    missed = torch.stack([-share.log().mean(dim=1) for share in shares]).mean(dim=0)  # [B,O,L]
     return (missed * layout.token_weights).sum(dim=2)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...networks.attention import HEAD_MEAN, Maps
 from ...networks.sites import block, cross
 from ..layout import Layout
-from ._maps import centre_and_spread, grids
+from ._maps import centre_and_spread, grids, own_maps
 from ._objective import OWN, objective
 
 APART = 0.4, 0.4, math.log(1.5)
@@ -27,7 +27,7 @@ def relation_loss(maps: Maps, layout: Layout) -> Tensor:
     """
     losses = []
     for kept in grids(maps).values():
-        centre, spread = centre_and_spread(torch.einsum("byxl,bol->boyx", kept, layout.token_weights))
+        centre, spread = centre_and_spread(own_maps(kept, layout))
         found = torch.cat([centre, spread.log().mean(dim=2, keepdim=True)], dim=2)  # [B,O,3]
         wanted = layout.relations
         more = wanted * (found[:, :, None] - found[:, None]) / found.new_tensor(APART)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...networks.attention import HEAD_MEAN, Maps
 from ...networks.sites import cross, level
 from ..layout import Layout
-from ._maps import TINY, bounding, grids, mean_under, ratio, steepness
+from ._maps import TINY, bounding, grids, mean_under, own_maps, ratio, steepness
 from ._objective import Settings, objective
 
 
@@ -28,8 +29,8 @@ def rnb_loss(maps: Maps, layout: Layout) -> Tensor:
     several = ((layout.weights > 0).sum(dim=1, keepdim=True) > 1).to(layout.weights.dtype)
     losses = []
     for grid, kept in grids(maps).items():
-        mask, raw = layout.masks[grid], torch.einsum("byxl,bol->boyx", kept, layout.token_weights)
-        sharp = torch.einsum("byxl,bol->boyx", (120 * kept[..., 1:]).softmax(dim=-1), layout.token_weights[..., 1:])
+        mask, raw = layout.masks[grid], own_maps(kept, layout)
+        sharp = own_maps(F.pad((120 * kept[..., 1:]).softmax(dim=-1), (1, 0)), layout)
         low, high = raw.amin(dim=(2, 3), keepdim=True), raw.amax(dim=(2, 3), keepdim=True)
         found = (raw - low) / (high - low + TINY)
         threshold = 0.4 * mean_under(found, mask) + 0.6 * mean_under(found, 1 - mask)
