@@ -9,6 +9,11 @@ from .guidance.edits import (
 from .guidance.guide import Guidance as Guidance
 from .guidance.image_prompt import ImagePrompt as ImagePrompt
 from .guidance.layout import Layout as Layout
+from .guidance.lines import (
+    Curve as Curve,
+    Point as Point,
+    Stroke as Stroke,
+)
 from .guidance.objectives import (
     Objective as Objective,
     Settings as Settings,
@@ -22,6 +27,7 @@ from .guidance.objectives.layout import layout_loss as layout_loss
 from .guidance.objectives.refocusing import refocusing_loss as refocusing_loss
 from .guidance.objectives.relation import relation_loss as relation_loss
 from .guidance.objectives.rnb import rnb_loss as rnb_loss
+from .guidance.objectives.tradiffusion import tradiffusion_loss as tradiffusion_loss
 from .guidance.regions import Region as Region
 from .guidance.report import Report as Report
 from .model import (

@@ -108,13 +108,14 @@ class Request:
     paste: with a mask, give finished images the picture's own pixels outside it.
     boxes: where to place things: {phrase of the prompt: (x0, y0, x1, y1)}, from the left and top in [0,1]; one mapping
         for all prompts, or a list with one (or None) per prompt. A phrase may have several boxes, a mask ([H,W] or an
-        image), or {"boxes": ..., "weight": 2.0}; [{"box": ...}, {"box": ...}] are two objects of that phrase. Token
-        positions may replace the phrase.
+        image), a Point, Stroke or Curve, or {"boxes": ..., "weight": 2.0}; [{"box": ...}, {"box": ...}] are two
+        objects of that phrase. Token positions may replace the phrase.
     relations: how things relate, without boxes: [("cat", "left of", "ball"), "ball smaller than cat"], between
         phrases of the prompt; "left of", "right of", "above", "below", "smaller than" or "larger than". One list for
         all prompts, or one (or None) per prompt. With boxes, every phrase needs one.
     guidance: how to follow boxes: a Guidance, an objective, the name of a published one ("layout",
-        "attend_and_excite", "boxdiff", "refocusing", "rnb"), or "none" (for edits that follow boxes themselves).
+        "attend_and_excite", "boxdiff", "refocusing", "rnb", "tradiffusion"), or "none" (for edits that follow boxes
+        themselves).
         Relations add the objective "relation".
     regions: parts of the image that read texts of their own: a list of Region(text, box, negative=..., weight=...) for
         all prompts, or one list (or None) per prompt. The prompt rules where no region is. Phrases of boxes and of

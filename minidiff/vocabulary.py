@@ -27,7 +27,18 @@ def _stems(folder: Path) -> tuple[str, ...]:
 
 SAMPLERS = _stems(_HERE / "sampling" / "samplers")
 OBJECTIVES = _stems(_HERE / "guidance" / "objectives") or (
-    *("inside", "extent", "layout", "attend_and_excite", "boxdiff", "refocusing", "relation", "rnb"),
+    *(
+        "inside",
+        "extent",
+        "layout",
+        "attend_and_excite",
+        "boxdiff",
+        "refocusing",
+        "relation",
+        "rnb",
+        "self_refocusing",
+        "tradiffusion",
+    ),
 )
 RELATIONS: Mapping[str, tuple[int, int]] = MappingProxyType(
     {

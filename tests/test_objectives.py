@@ -372,6 +372,24 @@ def slow_relation(maps: Maps, objects: Objects) -> float:
     return sum(losses) / len(losses)
 
 
+def slow_tradiffusion(maps: Maps, objects: Objects) -> float:
+    whole = 0.0
+    for boxes, tokens, weight in objects:
+        for probs in maps.values():
+            heads, h, w, _ = probs.shape
+            mask = coverage(boxes, h, w)
+            most = max(map(max, mask))
+            inside = [(r, c) for r, c in cells(h, w) if mask[r][c] >= most / 2]
+            for head in range(heads):
+                near = far = total = 0.0
+                for r, c in cells(h, w):
+                    value = sum(float(probs[head, r, c, token]) for token in tokens)
+                    away = 1 + min(math.hypot(r - y, c - x) for y, x in inside)
+                    near, far, total = near + value / away, far + value * away, total + value
+                whole += weight * ((1 - near / total) ** 2 + 10 * (1 - total / far) ** 2) / (heads * len(maps))
+    return whole / sum(weight for _, _, weight in objects)
+
+
 SLOW: dict[str, Callable[[Maps, Objects], float]] = {
     "inside": slow_inside,
     "extent": slow_extent,
@@ -381,6 +399,7 @@ SLOW: dict[str, Callable[[Maps, Objects], float]] = {
     "refocusing": slow_refocusing,
     "relation": slow_relation,
     "rnb": slow_rnb,
+    "tradiffusion": slow_tradiffusion,
 }
 
 

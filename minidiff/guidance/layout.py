@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..checks import is_number, shown, whole
 from ..networks.attention import mask_inputs
+from .lines import Stroke, read_line
 from .relations import Relation, relation_tensor
 
 if TYPE_CHECKING:
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 Box: TypeAlias = tuple[float, float, float, float]
 Boxes: TypeAlias = Mapping[Any, object]  # Any: the key type of Mapping is invariant, and callers have dict[str, ...]
 """Maps a phrase of the prompt, or token positions, to a box (x0, y0, x1, y1) in [0,1] from the upper left, several
-boxes (a list, or an array [n,4]), a mask (an image, or an array [H,W] in [0,1]), None for a phrase without a position,
+boxes (a list, or an array [n,4]), a mask (an image, or an array [H,W] in [0,1]), a Point, Stroke or Curve,
+None for a phrase without a position,
 or one of these in {"boxes": ..., "weight": 2.0} or {"mask": ..., "weight": ...}. Several boxes are one object that may
 lie in any of them; a list of such mappings, [{"box": ...}, {"box": ...}], is as many objects of that phrase.
 """
 
+_LINES = ("stroke", "curve")
 _TOKENS = re.compile(r"tokens:(\d{1,9}(?:,\d{1,9})*)")  # token positions where keys must be strings, as in JSON
 _MOST = 256  # phrases, and boxes per phrase: the union of n boxes takes 4 n^3 bytes, here 67 MB
 
@@ -41,6 +44,7 @@ class PlacedObject:
     """One object: its token positions, and its boxes or its mask [H,W] in [0,1]; with neither, its position is free.
 
     `name` is the phrase, or e.g. "tokens:2,3". `weight` is its weight in an objective relative to other objects.
+    `line`: what the mask was drawn from.
     """
 
     name: str
@@ -48,6 +52,7 @@ class PlacedObject:
     boxes: tuple[Box, ...] = ()
     mask: Tensor | None = None
     weight: float = 1.0
+    line: Stroke | None = None
 
     def coverage(self, grid: Grid) -> Tensor:
         """The exact fraction of each cell that is inside, [h,w] in [0,1], nonzero somewhere however small the box;
@@ -157,8 +162,9 @@ def read_objects(
 
 def _instances(key: object, value: object, find: Callable[[str], tuple[int, ...]], length: int) -> Iterable[Region]:
     """One object, or one for each of a list of mappings."""
-    several = isinstance(value, list | tuple) and value and all(isinstance(one, Mapping) for one in value)
-    return [_region(key, one, find, length) for one in (value if several else (value,))]  # type: ignore[union-attr]
+    values: Sequence[object] = value if isinstance(value, list | tuple) and value else (None,)
+    several = all(isinstance(one, Mapping) for one in values)
+    return [_region(key, one, find, length) for one in (values if several else (value,))]
 
 
 def _region(key: object, value: object, find: Callable[[str], tuple[int, ...]], length: int) -> PlacedObject:
@@ -184,13 +190,17 @@ def read_place(name: str, value: object) -> PlacedObject:
 def _placed(where: str, value: object, name: str, tokens: tuple[int, ...]) -> PlacedObject:
     weight, masked = 1.0, False
     if isinstance(value, Mapping):
-        places = value.keys() & {"box", "boxes", "mask"}
-        if len(places) != 1 or not value.keys() <= {*places, "weight"}:
+        places = value.keys() & {"box", "boxes", "mask", *_LINES}
+        lines = {"width"} if places & set(_LINES) else set()
+        if len(places) != 1 or not value.keys() <= {*places, *lines, "weight"}:
             raise ValueError(f'{where} is {shown(value)}; expected {{"boxes": ..., "weight": 1.0}} or {{"mask": ...}}')
         weight, masked = value.get("weight", 1.0), "mask" in value
         if not is_number(weight) or not float(weight) > 0:
             raise ValueError(f"{where} has the weight {shown(weight)}; expected a number above 0")
-        value = value[places.pop()]
+        (place,) = places
+        value = read_line(place, value[place], value.get("width")) if lines else value[place]
+    if isinstance(value, Stroke):
+        return Region(name, tokens, mask=value.mask(), weight=float(weight), line=value)
     value, weight = to_array(where, value), float(weight)
     if value is None and not masked:
         return PlacedObject(name, tokens, weight=weight)
@@ -296,6 +306,7 @@ def plain_boxes(regions: Sequence[PlacedObject]) -> dict[str, object]:
     """Regions in the form of a request's `boxes`, as plain values except for masks."""
     found: dict[str, list[dict[str, object]]] = {}
     for region in regions:
-        place = {"boxes": region.boxes or None} if region.mask is None else {"mask": region.mask}
-        found.setdefault(region.name, []).append({"weight": region.weight} | place)
+        place: dict[str, object] = {"boxes": region.boxes or None} if region.mask is None else {"mask": region.mask}
+        place = place if region.line is None else region.line.plain()
+        found.setdefault(region.name, []).append({"weight": region.weight, **place})
     return {name: several[0] if len(several) == 1 else several for name, several in found.items()}

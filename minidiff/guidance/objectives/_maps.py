@@ -37,9 +37,12 @@ def own_share(mass: Tensor, layout: Layout) -> Tensor:
 def own_maps(kept: Tensor, layout: Layout) -> Tensor:
     """Attention to each object's tokens [B,O,h,w], from [B,h,w,L]; none where its siblings are to be."""
     found = torch.einsum("byxl,bol->boyx", kept, layout.token_weights)
-    masks = layout.masks[found.shape[2], found.shape[3]]
-    taken = (layout.siblings[..., None, None] * masks[:, None]).sum(dim=2).clamp(max=1)
-    return found * (1 - taken)
+    return found * (1 - taken(layout, (found.shape[2], found.shape[3])))
+
+
+def taken(layout: Layout, grid: Grid) -> Tensor:
+    """The fraction of each cell inside the masks of an object's siblings, [B,O,h,w]."""
+    return (layout.siblings[..., None, None] * layout.masks[grid][:, None]).sum(dim=2).clamp(max=1)
 
 
 def object_maps(maps: Maps, layout: Layout) -> dict[Grid, Tensor]:
