@@ -23,7 +23,7 @@ def relation_loss(maps: Maps, layout: Layout) -> Tensor:
 
     An object's loss is the sum over the relations of which it is the first. Centre and size are those of its map, as in
     Epstein et al. 2023 ("Diffusion self-guidance"), eq. 5 and 6, but the size is the standard deviation, which needs no
-    threshold. It reads no boxes.
+    threshold. It reads no boxes. Positions come true far more often than sizes (bench/LOG.md).
     """
     losses = []
     for kept in grids(maps).values():
