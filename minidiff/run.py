@@ -148,7 +148,7 @@ class Run(Iterator[Step]):
         remake: Request | None = None,
     ) -> None:
         each = zip(regions[:: texts.repeats], request.layouts, strict=True)  # phrases of relations alone come last
-        layouts = [plain_boxes(some[: len(read_regions(boxes or {}))]) or None for some, boxes in each]
+        layouts = [plain_boxes(some[: len(read_objects(boxes or {}))]) or None for some, boxes in each]
         negatives = None if request.negative_context is not None else texts.negatives
         self.request = request.filled({"boxes": layouts, "negative_prompt": negatives})
         self._model, self._texts, self._schedule, self._steps = model, texts, schedule, steps

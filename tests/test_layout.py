@@ -404,23 +404,23 @@ LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 
 
 def test_a_list_of_mappings_is_several_objects_and_a_list_of_boxes_is_one() -> None:
-    assert len(read_regions({"cat": [LEFT, RIGHT]})) == 1  # a union, as in older recipes
-    two = read_regions({"cat": [{"box": LEFT}, {"boxes": [RIGHT], "weight": 2.0}], "ball": LEFT})
+    assert len(read_objects({"cat": [LEFT, RIGHT]})) == 1  # a union, as in older recipes
+    two = read_objects({"cat": [{"box": LEFT}, {"boxes": [RIGHT], "weight": 2.0}], "ball": LEFT})
     assert [(one.name, one.boxes, one.weight) for one in two] == [
         ("cat", (LEFT,), 1.0),
         ("cat", (RIGHT,), 2.0),
         ("ball", (LEFT,), 1.0),
     ]
-    again = read_regions(plain_boxes(two))
+    again = read_objects(plain_boxes(two))
     assert [vars(one) for one in again] == [vars(one) for one in two]
     with pytest.raises(ValueError, match="holds 257 objects"):
-        read_regions({"cat": [{"box": LEFT}] * 257})
+        read_objects({"cat": [{"box": LEFT}] * 257})
 
 
 def test_objects_of_one_phrase_share_its_attention() -> None:
     grid, site = (2, 4), minidiff.Site("up", 1, 0, "cross")
     boxes = [{"box": LEFT}, {"box": (0.5, 0.0, 1.0, 0.5)}]
-    two = make_layout([read_regions({"cat": boxes})], [2], 4, [grid])
+    two = make_layout([read_objects({"cat": boxes})], [2], 4, [grid])
     assert torch.equal(two.siblings, torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]))
     probs = torch.full((1, 1, *grid, 4), 0.25)
     probs[..., 1, 2:, 1] = 0  # nothing outside of both
@@ -430,13 +430,16 @@ def test_objects_of_one_phrase_share_its_attention() -> None:
     extent = minidiff.extent_loss({site: probs.mean(dim=1)}, two)
     alone = [
         minidiff.extent_loss({site: (probs * mask[0, :, :, None]).mean(dim=1)}, make_layout([[one]], [2], 4, [grid]))
-        for one, mask in zip(read_regions({"cat": boxes}), two.masks[grid].movedim(1, 0), strict=True)
+        for one, mask in zip(read_objects({"cat": boxes}), two.masks[grid].movedim(1, 0), strict=True)
     ]
     torch.testing.assert_close(extent, (alone[0] + alone[1]) / 2)
 
 
 def test_siblings_are_objects_of_the_same_tokens_alone() -> None:
-    some = [[Region("a", (1,)), Region("b", (1, 2)), Region("c", (1,)), Region("d", ())], [Region("a", (1,))]]
+    some = [
+        [PlacedObject("a", (1,)), PlacedObject("b", (1, 2)), PlacedObject("c", (1,)), PlacedObject("d", ())],
+        [PlacedObject("a", (1,))],
+    ]
     found = make_layout(some, [3, 3], 5, [(2, 2)]).siblings
     assert found.nonzero().tolist() == [[0, 0, 2], [0, 2, 0]]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import minidiff
-from minidiff.guidance.layout import make_layout, plain_boxes, read_regions
+from minidiff.guidance.layout import make_layout, plain_boxes, read_objects
 from minidiff.guidance.lines import distances, read_line
 
 
@@ -40,27 +40,27 @@ def test_a_curve_goes_through_its_points_and_turns_smoothly() -> None:
 
 
 def test_lines_cover_their_width_on_grids_that_are_not_square() -> None:
-    regions = read_regions({"cat": minidiff.Stroke([(0.0, 0.5), (1.0, 0.5)], width=0.2), "dog": minidiff.Point(0.5, 0)})
+    regions = read_objects({"cat": minidiff.Stroke([(0.0, 0.5), (1.0, 0.5)], width=0.2), "dog": minidiff.Point(0.5, 0)})
     cat, dog = (one.coverage((5, 3)) for one in regions)
     expected = torch.zeros(5, 3, dtype=torch.float64)
     expected[2] = 1
     torch.testing.assert_close(cat, expected, rtol=0, atol=0.05)
     assert float(dog.sum()) / 15 == pytest.approx(math.pi * 0.1**2 / 2, rel=0.02)
-    thin = read_regions({"cat": minidiff.Point(0.31, 0.77, width=0.02)})[0]
+    thin = read_objects({"cat": minidiff.Point(0.31, 0.77, width=0.02)})[0]
     assert all(thin.coverage((n, n)).max() > 0 for n in (1, 7, 16, 64))
 
 
 @pytest.mark.parametrize("line", [minidiff.Stroke([[0, 0], [1, 1]]), minidiff.Curve([(0, 0), (1, 0), (1, 1)], 0.3)])
 def test_lines_come_back_from_json(line: minidiff.Stroke) -> None:
     boxes = {"cat": {"weight": 2.0, **line.plain()}, "dog": [line.plain(), line.plain()], "ball": line}
-    regions = read_regions(boxes)
+    regions = read_objects(boxes)
     assert [(one.name, one.line, one.weight) for one in regions] == [
         ("cat", line, 2.0),
         ("dog", line, 1.0),
         ("dog", line, 1.0),
         ("ball", line, 1.0),
     ]
-    again = read_regions(json.loads(json.dumps(plain_boxes(regions))))
+    again = read_objects(json.loads(json.dumps(plain_boxes(regions))))
     assert [one.line for one in again] == [one.line for one in regions]
 
 
@@ -76,12 +76,12 @@ def test_lines_come_back_from_json(line: minidiff.Stroke) -> None:
 )
 def test_wrong_lines_are_named(value: object, text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        read_regions({"cat": value})
+        read_objects({"cat": value})
 
 
 def test_tradiffusion_is_least_on_the_curve() -> None:
     grid, site = (6, 9), minidiff.Site("mid", 0, 0, "cross")
-    layout = make_layout([read_regions({"cat": minidiff.Stroke([(0.1, 0.1), (0.1, 0.9)], 0.15)})], [1], 3, [grid])
+    layout = make_layout([read_objects({"cat": minidiff.Stroke([(0.1, 0.1), (0.1, 0.9)], 0.15)})], [1], 3, [grid])
     losses = []
     for column in (0, 3, 8):
         probs = torch.full((1, 2, *grid, 3), 1e-6)

@@ -160,7 +160,9 @@ def read_objects(
     return found
 
 
-def _instances(key: object, value: object, find: Callable[[str], tuple[int, ...]], length: int) -> Iterable[Region]:
+def _instances(
+    key: object, value: object, find: Callable[[str], tuple[int, ...]], length: int
+) -> Iterable[PlacedObject]:
     """One object, or one for each of a list of mappings."""
     values: Sequence[object] = value if isinstance(value, list | tuple) and value else (None,)
     several = all(isinstance(one, Mapping) for one in values)
@@ -200,7 +202,7 @@ def _placed(where: str, value: object, name: str, tokens: tuple[int, ...]) -> Pl
         (place,) = places
         value = read_line(place, value[place], value.get("width")) if lines else value[place]
     if isinstance(value, Stroke):
-        return Region(name, tokens, mask=value.mask(), weight=float(weight), line=value)
+        return PlacedObject(name, tokens, mask=value.mask(), weight=float(weight), line=value)
     value, weight = to_array(where, value), float(weight)
     if value is None and not masked:
         return PlacedObject(name, tokens, weight=weight)
