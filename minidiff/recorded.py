@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .checks import number, shown, whole
+from .draw import heatmaps
 
 if TYPE_CHECKING:
     from .networks.attention import Keep, Maps
@@ -100,6 +104,21 @@ class Attention:
         }
         prompts = None if self.prompts is None else self.prompts[image : image + 1]
         return replace(self, maps=SiteMaps(own), images=1, prompts=prompts)
+
+    def _repr_png_(self) -> bytes | None:
+        """For a notebook: the first image's attention to each word of its prompt, on one scale. None without them."""
+        words = re.findall(r"\w+(?:['-]\w+)*", self.prompts[0]) if self.prompts else []
+        maps: dict[str, Tensor] = {}
+        for word in words:
+            with suppress(ValueError):  # beyond what the text encoder reads, or of another kind of attention
+                heat = self.of(0, word)
+                maps.setdefault(word, heat.mean(dim=0) if self.per_step else heat)
+        if not maps:
+            return None
+        file = BytesIO()
+        height, width = next(iter(maps.values())).shape
+        heatmaps(Image.new("RGB", (width * 24, height * 24)), maps).save(file, format="PNG")
+        return file.getvalue()
 
     def from_pixel(self, image: int, x: float, y: float, grid: Grid | None = None) -> Tensor:
         """What the pixel at (x, y) in [0,1] attends to, [h,w] (or [S,h,w]), summing to one: the mean over heads and the

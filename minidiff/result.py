@@ -6,7 +6,9 @@ A saved PNG has two text chunks: `parameters`, in A1111's format, which most pro
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
@@ -17,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checks import number, shown, whole
-from .draw import sheet, to_image
+from .draw import boxes, sheet, to_image
 from .png.chunk import Plain, plain
 from .png.write import check_output_path, png_bytes, wanted_path, write_png
 
@@ -188,6 +190,21 @@ class Result:
             return None
         images = self._pil()
         return png_bytes(images[0] if len(images) == 1 else sheet(images))
+
+    def _repr_html_(self) -> str | None:
+        """For a notebook, with reports: each image with its boxes, and what guidance did to it. Else the PNG shows."""
+        if self.reports is None or self._holds_latents():
+            return None
+        parts = []
+        for image, arguments, report in zip(self._pil(), self.parameters, self.reports, strict=True):
+            layout, drawn = arguments.get("boxes"), image
+            if isinstance(layout, dict) and layout:
+                with suppress(ValueError):  # a mask, of which the parameters hold a fingerprint only
+                    drawn = boxes(image, layout)
+            data = base64.b64encode(png_bytes(drawn)).decode()
+            style = 'style="display: inline-block; vertical-align: top; margin: 4px; max-width: 400px"'
+            parts.append(f'<div {style}><img src="data:image/png;base64,{data}"><br>{report._repr_html_()}</div>')
+        return "".join(parts)
 
     def _pil(self) -> list[Image.Image]:
         if self._holds_latents():

@@ -97,7 +97,7 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
         ".json, .csv or .parquet. Flags replace what lines say. A line without a seed gets one of its number",
     )
     add("--out", metavar="FOLDER", required=True, help="where pictures (by number of line), logs and the manifest go")
-    add("--batch-size", type=_positive, metavar="N", help="images at a time (default: 8, or what memory is free for)")
+    add("--batch-size", type=_positive, metavar="N", help="images at a time (default: at most 32, as memory allows)")
     add("--ray", metavar="ADDRESS", help="on the machines of a Ray cluster that see the folder; local begins one here")
     add("--workers", type=_positive, metavar="N", help="of --ray (default: one per GPU, or else one per machine)")
     add("--shard", type=_shard, metavar="I/N", help="make part I of N, counted from 1: for schedulers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from dataclasses import dataclass
 
@@ -42,14 +43,22 @@ class Report:
     why_not: str | None = None
 
     def __str__(self) -> str:
+        return "; ".join(self._said())
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the same as a list."""
+        head, *objects = map(html.escape, self._said())
+        return f"{head}<ul>{''.join(f'<li>{one}</li>' for one in objects)}</ul>" if objects else head
+
+    def _said(self) -> list[str]:
         if self.why_not is not None:
-            return f"guidance did not act: {self.why_not}"
+            return [f"guidance did not act: {self.why_not}"]
         moves, steps = sum(self.iterations), sum(count > 0 for count in self.iterations)
         said = [f"guidance moved {_times(moves, 'time')} in {_times(steps, 'step')}"]
         for name, before, after in zip(self.names, self.first_mass.tolist(), self.mass[-1].tolist(), strict=True):
             if not math.isnan(before):  # NaN if only self-attention was read
                 said.append(f"{name}: {before:.0%} -> {after:.0%} of its attention inside")
-        return "; ".join(said)
+        return said
 
     def plain(self) -> dict[str, object]:
         """The fields as JSON values: tensors as lists, null for NaN."""
