@@ -9,7 +9,7 @@ import operator
 import reprlib
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 _SHORT = reprlib.Repr()
@@ -30,6 +30,11 @@ def shown(value: object) -> str:
         text = f"<{type(value).__name__}>"
     text = " ".join(text.split())
     return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def listed(texts: str | Sequence[str]) -> Sequence[str]:
+    """One text as a list of one."""
+    return (texts,) if isinstance(texts, str) else texts
 
 
 def whole(name: str, value: object, least: float = -math.inf, most: float = math.inf, expected: str = "") -> int:
@@ -105,6 +110,19 @@ def tensor(name: str, value: Any, ndim: int, expected: str) -> None:
         raise ValueError(f"{name} is {shown(value)}; expected a tensor {expected}")
     if not finite(value):
         raise ValueError(f"{name} holds values that are not finite (NaN or infinity); expected a tensor {expected}")
+
+
+def returned(function: Callable[..., object], found: Any, *shape: int | None, broadcast: bool = False) -> Any:
+    """Check that a caller's function returned a tensor of this shape (None: any length), or broadcastable to it."""
+    from torch import Tensor
+
+    if isinstance(found, Tensor) and (found.ndim == len(shape) or (broadcast and found.ndim < len(shape))):
+        lengths = zip(reversed(found.shape), reversed(shape), strict=False)
+        if all(n == most or most is None or (broadcast and n == 1) for n, most in lengths):
+            return found
+    name = getattr(function, "__qualname__", type(function).__name__)
+    how, of = "broadcastable to" if broadcast else "of shape", ", ".join(str(most or "any") for most in shape)
+    raise ValueError(f"{name} returned {shown(found)}; expected a tensor {how} [{of}]")
 
 
 def finite(value: Any) -> bool:

@@ -12,8 +12,9 @@ from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from .checks import choice, number, numbers, shown, tensor, whole
-from .vocabulary import EMPHASES, SPACINGS, SYNTAXES, modernised, own_keywords, read_sampler, read_schedule, unknown
+from .checks import listed, shown
+from .request_checks import check
+from .vocabulary import modernised, own_keywords, unknown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,13 +37,8 @@ if TYPE_CHECKING:
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 Output = Literal["pil", "numpy", "tensor", "latents"]
-FITS = ("resize", "crop", "pad")
-OUTPUTS = ("pil", "numpy", "tensor", "latents")
-REDUCTIONS = ("mean", "last", "per_step")
 BUNDLED = "minidiff/shapes"
 """The name of the model that ships inside the package."""
-MOST_IMAGES = 10_000  # per call: the latents alone take 650 MB at 512x512
-_LAST_SEED = 2**64 - 1  # the largest that torch.Generator takes
 _QUIET = (
     "syntax",
     "cache_interval",
@@ -182,232 +178,7 @@ class Request:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Mapping) and value.keys() & {"tensor", "object"} and field.name != "inputs":
-                raise ValueError(
-                    f"{field.name} is {shown(value)}, a placeholder for what a file could not hold; pass your own"
-                )
-        self._check_texts()
-        self._check_numbers()
-        self._check_sampler()
-        self._check_values()
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # only on construction, to normalise fields of a frozen value
-
-    # ---- checks, in the order of the fields
-
-    def _check_texts(self) -> None:
-        if (self.prompt is None) == (self.context is None):
-            raise ValueError(
-                f"got {'neither prompt nor' if self.prompt is None else 'both prompt and'} context; expected one of "
-                'them, e.g. prompt="a red circle"'
-            )
-        if self.negative_prompt is not None and self.negative_context is not None:
-            raise ValueError("got both negative_prompt and negative_context; expected one of them")
-        for name in ("prompt", "negative_prompt"):
-            self._set(name, _texts(name, getattr(self, name)))
-        if self.context is not None:
-            tensor("context", self.context, 3, "[P,L,D], such as model.text.encode gives")
-        if self.negative_context is not None:
-            tensor("negative_context", self.negative_context, 3, "[P,L,D], such as model.text.encode gives")
-        negatives = 1 if self.negative_prompt is None else len(listed(self.negative_prompt))
-        if negatives not in (1, self.prompts):
-            raise ValueError(
-                f"negative_prompt holds {negatives} texts for {self.prompts} prompts; expected one for all, or one "
-                "per prompt"
-            )
-        self._check_regions()
-        self._check_syntax()
-        self._set("images_per_prompt", whole("images_per_prompt", self.images_per_prompt, 1))
-        if self.images > MOST_IMAGES:
-            raise ValueError(
-                f"images_per_prompt is {self.images_per_prompt} for {self.prompts} prompts; expected at most "
-                f"{MOST_IMAGES} images in one call"
-            )
-
-    def _check_regions(self) -> None:
-        self._set("base_weight", number("base_weight", self.base_weight, 0, 1e3))
-        if self.regions is not None:
-            from .guidance.regions import read_regions
-
-            self._set("regions", read_regions(self.regions) or None)
-        areas = self.areas
-        if self.base_weight != 0 and not any(areas):
-            raise ValueError(f"base_weight is {self.base_weight:g} but there are no regions; expected both")
-
-    def _check_syntax(self) -> None:
-        choice("syntax", self.syntax, SYNTAXES)
-        if self.emphasis is not None:
-            choice("emphasis", self.emphasis, EMPHASES)
-        if self.syntax == "plain":
-            if self.emphasis is not None:
-                raise ValueError(f'emphasis is {self.emphasis!r} but the syntax is plain; expected syntax="a1111" too')
-            return
-        from .prompts.parse import check
-
-        own = [text or "" for some in self.areas for region in some for text in (region.prompt, region.negative)]
-        for texts in (self.prompt, self.negative_prompt, own):
-            for text in listed(texts or ""):
-                check(text)
-
-    def _check_numbers(self) -> None:
-        for name in ("width", "height", "steps"):
-            if getattr(self, name) is not None:
-                self._set(name, whole(name, getattr(self, name), 1))
-        for name in ("timesteps", "sigmas"):
-            if getattr(self, name) is not None:
-                self._set(name, numbers(name, getattr(self, name)))
-        if self.timesteps is not None and self.sigmas is not None:
-            raise ValueError("got both timesteps and sigmas; expected one of them")
-        for name, values, more in (("timesteps", self.timesteps, 0), ("sigmas", self.sigmas, 1)):
-            if values is not None and self.steps not in (None, len(values) - more):
-                raise ValueError(
-                    f"steps is {self.steps} but {name} make {len(values) - more} steps; omit steps, or make them agree"
-                )
-        if self.guidance_scale is not None:
-            # diffusers treats less as 1; by the formula, less would push the image away from the prompt
-            expected = "a number of at least 1 (1 turns guidance off, 7.5 is usual)"
-            self._set("guidance_scale", number("guidance_scale", self.guidance_scale, 1, expected=expected))
-        for name in ("guidance_rescale", "eta"):
-            self._set(name, number(name, getattr(self, name), 0, 1))
-        self._check_shortcuts()
-        if self.clip_skip is not None:
-            self._set("clip_skip", whole("clip_skip", self.clip_skip, 0))
-        if self.seed is not None:
-            self._set("seed", _seeds("seed", self.seed, self.images))
-        if self.vary is not None:
-            self._check_vary()
-
-    def _check_vary(self) -> None:
-        given: Any = self.vary
-        if not isinstance(given, list | tuple) or len(given) != 2:
-            raise ValueError(f"vary is {shown(given)}; expected (seed, strength), such as (7, 0.2)")
-        if self.latents is not None:
-            raise ValueError("got both vary and latents; expected one of them, since vary is about the noise of a seed")
-        seeds = _seeds("vary's seed", given[0], self.images)
-        self._set("vary", (seeds, number("vary's strength", given[1], 0, 1)))
-
-    def _check_shortcuts(self) -> None:
-        self._set("cache_interval", whole("cache_interval", self.cache_interval, 1, 1000))
-        if self.guidance_interval is not None:
-            levels = numbers("guidance_interval", self.guidance_interval)
-            if len(levels) != 2 or not 0 <= levels[0] < levels[1]:
-                raise ValueError(
-                    f"guidance_interval is {shown(self.guidance_interval)}; expected the lowest and the highest noise "
-                    "level (sigma) to guide at, such as (0.28, 5.42)"
-                )
-            self._set("guidance_interval", levels)
-
-    def _check_sampler(self) -> None:
-        if self.schedule is not None:
-            self._set("schedule", read_schedule(self.schedule))
-        if self.spacing is not None:
-            choice("spacing", self.spacing, SPACINGS)
-        if isinstance(self.sampler, str):
-            read_sampler(self.sampler, self.schedule)
-        elif self.sampler is not None and (isinstance(self.sampler, type) or not hasattr(self.sampler, "schedule")):
-            raise ValueError(
-                f'sampler is {shown(self.sampler)}; expected a name such as "ddim", or an object such as '
-                "minidiff.DDIM()"
-            )
-
-    def _check_values(self) -> None:
-        """Fields that hold types of other modules, each imported only when its field is used."""
-        if self.latents is not None:
-            tensor("latents", self.latents, 4, "[images,4,h,w] of unit variance")
-            if len(self.latents) != self.images:
-                raise ValueError(f"latents hold {len(self.latents)} for {self.images} images; expected one per image")
-        if self.boxes is not None:
-            from .guidance.layout import read_objects
-
-            for one in self.layouts:
-                if one is not None:
-                    read_objects(one)
-        if self.relations is not None:
-            from .guidance.relations import read_relations
-
-            self._set("relations", read_relations(self.relations))
-            self._set("relations", self.relations if any(self.related) else None)
-        self._check_guidance()
-        self._check_image()
-        self._check_image_prompt()
-        if not isinstance(self.edits, tuple) or self.edits or self.attention is not False or self.inputs is not None:
-            self._check_attention()
-        if not callable(self.reduce):
-            choice("reduce", self.reduce, REDUCTIONS)
-        choice("output", self.output, OUTPUTS)
-        if not isinstance(self.progress, bool):
-            raise ValueError(f"progress is {shown(self.progress)}; expected True or False")
-        if not isinstance(self.model, str | Path) and not hasattr(self.model, "unet"):
-            raise ValueError(
-                f"model is {shown(self.model)}; expected a Model from minidiff.load, a hub id, a folder or a "
-                ".safetensors file"
-            )
-
-    def _check_guidance(self) -> None:
-        if isinstance(self.guidance, bool) and not self.guidance:
-            self._set("guidance", "none")
-        if self.guidance is None or self.guidance == "none":
-            return
-        from .guidance.guide import Guidance
-
-        Guidance.read(self.guidance)
-        if not any(self.layouts) and not any(self.related):
-            raise ValueError(
-                f"guidance is {shown(self.guidance)} but there are no boxes to follow; expected "
-                'boxes={"phrase": (x0, y0, x1, y1)} too; None (null) for a box, if the objective needs no position'
-            )
-
-    def _check_image(self) -> None:
-        choice("fit", self.fit, FITS)
-        if not isinstance(self.paste, bool):
-            raise ValueError(f"paste is {shown(self.paste)}; expected True or False")
-        if self.image is None:
-            for name in ("mask", "strength"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} is given without image; expected the picture that it is about, too")
-            return
-        from .pictures import read_each, read_mask, read_picture
-
-        if self.latents is not None:
-            raise ValueError("got both image and latents; expected one of them to start from")
-        self._set("image", read_each("image", self.image, self.prompts, read_picture))
-        if self.mask is not None:
-            self._set("mask", read_each("mask", self.mask, self.prompts, read_mask))
-        if self.strength is not None:
-            self._set("strength", number("strength", self.strength, 1e-6, 1, "a number above 0, at most 1"))
-
-    def _check_image_prompt(self) -> None:
-        scale = self.image_prompt_scale
-        several = hasattr(scale, "__len__") and not isinstance(scale, str | bytes) and getattr(scale, "ndim", 1) > 0
-        self._set("image_prompt_scale", (numbers if several else number)("image_prompt_scale", scale))
-        if self.image_prompt is not None:
-            from .guidance.image_prompt import read_image_prompts
-
-            self._set("image_prompt", read_image_prompts(self.image_prompt))
-        elif self.image_prompt_scale != 1:
-            raise ValueError(f"image_prompt_scale is {shown(scale)} but there is no image_prompt; expected both")
-
-    def _check_attention(self) -> None:
-        from torch import Tensor
-
-        from .networks.attention import Edit, Record
-
-        edits = (self.edits,) if isinstance(self.edits, Edit) else self.edits
-        if not isinstance(edits, list | tuple) or not all(isinstance(one, Edit) for one in edits):
-            raise ValueError(f"edits is {shown(self.edits)}; expected a minidiff.Edit, or a list of them")
-        self._set("edits", tuple(edits))
-        if not isinstance(self.attention, bool | Record):
-            raise ValueError(f"attention is {shown(self.attention)}; expected True, False or a minidiff.Record")
-        if isinstance(self.attention, Record) and self.attention.stop:
-            raise ValueError("attention has stop=True, which ends the forward pass before it makes a prediction")
-        if self.inputs is not None and (
-            not isinstance(self.inputs, Mapping)
-            or not all(isinstance(name, str) and isinstance(one, Tensor) for name, one in self.inputs.items())
-        ):
-            raise ValueError(f"inputs is {shown(self.inputs)}; expected a mapping of names to tensors")
+        check(self)
 
     # ---- derived values
 
@@ -417,7 +188,7 @@ class Request:
         if self.prompt is None:
             assert self.context is not None
             return len(self.context)
-        return len(listed(self.prompt))
+        return 1 if isinstance(self.prompt, str) else len(self.prompt)
 
     @property
     def images(self) -> int:
@@ -462,7 +233,7 @@ class Request:
         """A copy with some fields replaced by known-valid values, which are not checked again."""
         found = copy.copy(self)
         for name, value in values.items():
-            found._set(name, value)
+            object.__setattr__(found, name, value)
         return found
 
     def each(self) -> Request:
@@ -573,39 +344,7 @@ class Request:
 FIELDS = tuple(field.name for field in fields(Request))
 
 
-def listed(texts: str | Sequence[str]) -> Sequence[str]:
-    """One text as a list of one."""
-    return (texts,) if isinstance(texts, str) else texts
-
-
 def _plain_boxes(boxes: Any) -> dict[str, object] | None:
     from .guidance.layout import plain_boxes, read_objects
 
     return None if boxes is None else plain_boxes(read_objects(boxes))
-
-
-def _texts(name: str, value: Any) -> Any:
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"{name} is {shown(value)} ({type(value).__name__}); expected a text or a list of texts")
-    if not value:
-        raise ValueError(f"{name} is an empty list; expected at least one text")
-    return tuple(value)
-
-
-def _seeds(name: str, seed: Any, count: int) -> int | tuple[int, ...]:
-    """One seed, or one per image, each as torch.Generator takes them."""
-    several = hasattr(seed, "__len__") and not isinstance(seed, str | bytes | Mapping) and getattr(seed, "ndim", 1) == 1
-    if several and len(seed) != count:
-        raise ValueError(
-            f"{name} holds {len(seed)} numbers for {count} images; expected one per image, or one to count up from"
-        )
-    seeds = tuple(seed) if several else (seed,)
-    found = tuple(whole(name, one, expected="a whole number, a list of them, or None to draw one") for one in seeds)
-    last = _LAST_SEED if several else _LAST_SEED - count + 1
-    for one in found:
-        if not 0 <= one <= last:
-            hint = "; omit seed (None) to draw one" if one == -1 else ""
-            raise ValueError(f"{name} is {shown(one)}; expected 0 to {last}{hint}")
-    return found if several else found[0]

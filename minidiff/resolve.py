@@ -18,8 +18,7 @@ from .guidance.image_prompt import ImagePrompt
 from .guidance.layout import PlacedObject
 from .guidance.objectives.relation import relation_loss
 from .model import Model
-from .networks.attention import picture_name
-from .networks.sites import Position, Site
+from .networks.sites import Position, Site, picture_name
 from .request import Request
 from .sampling import Sampler, choose_sampler, sampler_fields
 

@@ -99,11 +99,12 @@ def sample_steps(request: Request) -> Run:
     if any(regions):
         length = contexts[0].shape[1]
         layouts = {one: one.layout(model, placed[one], length, there, request.related) for one in encoded}
-        given = [{**layouts[one].inputs(), **own} for one in each_step]
+        inputs = {one: {**layouts[one].inputs(), **own} for one in encoded}
+        given = [inputs[one] for one in each_step]
         if how is not None:
             check_places(how, regions)
-            told = [(encoded[one][-texts.images :], layouts[one]) for one in each_step]
-            guide = _guide(model, how.of_run(schedule.steps, there), told, regions, edits, own)
+            told = [(encoded[one][-texts.images :], layouts[one], inputs[one]) for one in each_step]
+            guide = _guide(model, how.of_run(schedule.steps, there), told, regions, edits)
     rescale = request.guidance_rescale
     every = request.cache_interval
     alone = record is None and texts.weights is None and every == 1 and len(contexts) == 1
@@ -252,17 +253,17 @@ def _recorded(model: Model, record: Record | None, there: Mapping[Site, Position
 def _guide(
     model: Model,
     how: Guidance,
-    told: Sequence[tuple[Tensor, Layout]],
+    told: Sequence[tuple[Tensor, Layout, Inputs]],
     regions: Sequence[Sequence[PlacedObject]],
     edits: Sequence[Edit],
-    inputs: Inputs | None,
 ) -> Guide:
     """The run's Guide, compiled if the model is. told: what it reads, once for all steps or in each."""
     names = [[region.name for region in some] for some in regions]
     compiled = is_compiled(model.unet)
     look = compile_whole(look_loss, model.unet) if compiled else look_loss
     each_step = told if len(told) > 1 else ()
-    return Guide(how, model.unet.forward, *told[0], names, edits, inputs, compiled, look, each_step)
+    context, layout, inputs = told[0]
+    return Guide(how, model.unet.forward, context, layout, names, edits, inputs, compiled, look, each_step)
 
 
 def _watch(guide: Guide) -> Watch | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .checks import warn
+from .checks import listed, warn
 from .guidance.layout import Layout, PlacedObject, make_layout, read_objects
 from .guidance.regions import Region, share_bias, share_name, shares
 from .guidance.relations import Relation
@@ -23,7 +23,7 @@ from .networks.sites import Position, Site
 from .networks.text import Phrases
 from .prompts.chunks import Marked, encode
 from .prompts.joined import MARK, Joined
-from .request import Request, listed
+from .request import Request
 
 # A1111's syntax for weights, networks and breaks, which a plain prompt does not have
 _MARKS = re.compile(r"\([^()]+:\s*[\d.]+\)|<(?:lora|lyco|hypernet):[^>]*>|\bBREAK\b")

@@ -146,7 +146,7 @@ class Sticky(Guide):
             if any(loss <= threshold for loss in losses(self)):
                 break
             gradient, found = evaluate(
-                x, self.forward, self.guidance.objective, self.record, (), t, self.context, self.layout, {}
+                x, self.forward, self.guidance.objective, self.record, (), t, self.context, self.layout, self.inputs
             )
             self.seen.setdefault(index, []).append(Evaluation(*found, moved=torch.ones(1, dtype=torch.bool)))
             x = x - scale * (1 - abar) * gradient

@@ -12,7 +12,7 @@ from torch import Tensor
 import minidiff
 from minidiff.guidance.layout import Layout, PlacedObject, make_layout
 from minidiff.model import Model
-from minidiff.networks.attention import Edit, Record, hooked_attention
+from minidiff.networks.attention import Edit, Hooks, Record, hooked_attention
 from minidiff.networks.sites import Site
 
 SITE = Site("mid", 0, 0, "cross")
@@ -216,7 +216,7 @@ def test_edited_attention_is_what_the_sites_compute_with(name: str) -> None:
     layout = layout_on(4, 6)
     q, k, v = torch.randn(3, 2, 24, 8), torch.randn(3, 2, LENGTH, 8), torch.randn(3, 2, LENGTH, 8)
     edit = replace(EDITS[name], sites=frozenset([SITE]), rows="all")
-    found, _ = hooked_attention(SITE, q, k, v, (4, 6), None, "cond", [edit], layout.inputs())
+    found, _ = hooked_attention(SITE, q, k, v, (4, 6), Hooks({}, "cond", (edit,), layout.inputs()))
     logits = q @ k.mT / 8**0.5
     if name == "regional":
         logits = logits + edit.bias(SITE, (4, 6), layout.inputs()).flatten(2, 3)

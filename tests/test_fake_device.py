@@ -70,7 +70,9 @@ def test_a_step_stays_on_the_device(model: Model, options: dict[str, object]) ->
 def test_a_look_and_its_gradient_stay_on_the_device(model: Model, name: str) -> None:
     bound, layout = OBJECTIVES[name].bound(model.unet.positions(8, 8)), layout_of(model, 2)
     x, t = torch.empty(2, 4, 8, 8, device=CARD, requires_grad=True), torch.empty((), device=CARD)
-    total, found = look_loss(x, model.unet.forward, bound, bound.record, (), t, context(model, 2), layout, {})
+    total, found = look_loss(
+        x, model.unet.forward, bound, bound.record, (), t, context(model, 2), layout, layout.inputs()
+    )
     (gradient,) = torch.autograd.grad(total, x)
     assert {value.device for value in (total, gradient, *found)} == {CARD}
 
@@ -86,7 +88,7 @@ def test_a_look_waits_for_the_device_once(model: Model) -> None:
     bound, layout = OBJECTIVES["layout"].bound(model.unet.positions(8, 8)), layout_of(model, 2)
     x, t = torch.empty(2, 4, 8, 8, device=CARD), torch.empty((), device=CARD)
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
-        evaluate(x, model.unet.forward, bound, bound.record, (), t, context(model, 2), layout, {})
+        evaluate(x, model.unet.forward, bound, bound.record, (), t, context(model, 2), layout, layout.inputs())
 
 
 def test_a_constant_on_the_cpu_is_an_error(model: Model) -> None:

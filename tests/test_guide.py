@@ -237,7 +237,7 @@ def test_each_step_has_its_own_layout() -> None:
     x, t = torch.randn(1, 4, 4, 6), torch.tensor(500.0)
     first, second = (toy_guide(guidance, [[BOXES[i]]]) for i in (0, 1))
     absent = toy_guide(guidance, [[replace(BOXES[0], tokens=())]])
-    told = [(one.context, one.layout) for one in (first, second, absent)]
+    told = [(one.context, one.layout, one.inputs) for one in (first, second, absent)]
     guide = toy_guide(replace(guidance, steps=3), [[BOXES[0]]], each_step=told)
     assert torch.equal(guide.refine(x, t, 0.4, 1), second.refine(x, t, 0.4, 1))
     assert torch.equal(guide.refine(x, t, 0.4, 0), first.refine(x, t, 0.4, 0))
@@ -369,7 +369,7 @@ def test_a_look_that_moves_nothing_runs_no_pass_back(
         torch.tensor(600.0),
         guide.context,
         guide.layout,
-        {},
+        guide.inputs,
     )[1][0]
     guide.guidance = replace(guide.guidance, threshold=float(first.max()) * 0.999)
     calls = []
@@ -927,8 +927,8 @@ def test_float16_keeps_small_gradients(tiny_model: Model, name: str) -> None:
     layout = make_layout([[BOXES[0], BOXES[1]]], [4], 77, {at.grid for at in there.values()})
     half = copy.deepcopy(tiny_model.unet).half()
     x, t, context = torch.randn(1, 4, 8, 8), torch.tensor(400.0), torch.randn(1, 77, 64)
-    exact, _ = evaluate(x, tiny_model.unet.forward, bound, bound.record, (), t, context, layout, {})
-    found, _ = evaluate(x, half.forward, bound, bound.record, (), t, context.half(), layout, {})
+    exact, _ = evaluate(x, tiny_model.unet.forward, bound, bound.record, (), t, context, layout, layout.inputs())
+    found, _ = evaluate(x, half.forward, bound, bound.record, (), t, context.half(), layout, layout.inputs())
     assert exact is not None and found is not None
     assert relative_error(found, exact) < 0.05
 
@@ -940,5 +940,5 @@ def test_a_float16_gradient_too_large_for_the_scale_is_taken_without_it(tiny_mod
     x, t, context = torch.randn(1, 4, 8, 8), torch.tensor(400.0), torch.randn(1, 77, 64).half()
     for weight in (1.0, 1e6):
         bound = (OBJECTIVES["layout"] * weight).bound(there)
-        gradient, _ = evaluate(x, half.forward, bound, bound.record, (), t, context, layout, {})
+        gradient, _ = evaluate(x, half.forward, bound, bound.record, (), t, context, layout, layout.inputs())
         assert gradient is not None and gradient.isfinite().all() and gradient.abs().max() > 0

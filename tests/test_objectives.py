@@ -522,7 +522,7 @@ def test_the_gradient_equals_finite_differences(unet: UNet, name: str) -> None:
     def loss(x: Tensor) -> Tensor:
         return bound(unet(x, t, context, record, (), layout.inputs())[1], layout)
 
-    gradient, (value, _, _) = evaluate(x, unet.forward, bound, record, (), t, context, layout, {})
+    gradient, (value, _, _) = evaluate(x, unet.forward, bound, record, (), t, context, layout, layout.inputs())
     torch.testing.assert_close(value, loss(x))
     steepest = gradient.abs().amax(dim=(1, 2, 3))
     assert steepest[0] > 1e-8 and (steepest[1] > 1e-8 or name == "relation")  # the second image has no relation
@@ -609,7 +609,7 @@ def test_the_gradient_of_rnb_equals_finite_differences_with_its_box_held(unet: U
         return unet(x, t, context, record, (), layout.inputs())[1]
 
     surrogate = frozen_rnb(maps(x), layout)
-    gradient, (value, _, _) = evaluate(x, unet.forward, bound, record, (), t, context, layout, {})
+    gradient, (value, _, _) = evaluate(x, unet.forward, bound, record, (), t, context, layout, layout.inputs())
     torch.testing.assert_close(value, surrogate(maps(x)), rtol=1e-10, atol=0)
     assert gradient.abs().amax(dim=(1, 2, 3)).min() > 1e-6
     for _ in range(2):
@@ -622,10 +622,20 @@ def test_each_image_has_its_own_gradient(unet: UNet) -> None:
     t = torch.tensor(700.0)
     for objective in OBJECTIVES.values():
         bound, record, layout, x, context = on_unet(unet, objective)
-        together, _ = evaluate(x, unet.forward, bound, record, (), t, context, layout, {})
+        together, _ = evaluate(x, unet.forward, bound, record, (), t, context, layout, layout.inputs())
         for b in range(2):
             one = torch.tensor([b])
-            alone, _ = evaluate(x[one], unet.forward, bound, record, (), t, context[one], layout.images(one), {})
+            alone, _ = evaluate(
+                x[one],
+                unet.forward,
+                bound,
+                record,
+                (),
+                t,
+                context[one],
+                layout.images(one),
+                layout.images(one).inputs(),
+            )
             torch.testing.assert_close(together[one], alone, rtol=1e-8, atol=1e-12)
 
 
@@ -682,7 +692,7 @@ def test_the_default_objective_records_each_site_once(unet: UNet, monkeypatch: p
     keep, inputs = Keep.__call__, Layout.inputs
     monkeypatch.setattr(Keep, "__call__", lambda self, *given: calls.update([self.name]) or keep(self, *given))
     monkeypatch.setattr(Layout, "inputs", lambda self: calls.update(["inputs"]) or inputs(self))
-    evaluate(x, unet.forward, bound, record, (), torch.tensor(700.0), context, layout, {})
+    evaluate(x, unet.forward, bound, record, (), torch.tensor(700.0), context, layout, layout.inputs())
     assert calls == {"inputs": 1, "ALL": 3, "BOX_MASS": 4, "HEAD_MEAN": 3}
 
 
@@ -691,7 +701,7 @@ def test_a_sum_reads_each_terms_own_sites(unet: UNet) -> None:
     parts = []
     for objective in (minidiff.layout_loss, minidiff.boxdiff_loss, minidiff.layout_loss + 0.5 * minidiff.boxdiff_loss):
         bound, record, layout, x, context = on_unet(unet, objective)
-        parts.append(evaluate(x, unet.forward, bound, record, (), t, context, layout, {}))
+        parts.append(evaluate(x, unet.forward, bound, record, (), t, context, layout, layout.inputs()))
     (grad_a, (loss_a, objects_a, _)), (grad_b, (loss_b, objects_b, _)), (grad, (loss, objects, _)) = parts
     torch.testing.assert_close(loss, loss_a + 0.5 * loss_b, rtol=1e-10, atol=0)
     torch.testing.assert_close(objects, objects_a + 0.5 * objects_b, rtol=1e-10, atol=1e-14)

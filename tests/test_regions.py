@@ -19,7 +19,7 @@ from minidiff import Region, Request
 from minidiff.cli.flags import parser
 from minidiff.cli.main import main
 from minidiff.guidance.regions import share_bias, share_edits, share_name, shares
-from minidiff.networks.attention import hooked_attention
+from minidiff.networks.attention import Hooks, hooked_attention
 from minidiff.networks.sites import Site
 from minidiff.speed import accelerate
 
@@ -63,7 +63,7 @@ def test_it_equals_attention_to_each_text_mixed_in_each_cell(grid: tuple[int, in
         for rows in ("cond", "uncond")
     }
     edits = share_edits(frozenset([SITE]), negative=True)
-    found, _ = hooked_attention(SITE, q, k, v, grid, None, "cond", edits, inputs)
+    found, _ = hooked_attention(SITE, q, k, v, grid, Hooks({}, "cond", tuple(edits), inputs))
     texts = [slice(0, 6), slice(6, 10), slice(10, 14)]
     for row in range(4):
         own, negative = areas[row % 2], row < 2

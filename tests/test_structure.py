@@ -16,7 +16,7 @@ FLOORS = [
     {"vocabulary", "networks"},
     {"sampling", "guidance", "prompts", "recorded", "speed", "draw", "pictures", "safety", "image_adapter"},
     {"model"},
-    {"weights", "png", "result", "request", "asked"},
+    {"weights", "png", "result", "request", "request_checks", "asked"},
     {"resolve", "texts", "denoise", "noise"},
     {"canvas"},
     {"run"},
@@ -86,7 +86,13 @@ def test_request_and_vocabulary_import_no_other_room_by_themselves() -> None:
     code = "import sys, minidiff.request, minidiff.vocabulary\n"
     code += "print(sorted(m for m in sys.modules if m.split('.')[0] == 'minidiff'))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert ast.literal_eval(out) == ["minidiff", "minidiff.checks", "minidiff.request", "minidiff.vocabulary"]
+    assert ast.literal_eval(out) == [
+        "minidiff",
+        "minidiff.checks",
+        "minidiff.request",
+        "minidiff.request_checks",
+        "minidiff.vocabulary",
+    ]
 
 
 def test_the_world_of_shapes_and_its_measurer_need_no_network() -> None:

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..request import MOST_IMAGES
+from ..request_checks import MOST_IMAGES
 from .lines import import_parquet
 from .plan import Job
 

@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..request import MOST_IMAGES, Request
+from ..request import Request
+from ..request_checks import MOST_IMAGES
 from ..resolve import counted_seeds
 from ..vocabulary import modernised
 

@@ -217,9 +217,8 @@ def look_loss(
     inputs: Inputs,
 ) -> Looked:
     """The sum of the images' losses, which are independent, and what `evaluate` returns beside their gradients."""
-    given = {**layout.inputs(), **inputs}
-    _, maps = forward(x.to(context.dtype), t, context, record, edits, given)
-    total, objects, mass = objective.look(maps, layout, given)
+    _, maps = forward(x.to(context.dtype), t, context, record, edits, inputs)
+    total, objects, mass = objective.look(maps, layout, inputs)
     return total.sum(), (total.detach(), objects.detach(), mass.detach())
 
 
@@ -227,7 +226,8 @@ class Guide:
     """Updates a run's latents before each step, and records its evaluations. The sampling loop calls `refine`.
 
     guidance, edits: with their sites chosen. context [B,L,D]: the conditional one; guided passes run no other.
-    each_step: context and layout of every step, where they change.
+    inputs: what keeps and edits read, the layout's included; default: the layout's alone.
+    each_step: context, layout and inputs of every step, where they change.
     whole_batch: keep stopped images in the batch without updating them, since a compiled graph needs a fixed size.
     loss: `look_loss`, or the same compiled.
     """
@@ -243,13 +243,13 @@ class Guide:
         inputs: Inputs | None = None,
         whole_batch: bool = False,
         loss: Callable[..., Looked] = look_loss,
-        each_step: Sequence[tuple[Tensor, Layout]] = (),
+        each_step: Sequence[tuple[Tensor, Layout, Inputs]] = (),
     ) -> None:
         self.each_step = each_step
         self.guidance, self.forward, self.context, self.layout, self.names = guidance, forward, context, layout, names
         self.record = guidance.objective.record
         self.edits = tuple(replace(edit, rows="all") for edit in edits if edit.rows != "uncond")
-        self.inputs = inputs or {}
+        self.inputs = layout.inputs() if inputs is None else inputs
         self.whole_batch, self.loss = whole_batch, loss
         self.seen: dict[int, list[Evaluation]] = {}
         self._ahead: list[float] | None = None  # each image's loss in the step before
@@ -264,7 +264,7 @@ class Guide:
         if scale == 0:
             return x
         if self.each_step:
-            self.context, self.layout = self.each_step[index]
+            self.context, self.layout, self.inputs = self.each_step[index]
             self._guided = _with_objects(self.layout)
         left = [row for row in self._guided if self._ahead is None or self._ahead[row] > threshold]
         moved = x

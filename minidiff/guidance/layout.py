@@ -251,7 +251,7 @@ def _boxes(where: str, value: Any) -> tuple[Box, ...]:
         value = value.tolist()
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"{where} is {shown(value)}; {expected}")
-    several = value if not is_number(value[0]) and not isinstance(value[0], str | bool) else (value,)
+    several = value if isinstance(value[0], list | tuple) or getattr(value[0], "ndim", 0) > 0 else (value,)
     if len(several) > _MOST:
         raise ValueError(f"{where} holds {len(several):,} boxes; expected at most {_MOST}")
     found = []

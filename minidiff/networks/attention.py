@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, cat, einsum, nn
 
-from ..checks import choice, shown, whole
+from ..checks import choice, returned, shown, whole
 from ..vocabulary import own_keywords
-from .sites import Grid, Site, Where, read_sites
+from .sites import Grid, Site, Where, picture_name, read_sites
 
 Rows = Literal["cond", "uncond", "all"]
 Inputs = Mapping[str, Tensor]
@@ -124,13 +124,6 @@ def mask_name(grid: Grid) -> str:
 def mask_inputs(masks: Mapping[Grid, Tensor]) -> dict[str, Tensor]:
     """The objects' masks [B,O,h,w] as inputs."""
     return {mask_name(grid): mask for grid, mask in masks.items()}
-
-
-def picture_name(adapter: int, number: int, grid: Grid | None = None) -> str:
-    """The key in `inputs` of the pictures' tokens [B,T,D] for an IP-Adapter, or, with a grid, of their weight in each
-    cell, [B or 1,h,w]. number: counts the pictures that the adapter reads separately.
-    """
-    return f"pictures.{adapter}.{number}{'' if grid is None else f'.{grid[0]}x{grid[1]}'}"
 
 
 def read_input(inputs: Inputs, name: str, expected: str = 'boxes={"phrase": (x0, y0, x1, y1)}') -> Tensor:
@@ -250,21 +243,8 @@ class Edit:
         return first <= step < last
 
 
-def _returned(function: Callable[..., object], found: object, *shape: int | None, broadcast: bool = False) -> Tensor:
-    """Check that a caller's function returned a tensor of this shape (None: any length), or broadcastable to it."""
-    if isinstance(found, Tensor) and (found.ndim == len(shape) or (broadcast and found.ndim < len(shape))):
-        lengths = zip(reversed(found.shape), reversed(shape), strict=False)
-        if all(n == most or most is None or (broadcast and n == 1) for n, most in lengths):
-            return found
-    name = getattr(function, "__qualname__", type(function).__name__)
-    how, of = "broadcastable to" if broadcast else "of shape", ", ".join(str(most or "any") for most in shape)
-    raise ValueError(f"{name} returned {shown(found)}; expected a tensor {how} [{of}]")
-
-
 class Hooks(NamedTuple):
-    """What one forward pass of the UNet gives its attention layers: what to keep at each site, the edits, their inputs,
-    and the site after which the pass ends.
-    """
+    """What one forward pass of the UNet gives its attention layers. stop: the site after which the pass ends."""
 
     kinds: Mapping[Site, Keep]
     rows: Rows
@@ -313,12 +293,7 @@ class AttentionLayer(nn.Module):
     def forward(self, x: Tensor, context: Tensor, grid: Grid, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
         """x [B,N,C], context [B,L,C'] -> (new x, what the record keeps of this site or None)."""
         q, k, v = (self.split_heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        keep = hooks.kinds.get(self.site)
-        edits = tuple(edit for edit in hooks.edits if self.site in edit.sites)  # type: ignore[operator]  # chosen
-        if keep is None and not edits:
-            out, kept = attention(q, k, v), None
-        else:
-            out, kept = hooked_attention(self.site, q, k, v, grid, keep, hooks.rows, edits, hooks.inputs)
+        out, kept = hooked_attention(self.site, q, k, v, grid, hooks)
         for adapter, layers in enumerate(zip(self.to_k_ip, self.to_v_ip, strict=True)):
             number = 0
             while (name := picture_name(adapter, number)) in hooks.inputs:
@@ -334,24 +309,20 @@ class AttentionLayer(nn.Module):
 
 
 def hooked_attention(
-    site: Site,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grid: Grid,
-    keep: Keep | None,
-    rows: Rows,
-    edits: Sequence[Edit],
-    inputs: Inputs,
+    site: Site, q: Tensor, k: Tensor, v: Tensor, grid: Grid, hooks: Hooks
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention at a recorded or edited site; a half of the batch without either stays on the fused kernel."""
+    """Attention at any site; without record or edit, and in a half of the batch without, by the fused kernel."""
+    keep, rows = hooks.kinds.get(site), hooks.rows
+    edits = tuple(edit for edit in hooks.edits if site in edit.sites)  # type: ignore[operator]  # chosen
+    if keep is None and not edits:
+        return attention(q, k, v), None
     outs: list[Tensor] = []
     kept: list[Tensor] = []
     named = {edit.rows for edit in edits} | (set() if keep is None else {rows})
     for half, part in _halves(len(q), named):
         own = [edit for edit in edits if edit.rows in (half, "all")]
         keep_half = keep if rows in (half, "all") else None
-        out, found = _attend(site, q[part], k[part], v[part], grid, own, keep_half, inputs)
+        out, found = _attend(site, q[part], k[part], v[part], grid, own, keep_half, hooks.inputs)
         outs.append(out)
         kept += [] if found is None else [found]
     return cat(outs), cat(kept) if kept else None
@@ -377,11 +348,11 @@ def _attend(
         if edit.kv is not None:
             found = edit.kv(site, k, v, inputs)
             k, v = found if isinstance(found, tuple) and len(found) == 2 else (found, found)
-            k = _returned(edit.kv, k, *q.shape[:2], None, q.shape[3])
-            v = _returned(edit.kv, v, *k.shape)
+            k = returned(edit.kv, k, *q.shape[:2], None, q.shape[3])
+            v = returned(edit.kv, v, *k.shape)
     for edit in edits:
         if edit.bias is not None:
-            added = _returned(edit.bias, edit.bias(site, grid, inputs), *q.shape[:2], *grid, k.shape[2], broadcast=True)
+            added = returned(edit.bias, edit.bias(site, grid, inputs), *q.shape[:2], *grid, k.shape[2], broadcast=True)
             added = added[(None,) * (5 - added.ndim)]
             added = added.to(q.dtype).expand(*added.shape[:-3], *grid, -1).flatten(-3, -2)  # [..,h,w,L] -> [..,N,L]
             bias = added if bias is None else bias + added
@@ -392,11 +363,11 @@ def _attend(
     logits = attention_logits(q, k, bias).unflatten(2, grid)
     for edit in edits:
         if edit.logits is not None:
-            logits = _returned(edit.logits, edit.logits(site, logits, inputs), *logits.shape)
+            logits = returned(edit.logits, edit.logits(site, logits, inputs), *logits.shape)
     probs = logits.softmax(dim=-1)
     for edit in edits:
         if edit.probs is not None:
-            probs = _returned(edit.probs, edit.probs(site, probs, inputs), *probs.shape)
+            probs = returned(edit.probs, edit.probs(site, probs, inputs), *probs.shape)
     return probs.flatten(2, 3).to(v.dtype) @ v, None if keep is None else keep(site, probs, inputs)
 
 

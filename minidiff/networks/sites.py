@@ -188,3 +188,10 @@ def choose(where: Where | Iterable[Site], sites: Mapping[Site, Position]) -> fro
         there = ", ".join(f"{site} ({at.grid[0]}x{at.grid[1]})" for site, at in sites.items())
         raise ValueError(f"no attention site matches {where}; expected a choice from {there}")
     return found
+
+
+def picture_name(adapter: int, number: int, grid: Grid | None = None) -> str:
+    """The key in `inputs` of the pictures' tokens [B,T,D] for an IP-Adapter, or, with a grid, of their weight in each
+    cell, [B or 1,h,w]. number: counts the pictures that the adapter reads separately.
+    """
+    return f"pictures.{adapter}.{number}{'' if grid is None else f'.{grid[0]}x{grid[1]}'}"

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checks import finite, not_finite
+from ..checks import finite
 from .recognise import name_of
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -176,7 +176,7 @@ def how_to_convert(path: Path, target: str | None = None) -> str:
 
 
 def read_tensors(
-    wanted: Mapping[str, Stored], shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
+    wanted: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """The wanted tensors in `dtype` on `device`, reshaped to `shapes` (which may differ in dimensions of length 1).
 
@@ -193,14 +193,14 @@ def read_tensors(
 
 
 def read_weights(
-    wanted: Mapping[str, Stored], shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
+    wanted: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """read_tensors; ValueError naming the vectors (norms and biases) with NaN or infinity.
 
     Checking all would read the whole file.
     """
     state = read_tensors(wanted, shapes, dtype, device)
-    bad = not_finite({key: tensor for key, tensor in state.items() if tensor.ndim <= 1})
+    bad = [key for key, tensor in state.items() if tensor.ndim <= 1 and not tensor.isfinite().all()]
     if bad:
         raise ValueError(
             f"weights are not finite (NaN or infinity): {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}; such a "

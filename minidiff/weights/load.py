@@ -4,23 +4,23 @@ assigned, none left over."""
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..checks import warn
 from ..model import Defaults, Model
-from ..networks.text import text_encoder_shapes
 from ..request import BUNDLED
 from ..sampling import NoiseSchedule
 from ..speed.accelerate import compile_unet, prepare
 from ..speed.device import choose_device, choose_dtype, dtype_choice, is_int8
 from ..speed.int8 import to_int8
 from ..vocabulary import own_keywords
-from .files import Stored, read_weights
+from .files import read_weights
 from .hub import fetch_tokenizer, fetch_vae
 from .lora import LoRA, read_loras, with_loras
-from .open import local_path, open_source
+from .open import Network, local_path, open_source
 from .safety import find_safety, load_safety
 from .sources import VAESource, check_fit, some, vae_from_file, vae_from_folder, weight_file
 from .text import load_text_encoder
@@ -87,18 +87,18 @@ def load(
         warn(f"{found.path.name} holds {count}: {some(found.foreign)}")
     checker = find_safety(safety, source, found.path, variant, revision)
     # StableDiffusionPipeline always uses 1, as in SD 1's training, whatever the file says; equal images need the same.
-    noise = replace(NoiseSchedule.from_config(found.scheduler), steps_offset=1)
+    noise = NoiseSchedule.from_config({**found.scheduler, "steps_offset": 1})
     if prediction_type is not None:
         noise = replace(noise, prediction_type=prediction_type)
     unet, autoencoder, config = found.unet.made, found.vae.made, found.text.made
     assert unet is not None and autoencoder is not None and config is not None  # refused otherwise
-    text_tensors = read_weights(found.text.tensors, text_encoder_shapes(config), dtype, device)
+    text_tensors = read_weights(found.text.tensors, found.text.shapes, dtype, device)
     # A bad file is reported before a tokenizer is looked for.
     folder = own_tokenizer or (found.path / "tokenizer" if found.path.is_dir() else fetch_tokenizer())
     text = load_text_encoder(config, text_tensors, folder)
     check_fit(unet.config, autoencoder.config, text.length, text.width)
-    _fill(unet, found.unet.tensors, dtype, device)
-    _fill(autoencoder, found.vae.tensors, dtype, device)
+    _fill(unet, found.unet, dtype, device)
+    _fill(autoencoder, found.vae, dtype, device)
     if int8:
         to_int8(unet)
     given = {
@@ -145,8 +145,7 @@ def _vae(source: str | Path, variant: str | None) -> VAESource:
     return vae_from_folder(folder, variant if has else None)
 
 
-def _fill(network: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype, device: torch.device) -> None:
-    shapes = {key: value.shape for key, value in network.state_dict().items()}
-    state = read_weights(tensors, shapes, dtype, device)
+def _fill(network: nn.Module, found: Network[Any], dtype: torch.dtype, device: torch.device) -> None:
+    state = read_weights(found.tensors, found.shapes, dtype, device)
     network.load_state_dict(state, strict=True, assign=True)
     network.eval().requires_grad_(False)

@@ -58,12 +58,14 @@ class Network(Generic[Made]):
 
     made: the network on the meta device, without memory for its weights; of the text encoder, its sizes. None where
         it cannot be made, and a problem says why. tensors: under our names (the text encoder's under the hub's).
+    shapes: those that it needs.
     """
 
     name: str
     made: Made | None = None
     tensors: Tensors = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    shapes: Shapes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def _network(
         made, shapes = make(sizes)
     except ValueError as error:
         return Network(name, None, tensors, (Problem(str(error)),))
-    return Network(name, made, tensors, state_problems(shapes, tensors))
+    return Network(name, made, tensors, state_problems(shapes, tensors), shapes)
 
 
 def _empty(kind: Callable[[Sizes], Net], sizes: Sizes) -> tuple[Net, Shapes]:

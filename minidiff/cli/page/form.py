@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 
 from ...guidance.guide import Guidance
 from ...guidance.layout import Box, read_objects
-from ...request import FITS, Plain, Request
+from ...request import Plain, Request
+from ...request_checks import FITS
 from ...vocabulary import EMPHASES, OBJECTIVES, SAMPLERS, SCHEDULES, SPACINGS, SYNTAXES
 from ..flags import parser
 

@@ -1,0 +1,294 @@
+"""The checks of a Request that need no model. Each normalises its fields, or raises a ValueError that names one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checks import choice, listed, number, numbers, shown, tensor, whole
+from .vocabulary import EMPHASES, SPACINGS, SYNTAXES, read_sampler, read_schedule
+
+if TYPE_CHECKING:
+    from .request import Request
+
+FITS = ("resize", "crop", "pad")
+OUTPUTS = ("pil", "numpy", "tensor", "latents")
+REDUCTIONS = ("mean", "last", "per_step")
+MOST_IMAGES = 10_000  # per call: the latents alone take 650 MB at 512x512
+_LAST_SEED = 2**64 - 1  # the largest that torch.Generator takes
+
+
+def check(request: Request) -> None:
+    """All of them, in the order of the fields. For __post_init__: they set fields of a frozen value."""
+    for field in fields(request):
+        value = getattr(request, field.name)
+        if isinstance(value, Mapping) and value.keys() & {"tensor", "object"} and field.name != "inputs":
+            raise ValueError(
+                f"{field.name} is {shown(value)}, a placeholder for what a file could not hold; pass your own"
+            )
+    _texts(request)
+    _numbers(request)
+    _sampler(request)
+    _values(request)
+
+
+def _set(request: Request, name: str, value: object) -> None:
+    object.__setattr__(request, name, value)
+
+
+def _texts(request: Request) -> None:
+    if (request.prompt is None) == (request.context is None):
+        raise ValueError(
+            f"got {'neither prompt nor' if request.prompt is None else 'both prompt and'} context; expected one of "
+            'them, e.g. prompt="a red circle"'
+        )
+    if request.negative_prompt is not None and request.negative_context is not None:
+        raise ValueError("got both negative_prompt and negative_context; expected one of them")
+    for name in ("prompt", "negative_prompt"):
+        _set(request, name, _read_texts(name, getattr(request, name)))
+    if request.context is not None:
+        tensor("context", request.context, 3, "[P,L,D], such as model.text.encode gives")
+    if request.negative_context is not None:
+        tensor("negative_context", request.negative_context, 3, "[P,L,D], such as model.text.encode gives")
+    negatives = 1 if request.negative_prompt is None else len(listed(request.negative_prompt))
+    prompts = request.prompts
+    if negatives not in (1, prompts):
+        raise ValueError(
+            f"negative_prompt holds {negatives} texts for {prompts} prompts; expected one for all, or one per prompt"
+        )
+    _regions(request)
+    _syntax(request)
+    _set(request, "images_per_prompt", whole("images_per_prompt", request.images_per_prompt, 1))
+    if prompts * request.images_per_prompt > MOST_IMAGES:
+        raise ValueError(
+            f"images_per_prompt is {request.images_per_prompt} for {prompts} prompts; expected at most "
+            f"{MOST_IMAGES} images in one call"
+        )
+
+
+def _regions(request: Request) -> None:
+    _set(request, "base_weight", number("base_weight", request.base_weight, 0, 1e3))
+    if request.regions is not None:
+        from .guidance.regions import read_regions
+
+        _set(request, "regions", read_regions(request.regions) or None)
+    areas = () if request.regions is None else request.areas
+    if request.base_weight != 0 and not any(areas):
+        raise ValueError(f"base_weight is {request.base_weight:g} but there are no regions; expected both")
+
+
+def _syntax(request: Request) -> None:
+    choice("syntax", request.syntax, SYNTAXES)
+    if request.emphasis is not None:
+        choice("emphasis", request.emphasis, EMPHASES)
+    if request.syntax == "plain":
+        if request.emphasis is not None:
+            raise ValueError(f'emphasis is {request.emphasis!r} but the syntax is plain; expected syntax="a1111" too')
+        return
+    from .prompts.parse import check
+
+    own = [text or "" for some in request.areas for region in some for text in (region.prompt, region.negative)]
+    for texts in (request.prompt, request.negative_prompt, own):
+        for text in listed(texts or ""):
+            check(text)
+
+
+def _numbers(request: Request) -> None:
+    for name in ("width", "height", "steps"):
+        if getattr(request, name) is not None:
+            _set(request, name, whole(name, getattr(request, name), 1))
+    for name in ("timesteps", "sigmas"):
+        if getattr(request, name) is not None:
+            _set(request, name, numbers(name, getattr(request, name)))
+    if request.timesteps is not None and request.sigmas is not None:
+        raise ValueError("got both timesteps and sigmas; expected one of them")
+    for name, values, more in (("timesteps", request.timesteps, 0), ("sigmas", request.sigmas, 1)):
+        if values is not None and request.steps not in (None, len(values) - more):
+            raise ValueError(
+                f"steps is {request.steps} but {name} make {len(values) - more} steps; omit steps, or make them agree"
+            )
+    if request.guidance_scale is not None:
+        # diffusers treats less as 1; by the formula, less would push the image away from the prompt
+        expected = "a number of at least 1 (1 turns guidance off, 7.5 is usual)"
+        _set(request, "guidance_scale", number("guidance_scale", request.guidance_scale, 1, expected=expected))
+    for name in ("guidance_rescale", "eta"):
+        _set(request, name, number(name, getattr(request, name), 0, 1))
+    _shortcuts(request)
+    if request.clip_skip is not None:
+        _set(request, "clip_skip", whole("clip_skip", request.clip_skip, 0))
+    if request.seed is not None:
+        _set(request, "seed", _read_seeds("seed", request.seed, request.images))
+    if request.vary is not None:
+        _vary(request)
+
+
+def _vary(request: Request) -> None:
+    given: Any = request.vary
+    if not isinstance(given, list | tuple) or len(given) != 2:
+        raise ValueError(f"vary is {shown(given)}; expected (seed, strength), such as (7, 0.2)")
+    if request.latents is not None:
+        raise ValueError("got both vary and latents; expected one of them, since vary is about the noise of a seed")
+    seeds = _read_seeds("vary's seed", given[0], request.images)
+    _set(request, "vary", (seeds, number("vary's strength", given[1], 0, 1)))
+
+
+def _shortcuts(request: Request) -> None:
+    _set(request, "cache_interval", whole("cache_interval", request.cache_interval, 1, 1000))
+    if request.guidance_interval is not None:
+        levels = numbers("guidance_interval", request.guidance_interval)
+        if len(levels) != 2 or not 0 <= levels[0] < levels[1]:
+            raise ValueError(
+                f"guidance_interval is {shown(request.guidance_interval)}; expected the lowest and the highest noise "
+                "level (sigma) to guide at, such as (0.28, 5.42)"
+            )
+        _set(request, "guidance_interval", levels)
+
+
+def _sampler(request: Request) -> None:
+    if request.schedule is not None:
+        _set(request, "schedule", read_schedule(request.schedule))
+    if request.spacing is not None:
+        choice("spacing", request.spacing, SPACINGS)
+    if isinstance(request.sampler, str):
+        read_sampler(request.sampler, request.schedule)
+    elif request.sampler is not None and (
+        isinstance(request.sampler, type) or not hasattr(request.sampler, "schedule")
+    ):
+        raise ValueError(
+            f'sampler is {shown(request.sampler)}; expected a name such as "ddim", or an object such as minidiff.DDIM()'
+        )
+
+
+def _values(request: Request) -> None:
+    """Fields that hold types of other modules, each imported only when its field is used."""
+    if request.latents is not None:
+        tensor("latents", request.latents, 4, "[images,4,h,w] of unit variance")
+        if len(request.latents) != request.images:
+            raise ValueError(f"latents hold {len(request.latents)} for {request.images} images; expected one per image")
+    if request.boxes is not None:
+        from .guidance.layout import read_objects
+
+        for one in request.layouts:
+            if one is not None:
+                read_objects(one)
+    if request.relations is not None:
+        from .guidance.relations import read_relations
+
+        _set(request, "relations", read_relations(request.relations))
+        _set(request, "relations", request.relations if any(request.related) else None)
+    _guidance(request)
+    _image(request)
+    _image_prompt(request)
+    if (
+        not isinstance(request.edits, tuple)
+        or request.edits
+        or request.attention is not False
+        or request.inputs is not None
+    ):
+        _attention(request)
+    if not callable(request.reduce):
+        choice("reduce", request.reduce, REDUCTIONS)
+    choice("output", request.output, OUTPUTS)
+    if not isinstance(request.progress, bool):
+        raise ValueError(f"progress is {shown(request.progress)}; expected True or False")
+    if not isinstance(request.model, str | Path) and not hasattr(request.model, "unet"):
+        raise ValueError(
+            f"model is {shown(request.model)}; expected a Model from minidiff.load, a hub id, a folder or a "
+            ".safetensors file"
+        )
+
+
+def _guidance(request: Request) -> None:
+    if isinstance(request.guidance, bool) and not request.guidance:
+        _set(request, "guidance", "none")
+    if request.guidance is None or request.guidance == "none":
+        return
+    from .guidance.guide import Guidance
+
+    Guidance.read(request.guidance)
+    if not any(request.layouts) and not any(request.related):
+        raise ValueError(
+            f"guidance is {shown(request.guidance)} but there are no boxes to follow; expected "
+            'boxes={"phrase": (x0, y0, x1, y1)} too; None (null) for a box, if the objective needs no position'
+        )
+
+
+def _image(request: Request) -> None:
+    choice("fit", request.fit, FITS)
+    if not isinstance(request.paste, bool):
+        raise ValueError(f"paste is {shown(request.paste)}; expected True or False")
+    if request.image is None:
+        for name in ("mask", "strength"):
+            if getattr(request, name) is not None:
+                raise ValueError(f"{name} is given without image; expected the picture that it is about, too")
+        return
+    from .pictures import read_each, read_mask, read_picture
+
+    if request.latents is not None:
+        raise ValueError("got both image and latents; expected one of them to start from")
+    _set(request, "image", read_each("image", request.image, request.prompts, read_picture))
+    if request.mask is not None:
+        _set(request, "mask", read_each("mask", request.mask, request.prompts, read_mask))
+    if request.strength is not None:
+        _set(request, "strength", number("strength", request.strength, 1e-6, 1, "a number above 0, at most 1"))
+
+
+def _image_prompt(request: Request) -> None:
+    scale = request.image_prompt_scale
+    several = hasattr(scale, "__len__") and not isinstance(scale, str | bytes) and getattr(scale, "ndim", 1) > 0
+    _set(request, "image_prompt_scale", (numbers if several else number)("image_prompt_scale", scale))
+    if request.image_prompt is not None:
+        from .guidance.image_prompt import read_image_prompts
+
+        _set(request, "image_prompt", read_image_prompts(request.image_prompt))
+    elif request.image_prompt_scale != 1:
+        raise ValueError(f"image_prompt_scale is {shown(scale)} but there is no image_prompt; expected both")
+
+
+def _attention(request: Request) -> None:
+    from torch import Tensor
+
+    from .networks.attention import Edit, Record
+
+    edits = (request.edits,) if isinstance(request.edits, Edit) else request.edits
+    if not isinstance(edits, list | tuple) or not all(isinstance(one, Edit) for one in edits):
+        raise ValueError(f"edits is {shown(request.edits)}; expected a minidiff.Edit, or a list of them")
+    _set(request, "edits", tuple(edits))
+    if not isinstance(request.attention, bool | Record):
+        raise ValueError(f"attention is {shown(request.attention)}; expected True, False or a minidiff.Record")
+    if isinstance(request.attention, Record) and request.attention.stop:
+        raise ValueError("attention has stop=True, which ends the forward pass before it makes a prediction")
+    if request.inputs is not None and (
+        not isinstance(request.inputs, Mapping)
+        or not all(isinstance(name, str) and isinstance(one, Tensor) for name, one in request.inputs.items())
+    ):
+        raise ValueError(f"inputs is {shown(request.inputs)}; expected a mapping of names to tensors")
+
+
+def _read_texts(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{name} is {shown(value)} ({type(value).__name__}); expected a text or a list of texts")
+    if not value:
+        raise ValueError(f"{name} is an empty list; expected at least one text")
+    return tuple(value)
+
+
+def _read_seeds(name: str, seed: Any, count: int) -> int | tuple[int, ...]:
+    """One seed, or one per image, each as torch.Generator takes them."""
+    several = hasattr(seed, "__len__") and not isinstance(seed, str | bytes | Mapping) and getattr(seed, "ndim", 1) == 1
+    if several and len(seed) != count:
+        raise ValueError(
+            f"{name} holds {len(seed)} numbers for {count} images; expected one per image, or one to count up from"
+        )
+    seeds = tuple(seed) if several else (seed,)
+    found = tuple(whole(name, one, expected="a whole number, a list of them, or None to draw one") for one in seeds)
+    last = _LAST_SEED if several else _LAST_SEED - count + 1
+    for one in found:
+        if not 0 <= one <= last:
+            hint = "; omit seed (None) to draw one" if one == -1 else ""
+            raise ValueError(f"{name} is {shown(one)}; expected 0 to {last}{hint}")
+    return found if several else found[0]
