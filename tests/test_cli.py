@@ -497,7 +497,11 @@ def test_values_of_another_kind_are_refused(name: str, value: object, cli: Cli, 
 
 
 def test_info_of_a_png(cli: Cli, tmp_path: Path) -> None:
-    path = ours(tmp_path / "x.png", {"versions": {"minidiff": "0.1.0"}}, negative_prompt="blur", timesteps=[9, 1])
+    info: dict[str, object] = {
+        "versions": {"minidiff": "0.1.0"},
+        "model": {"kind": "file", "name": "m", "sha256": "ab"},
+    }
+    path = ours(tmp_path / "x.png", info, negative_prompt="blur", timesteps=[9, 1], model="m")
     assert cli("info", path) == (
         0,
         [
@@ -505,6 +509,7 @@ def test_info_of_a_png(cli: Cli, tmp_path: Path) -> None:
             "negative_prompt: blur",
             "seed: 1",
             "timesteps: 9, 1",
+            "model: m (file, sha256 ab)",
             'versions: {"minidiff": "0.1.0"}',
             "written by: minidiff",
             "reproducible: yes, with the same model and versions",

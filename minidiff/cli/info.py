@@ -58,8 +58,15 @@ def _machine(as_json: bool) -> Iterator[str]:
 
 def _metadata(found: Metadata) -> Iterator[str]:
     first = {name: found.arguments.get(name) or "" for name in ("prompt", "negative_prompt")}
-    yield from _pairs(first | {name: value for name, value in found.arguments.items() if name not in first})
-    yield from _pairs({name: value for name, value in found.info.items() if value})
+    values = first | {name: value for name, value in found.arguments.items() if name not in first}
+    info = {name: value for name, value in found.info.items() if value}
+    about = info.get("model")
+    if isinstance(about, dict) and about.get("name") == values.get("model"):  # one line for both
+        more = [str(about.get("kind")), *([f"sha256 {about['sha256']}"] if about.get("sha256") else [])]
+        values["model"] = f"{values['model']} ({', '.join(more)})"
+        del info["model"]
+    yield from _pairs(values)
+    yield from _pairs(info)
     yield f"written by: {'minidiff' if found.source == 'minidiff' else 'A1111, or a program that uses its format'}"
     no = "other programs differ in noise and prompt syntax" if found.source == "a1111" else "its record is incomplete"
     yield "reproducible: " + ("yes, with the same model and versions" if found.reproducible else f"no, {no}")
