@@ -53,11 +53,11 @@ PROMPTS = (  # for the sheets; red circle, blue ring, green square, purple trian
     "a lime star and a blue circle on a black background",
     "an orange heart, a red square and a cyan star on a gray background",
 )
-PLACE = ("seed", "stage", "step", "seconds", "before")  # the fields of a Run that its checkpoint keeps
+PLACE = ("seed", "stage", "step", "seconds", "before")  # the fields of a TrainingRun that its checkpoint keeps
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A training run in its folder. `step` and `seconds` count within the stage, over all sessions; `before` is the
     duration of the previous stage in seconds.
     """
@@ -140,7 +140,7 @@ def train(out: Path, minutes: float, resume: bool = False, autoencoder: Path | N
     """
     if not minutes > 0:
         raise ValueError(f"minutes is {minutes}; expected a number above 0")
-    run = Run(out, seed)
+    run = TrainingRun(out, seed)
     if resume != run.state.is_file():
         raise ValueError(
             f"{out} holds {'no run' if resume else 'a run already'}; "
@@ -155,7 +155,7 @@ def train(out: Path, minutes: float, resume: bool = False, autoencoder: Path | N
     return _unet(run, vae, minutes - run.before / 60, part)
 
 
-def _autoencoder(run: Run, minutes: float, given: Path | None, part: float) -> VAE:
+def _autoencoder(run: TrainingRun, minutes: float, given: Path | None, part: float) -> VAE:
     """The finished autoencoder: from the run's checkpoint, from a folder, or trained."""
     vae = VAE(VAEConfig.from_dict(folder.VAE))
     if run.stage == "autoencoder":
@@ -173,7 +173,7 @@ def _autoencoder(run: Run, minutes: float, given: Path | None, part: float) -> V
     return vae.requires_grad_(False)
 
 
-def _unet(run: Run, vae: VAE, minutes: float, part: float) -> Path:
+def _unet(run: TrainingRun, vae: VAE, minutes: float, part: float) -> Path:
     """Train the UNet and the text encoder, and write the model's folder."""
     unet, text = UNet(UNetConfig.from_dict(folder.UNET)), CLIPTextModel(CLIPTextConfig.from_dict(dict(folder.TEXT)))
     model = run.out / "model"

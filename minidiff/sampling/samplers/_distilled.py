@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from minidiff.checks import whole
-from minidiff.sampling.samplers._sampler import Sampler, Settings
+from minidiff.sampling.samplers._sampler import ConfigValues, Sampler
 from minidiff.sampling.spacing import spaced_timesteps
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class DistilledSampler(Sampler):
     spacing: another choice of timesteps; that of the model's config is ignored.
     """
 
-    settings: ClassVar[Settings] = {"thresholding": (False,)}
+    settings: ClassVar[ConfigValues] = {"thresholding": (False,)}
     zero_snr: ClassVar[float | None] = 0.0
     original_steps: int = 50
 

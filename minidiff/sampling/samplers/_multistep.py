@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from minidiff.checks import whole
-from minidiff.sampling.samplers._sampler import Draw, Sampler, Settings, signal
+from minidiff.sampling.samplers._sampler import ConfigValues, Draw, Sampler, signal
 from minidiff.sampling.spacing import Schedule, scheduled_sigmas, sigmas_at, spaced_timesteps, timesteps_at, vp_schedule
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class MultistepSampler(Sampler):
     """
 
     truncates_cosine: ClassVar[bool] = False
-    settings: ClassVar[Settings] = {
+    settings: ClassVar[ConfigValues] = {
         "final_sigmas_type": ("zero",),
         "use_flow_sigmas": (False,),
         "thresholding": (False,),

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Ask = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """(x [B,C,h,w] in the schedule's space, number of the call) -> (x, moved if guidance moves it; the network's output
 for it, eps or v)."""
-Settings = Mapping[str, tuple[object, ...]]
+ConfigValues = Mapping[str, tuple[object, ...]]
 Draw = Callable[[], Tensor]
 """() -> fresh unit noise [B,C,h,w]."""
 
@@ -53,7 +53,7 @@ class Sampler(ABC):
     name: ClassVar[str]
     usual_spacing: ClassVar[str] = "linspace"
     fractions: ClassVar[bool] = False
-    settings: ClassVar[Settings] = {}
+    settings: ClassVar[ConfigValues] = {}
     zero_snr: ClassVar[float | None] = None
     guided_calls: ClassVar[int] = 2
     calls_per_step: ClassVar[int] = 1

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from minidiff.checks import number
-from minidiff.sampling.samplers._sampler import Ask, Draw, Sampler, Settings, predict, signal
+from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, Sampler, predict, signal
 from minidiff.sampling.spacing import Schedule, final_sigma, levels_back, spaced_timesteps, timesteps_at, vp_schedule
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class DDIM(Sampler):
 
     name: ClassVar[str] = "ddim"
     usual_spacing: ClassVar[str] = "leading"
-    settings: ClassVar[Settings] = {"thresholding": (False,)}
+    settings: ClassVar[ConfigValues] = {"thresholding": (False,)}
     zero_snr: ClassVar[float | None] = 0.0
     eta: float = 0.0
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from torch import Tensor
 
-from minidiff.sampling.samplers._sampler import Ask, Draw, Sampler, Settings, predict, signal
+from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, Sampler, predict, signal
 from minidiff.sampling.spacing import Schedule, spaced_timesteps, timesteps_at, vp_schedule
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class DDPM(Sampler):
 
     name: ClassVar[str] = "ddpm"
     usual_spacing: ClassVar[str] = "leading"
-    settings: ClassVar[Settings] = {
+    settings: ClassVar[ConfigValues] = {
         "variance_type": ("fixed_small", "fixed_small_log"),
         "thresholding": (False,),
     }

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from minidiff.sampling.samplers._multistep import OrderedSampler
-from minidiff.sampling.samplers._sampler import Ask, Draw, Settings, predict, signal
+from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, predict, signal
 from minidiff.sampling.spacing import Schedule
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class DEIS(OrderedSampler):
     """
 
     name: ClassVar[str] = "deis"
-    settings: ClassVar[Settings] = {
+    settings: ClassVar[ConfigValues] = {
         "solver_order": (1, 2, 3),
         "use_flow_sigmas": (False,),
         "lower_order_final": (True,),

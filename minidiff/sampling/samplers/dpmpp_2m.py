@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from minidiff.sampling.samplers._multistep import MultistepSampler, first_order
-from minidiff.sampling.samplers._sampler import Ask, Draw, Settings, predict
+from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, predict
 from minidiff.sampling.spacing import Schedule
 
 
@@ -18,7 +18,7 @@ class DPMpp2M(MultistepSampler):
 
     name: ClassVar[str] = "dpmpp_2m"
     truncates_cosine: ClassVar[bool] = True
-    settings: ClassVar[Settings] = {
+    settings: ClassVar[ConfigValues] = {
         **MultistepSampler.settings,
         "algorithm_type": ("dpmsolver++", "deis"),  # diffusers reads deis as dpmsolver++ and these types as midpoint
         "solver_order": (2,),

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from minidiff.sampling.samplers._multistep import MultistepSampler, sde_step
-from minidiff.sampling.samplers._sampler import Ask, Draw, Settings, predict
+from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, predict
 from minidiff.sampling.samplers.dpmpp_2m import DPMpp2M
 from minidiff.sampling.spacing import Schedule
 
@@ -23,7 +23,7 @@ class DPMpp2MSDE(MultistepSampler):
 
     name: ClassVar[str] = "dpmpp_2m_sde"
     truncates_cosine: ClassVar[bool] = True
-    settings: ClassVar[Settings] = {**DPMpp2M.settings, "algorithm_type": ("sde-dpmsolver++",)}
+    settings: ClassVar[ConfigValues] = {**DPMpp2M.settings, "algorithm_type": ("sde-dpmsolver++",)}
     zero_snr: ClassVar[float | None] = 2**-24
 
     @property

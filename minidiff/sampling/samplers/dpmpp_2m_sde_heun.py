@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from minidiff.sampling.samplers._sampler import Settings
+from minidiff.sampling.samplers._sampler import ConfigValues
 from minidiff.sampling.samplers.dpmpp_2m_sde import DPMpp2MSDE
 
 
@@ -13,7 +13,7 @@ class DPMpp2MSDEHeun(DPMpp2MSDE):
     """DPM++ 2M SDE, with the solver that k-diffusion and diffusers call "heun"."""
 
     name: ClassVar[str] = "dpmpp_2m_sde_heun"
-    settings: ClassVar[Settings] = {**DPMpp2MSDE.settings, "solver_type": ("heun",)}
+    settings: ClassVar[ConfigValues] = {**DPMpp2MSDE.settings, "solver_type": ("heun",)}
 
     @staticmethod
     def _slope_weight(h: float) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from minidiff.sampling.samplers._multistep import MultistepSampler, first_order
-from minidiff.sampling.samplers._sampler import Ask, Draw, Settings, predict
+from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, predict
 from minidiff.sampling.samplers.dpmpp_2m import DPMpp2M
 from minidiff.sampling.spacing import Schedule
 
@@ -27,7 +27,7 @@ class DPMpp2S(MultistepSampler):
     """
 
     name: ClassVar[str] = "dpmpp_2s"
-    settings: ClassVar[Settings] = {
+    settings: ClassVar[ConfigValues] = {
         **MultistepSampler.settings,
         **{key: DPMpp2M.settings[key] for key in ("algorithm_type", "solver_order", "solver_type")},
         "lambda_min_clipped": (-math.inf,),

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from minidiff.sampling.samplers._multistep import MultistepSampler, sde_step
-from minidiff.sampling.samplers._sampler import Ask, Draw, Settings, predict
+from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, predict
 from minidiff.sampling.samplers.dpmpp_2m import DPMpp2M
 from minidiff.sampling.spacing import Schedule
 
@@ -25,7 +25,7 @@ class DPMpp3MSDE(MultistepSampler):
 
     name: ClassVar[str] = "dpmpp_3m_sde"
     truncates_cosine: ClassVar[bool] = True
-    settings: ClassVar[Settings] = {
+    settings: ClassVar[ConfigValues] = {
         **DPMpp2M.settings,
         "algorithm_type": ("sde-dpmsolver++",),
         "solver_order": (3,),

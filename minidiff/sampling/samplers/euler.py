@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from minidiff.sampling.samplers._sampler import Ask, Draw, Settings, SigmaSampler, derivative
+from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, SigmaSampler, derivative
 from minidiff.sampling.spacing import Schedule
 
 
@@ -15,7 +15,7 @@ class Euler(SigmaSampler):
     """Alg. 2 without churn and without Heun's correction. Timesteps may be fractions."""
 
     name: ClassVar[str] = "euler"
-    settings: ClassVar[Settings] = {
+    settings: ClassVar[ConfigValues] = {
         "interpolation_type": ("linear",),
         "final_sigmas_type": ("zero",),
         "timestep_type": ("discrete",),

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from minidiff.sampling.samplers._sampler import Ask, Draw, Settings, SigmaSampler, derivative
+from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, SigmaSampler, derivative
 from minidiff.sampling.spacing import Schedule
 
 
@@ -19,7 +19,7 @@ class EulerAncestral(SigmaSampler):
     """
 
     name: ClassVar[str] = "euler_ancestral"
-    settings: ClassVar[Settings] = {
+    settings: ClassVar[ConfigValues] = {
         **{f"use_{levels}_sigmas": (False, True) for levels in ("karras", "exponential", "beta")},
     }
     zero_snr: ClassVar[float | None] = 2**-24

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minidiff.checks import choice
 from minidiff.sampling.samplers._multistep import MultistepSampler, OrderedSampler, first_order
-from minidiff.sampling.samplers._sampler import Ask, Draw, Settings, predict, signal
+from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, predict, signal
 from minidiff.sampling.spacing import Schedule
 
 Seen = list[tuple[float, Tensor]]
@@ -27,7 +27,7 @@ class UniPC(OrderedSampler):
     """
 
     name: ClassVar[str] = "uni_pc"
-    settings: ClassVar[Settings] = {
+    settings: ClassVar[ConfigValues] = {
         **MultistepSampler.settings,
         "solver_order": (1, 2, 3),
         "predict_x0": (True,),
