@@ -115,7 +115,7 @@ class Request:
         Relations add the objective "relation".
     regions: parts of the image that read texts of their own: a list of Region(text, box, negative=..., weight=...) for
         all prompts, or one list (or None) per prompt. The prompt rules where no region is. Phrases of boxes and of
-        attention are found in the regions' texts too.
+        attention are found in the regions' texts too: a box says where a region's object is, the region what is read.
     base_weight: how much the prompt counts inside regions, beside their weights. 0 leaves it out; a little (0.2)
         carries what the whole image shares, such as style and light, into every region.
     image_prompt: a picture that prompts beside the text, for a model with an IP-Adapter (with_image_prompt): a PIL
