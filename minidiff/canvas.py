@@ -86,6 +86,15 @@ def begin(request: Request, model: Model, sampler: Sampler, schedule: Schedule, 
     return Beginning(latents, schedule, inputs={MASKED: torch.cat([cells, seen], dim=1)}, canvas=canvas)
 
 
+def picture_latents(request: Request, model: Model) -> Tensor:
+    """The pictures of a resolved request as latents [B,4,h,w], without noise: the means that the autoencoder gives."""
+    canvas = _canvas(request)
+    assert canvas is not None
+    channels, factor = model.vae.config.latent_channels, model.vae.config.factor
+    height, width = (edge // factor for edge in canvas.pixels.shape[2:])
+    return _encoded(model, canvas.pixels, torch.zeros(len(canvas.pixels), channels, height, width, device="cpu"))
+
+
 def _canvas(request: Request) -> Canvas | None:
     """The pictures of a request, one per image, at its size."""
     if request.image is None:

@@ -30,6 +30,11 @@ class Noise:
         assert isinstance(seeds, tuple) and isinstance(others, tuple)  # resolved
         return cls(_generators(seeds), shape, _generators(others), strength)
 
+    @classmethod
+    def seeded(cls, seed: int, shape: tuple[int, int, int]) -> Noise:
+        """The noise of one image."""
+        return cls(_generators([seed]), shape)
+
     def __call__(self) -> Tensor:
         """The next noise."""
         return self._draw(self.generators)

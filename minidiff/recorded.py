@@ -10,6 +10,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from .checks import number, shown, whole
 from .draw import heatmaps
 
 if TYPE_CHECKING:
+    from .guidance.layout import Box
     from .networks.attention import Keep, Maps
     from .networks.sites import Grid, Site
     from .networks.text import Phrases
@@ -62,7 +64,8 @@ class Attention:
 
     maps: what was kept per site, on the CPU, in the shape of its Keep and the reduction over steps.
     kinds: the Keep of each site. text, prompts: to find phrases in each image's prompt (the negative one if the
-    unconditional rows were recorded); prompts is None if there was none.
+    unconditional rows were recorded); prompts is None if there was none. words: the positions of phrases that were
+    asked for besides (see minidiff.look), which are read before the prompt's.
     """
 
     maps: SiteMaps
@@ -71,6 +74,7 @@ class Attention:
     text: Phrases = field(repr=False)
     prompts: tuple[str, ...] | None = None
     per_step: bool = False
+    words: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __getitem__(self, phrase: str) -> Tensor:
         """[B,h,w], or [B,S,h,w] if each step is kept. ValueError if an image's prompt lacks the phrase."""
@@ -94,6 +98,37 @@ class Attention:
         tokens = list(self._tokens(image, phrase, occurrence))
         found = self._on_grid(image, "cross", grid)
         return torch.stack([kept[..., tokens].mean(dim=-1) for kept in found]).mean(dim=0)
+
+    def mask(self, phrase: str, image: int = 0, grid: Grid | None = None, occurrence: int | None = None) -> Tensor:
+        """Where the phrase's object is, 1, and is not, 0: [8h,8w] for maps [h,w] (see `of`), as `boxes` takes it.
+
+        Otsu's threshold (1979) of the map, enlarged; of the mean over steps. Nothing asks whether it is there at all:
+        `score` is about that.
+        """
+        enlarged = F.interpolate(
+            self._mean(phrase, image, grid, occurrence)[None, None], scale_factor=8, mode="bicubic"
+        )
+        return (enlarged[0, 0] > _otsu(enlarged)).float()
+
+    def box(self, phrase: str, image: int = 0, grid: Grid | None = None, occurrence: int | None = None) -> Box:
+        """The box around the largest piece of `mask`: (x0, y0, x1, y1) in [0,1]."""
+        mask = self.mask(phrase, image, grid, occurrence)
+        rows, columns = _largest_piece(mask).nonzero(as_tuple=True)
+        height, width = mask.shape
+        left, top, right, bottom = columns.min() / width, rows.min() / height, columns.max() + 1, rows.max() + 1
+        return float(left), float(top), float(right) / width, float(bottom) / height
+
+    def score(self, phrase: str, image: int = 0, grid: Grid | None = None, occurrence: int | None = None) -> float:
+        """How much the picture holds of the phrase: the mean of the largest twentieth of its map, to compare phrases
+        that were asked for alike.
+        """
+        values = self._mean(phrase, image, grid, occurrence).flatten()
+        return float(values.topk(max(1, len(values) // 20)).values.mean())
+
+    def _mean(self, phrase: str, image: int, grid: Grid | None, occurrence: int | None) -> Tensor:
+        """[h,w], over steps too."""
+        found = self.of(image, phrase, grid, occurrence).float()
+        return found.mean(dim=0) if self.per_step else found
 
     def alone(self, image: int) -> Attention:
         """The maps of one image. Maps of other shapes, from a custom Keep, stay whole."""
@@ -137,6 +172,8 @@ class Attention:
         named = re.fullmatch(r"tokens:(\d{1,9}(?:,\d{1,9})*)", phrase) if isinstance(phrase, str) else None
         if named is not None:
             return tuple(whole("tokens", int(token), 0, self.text.length - 1) for token in named[1].split(","))
+        if phrase in self.words:
+            return self.words[phrase]
         if self.prompts is None:
             raise ValueError(f'there is no prompt to find {shown(phrase)} in; expected e.g. "tokens:2,3"')
         prompt = self.prompts[image]
@@ -171,3 +208,24 @@ class Attention:
                 f"{', '.join(map(str, grids))}"
             )
         return grids[chosen[0], chosen[1]]
+
+
+def _otsu(values: Tensor) -> Tensor:
+    """The threshold that parts values best: of the largest variance between the two sides."""
+    levels = values.flatten().double().sort().values
+    below = levels.cumsum(0)[:-1]
+    n = torch.arange(1, len(levels), dtype=torch.float64)
+    rest = len(levels) - n
+    between = n * rest * (below / n - (levels.sum() - below) / rest) ** 2
+    best = int(between.argmax())
+    return (levels[best] + levels[best + 1]) / 2
+
+
+def _largest_piece(mask: Tensor) -> Tensor:
+    """The largest connected component (8 neighbours) of a mask [h,w] that is not empty everywhere."""
+    labels = torch.arange(1, mask.numel() + 1, dtype=torch.float32).reshape(mask.shape) * mask
+    while True:
+        spread = F.max_pool2d(labels[None, None], 3, 1, 1)[0, 0] * mask
+        if torch.equal(spread, labels):
+            return labels == labels[mask > 0].mode().values if mask.any() else torch.ones_like(mask)
+        labels = spread

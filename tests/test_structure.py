@@ -19,7 +19,7 @@ FLOORS = [
     {"weights", "png", "result", "request", "request_checks", "asked"},
     {"resolve", "texts", "denoise", "noise"},
     {"canvas"},
-    {"run"},
+    {"run", "looking"},
     {"cli", "__init__"},
     {"__main__"},
 ]

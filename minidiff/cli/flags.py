@@ -63,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
         "generate", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
     )
     add_generate_flags(generate)
+    text = "write heat maps and masks of what the network sees in a picture, for each word"
+    look = commands.add_parser("look", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+    _add_look_flags(look)
     text = "open a page in the browser: draw boxes, watch pictures being made, see heat maps"
     page = commands.add_parser("page", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     _add_page_flags(page)
@@ -289,6 +292,19 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--eta", type=float, metavar="E", help="0 to 1, fresh noise in each step of ddim or tcd (default: 0)")
 
 
+def _add_look_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("picture", metavar="PICTURE", help="the file of a picture")
+    add("prompt", metavar="PROMPT", help="what it shows, in words")
+    add("--word", dest="words", action="append", metavar="PHRASE", help="ask for this phrase instead; repeatable")
+    add("--times", type=_wholes, metavar="T[,T...]", help="noise of these training timesteps (default: 250,350,450)")
+    add("--seed", type=_seed, metavar="N[,N...]", help="of the noise; the mean over several (default: 0)")
+    add("--out", metavar="FOLDER", default=".", help="where pictures are written (default: the current folder)")
+    add("--model", metavar="SOURCE", help="a hub id, a model folder or a .safetensors file (default: the bundled one)")
+    add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the fastest on this device)")
+    add("--device", metavar="NAME", help="cpu or cuda (default: cuda if available)")
+
+
 def _add_page_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--host", default="127.0.0.1", metavar="NAME", help="0.0.0.0 serves other machines, too (default: 127.0.0.1)")
@@ -430,6 +446,13 @@ def _again(text: str) -> list[float]:
     return numbers
 
 
+def _wholes(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected whole numbers separated by commas") from None
+
+
 def _vary(text: str) -> tuple[int | list[int], float]:
     seed, sign, strength = text.partition("=")
     if not sign:
@@ -438,8 +461,5 @@ def _vary(text: str) -> tuple[int | list[int], float]:
 
 
 def _seed(text: str) -> int | list[int]:
-    try:
-        seeds = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected whole numbers separated by commas") from None
+    seeds = _wholes(text)
     return seeds if len(seeds) > 1 else seeds[0]

@@ -1,4 +1,4 @@
-"""The command line: `minidiff generate`, `page`, `batch` and `info`. Output goes to stdout, all messages to stderr.
+"""The command line: `minidiff generate`, `look`, `page`, `batch` and `info`. Output goes to stdout, messages to stderr.
 
 Commands import what they need when they need it, so that help and errors in flags are immediate.
 """
@@ -61,6 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from .batch import batch
 
                 code = batch(args)
+            elif args.command == "look":
+                from .look import look_at
+
+                for line in look_at(args):
+                    print(printable(line), flush=True)
+                code = 0
             else:
                 from .info import info
 

@@ -53,14 +53,18 @@ def _pictures(
     if attention is None:
         return
     prompt = result.parameters[i].get("prompt")
-    words = dict.fromkeys(re.findall(r"\w+(?:['-]\w+)*", prompt.lower())) if isinstance(prompt, str) else {}
-    phrases = [str(name) for name in layout] or list(words)
+    phrases = [str(name) for name in layout] or (words_of(prompt) if isinstance(prompt, str) else [])
     top = _largest(attention, i, phrases)
     for phrase in phrases:
         yield (
             f"attention-{slug(phrase)}",
             lambda phrase=phrase: heatmap(image, attention.of(i, phrase), phrase, top),  # type: ignore[misc]
         )
+
+
+def words_of(prompt: str) -> list[str]:
+    """The words of a prompt, each once."""
+    return list(dict.fromkeys(re.findall(r"\w+(?:['-]\w+)*", prompt.lower())))
 
 
 def _largest(attention: Attention, i: int, phrases: Sequence[str]) -> float | None:
