@@ -30,6 +30,7 @@ from .guidance.objectives.rnb import rnb_loss as rnb_loss
 from .guidance.objectives.tradiffusion import tradiffusion_loss as tradiffusion_loss
 from .guidance.regions import Region as Region
 from .guidance.report import Report as Report
+from .inversion import invert as invert
 from .looking import look as look
 from .model import (
     Adapter as Adapter,

@@ -19,7 +19,8 @@ FLOORS = [
     {"weights", "png", "result", "request", "request_checks", "asked"},
     {"resolve", "texts", "denoise", "noise"},
     {"canvas"},
-    {"run", "looking"},
+    {"run"},
+    {"looking", "inversion"},
     {"cli", "__init__"},
     {"__main__"},
 ]

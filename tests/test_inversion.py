@@ -1,0 +1,49 @@
+"""The noise that makes a given picture: it comes back at any scale, and an edit changes what was asked."""
+
+import pytest
+import torch
+
+import minidiff
+from minidiff.checks import shown
+from minidiff.shapes.measure import iou, measure
+from minidiff.shapes.world import Scene, Thing, render
+
+SCENE = Scene((Thing("circle", "red", (0.1, 0.1, 0.45, 0.45)), Thing("square", "blue", (0.55, 0.5, 0.9, 0.85))), "gray")
+PROMPT = "a red circle and a blue square on a gray background"
+
+
+@pytest.fixture(scope="module")
+def model() -> minidiff.Model:
+    return minidiff.load("minidiff/shapes", dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize(("scale", "strength"), [(1.0, 1.0), (7.5, 0.6)])
+def test_the_picture_comes_back_at_any_scale(model: minidiff.Model, scale: float, strength: float) -> None:
+    picture = render([SCENE])
+    back = (model.decode(model.encode(picture / 127.5 - 1)) / 2 + 0.5).clamp(0, 1)
+    inverted = minidiff.invert(picture[0], PROMPT, model=model, steps=5, strength=strength, guidance_scale=scale)
+    found = minidiff.generate(PROMPT, output="tensor", **inverted).images
+    assert (found - back).abs().max() < 1 / 255
+    other = minidiff.generate("a star", output="tensor", **inverted).images
+    assert (other - back).abs().max() > 10 / 255
+    assert len(shown(inverted["sampler"])) <= 120
+
+
+@pytest.mark.slow
+def test_an_edit_changes_the_colour_asked_for_and_leaves_the_other_object(model: minidiff.Model) -> None:
+    inverted = minidiff.invert(render([SCENE])[0], PROMPT, model=model, steps=20, guidance_scale=7.5)
+    picture = minidiff.generate(PROMPT.replace("red", "green"), output="tensor", **inverted).images[0]
+    found = {(one.colour, one.shape): one.box for one in measure((picture * 255).round().to(torch.uint8)).things}
+    assert set(found) == {("green", "circle"), ("blue", "square")}
+    for wanted, thing in zip((("green", "circle"), ("blue", "square")), SCENE.things, strict=True):
+        assert iou(found[wanted], thing.box) > 0.9
+
+
+def test_wrong_arguments_are_named(model: minidiff.Model) -> None:
+    for given, message in (
+        ({"strength": 1.5}, "strength is 1.5; expected a number from 0 to 1"),
+        ({"steps": 0}, "steps is 0"),
+        ({"image": "nowhere.png"}, "image cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            minidiff.invert(**{"image": render([SCENE])[0], "prompt": PROMPT, "model": model} | given)  # type: ignore[arg-type]
