@@ -68,6 +68,11 @@ class Result:
                 f"{counts[2]} seeds and {counts[3]} parameters"
             )
 
+    def __getstate__(self) -> dict[str, object]:
+        """For pickle: without a loaded model, so that what comes out cannot be made again()."""
+        loaded = self.request is not None and not isinstance(self.request.model, str | Path)
+        return vars(self) | ({"request": None} if loaded else {})
+
     def __repr__(self) -> str:
         kind, several = "latent" if self._holds_latents() else "image", "" if len(self) == 1 else "s"
         images = self.images

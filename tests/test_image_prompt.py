@@ -549,7 +549,7 @@ def test_wrong_flags_are_named_before_anything_is_loaded(
         (shown, "--image-prompt needs an IP-Adapter"),
         ([*shown, "--ip-adapter", str(files["plain"])], "expected both"),
         (["--ip-adapter", str(tmp_path / "none.safetensors"), *both], "none.safetensors is not there"),
-        (["--image-prompt", str(tmp_path / "none.png")], "image_prompt cannot be read"),
+        (["--image-prompt", str(tmp_path / "none.png")], "--image-prompt cannot be read"),
         ([*shown, "--image-prompt-scale", "much"], "expected numbers"),
     ):
         assert main(["generate", "a cat", "--model", "no/such", *flags]) == 2

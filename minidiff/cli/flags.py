@@ -36,7 +36,7 @@ class _Words(argparse.Action):
 
 
 FAST: dict[str, object] = {"guidance_interval": [0.28, 5.42], "cache_interval": 3}
-"""What --fast stands for; its price is measured in bench/RESULTS.md."""
+"""What --fast stands for; bench/RESULTS.md has what each costs."""
 
 
 class _Fast(argparse.Action):
@@ -273,7 +273,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         action=_Fast,
         nargs=0,
         default=argparse.SUPPRESS,
-        help="--guidance-interval 0.28,5.42 --cache-interval 3: less than half the time, slightly other images",
+        help="--guidance-interval 0.28,5.42 --cache-interval 3: about half the time, other images in detail",
     )
     add(
         "--clip-skip",

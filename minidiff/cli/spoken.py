@@ -27,6 +27,6 @@ def spoken(text: str) -> str:
         return f"{action.option_strings[0]} {told}".rstrip()
 
     value = r"""["'][^"']*["']|\{[^}]*\}|\[[^]]*\]|\([^)]*\)|[\w.]*"""
-    with_value = rf"\b(?P<name>{'|'.join(first)})=(?P<value>{value})"
+    with_value = rf"(?<![\w./-])(?P<name>{'|'.join(first)})=(?P<value>{value})"
     bare = rf"(?<!: )\b(?P<bare>{'|'.join(name for name in first if '_' in name)})\b"
     return re.sub(rf"(?<!\w)'[^']*'(?!\w)|{with_value}|{bare}", flag, text)
