@@ -34,6 +34,7 @@ def test_convolutions_of_other_kinds_are_left_alone() -> None:
     assert [type(child) for child in prepare(network)] == [nn.Conv2d] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_kept_memory_is_not_paid_for_twice() -> None:
     code = """

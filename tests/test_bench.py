@@ -101,7 +101,7 @@ def test_parity_of_runs_that_start_from_a_picture() -> None:
 
 @pytest.mark.slow
 def test_parity_of_every_sampler_and_option() -> None:
-    assert main(["parity", "--only", "images", "starts"]) == 0
+    assert main(["parity", "--only", "images"]) == 0  # test_canvas.py has what starts from pictures
 
 
 def test_a_broken_unet_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

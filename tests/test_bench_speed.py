@@ -70,6 +70,7 @@ def test_the_published_way_computes_what_minidiff_does() -> None:
     assert set(found) == {"eager"} and set(found["eager"]) == {bench.guided.PUBLISHED, bench.guided.OURS}
 
 
+@pytest.mark.slow
 def test_another_box_is_another_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.guided, "PLACES", ((0.5, 0.5, 1, 1), *PLACES[1:]))
     _, (loss, gradient) = passes(TINY, unet_weights(TINY, torch.float32), EDGE, 1, compiled=False)

@@ -620,6 +620,7 @@ def test_python_m_minidiff(tiny: tuple[object, ...], tmp_path: Path) -> None:
     assert broken.stderr.startswith("minidiff: error: ")
 
 
+@pytest.mark.slow
 def test_a_console_that_lacks_a_character_gets_its_escape(tmp_path: Path) -> None:
     path = ours(tmp_path / "x.png", prompt="a cat, 日本")
     command = [sys.executable, "-m", "minidiff", "info", str(path)]
@@ -634,6 +635,7 @@ def test_a_console_that_lacks_a_character_gets_its_escape(tmp_path: Path) -> Non
         assert found.stdout.decode(encoding).splitlines()[0] == f"prompt: {expected}"
 
 
+@pytest.mark.slow
 def test_no_stdout_and_no_stderr_are_no_error(tmp_path: Path) -> None:
     path = ours(tmp_path / "x.png")
     for streams in (">&-", "2>&-", ">&- 2>&-"):

@@ -281,6 +281,7 @@ for path, dtype in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
+@pytest.mark.slow
 @linux
 def test_peak_memory_stays_near_the_weights(tmp_path: Path) -> None:
     """100 and 200 MB in 25 tensors: at most 1.3 times the size of the result, also while converting."""

@@ -482,6 +482,7 @@ LAYOUTS: list[dict | None] = [
 ]
 
 
+@pytest.mark.slow
 def test_a_batch_of_eight_equals_eight_single_runs(tiny_model: Model) -> None:
     guidance = Guidance(scale=2000.0, threshold=0.42, iterations=5, steps=3)
     shared = {"model": tiny_model, "steps": 4, "sampler": "ddim", "guidance": guidance}

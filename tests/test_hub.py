@@ -316,6 +316,7 @@ def load_elsewhere(hub: Hub, home: Path, offline: bool, *arguments: dict[str, st
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_download_and_the_cache_after_it(hub: Hub, tmp_path: Path, tiny_model: minidiff.Model) -> None:
     expected = ["tiny/model", float(tiny_model.unet.conv_in.weight.double().sum())]
     found, nothing, gated, revision = load_elsewhere(

@@ -102,6 +102,7 @@ def test_half_precision_averages_and_foreign_keys_are_counted(tiny_folder: Path,
     assert sorted(found.foreign) == ["another", "something.else"]
 
 
+@pytest.mark.slow
 def test_full_size_file_is_described_without_reading_it(tmp_path: Path) -> None:
     """7.7 GB with EMA weights, as a sparse file of which only the header is on disk."""
     shapes = sd15_shapes()

@@ -58,6 +58,7 @@ def weights(model: Path) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_model_that_loads_and_a_sheet(
     small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
