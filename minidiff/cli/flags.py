@@ -1,16 +1,25 @@
 """Command-line flags, named after the fields of Request and the arguments of load()."""
 
 import argparse
-import json
-import re
 from importlib.metadata import version
-from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import NoReturn
 
 from ..vocabulary import EMPHASES, OBJECTIVES, RELATIONS, SAMPLERS, SCHEDULES, SYNTAXES
-
-LoraFlag: TypeAlias = "tuple[str, float | None, float | None]"
-"""File, weight and text weight of --lora, None where not given."""
+from .values import (
+    read_again,
+    read_box,
+    read_image_prompt,
+    read_layout,
+    read_lora,
+    read_numbers,
+    read_positive,
+    read_regions,
+    read_scales,
+    read_seed,
+    read_shard,
+    read_vary,
+    read_wholes,
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,10 +109,12 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
         ".json, .csv or .parquet. Flags replace what lines say. A line without a seed gets one of its number",
     )
     add("--out", metavar="FOLDER", required=True, help="where pictures (by number of line), logs and the manifest go")
-    add("--batch-size", type=_positive, metavar="N", help="images at a time (default: at most 32, as memory allows)")
+    add(
+        "--batch-size", type=read_positive, metavar="N", help="images at a time (default: at most 32, as memory allows)"
+    )
     add("--ray", metavar="ADDRESS", help="on the machines of a Ray cluster that see the folder; local begins one here")
-    add("--workers", type=_positive, metavar="N", help="of --ray (default: one per GPU, or else one per machine)")
-    add("--shard", type=_shard, metavar="I/N", help="make part I of N, counted from 1: for schedulers")
+    add("--workers", type=read_positive, metavar="N", help="of --ray (default: one per GPU, or else one per machine)")
+    add("--shard", type=read_shard, metavar="I/N", help="make part I of N, counted from 1: for schedulers")
     add("--width", type=int, metavar="PIXELS", help="a multiple of 8 in SD 1.5 (default: the model's training size)")
     add("--height", type=int, metavar="PIXELS", help="see --width")
 
@@ -138,13 +149,13 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, metavar="PIXELS", help="see --width")
     add(
         "--seed",
-        type=_seed,
+        type=read_seed,
         metavar="N[,N...]",
         help="seed of the first image, counting up for the rest; or one per image (default: random)",
     )
     add(
         "--vary",
-        type=_vary,
+        type=read_vary,
         metavar="SEED=STRENGTH",
         help="move the noise of --seed towards another seed's, by 0 to 1; that seed counts up and --seed stays",
     )
@@ -182,7 +193,7 @@ def _add_picture_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--again",
-        type=_again,
+        type=read_again,
         metavar="SCALE=STRENGTH",
         help="make the images again from themselves, larger: 2=0.5 for twice the size, half made anew",
     )
@@ -200,20 +211,20 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
         "--box",
         dest="boxes",
         action="append",
-        type=_box,
+        type=read_box,
         metavar='"PHRASE=X0,Y0,X1,Y1"',
         help="the box for a phrase of the prompt: left, top, right, bottom, as fractions of the picture; repeatable",
     )
     add(
         "--layout",
         metavar="JSON",
-        type=_layout,
+        type=read_layout,
         help='a file with {"phrase": [x0, y0, x1, y1], ...}, or a list with one such object or null per prompt',
     )
     add(
         "--regions",
         metavar="JSON",
-        type=_regions,
+        type=read_regions,
         help='a file with [{"prompt": "a red fox", "box": [x0, y0, x1, y1], "negative": "...", "weight": 1}, ...]: '
         'parts of the image with texts of their own; "mask": a picture\'s file, white inside, may replace "box"; or a '
         "list with one such list or null per prompt",
@@ -222,13 +233,13 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--image-prompt",
         action="append",
-        type=_image_prompt,
+        type=read_image_prompt,
         metavar='"FILE[=X0,Y0,X1,Y1]"',
         help="a picture that prompts beside the text, with a box where it alone counts; repeatable; needs --ip-adapter",
     )
     add(
         "--image-prompt-scale",
-        type=_scales,
+        type=read_scales,
         metavar="S[,S...]",
         help="how strongly the pictures count; one number, or one per adapter (default: 1)",
     )
@@ -252,8 +263,13 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=int, metavar="N", help="default: the model's")
-    add("--timesteps", type=_numbers, metavar="T,T,...", help="descending from 999, instead of --steps")
-    add("--sigmas", type=_numbers, metavar="S,S,...", help="descending to 0, one more than steps, instead of --steps")
+    add("--timesteps", type=read_numbers, metavar="T,T,...", help="descending from 999, instead of --steps")
+    add(
+        "--sigmas",
+        type=read_numbers,
+        metavar="S,S,...",
+        help="descending to 0, one more than steps, instead of --steps",
+    )
     add(
         "--guidance-scale",
         type=float,
@@ -263,7 +279,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--guidance-rescale", type=float, metavar="R", help="0 to 1, reduces overexposure at large scales (default: 0)")
     add(
         "--guidance-interval",
-        type=_numbers,
+        type=read_numbers,
         metavar="LOW,HIGH",
         help="guide only at noise levels sigma above LOW, up to HIGH, and run half of the network's work elsewhere",
     )
@@ -297,8 +313,10 @@ def _add_look_flags(parser: argparse.ArgumentParser) -> None:
     add("picture", metavar="PICTURE", help="the file of a picture")
     add("prompt", metavar="PROMPT", help="what it shows, in words")
     add("--word", dest="words", action="append", metavar="PHRASE", help="ask for this phrase instead; repeatable")
-    add("--times", type=_wholes, metavar="T[,T...]", help="noise of these training timesteps (default: 250,350,450)")
-    add("--seed", type=_seed, metavar="N[,N...]", help="of the noise; the mean over several (default: 0)")
+    add(
+        "--times", type=read_wholes, metavar="T[,T...]", help="noise of these training timesteps (default: 250,350,450)"
+    )
+    add("--seed", type=read_seed, metavar="N[,N...]", help="of the noise; the mean over several (default: 0)")
     add("--out", metavar="FOLDER", default=".", help="where pictures are written (default: the current folder)")
     add("--model", metavar="SOURCE", help="a hub id, a model folder or a .safetensors file (default: the bundled one)")
     add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the fastest on this device)")
@@ -342,124 +360,10 @@ def _add_model_flags(parser: argparse.ArgumentParser, each: str = "store") -> No
         "--lora",
         dest="loras",
         action="append",
-        type=_lora,
+        type=read_lora,
         metavar="FILE[=WEIGHT[,TEXT_WEIGHT]]",
         help="a LoRA, LoCon, LoHa, LoKr or DoRA for the model, and how strongly it counts (default: 1); repeatable",
     )
     add("--ip-adapter", action="append", metavar="FILE", help="the .safetensors file of an IP-Adapter; repeatable")
     add("--image-encoder", metavar="SOURCE", help="a folder or hub id: the CLIP vision model that reads the pictures")
     add("--compile", action="store_true", help="use torch.compile: the first step is slow, later ones faster")
-
-
-def _box(text: str) -> tuple[str, list[float]]:
-    phrase, sign, numbers = text.rpartition("=")
-    if not sign or not phrase.strip():
-        raise argparse.ArgumentTypeError(f'got {text!r}; expected e.g. "ball=0.55,0.4,0.95,0.8"')
-    return phrase.strip(), _numbers(numbers)
-
-
-def _image_prompt(text: str) -> dict[str, object]:
-    """A picture's file, and its box where four numbers follow."""
-    file, _, numbers = text.rpartition("=")
-    if file and numbers.count(",") == 3:
-        return {"image": file, "box": tuple(_numbers(numbers))}
-    return {"image": text}
-
-
-def _scales(text: str) -> float | list[float]:
-    scales = _numbers(text)
-    return scales if len(scales) > 1 else scales[0]
-
-
-def _lora(text: str) -> LoraFlag:
-    file, sign, numbers = text.rpartition("=")
-    if not re.fullmatch(r"[-+.,\d\s]+(e[-+]?\d+)?", numbers, re.IGNORECASE) or not sign:
-        if file.lower().endswith(".safetensors"):
-            raise argparse.ArgumentTypeError(f"got {text!r}; expected e.g. style.safetensors=0.8")
-        return text, None, None  # a name may hold the sign
-    weight, *more = _numbers(numbers)
-    if len(more) > 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected one or two weights, e.g. style.safetensors=0.8,0.5")
-    return file, weight, more[0] if more else None
-
-
-def _layout(path: str) -> tuple[str, object]:
-    """The name of a JSON file, and its content."""
-
-    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{twice!r} appears twice; expected it once, with a list of boxes")
-        return found
-
-    try:
-        return path, json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=once)
-    except (OSError, ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"cannot read the layout {path}: {error}") from error
-
-
-def _regions(path: str) -> object:
-    """The content of a JSON file, where "mask" may name a picture beside it in the place of a "box"."""
-
-    def read(value: object) -> object:
-        if isinstance(value, list):
-            return [read(one) for one in value]
-        if not isinstance(value, dict) or not isinstance(value.get("mask"), str) or "box" in value:
-            return value
-        from ..pictures import read_picture
-
-        mask = read_picture(f"the mask {value['mask']}", Path(path).parent / value["mask"])
-        return {**{name: one for name, one in value.items() if name != "mask"}, "box": mask}
-
-    try:
-        return read(_layout(path)[1])
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error}") from error
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of at least 1")
-    return int(text)
-
-
-def _shard(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected e.g. 1/4, the first of four parts")
-    return int(found[1]), int(found[2])
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected numbers separated by commas") from None
-
-
-def _again(text: str) -> list[float]:
-    numbers = _numbers(text.replace("=", ",", 1))
-    if len(numbers) != 2 or not (1 <= numbers[0] <= 16 and 0 < numbers[1] <= 1):
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected 1 to 16 times the size = 0 to 1, e.g. 2=0.5")
-    return numbers
-
-
-def _wholes(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected whole numbers separated by commas") from None
-
-
-def _vary(text: str) -> tuple[int | list[int], float]:
-    seed, sign, strength = text.partition("=")
-    if not sign:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected e.g. 7=0.2")
-    return _seed(seed), *_numbers(strength)  # type: ignore[return-value]  # checked by Request
-
-
-def _seed(text: str) -> int | list[int]:
-    seeds = _wholes(text)
-    return seeds if len(seeds) > 1 else seeds[0]

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ..request import Request
     from ..result import Result
     from ..weights.lora import LoRA
-    from .flags import LoraFlag
     from .take import Taken
+    from .values import LoraFlag
 
 EXIT_OUTPUT, EXIT_INPUT, EXIT_ELSEWHERE, EXIT_INTERRUPTED = 1, 2, 3, 130
 LOADING = (

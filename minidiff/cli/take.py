@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..model import Model
     from ..png.chunk import Plain
     from ..png.read import Metadata
-    from .flags import LoraFlag
+    from .values import LoraFlag
 
 _OF_THE_MODEL = ("vae", "tokenizer", "prediction_type", "variant", "revision", "dtype")
 _ADAPTER = ("kind", "name", "file", "sha256")

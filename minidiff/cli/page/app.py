@@ -13,9 +13,9 @@ import gradio as gr
 from gradio_image_annotation import image_annotator
 from PIL import Image
 
-from ..flags import LoraFlag
 from ..main import LOADING
 from ..take import take
+from ..values import LoraFlag
 from . import form
 from .studio import BOXES, PICTURE, Made, Progress, Source, Studio, differences, sheet, weighted
 

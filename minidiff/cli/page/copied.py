@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...request import BUNDLED
-from ..flags import LoraFlag, parser
+from ..flags import parser
+from ..values import LoraFlag
 from .form import PICTURES, Values
 
 if TYPE_CHECKING:

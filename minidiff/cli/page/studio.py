@@ -26,9 +26,9 @@ from ...run import sample_steps
 from ...weights.image_prompt import with_image_prompt
 from ...weights.load import load
 from ...weights.lora import LoRA
-from ..flags import LoraFlag
 from ..pictures import blackened
 from ..take import Taken
+from ..values import LoraFlag
 from .copied import command, python
 from .form import Values, phrases, words
 
