@@ -63,6 +63,7 @@ def test_the_best_of_several_calls() -> None:
 # --- the published method
 
 
+@pytest.mark.slow
 def test_the_published_way_computes_what_minidiff_does() -> None:
     weights = unet_weights(TINY, torch.float32)
     found, (loss, gradient) = passes(TINY, weights, EDGE, 1, compiled=False)
@@ -88,6 +89,7 @@ def test_whole_images_are_the_same_image(monkeypatch: pytest.MonkeyPatch) -> Non
     assert relative_error(ours, our_image(TINY, weights, inputs)) > 1e-3  # guidance has an effect
 
 
+@pytest.mark.slow
 def test_the_guide_of_a_benchmark_stops_for_nothing() -> None:
     unet, inputs = our_unet(TINY, unet_weights(TINY, torch.float32)), Inputs.random(TINY, torch.float32, 1, EDGE, EDGE)
     guide = layout_guide(unet, inputs, objects=3, iterations=4, steps=2)

@@ -143,6 +143,7 @@ def test_names_have_a_pattern(cli: Cli, tiny: tuple[object, ...], tmp_path: Path
     assert (code, Image.open(again).tobytes()) == (0, Image.open(out[1]).tobytes()) and "vary" not in "".join(err)
 
 
+@pytest.mark.slow
 def test_a_second_pass_is_made_larger_and_its_png_says_what_it_needs(
     cli: Cli, tiny: tuple[object, ...], tmp_path: Path
 ) -> None:

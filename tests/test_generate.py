@@ -206,7 +206,7 @@ def test_given_latents_and_contexts_equal_diffusers(pipeline, tiny_model: Model)
     assert result.seeds == (None, None)
 
 
-@pytest.mark.parametrize("sampler", ["pndm", "euler_ancestral"])
+@pytest.mark.parametrize("sampler", ["euler_ancestral", pytest.param("pndm", marks=pytest.mark.slow)])
 def test_an_image_of_a_batch_equals_the_image_alone(tiny_model: Model, sampler: str) -> None:
     shared = {"model": tiny_model, "sampler": sampler, "steps": 6, "output": "tensor", "guidance_rescale": 0.5}
     batch = minidiff.generate(PROMPTS, negative_prompt=NEGATIVES, images_per_prompt=2, seed=40, **shared)

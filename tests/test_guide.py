@@ -509,7 +509,9 @@ def test_a_batch_of_eight_equals_eight_single_runs(tiny_model: Model) -> None:
     assert any(0 < report.iterations[0] < 5 for report in batch.reports if report.iterations)
 
 
-@pytest.mark.parametrize("name", PLACED)
+@pytest.mark.parametrize(
+    "name", [name if name in ("layout", "boxdiff") else pytest.param(name, marks=pytest.mark.slow) for name in PLACED]
+)
 def test_an_image_of_a_batch_equals_the_image_alone_under_every_objective(tiny_model: Model, name: str) -> None:
     guidance = Guidance(OBJECTIVES[name], scale=20.0, threshold=0.0, iterations=2, steps=2)
     shared = {"model": tiny_model, "steps": 3, "sampler": "euler", "guidance": guidance, "output": "latents"}

@@ -226,7 +226,7 @@ def test_any_other_tensors_raise_nothing_but_value_errors(sd15: Shapes, opened: 
     """Parts of a checkpoint with some shapes and values changed, up to the strict check."""
     rng = random.Random(0)
     refused = 0
-    for _ in range(60):
+    for _ in range(20):
         shapes = {key: shape for key, shape in sd15.items() if rng.random() < rng.choice([0.02, 0.5, 0.99, 1])}
         for key in rng.sample(list(shapes), min(len(shapes), 20)):
             shapes[key] = tuple(rng.choices([0, 1, 3, 4, 32, 320, 768, 2**40], k=rng.randrange(5)))
@@ -237,4 +237,4 @@ def test_any_other_tensors_raise_nothing_but_value_errors(sd15: Shapes, opened: 
             opened(shapes).refuse()
         except ValueError:
             refused += 1
-    assert refused == 60
+    assert refused == 20

@@ -118,7 +118,7 @@ def test_no_regions_change_nothing(tiny_model: minidiff.Model) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*A1111 syntax")
-@pytest.mark.parametrize("syntax", ["plain", "a1111"])
+@pytest.mark.parametrize("syntax", ["a1111", pytest.param("plain", marks=pytest.mark.slow)])
 def test_image_i_of_a_batch_is_image_i_alone(tiny_model: minidiff.Model, syntax: str) -> None:
     """Also beside images with more regions, with none, and with longer texts."""
     long = Region("a (bird:1.4) BREAK on a tree", (0.2, 0.5, 0.9, 1.0), negative="blue BREAK red")
