@@ -6,6 +6,7 @@ each grid are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,10 +29,10 @@ def grids(maps: Maps) -> dict[Grid, Tensor]:
     return {grid: torch.stack(some).mean(dim=0) for grid, some in found.items()}
 
 
-def own_share(mass: Tensor, layout: Layout) -> Tensor:
+def own_shares(masses: Iterable[Tensor], layout: Layout) -> list[Tensor]:
     """Fractions inside masks [B,H,O,L], of the attention that is not inside the masks of the object's siblings."""
-    siblings = layout.siblings.to(mass)
-    return mass / (1 - torch.einsum("boi,bhil->bhol", siblings, mass)).clamp_min(TINY)
+    siblings = layout.siblings
+    return [mass / (1 - torch.einsum("boi,bhil->bhol", siblings.to(mass), mass)).clamp_min(TINY) for mass in masses]
 
 
 def own_maps(kept: Tensor, layout: Layout) -> Tensor:

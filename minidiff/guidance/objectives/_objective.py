@@ -17,7 +17,7 @@ from ...checks import choice, number, shown
 from ...networks.attention import ALL, BOX_MASS, Inputs, Keep, Maps, Record
 from ...networks.sites import SECOND_COARSEST, Position, Site, Where, choose, read_sites
 from ...vocabulary import own_keywords
-from ._maps import TINY, own_share
+from ._maps import TINY, own_shares
 
 if TYPE_CHECKING:
     from ..layout import Layout
@@ -144,7 +144,7 @@ class Objective:
         """
         views = self._views(maps, inputs)
         crossing = [site for site in maps if site.kind == "cross"]
-        mass = [own_share(kept, layout).mean(dim=1) for kept in views.of(crossing, BOX_MASS).values()]  # [B,O,L]
+        mass = [one.mean(dim=1) for one in own_shares(views.of(crossing, BOX_MASS).values(), layout)]  # [B,O,L]
         inside = [(one * layout.token_weights).sum(dim=2) for one in mass]
         nothing = torch.full_like(layout.weights, math.nan)
         return *self._losses(views, layout), torch.stack(inside).mean(dim=0) if inside else nothing

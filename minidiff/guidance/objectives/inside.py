@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...networks.attention import BOX_MASS, Maps
 from ..layout import Layout
-from ._maps import own_share
+from ._maps import own_shares
 from ._objective import OWN, objective
 from .layout import SITES
 
@@ -21,6 +21,6 @@ def inside_loss(maps: Maps, layout: Layout) -> Tensor:
     Not from a paper. Where almost no attention is inside (the model is sure of another place), the gradient of
     `layout_loss` is proportional to that fraction and vanishes; this one's does not.
     """
-    shares = [own_share(mass, layout).clamp_min(LEAST) for mass in maps.values()]
+    shares = [share.clamp_min(LEAST) for share in own_shares(maps.values(), layout)]
     missed = torch.stack([-share.log().mean(dim=1) for share in shares]).mean(dim=0)  # [B,O,L]
     return (missed * layout.token_weights).sum(dim=2)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...networks.attention import BOX_MASS, Maps
 from ...networks.sites import block, cross, place
 from ..layout import Layout
-from ._maps import own_share
+from ._maps import own_shares
 from ._objective import objective
 
 SITES = cross & (place("mid") | block("up", 1))
@@ -20,6 +20,6 @@ def layout_loss(maps: Maps, layout: Layout) -> Tensor:
 
     Chen, Laina and Vedaldi 2024 ("Training-free layout control with cross-attention guidance"), eq. 4.
     """
-    shares = [own_share(mass, layout) for mass in maps.values()]
+    shares = own_shares(maps.values(), layout)
     missed = torch.stack([(1 - share).square().mean(dim=1) for share in shares]).mean(dim=0)  # [B,O,L]
     return (missed * layout.token_weights).sum(dim=2)
