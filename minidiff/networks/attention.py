@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
@@ -179,7 +178,7 @@ class Record:
         """The same record with every choice of sites resolved."""
         return replace(self, sites=choose(self.sites), more=tuple((choose(where), keep) for where, keep in self.more))
 
-    @cached_property
+    @property  # not cached: the lock of a cached_property cannot be compiled
     def kinds(self) -> dict[Site, Keep]:
         """What to keep at each site, once the sites are resolved."""
         found: dict[Site, Keep] = {}
