@@ -317,7 +317,16 @@ def _replayed(
 def _gradient(guide: Guide, inputs: Inputs) -> Tensor:
     """The gradient of a look whose losses are not copied to the host, which no captured graph can do."""
     x = inputs.x.float().requires_grad_()
-    given = guide.forward, guide.guidance.objective, guide.record, (), inputs.t, inputs.context, guide.layout, {}
+    given = (
+        guide.forward,
+        guide.guidance.objective,
+        guide.record,
+        (),
+        inputs.t,
+        inputs.context,
+        guide.layout,
+        guide.inputs,
+    )
     total, _ = look_loss(x, *given)
     return torch.autograd.grad(total, x)[0]
 
