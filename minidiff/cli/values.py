@@ -3,14 +3,18 @@
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
+
+Number = TypeVar("Number", int, float)
 
 LoraFlag: TypeAlias = "tuple[str, float | None, float | None]"
 """File, weight and text weight of --lora, None where not given."""
 
 
 def read_box(text: str) -> tuple[str, list[float]]:
+    """PHRASE=x0,y0,x1,y1, the corners in [0,1]. A phrase may hold the sign."""
     phrase, sign, numbers = text.rpartition("=")
     if not sign or not phrase.strip():
         raise argparse.ArgumentTypeError(f'got {text!r}; expected e.g. "ball=0.55,0.4,0.95,0.8"')
@@ -26,11 +30,13 @@ def read_image_prompt(text: str) -> dict[str, object]:
 
 
 def read_scales(text: str) -> float | list[float]:
+    """One number, or a list of several."""
     scales = read_numbers(text)
     return scales if len(scales) > 1 else scales[0]
 
 
 def read_lora(text: str) -> LoraFlag:
+    """FILE, FILE=WEIGHT or FILE=WEIGHT,TEXT_WEIGHT."""
     file, sign, numbers = text.rpartition("=")
     if not re.fullmatch(r"[-+.,\d\s]+(e[-+]?\d+)?", numbers, re.IGNORECASE) or not sign:
         if file.lower().endswith(".safetensors"):
@@ -79,12 +85,14 @@ def read_regions(path: str) -> object:
 
 
 def read_positive(text: str) -> int:
+    """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of at least 1")
     return int(text)
 
 
 def read_shard(text: str) -> tuple[int, int]:
+    """I/N, part I of N, counted from 1."""
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise argparse.ArgumentTypeError(f"got {text!r}; expected e.g. 1/4, the first of four parts")
@@ -92,13 +100,12 @@ def read_shard(text: str) -> tuple[int, int]:
 
 
 def read_numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected numbers separated by commas") from None
+    """Numbers separated by commas."""
+    return _separated(text, float, "numbers")
 
 
 def read_again(text: str) -> list[float]:
+    """SCALE=STRENGTH of a second pass: 1 to 16 times the size, in (0,1]."""
     numbers = read_numbers(text.replace("=", ",", 1))
     if len(numbers) != 2 or not (1 <= numbers[0] <= 16 and 0 < numbers[1] <= 1):
         raise argparse.ArgumentTypeError(f"got {text!r}; expected 1 to 16 times the size = 0 to 1, e.g. 2=0.5")
@@ -106,13 +113,12 @@ def read_again(text: str) -> list[float]:
 
 
 def read_wholes(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected whole numbers separated by commas") from None
+    """Whole numbers separated by commas."""
+    return _separated(text, int, "whole numbers")
 
 
 def read_vary(text: str) -> tuple[int | list[int], float]:
+    """SEED=STRENGTH; the seed may be several, separated by commas."""
     seed, sign, strength = text.partition("=")
     if not sign:
         raise argparse.ArgumentTypeError(f"got {text!r}; expected e.g. 7=0.2")
@@ -120,5 +126,13 @@ def read_vary(text: str) -> tuple[int | list[int], float]:
 
 
 def read_seed(text: str) -> int | list[int]:
+    """One whole number, or a list of several."""
     seeds = read_wholes(text)
     return seeds if len(seeds) > 1 else seeds[0]
+
+
+def _separated(text: str, kind: Callable[[str], Number], what: str) -> list[Number]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected {what} separated by commas") from None
