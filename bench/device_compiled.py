@@ -5,6 +5,7 @@ one at a time.
 import math
 import multiprocessing
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -56,10 +57,12 @@ class Compiled:
         # kept here: they are gone for the processes, too, once nothing refers to them
         self.barrier, self.lock = context.Barrier(len(CASES)), context.Lock()
         self.running: dict[str, tuple[Any, Connection]] = {}
-        for name in CASES if wanted else ():
+        self.caches = tempfile.TemporaryDirectory()  # the usual one may hold what a cut run half wrote
+        for number, name in enumerate(CASES if wanted else ()):
             here, there = context.Pipe(duplex=False)
+            cache = os.path.join(self.caches.name, str(number))
             process = context.Process(
-                target=_case, args=(name, size, dtype, edge, images, self.barrier, self.lock, there)
+                target=_case, args=(name, size, dtype, edge, images, self.barrier, self.lock, there, cache)
             )
             self.running[name] = process, here
 
@@ -72,6 +75,7 @@ class Compiled:
         for process, _ in self.running.values():
             process.terminate()
             process.join()
+        self.caches.cleanup()
 
     def rows(self, seconds: float, rate: float, timings: dict[str, dict[str, Timing]]) -> Iterator[Row]:
         """The rows of those that end within `seconds`, and OUT for others. timings: of the stages so far, where theirs
@@ -120,8 +124,13 @@ def floor_row(part: str, where: str, seconds: float, images: int, rate: float) -
     return Row(part, where, seconds / least, bound, "of the products' own seconds", f"{least * 1e3:.2f} ms")
 
 
-def _case(name: str, size: str, dtype: str, edge: int, images: int, barrier: Any, lock: Any, pipe: Connection) -> None:
-    """Compile, wait for the others, measure alone; send (timing, error, graphs added, graphs skipped)."""
+def _case(
+    name: str, size: str, dtype: str, edge: int, images: int, barrier: Any, lock: Any, pipe: Connection, cache: str
+) -> None:
+    """Compile, wait for the others, measure alone; send (timing, error, graphs added, graphs skipped). cache: a folder
+    for what the compiler writes.
+    """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     warnings.simplefilter("ignore")
     torch.set_num_threads(min(4, os.cpu_count() or 1))
     from torch._dynamo.utils import counters
