@@ -12,6 +12,7 @@ BENCHES = {
     "guided": "one guided pass, and a whole guided image, against the published method on diffusers",
     "memory": "memory of steps, guided passes, batches, large images and their decoding, against diffusers",
     "scaling": "cost as a function of batch size, resolution, number of steps and number of boxes",
+    "league": "every way of following boxes at equal numbers of guided passes, on twelve splits, resumable",
     "look": "minidiff.look on rendered scenes: masks, pointing, and words of what is not there",
     "load": "seconds and peak memory of loading a full-size model, against diffusers; imports and start-up",
     "batch": "planning a million lines of requests, and pictures a second against a loop over generate",

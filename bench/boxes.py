@@ -62,7 +62,7 @@ def asked(seed: int = SEED) -> list[Asked]:
     single = [prompt for prompt in every if len(prompt.things) == 1]
     for number, (kind, (edges, aspects)) in enumerate(OUTSIDE.items()):
         for i in range(10):
-            box = _placed(rng, *_sized(rng, edges, aspects, tall=i % 2 == 1), "anywhere")
+            box = placed(rng, *sized(rng, edges, aspects, tall=i % 2 == 1), "anywhere")
             found.append(Asked(single[number * 10 + i], (box,), kind))
     return found
 
@@ -76,14 +76,14 @@ def _boxes(rng: Generator, count: int, i: int) -> tuple[Box, ...]:
             turn = i + o if o == 0 else int(rng.integers(1000))
             size, aspect = sizes[turn % len(sizes)], list(ASPECTS)[turn // 3 % 3]
             place = ("corner", "centre", "anywhere")[turn // 9 % 3] if o == 0 else "anywhere"
-            box = _placed(rng, *_sized(rng, SIZES[size], ASPECTS[aspect], tall=aspect == "tall"), place)
-            if not any(_near(box, other) for other in boxes):
+            box = placed(rng, *sized(rng, SIZES[size], ASPECTS[aspect], tall=aspect == "tall"), place)
+            if not any(near(box, other) for other in boxes):
                 boxes.append(box)
         if len(boxes) == count:
             return tuple(boxes)
 
 
-def _sized(rng: Generator, edges: tuple[float, float], aspects: tuple[float, float], tall: bool) -> tuple[float, float]:
+def sized(rng: Generator, edges: tuple[float, float], aspects: tuple[float, float], tall: bool) -> tuple[float, float]:
     """Random width and height."""
     long = rng.uniform(*edges)
     short = long / rng.uniform(*aspects)
@@ -92,7 +92,7 @@ def _sized(rng: Generator, edges: tuple[float, float], aspects: tuple[float, flo
     return (short, long) if tall else (long, short)
 
 
-def _placed(rng: Generator, width: float, height: float, place: str) -> Box:
+def placed(rng: Generator, width: float, height: float, place: str) -> Box:
     left, top = 1 - 2 * GAP - width, 1 - 2 * GAP - height  # room to move in
     if place == "corner":
         x, y = rng.choice([0.0, left]), rng.choice([0.0, top])
@@ -103,7 +103,7 @@ def _placed(rng: Generator, width: float, height: float, place: str) -> Box:
     return (float(GAP + x), float(GAP + y), float(GAP + x + width), float(GAP + y + height))
 
 
-def _near(a: Box, b: Box) -> bool:
+def near(a: Box, b: Box) -> bool:
     return a[0] < b[2] + GAP and b[0] < a[2] + GAP and a[1] < b[3] + GAP and b[1] < a[3] + GAP
 
 
