@@ -16,7 +16,7 @@ from .checks import number, warn
 from .guidance.guide import Guidance
 from .guidance.image_prompt import ImagePrompt
 from .guidance.layout import PlacedObject
-from .guidance.objectives.relation import relation_loss
+from .guidance.objectives import OBJECTIVES
 from .model import Model
 from .networks.sites import Position, Site, picture_name
 from .request import Request
@@ -55,12 +55,14 @@ def _guidance(request: Request, model: Model) -> Guidance | None:
     guidance = model.defaults.guidance if request.guidance is None else request.guidance
     if isinstance(guidance, str) and guidance == "none":
         return None
-    if request.guidance is None and any(request.related) and not any(request.layouts):
-        return Guidance(relation_loss)
+    if not any(request.related):
+        return Guidance.read(guidance)
+    relation = OBJECTIVES["relation"]
+    if request.guidance is None and not any(request.layouts):
+        return Guidance(relation)
     how = Guidance.read(guidance)
-    if not any(request.related) or relation_loss.terms[0].name in {term.name for term in how.objective.terms}:
-        return how
-    return replace(how, objective=how.objective + relation_loss)
+    has = relation.terms[0].name in {term.name for term in how.objective.terms}
+    return how if has else replace(how, objective=how.objective + relation)
 
 
 def _strength(request: Request) -> float:

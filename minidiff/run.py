@@ -269,9 +269,10 @@ def _guide(
 def _watch(guide: Guide) -> Watch | None:
     """What a guide that watches needs of the steps before its last guided one."""
     how = guide.guidance
+    if not how.watch or guide.each_step:
+        return None
     assert isinstance(how.steps, int)  # of_run
-    record = replace(guide.record, rows="cond", stop=False)
-    return Watch(record, how.steps - 1, guide.take) if how.watch and not guide.each_step else None
+    return Watch(replace(guide.record, rows="cond", stop=False), how.steps - 1, guide.take)
 
 
 def _with_progress(run: Run) -> Iterator[Step]:

@@ -1,5 +1,6 @@
 """Objectives equal slow loops over their papers' formulas, and their gradients equal finite differences."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -82,7 +83,11 @@ def layout_by_hand(dtype: torch.dtype = torch.float64) -> Layout:
     words = torch.zeros(len(OBJECTS), LENGTH, dtype=dtype)
     words[:, 1:8] = 1
     relations = relation_tensor([list("abc"), list("a"), list("ab")], RELATED).to(dtype)
-    return Layout(masks, token_weights, words, weights, relations)
+    siblings = torch.zeros(len(OBJECTS), COUNT, COUNT, dtype=dtype)
+    for b, some in enumerate(OBJECTS):
+        for one, other in itertools.permutations(range(len(some)), 2):
+            siblings[b, one, other] = set(some[one][1]) == set(some[other][1])
+    return Layout(masks, token_weights, words, weights, relations, siblings)
 
 
 def random_maps(spread: float = 2.0, seed: int = 0) -> Maps:
@@ -464,6 +469,7 @@ def test_padding_of_objects_has_no_part_in_a_loss() -> None:
                 layout.words[b : b + 1],
                 layout.weights[b : b + 1, :count],
                 layout.relations[b : b + 1, :count, :count],
+                layout.siblings[b : b + 1, :count, :count],
             )
             own = {site: probs[b : b + 1] for site, probs in maps.items()}
             torch.testing.assert_close(
@@ -760,7 +766,7 @@ def test_your_own_function_is_an_objective() -> None:
 def test_reductions_weigh_objects_and_leave_padding_out(reduce: str) -> None:
     weights = torch.tensor([[1.0, 2.0, 0.5], [3.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     loss = torch.tensor([[0.5, 0.3, 0.9], [-0.2, 1e6, 1e6], [1e6, -1e6, 7.0]])
-    layout = Layout({}, torch.zeros(3, 3, 4), torch.zeros(3, 4), weights, torch.zeros(3, 3, 3, 3))
+    layout = Layout({}, torch.zeros(3, 3, 4), torch.zeros(3, 4), weights, torch.zeros(3, 3, 3, 3), torch.zeros(3, 3, 3))
     made = minidiff.objective(reduce=reduce)(as_they_are)
     expected = {"mean": [(0.5 + 0.6 + 0.45) / 3.5, -0.2, 0], "sum": [1.55, -0.6, 0], "max": [0.6, -0.6, 0]}
     torch.testing.assert_close(made({SITE: loss}, layout), torch.tensor(expected[reduce]))
@@ -768,7 +774,9 @@ def test_reductions_weigh_objects_and_leave_padding_out(reduce: str) -> None:
 
 @pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
 def test_a_batch_without_any_object_has_no_loss(reduce: str) -> None:
-    layout = Layout({}, torch.zeros(2, 0, 4), torch.zeros(2, 4), torch.zeros(2, 0), torch.zeros(2, 0, 0, 3))
+    layout = Layout(
+        {}, torch.zeros(2, 0, 4), torch.zeros(2, 4), torch.zeros(2, 0), torch.zeros(2, 0, 0, 3), torch.zeros(2, 0, 0)
+    )
     made = minidiff.objective(reduce=reduce)(as_they_are)
     assert torch.equal(made({SITE: torch.zeros(2, 0)}, layout), torch.zeros(2))
 

@@ -81,6 +81,7 @@ class Layout(NamedTuple):
     weights: [B,O], the object weights; 0 for padding.
     relations: [B,O,O,3], as `relation_tensor` makes them: 1 or -1 where one object's x, y or size is to be larger or
         smaller than another's.
+    siblings: [B,O,O]: 1 between different objects of the same tokens, such as two boxes of "cat", each a cat; else 0.
     """
 
     masks: dict[Grid, Tensor]
@@ -88,24 +89,16 @@ class Layout(NamedTuple):
     words: Tensor
     weights: Tensor
     relations: Tensor
+    siblings: Tensor
 
     def inputs(self) -> Inputs:
         """The tensors by the names under which keeps and edits look them up."""
         tensors = {"token_weights": self.token_weights, "words": self.words, "object_weights": self.weights}
         return mask_inputs(self.masks) | tensors
 
-    @property
-    def siblings(self) -> Tensor:
-        """[B,O,O]: 1 between different objects of the same tokens, such as two boxes of "cat", each a cat; else 0."""
-        same = (self.token_weights[:, :, None] == self.token_weights[:, None]).all(dim=3)
-        there = self.weights > 0
-        found = (same & there[:, :, None] & there[:, None]).to(self.weights.dtype)
-        return found - torch.diag_embed(found.diagonal(dim1=1, dim2=2))
-
     def images(self, index: Tensor) -> Layout:
         """The layout of some of the images."""
-        masks = {grid: mask[index] for grid, mask in self.masks.items()}
-        return Layout(masks, self.token_weights[index], self.words[index], self.weights[index], self.relations[index])
+        return Layout({grid: mask[index] for grid, mask in self.masks.items()}, *(one[index] for one in self[1:]))
 
 
 def make_layout(
@@ -136,8 +129,12 @@ def make_layout(
     names = [[region.name for region in some] for some in regions]
     related = relation_tensor(names, [()] * len(regions) if relations is None else relations)
     there = (weights > 0).float()
-    related = related * torch.einsum("bi,bj->bij", there, there)[..., None]
-    return Layout(on_device, *(one.to(device) for one in (token_weights, words, weights, related)))
+    both = torch.einsum("bi,bj->bij", there, there)
+    same = (token_weights[:, :, None] == token_weights[:, None]).all(dim=3) & ~torch.eye(
+        objects, dtype=torch.bool, device="cpu"
+    )
+    tensors = token_weights, words, weights, related * both[..., None], same * both
+    return Layout(on_device, *(one.to(device) for one in tensors))
 
 
 def read_objects(

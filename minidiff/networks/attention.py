@@ -6,7 +6,7 @@ channels per head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -58,10 +58,6 @@ class Keep:
         if not isinstance(kept, Tensor):
             raise ValueError(f"{self.name} returned {shown(kept)}; expected a tensor")
         return kept
-
-    def of_all(self, probs: Mapping[Site, Tensor], inputs: Inputs) -> Maps:
-        """What to keep from each of several sites."""
-        return {site: self(site, one, inputs) for site, one in probs.items()}
 
     def __str__(self) -> str:
         return self.name
@@ -186,6 +182,17 @@ class Record:
             for site in sites if isinstance(sites, frozenset) else ():
                 found[site] = keep if found.get(site, keep) == keep else ALL
         return found
+
+
+def converted(
+    maps: Maps, kinds: Mapping[Site, Keep], wanted: Iterable[tuple[Site, Keep]], inputs: Inputs
+) -> dict[tuple[Site, Keep], Tensor]:
+    """What each keep keeps of its site, from what `kinds` kept there: the same, all, or the mean over heads."""
+    found = {}
+    for site, keep in dict.fromkeys(wanted):
+        kept, kind = maps[site], kinds[site]
+        found[site, keep] = kept if kind == keep else keep(site, kept if kind.heads else kept[:, None], inputs)
+    return found
 
 
 # ---- what to change

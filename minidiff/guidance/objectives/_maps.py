@@ -116,6 +116,11 @@ def steepness(maps: Tensor) -> Tensor:
     return (across.square() + down.square() + TINY).sqrt()
 
 
+def moments(maps: Maps, layout: Layout) -> dict[Grid, tuple[Tensor, Tensor]]:
+    """Centre and spread of the attention to each object's tokens, on each grid; see centre_and_spread."""
+    return {grid: centre_and_spread(own_maps(kept, layout)) for grid, kept in grids(maps).items()}
+
+
 def centre_and_spread(maps: Tensor) -> tuple[Tensor, Tensor]:
     """[B,O,h,w] >= 0 -> centre and standard deviation along x and y, each [B,O,2], as fractions of the picture."""
     share = maps / maps.sum(dim=(2, 3), keepdim=True).clamp_min(TINY)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...checks import choice, number, shown
-from ...networks.attention import ALL, BOX_MASS, Inputs, Keep, Maps, Record
+from ...networks.attention import ALL, BOX_MASS, Inputs, Keep, Maps, Record, converted
 from ...networks.sites import SECOND_COARSEST, Position, Site, Where, choose, read_sites
 from ...vocabulary import own_keywords
 from ._maps import TINY, own_shares
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Loss: TypeAlias = "Callable[[Maps, Layout], Tensor]"
 Reduction = Literal["mean", "sum", "max"]
 StepRule = Literal["variance", "plain", "unit"]
+_Views: TypeAlias = "dict[tuple[Site, Keep], Tensor]"
 PerStep: TypeAlias = "float | tuple[float, ...]"
 
 
@@ -69,6 +70,10 @@ class Term:
         """What the term needs recorded; it also suffices to compute the mass inside the masks, for the report."""
         keep = self.keep if self.keep.heads is not None or self.keep.sums is not None else ALL
         return Record(self.sites, keep, rows="all", stop=True)
+
+    def reads(self, maps: Maps) -> list[Site]:
+        """Its sites among those recorded; all while none are chosen."""
+        return [site for site in maps if isinstance(self.sites, Where) or site in self.sites]
 
     def loss(self, maps: Maps, layout: Layout) -> Tensor:
         """The function's loss, checked to be [B,O] or [B]."""
@@ -133,7 +138,7 @@ class Objective:
 
     def __call__(self, maps: Maps, layout: Layout) -> Tensor:
         """The loss [B]. maps: as `record` keeps them, from the terms' sites, or from any while none are chosen."""
-        return self._losses(self._views(maps, layout.inputs()), layout)[0]
+        return self._losses(maps, self._views(maps, layout.inputs()), layout)[0]
 
     def look(self, maps: Maps, layout: Layout, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """The loss [B], the loss per object [B,O], and each object's fraction of attention inside its mask [B,O],
@@ -142,22 +147,23 @@ class Objective:
         Terms that return [B] do not count in the second. The third is the mean over cross-attention sites and heads,
         NaN if no cross-attention was recorded.
         """
-        views = self._views(maps, inputs)
-        crossing = [site for site in maps if site.kind == "cross"]
-        mass = [one.mean(dim=1) for one in own_shares(views.of(crossing, BOX_MASS).values(), layout)]  # [B,O,L]
+        crossing = [(site, BOX_MASS) for site in maps if site.kind == "cross"]
+        views = self._views(maps, inputs, crossing)
+        mass = [one.mean(dim=1) for one in own_shares([views[key] for key in crossing], layout)]  # [B,O,L]
         inside = [(one * layout.token_weights).sum(dim=2) for one in mass]
         nothing = torch.full_like(layout.weights, math.nan)
-        return *self._losses(views, layout), torch.stack(inside).mean(dim=0) if inside else nothing
+        return *self._losses(maps, views, layout), torch.stack(inside).mean(dim=0) if inside else nothing
 
-    def _views(self, maps: Maps, inputs: Inputs) -> _Views:
-        return _Views(maps, self.record.kinds or dict.fromkeys(maps, self.keep), inputs)
+    def _views(self, maps: Maps, inputs: Inputs, more: Sequence[tuple[Site, Keep]] = ()) -> _Views:
+        """What the terms read, and more, each computed once."""
+        wanted = [(site, term.keep) for term in self.terms for site in term.reads(maps)]
+        return converted(maps, self.record.kinds or dict.fromkeys(maps, self.keep), [*wanted, *more], inputs)
 
-    def _losses(self, views: _Views, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _losses(self, maps: Maps, views: _Views, layout: Layout) -> tuple[Tensor, Tensor]:
         weights = layout.weights
         total, objects = weights.new_zeros(len(weights)), torch.zeros_like(weights)
         for term in self.terms:
-            sites = [site for site in views.maps if isinstance(term.sites, Where) or site in term.sites]
-            loss = term.loss(views.of(sites, term.keep), layout)
+            loss = term.loss({site: views[site, term.keep] for site in term.reads(maps)}, layout)
             if loss.ndim == 2:
                 objects = objects + term.weight * loss
                 loss = _reduced(loss, weights, term.reduce)
@@ -174,22 +180,6 @@ class Objective:
         return replace(self, terms=tuple(replace(term, weight=term.weight * factor) for term in self.terms))
 
     __rmul__ = __mul__
-
-
-class _Views:
-    """The maps of one evaluation, each converted at most once to each kind of keep."""
-
-    def __init__(self, maps: Maps, kinds: Mapping[Site, Keep], inputs: Inputs) -> None:
-        self.maps, self.kinds, self.inputs = maps, kinds, inputs
-        self.seen: dict[tuple[Site, Keep], Tensor] = {}
-
-    def of(self, sites: Sequence[Site], keep: Keep) -> Maps:
-        """What `keep` keeps of some sites, computed from what was recorded: the same, all, or the mean over heads."""
-        others = [site for site in sites if self.kinds[site] != keep and (site, keep) not in self.seen]
-        if others:
-            probs = {site: self.maps[site] if self.kinds[site].heads else self.maps[site][:, None] for site in others}
-            self.seen |= {(site, keep): kept for site, kept in keep.of_all(probs, self.inputs).items()}
-        return {site: self.maps[site] if self.kinds[site] == keep else self.seen[site, keep] for site in sites}
 
 
 def _reduced(loss: Tensor, weights: Tensor, reduce: Reduction) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...networks.attention import HEAD_MEAN, Maps
 from ...networks.sites import block, cross
 from ..layout import Layout
-from ._maps import centre_and_spread, grids, own_maps
+from ._maps import centre_and_spread, moments
 from ._objective import OWN, objective
 
 SPREAD = 0.62  # a map's spread relative to its object's box: maps peak in the middle (measured on the bundled model)
@@ -25,10 +25,9 @@ def extent_loss(maps: Maps, layout: Layout) -> Tensor:
     log of their ratio, which is 0 for a map SPREAD times as wide as the mask.
     """
     losses = []
-    for grid, kept in grids(maps).items():
-        found = centre_and_spread(own_maps(kept, layout))
-        wanted = centre_and_spread(layout.masks[grid])
-        offset = (found[0] - wanted[0]) / (math.sqrt(12) * wanted[1])  # a uniform bar of length 1 has std 1 / sqrt(12)
-        size = (found[1] / (SPREAD * wanted[1])).log()
+    for grid, (centre, spread) in moments(maps, layout).items():
+        to, extent = centre_and_spread(layout.masks[grid])
+        offset = (centre - to) / (math.sqrt(12) * extent)  # a uniform bar of length 1 has std 1 / sqrt(12)
+        size = (spread / (SPREAD * extent)).log()
         losses.append(3 * offset.square().sum(dim=2) + size.square().sum(dim=2))
     return torch.stack(losses).mean(dim=0)

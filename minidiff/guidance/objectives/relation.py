@@ -10,7 +10,7 @@ from torch import Tensor
 from ...networks.attention import HEAD_MEAN, Maps
 from ...networks.sites import block, cross
 from ..layout import Layout
-from ._maps import centre_and_spread, grids, own_maps
+from ._maps import moments
 from ._objective import OWN, objective
 
 APART = 0.4, 0.4, math.log(1.5)
@@ -26,8 +26,7 @@ def relation_loss(maps: Maps, layout: Layout) -> Tensor:
     threshold. It reads no boxes. Positions come true far more often than sizes (bench/LOG.md).
     """
     losses = []
-    for kept in grids(maps).values():
-        centre, spread = centre_and_spread(own_maps(kept, layout))
+    for centre, spread in moments(maps, layout).values():
         found = torch.cat([centre, spread.log().mean(dim=2, keepdim=True)], dim=2)  # [B,O,3]
         wanted = layout.relations
         more = wanted * (found[:, :, None] - found[:, None]) / found.new_tensor(APART)
