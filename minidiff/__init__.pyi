@@ -20,14 +20,20 @@ from .guidance.objectives import (
     objective as objective,
 )
 from .guidance.objectives.attend_and_excite import attend_and_excite_loss as attend_and_excite_loss
+from .guidance.objectives.bounded_attention import bounded_attention_loss as bounded_attention_loss
 from .guidance.objectives.boxdiff import boxdiff_loss as boxdiff_loss
+from .guidance.objectives.conform import conform_loss as conform_loss
 from .guidance.objectives.extent import extent_loss as extent_loss
+from .guidance.objectives.ilgd import ilgd_loss as ilgd_loss
 from .guidance.objectives.inside import inside_loss as inside_loss
 from .guidance.objectives.layout import layout_loss as layout_loss
 from .guidance.objectives.refocusing import refocusing_loss as refocusing_loss
 from .guidance.objectives.relation import relation_loss as relation_loss
 from .guidance.objectives.rnb import rnb_loss as rnb_loss
+from .guidance.objectives.self_cross import self_cross_loss as self_cross_loss
+from .guidance.objectives.self_refocusing import self_refocusing_loss as self_refocusing_loss
 from .guidance.objectives.tradiffusion import tradiffusion_loss as tradiffusion_loss
+from .guidance.objectives.winwinlay import winwinlay_loss as winwinlay_loss
 from .guidance.regions import Region as Region
 from .guidance.report import Report as Report
 from .inversion import invert as invert

@@ -110,8 +110,8 @@ class Request:
         phrases of the prompt; "left of", "right of", "above", "below", "smaller than" or "larger than". One list for
         all prompts, or one (or None) per prompt. With boxes, every phrase needs one.
     guidance: how to follow boxes: a Guidance, an objective, the name of a published one ("layout",
-        "attend_and_excite", "boxdiff", "refocusing", "rnb", "tradiffusion"), or "none" (for edits that follow boxes
-        themselves).
+        "attend_and_excite", "boxdiff", "bounded_attention", "conform", "ilgd", "refocusing", "rnb", "self_cross",
+        "self_refocusing", "tradiffusion", "winwinlay"), or "none" (for edits that follow boxes themselves).
         Relations add the objective "relation".
     regions: parts of the image that read texts of their own: a list of Region(text, box, negative=..., weight=...) for
         all prompts, or one list (or None) per prompt. The prompt rules where no region is. Phrases of boxes and of

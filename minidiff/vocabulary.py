@@ -32,12 +32,17 @@ OBJECTIVES = _stems(_HERE / "guidance" / "objectives") or (
         "extent",
         "layout",
         "attend_and_excite",
+        "bounded_attention",
         "boxdiff",
+        "conform",
+        "ilgd",
         "refocusing",
         "relation",
         "rnb",
+        "self_cross",
         "self_refocusing",
         "tradiffusion",
+        "winwinlay",
     ),
 )
 RELATIONS: Mapping[str, tuple[int, int]] = MappingProxyType(

@@ -21,7 +21,7 @@ from minidiff.guidance.objectives.relation import APART
 from minidiff.guidance.relations import Relation, relation_tensor
 from minidiff.networks.attention import ALL, BOX_MASS, COLUMNS, HEAD_MEAN, Inputs, Keep, Maps, Record, mask_name
 from minidiff.networks.config import UNetConfig
-from minidiff.networks.sites import Site
+from minidiff.networks.sites import PLACES, Site
 from minidiff.networks.unet import UNet
 from minidiff.vocabulary import RELATIONS
 
@@ -90,10 +90,24 @@ def layout_by_hand(dtype: torch.dtype = torch.float64) -> Layout:
     return Layout(masks, token_weights, words, weights, relations, siblings)
 
 
-def random_maps(spread: float = 2.0, seed: int = 0) -> Maps:
+def kinds_of(objective: Objective) -> list[str]:
+    """The kinds of sites that an objective reads."""
+    tests = [term.sites.test for term in objective.terms]
+    found = []
+    for kind in ("cross", "self"):
+        some = [(Site(place, 1, 0, kind), level) for place in PLACES for level in (0, 1)]
+        found += [kind] if any(test(site, (8, 8), level) for test in tests for site, level in some) else []
+    return found
+
+
+def random_maps(spread: float = 2.0, seed: int = 0, kinds: Sequence[str] = ("cross",)) -> Maps:
     """All probabilities [B,H,h,w,L], float64."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {site: (len(OBJECTS), *shape, LENGTH) for site, shape in SITES.items()}
+    shapes = {
+        replace(site, kind=kind): (len(OBJECTS), heads, h, w, LENGTH if kind == "cross" else h * w)
+        for kind in kinds
+        for site, (heads, h, w) in SITES.items()
+    }
     return {
         site: (spread * torch.randn(shape, generator=generator, dtype=torch.float64)).softmax(-1)
         for site, shape in shapes.items()
@@ -395,6 +409,148 @@ def slow_tradiffusion(maps: Maps, objects: Objects) -> float:
     return whole / sum(weight for _, _, weight in objects)
 
 
+def of_kind(maps: Maps, kind: str) -> Maps:
+    return {site: probs for site, probs in maps.items() if site.kind == kind}
+
+
+def looks(mean: list[list[list[float]]]) -> dict[tuple[tuple[int, int], tuple[int, int]], float]:
+    """Self-attention from one cell to another."""
+    inner = cells(len(mean), len(mean[0]))
+    return {(u, v): mean[u[0]][u[1]][k] for u in inner for k, v in enumerate(inner)}
+
+
+def slow_self_refocusing(maps: Maps, objects: Objects) -> float:
+    whole = 0.0
+    for boxes, _, weight in objects:
+        losses = []
+        for (h, w), mean in by_grid(maps).items():
+            mask, share = coverage(boxes, h, w), looks(mean)
+            out = sum(mask[u[0]][u[1]] * (1 - mask[v[0]][v[1]]) * value for (u, v), value in share.items())
+            losses.append(out / sum(map(sum, mask)))
+        whole += weight * sum(losses) / len(losses)
+    return whole / sum(weight for _, _, weight in objects)
+
+
+def slow_self_cross(maps: Maps, objects: Objects) -> float:
+    looking, whole = by_grid(of_kind(maps, "self")), 0.0
+    found = [excited(of_kind(maps, "cross"), tokens) for _, tokens, _ in objects]
+    for i, (_, _, weight) in enumerate(objects):
+        for grid, mean in looking.items():
+            share = looks(mean)
+            for j in range(len(objects)):
+                if j == i:
+                    continue
+                own = {u: found[j][grid][u[0]][u[1]] for u in cells(*grid)}
+                bright = otsu(list(own.values()))
+                seen = [[sum(own[u] * share[u, (r, c)] for u in own if own[u] >= bright) for c in range(grid[1])]
+                        for r in range(grid[0])]  # fmt: skip
+                seen, total = filtered(seen, gaussian(0.5)), sum(map(sum, filtered(seen, gaussian(0.5))))
+                both = sum(min(seen[r][c] / total, found[i][grid][r][c]) for r, c in cells(*grid))
+                whole += weight * both / (len(objects) - 1) / len(looking)
+    return whole / sum(weight for _, _, weight in objects)
+
+
+def otsu(values: list[float]) -> float:
+    """The least value of the brighter class."""
+
+    def within(least: float) -> float:
+        """The sum of both classes' squared distances from their means."""
+        total = 0.0
+        for some in ([x for x in values if x >= least], [x for x in values if x < least]):
+            total += sum((x - sum(some) / len(some)) ** 2 for x in some)
+        return total
+
+    return min(values, key=within)
+
+
+def slow_conform(maps: Maps, objects: Objects) -> float:
+    whole = 0.0
+    for _, tokens, weight in objects:
+        losses = []
+        for mean in by_grid(maps).values():
+            line = {
+                k: [value for row in filtered(sharpened(mean, (k,), 100), gaussian(0.5)) for value in row]
+                for _, others, _ in objects
+                for k in others
+            }
+
+            def near(a: int, b: int, line: dict[int, list[float]] = line) -> float:
+                return math.exp(2 * sum(map(math.prod, zip(line[a], line[b], strict=True)))
+                                / math.hypot(*line[a]) / math.hypot(*line[b]))  # fmt: skip
+
+            for a in tokens:
+                shared = {k for _, others, _ in objects if a in others for k in others}
+                away = sum(near(a, n) for n in line if n not in shared)
+                losses += [-math.log(near(a, p) / (near(a, p) + away)) for p in tokens]
+        whole += weight * sum(losses) / len(losses)
+    return whole / sum(weight for _, _, weight in objects)
+
+
+def slow_bounded_attention(maps: Maps, objects: Objects) -> float:
+    whole = 0.0
+    for boxes, tokens, weight in objects:
+        for kind, factor in (("cross", 1.5), ("self", 0.5)):
+            inside = outside = 0.0
+            for probs in of_kind(maps, kind).values():
+                h, w = probs.shape[1:3]
+                mask = coverage(boxes, h, w)
+                masks = [coverage(others, h, w) for others, _, _ in objects]
+                for k, (r, c) in enumerate(cells(h, w)):
+                    for y, x in cells(h, w):
+                        if kind == "self":
+                            value = float(probs[:, y, x, k].mean()) * mask[r][c]
+                        elif (y, x) == (r, c):  # token 8 is the end marker
+                            (value,) = [float(probs[:, r, c, [*tokens, 8]].mean(0).sum())]
+                        else:
+                            continue
+                        inside += value * mask[y][x]
+                        outside += value * (1 - max(other[y][x] for other in masks))
+            whole += weight * factor * (1 - inside / (inside + len(objects) * outside)) ** 2
+    return whole / sum(weight for _, _, weight in objects)
+
+
+def slow_winwinlay(maps: Maps, objects: Objects) -> float:
+    whole = 0.0
+    for boxes, tokens, weight in objects:
+        for probs in maps.values():
+            heads, h, w, _ = probs.shape
+            mask = coverage(boxes, h, w)
+            (x, wide), (y, tall) = (moments([sum(line) for line in some]) for some in (zip(*mask, strict=True), mask))
+            bell = {
+                (r, c): math.exp(
+                    -(((c + 0.5) / w - x) ** 2 / (0.7 * 3**0.5 * wide) ** 2) / 2
+                    - (((r + 0.5) / h - y) ** 2 / (0.7 * 3**0.5 * tall) ** 2) / 2
+                )
+                for r, c in cells(h, w)
+            }
+            for head in range(heads):
+                found = {(r, c): sum(float(probs[head, r, c, k]) for k in tokens) for r, c in cells(h, w)}
+                total = sum(found.values())
+                inside = sum(found[r, c] * mask[r][c] for r, c in found) / total
+                away = sum(
+                    found[at] / total * math.log(found[at] / total / max(bell[at] / sum(bell.values()), 1e-8))
+                    for at in found
+                )
+                whole += weight * ((1 - inside) ** 2 + 0.5 * away) / (heads * len(maps))
+    return whole / sum(weight for _, _, weight in objects)
+
+
+def slow_ilgd(maps: Maps, objects: Objects) -> float:
+    whole = 0.0
+    for boxes, tokens, weight in objects:
+        losses = []
+        for (h, w), mean in by_grid(maps).items():
+            mask, loss = coverage(boxes, h, w), 0.0
+            for r, c in cells(h, w):
+                value = sum(mean[r][c][k] for k in tokens) / len(tokens)
+                loss += value * (1 - mask[r][c]) - value * mask[r][c] + mask[r][c]
+            losses.append(loss)
+        whole += weight * sum(losses) / len(losses)
+    return whole / sum(weight for _, _, weight in objects)
+
+
+BETWEEN = ("relation", "self_cross", "conform")
+"""Objectives that one object alone gives nothing to do."""
 SLOW: dict[str, Callable[[Maps, Objects], float]] = {
     "inside": slow_inside,
     "extent": slow_extent,
@@ -405,14 +561,20 @@ SLOW: dict[str, Callable[[Maps, Objects], float]] = {
     "relation": slow_relation,
     "rnb": slow_rnb,
     "tradiffusion": slow_tradiffusion,
+    "self_refocusing": slow_self_refocusing,
+    "self_cross": slow_self_cross,
+    "conform": slow_conform,
+    "bounded_attention": slow_bounded_attention,
+    "winwinlay": slow_winwinlay,
+    "ilgd": slow_ilgd,
 }
 
 
 @pytest.mark.parametrize("spread", [0.5, 2.0])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_equals_a_slow_formula(name: str, spread: float) -> None:
-    layout, maps = layout_by_hand(), random_maps(spread)
     objective = OBJECTIVES[name]
+    layout, maps = layout_by_hand(), random_maps(spread, kinds=kinds_of(objective))
     found = objective(kept(objective, maps, layout), layout)
     expected = [SLOW[name]({s: p[b] for s, p in maps.items()}, objects) for b, objects in enumerate(OBJECTS)]
     assert found.dtype == torch.float64
@@ -458,8 +620,9 @@ def test_mass_inside_equals_a_slow_formula_for_each_kind_of_keep() -> None:
 
 
 def test_padding_of_objects_has_no_part_in_a_loss() -> None:
-    layout, maps = layout_by_hand(), random_maps()
+    layout = layout_by_hand()
     for objective in OBJECTIVES.values():
+        maps = random_maps(kinds=kinds_of(objective))
         whole = objective(kept(objective, maps, layout), layout)
         for b, objects in enumerate(OBJECTS):
             count = len(objects)
@@ -531,7 +694,7 @@ def test_the_gradient_equals_finite_differences(unet: UNet, name: str) -> None:
     gradient, (value, _, _) = evaluate(x, unet.forward, bound, record, (), t, context, layout, layout.inputs())
     torch.testing.assert_close(value, loss(x))
     steepest = gradient.abs().amax(dim=(1, 2, 3))
-    assert steepest[0] > 1e-8 and (steepest[1] > 1e-8 or name == "relation")  # the second image has no relation
+    assert steepest[0] > 1e-8 and (steepest[1] > 1e-8 or name in BETWEEN)  # the second image has one object
     for _ in range(2):
         direction = torch.randn_like(x)
         expected = slopes(loss, x, direction)
@@ -800,7 +963,7 @@ def test_objectives_are_values() -> None:
         a.settings = b.settings  # type: ignore[misc]
 
 
-PLAIN = ("attend_and_excite", "boxdiff", "refocusing", "rnb")
+PLAIN = ("attend_and_excite", "boxdiff", "refocusing", "rnb", "self_refocusing", "self_cross", "bounded_attention")
 
 
 def test_published_settings() -> None:
@@ -854,7 +1017,7 @@ def layouts(draw: st.DrawFn) -> tuple[tuple[int, int], list[PlacedObject], int]:
     return grid, regions, draw(st.integers(0, 1000))
 
 
-def can_move(name: str, mask: Tensor, probs: Tensor, regions: list[PlacedObject], loss: float) -> bool:
+def can_move(name: str, mask: Tensor, maps: Maps, regions: list[PlacedObject], loss: float) -> bool:
     """Whether the loss can decrease by changing the maps.
 
     With a mask that is equal in all cells (the whole picture; a grid of one cell), the attention inside does not depend
@@ -868,9 +1031,11 @@ def can_move(name: str, mask: Tensor, probs: Tensor, regions: list[PlacedObject]
         return loss > 1e-6 and mask.shape[2] > 1
     if name == "extent":  # one cell has one centre and one size
         return mask[0].numel() > 1
+    if name in ("conform", "self_refocusing", "winwinlay", "bounded_attention"):  # one cell has all attention
+        return loss > 1e-6 and mask[0].numel() > 1
     if name == "rnb":
         objects: Objects = [(list(region.boxes), region.tokens, region.weight) for region in regions]
-        parts = slow_rnb_parts({SITE: probs}, objects)
+        parts = slow_rnb_parts({site: probs.detach()[0] for site, probs in maps.items()}, objects)
         return any(bool(free) and on_grid[0][0] < 0.849 for free, (_, on_grid) in zip(uneven, parts, strict=True))
     return loss > 1e-6
 
@@ -886,16 +1051,20 @@ def test_loss_and_gradient_are_finite_and_move_what_can_be_moved(
     made = make_layout([regions], [WIDE - 2], WIDE, [grid], relations=related)
     layout = Layout({grid: made.masks[grid].double()}, *(value.double() for value in made[1:]))
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(1, HEADS, *grid, WIDE, generator=generator, dtype=torch.float64).requires_grad_()
-    site = SITE
-    probs = logits.softmax(-1)
     objective = OBJECTIVES[name]
-    loss = objective({site: objective.keep(site, probs, layout.inputs())}, layout)
-    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    logits = {
+        replace(SITE, kind=kind): torch.randn(
+            *(1, HEADS, *grid, WIDE if kind == "cross" else math.prod(grid)), generator=generator, dtype=torch.float64
+        ).requires_grad_()
+        for kind in kinds_of(objective)
+    }
+    probs = {site: one.softmax(-1) for site, one in logits.items()}
+    loss = objective(kept(objective, probs, layout), layout)
+    gradients = torch.autograd.grad(loss.sum(), list(logits.values()))
     assert loss.isfinite().all()
-    assert gradient.isfinite().all()
-    if can_move(name, layout.masks[grid][0], probs.detach()[0], regions, loss.item()):
-        assert gradient.abs().max() > 0
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    if can_move(name, layout.masks[grid][0], probs, regions, loss.item()):
+        assert max(gradient.abs().max() for gradient in gradients) > 0
 
 
 def test_nothing_is_to_be_won_where_the_box_is_the_whole_picture() -> None:
@@ -916,13 +1085,14 @@ def test_a_box_at_the_edge_and_a_full_one_are_finite_in_float32() -> None:
     ]
     for grid in ((1, 1), (1, 4), (2, 4), (8, 8)):
         layout = make_layout([regions], [7], LENGTH, [grid])
-        logits = (4 * torch.randn(1, 2, *grid, LENGTH)).requires_grad_()
+        shapes = {"cross": (1, 2, *grid, LENGTH), "self": (1, 2, *grid, math.prod(grid))}
+        logits = {kind: (4 * torch.randn(shape)).requires_grad_() for kind, shape in shapes.items()}
         for objective in OBJECTIVES.values():
-            kept_map = objective.keep(SITE, logits.softmax(-1), layout.inputs())
-            loss = objective({SITE: kept_map}, layout)
-            (gradient,) = torch.autograd.grad(loss.sum(), logits)
+            some = {replace(SITE, kind=kind): logits[kind].softmax(-1) for kind in kinds_of(objective)}
+            loss = objective(kept(objective, some, layout), layout)
+            gradients = torch.autograd.grad(loss.sum(), [logits[kind] for kind in kinds_of(objective)])
             assert loss.isfinite().all()
-            assert gradient.isfinite().all()
+            assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_masks_have_a_name_for_each_grid() -> None:
