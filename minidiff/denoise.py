@@ -23,6 +23,7 @@ class Denoise:
     behind the other in L; NaN where an image has fewer.
     interval: the noise levels (low, high], in sigma, in which the scale acts; outside, only the conditional half runs.
     every: the deep layers run in every n-th call, and their last result is reused in the others.
+    halves: return the unconditional output before the guided one, [2B,C,h,w], where the scale acts.
     watch: what is recorded for guidance, of which no maps are returned; not together with record, weights or every.
     """
 
@@ -39,8 +40,9 @@ class Denoise:
         interval: Sequence[float] | None = None,
         every: int = 1,
         watch: Watch | None = None,
+        halves: bool = False,
     ) -> None:
-        self.both = scale != 1 or weights is not None
+        self.both = halves or scale != 1 or weights is not None
         self.watch = watch
         if self.both and interval is not None and record is not None and record.rows != "cond":
             raise ValueError(
@@ -52,7 +54,7 @@ class Denoise:
             edits = tuple(replace(edit, rows=_only_rows("edit", edit.rows)) for edit in edits)
         self.model, self.contexts, self.scale, self.rescale = model, contexts, scale, rescale
         self.record, self.edits, self.inputs, self.weights = record, edits, inputs, weights
-        self.interval, self.every = interval, every
+        self.interval, self.every, self.halves = interval, every, halves
         self._reused: dict[int, _Reused] = {}  # by text
         self._context = contexts[0]
 
@@ -72,7 +74,7 @@ class Denoise:
         inside = self.interval is None or self.interval[0] < sigma <= self.interval[1]
         if self.weights is not None:
             uncond, cond, maps = self._composed(x, t, context, edits, inputs)
-            return (guided(uncond, cond, self.scale, self.rescale) if inside else cond), maps
+            return (self._guided(uncond, cond) if inside else cond), maps
         halves = self.both and inside
         if self.both and not inside:  # the conditional half alone
             context, edits = context[len(x) :], tuple(_alone(edits))
@@ -86,7 +88,11 @@ class Denoise:
         if not halves:
             return output, maps
         uncond, cond = output.chunk(2)
-        return guided(uncond, cond, self.scale, self.rescale), maps
+        return self._guided(uncond, cond), maps
+
+    def _guided(self, uncond: Tensor, cond: Tensor) -> Tensor:
+        found = guided(uncond, cond, self.scale, self.rescale)
+        return torch.cat([uncond, found]) if self.halves else found
 
     def _run(
         self,

@@ -73,7 +73,8 @@ class Request:
     width, height: in pixels, multiples of the autoencoder's factor (8 in SD 1.5); default: the UNet's training size.
     steps: sampling steps; or `timesteps` (descending, 0 to 999) or `sigmas` (descending to 0, one more than steps).
     guidance_scale: w in eps_uncond + w * (eps_cond - eps_uncond) (Ho and Salimans 2022, eq. 6), at least 1; 1 runs the
-        conditional half only.
+        conditional half only. In [0,1] with the samplers of CFG++ (Chung et al. 2024), "ddim_cfg_pp", "euler_cfg_pp",
+        "euler_ancestral_cfg_pp", "dpmpp_2m_cfg_pp" and "dpmpp_2s_ancestral_cfg_pp": default 0.6, about a plain 7.5.
     guidance_rescale: in [0,1], how far to rescale the guided prediction to the standard deviation of the conditional
         one (Lin et al. 2023, eq. 15-16).
     guidance_interval: (low, high) in noise levels sigma: guidance_scale acts where low < sigma <= high, and elsewhere

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -110,9 +111,7 @@ def _numbers(request: Request) -> None:
                 f"steps is {request.steps} but {name} make {len(values) - more} steps; omit steps, or make them agree"
             )
     if request.guidance_scale is not None:
-        # diffusers treats less as 1; by the formula, less would push the image away from the prompt
-        expected = "a number of at least 1 (1 turns guidance off, 7.5 is usual)"
-        _set(request, "guidance_scale", number("guidance_scale", request.guidance_scale, 1, expected=expected))
+        _scale(request)
     for name in ("guidance_rescale", "eta"):
         _set(request, name, number(name, getattr(request, name), 0, 1))
     _shortcuts(request)
@@ -122,6 +121,17 @@ def _numbers(request: Request) -> None:
         _set(request, "seed", _read_seeds("seed", request.seed, request.images))
     if request.vary is not None:
         _vary(request)
+
+
+def _scale(request: Request) -> None:
+    sampler = request.sampler
+    name = read_sampler(sampler, request.schedule)[0] if isinstance(sampler, str) else ""
+    if name.endswith("_cfg_pp") or getattr(sampler, "cfg_pp", False):
+        least, most = 0.0, 1.0
+        expected = "a number from 0 to 1, since the sampler is CFG++ (0.6 is usual, about 7.5 with other samplers)"
+    else:  # diffusers treats less than 1 as 1; by the formula, less would push the image away from the prompt
+        least, most, expected = 1.0, math.inf, "a number of at least 1 (1 turns guidance off, 7.5 is usual)"
+    _set(request, "guidance_scale", number("guidance_scale", request.guidance_scale, least, most, expected))
 
 
 def _vary(request: Request) -> None:

@@ -22,6 +22,9 @@ from .networks.sites import Position, Site, picture_name
 from .request import Request
 from .sampling import Sampler, choose_sampler, sampler_fields
 
+CFG_PP_SCALE = 0.6
+"""The default of CFG++, which Chung et al. 2024 compare with a plain scale of 7.5."""
+
 
 def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance | None]:
     """The request with its defaults filled in, its sampler, and its guidance.
@@ -37,12 +40,13 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
     custom = request.timesteps is not None or request.sigmas is not None
     width, height = _size(request, model)
     _check_memory(model, width, height, request.images)
+    scale = CFG_PP_SCALE if sampler.cfg_pp else defaults.guidance_scale
     values = {
         "model": model,
         "width": width,
         "height": height,
         "steps": None if custom else defaults.steps if request.steps is None else request.steps,
-        "guidance_scale": defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        "guidance_scale": scale if request.guidance_scale is None else request.guidance_scale,
         **counted_seeds(request),
         **({} if request.image is None else {"strength": _strength(request)}),
         **sampler_fields(sampler),

@@ -78,7 +78,7 @@ def sample_steps(request: Request) -> Run:
     schedule = begun.schedule
     warn_unused(request, schedule.steps)
     texts = Texts.of(request, model, schedule.steps)
-    both = scale > 1 or texts.weights is not None  # uncond and cond
+    both = scale > 1 or sampler.cfg_pp or texts.weights is not None  # uncond and cond
     if texts.any_negative and not both:
         warn("the negative prompt has no effect at guidance_scale 1")
     there = model.unet.positions(*shape[1:])
@@ -109,8 +109,9 @@ def sample_steps(request: Request) -> Run:
     every = request.cache_interval
     alone = record is None and texts.weights is None and every == 1 and len(contexts) == 1
     watch = _watch(guide) if guide is not None and alone else None
+    interval, halves = request.guidance_interval, sampler.cfg_pp
     denoise = Denoise(
-        model, contexts, scale, rescale, record, edits, given, texts.weights, request.guidance_interval, every, watch
+        model, contexts, scale, rescale, record, edits, given, texts.weights, interval, every, watch, halves
     )
     used = {
         "seed": tuple(s if request.latents is None or sampler.stochastic else None for s in _seeds(request)),

@@ -95,8 +95,10 @@ _FIELD: Mapping[str, str] = MappingProxyType(
         "tcd": "TCD",
         "er_sde": "er_sde",
         "res_multistep": "res_multistep",
-        "euler_cfg_pp": "euler_cfg_pp",
-        "euler_ancestral_cfg_pp": "euler_ancestral_cfg_pp",
+        "euler_cfg_pp": "Euler CFG++",
+        "euler_ancestral_cfg_pp": "Euler a CFG++",
+        "dpmpp_2m_cfg_pp": "DPM++ 2M CFG++",
+        "dpmpp_2s_ancestral_cfg_pp": "DPM++ 2S a CFG++",
         "ddim_cfg_pp": "DDIM CFG++",
     }
 )

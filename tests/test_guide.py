@@ -598,7 +598,10 @@ def test_a_phrase_without_a_place_is_enough_where_no_box_is_read(tiny_model: Mod
 # ---- samplers, sizes, options
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler",
+    [pytest.param(name, marks=[pytest.mark.slow] if name.endswith("_cfg_pp") else []) for name in SAMPLERS],
+)
 def test_every_sampler_is_guided(tiny_model: Model, sampler: str) -> None:
     shared = {"model": tiny_model, "steps": 5, "sampler": sampler, "seed": 1, "output": "latents", "boxes": CAT}
     found = minidiff.generate("a cat", guidance=STRONG, **shared)
@@ -610,7 +613,7 @@ def test_every_sampler_is_guided(tiny_model: Model, sampler: str) -> None:
     assert found.reports[0].mass[0, 0] > found.reports[0].first_mass[0]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if not name.endswith("_cfg_pp")])
 def test_one_rule_moves_what_the_network_sees_with_every_sampler(tiny_model: Model, sampler: str) -> None:
     """x_vp - scale * (1 - abar) * grad, with abar of the sampler's own sigma."""
     guidance = Guidance(scale=500.0, threshold=0.0, iterations=1, steps=1)

@@ -274,7 +274,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale",
         type=float,
         metavar="W",
-        help="how strongly to follow the prompt; 1 turns guidance off (default: the model's)",
+        help="how strongly to follow the prompt; 1 turns guidance off; 0 to 1 with CFG++ (default: the model's)",
     )
     add("--guidance-rescale", type=float, metavar="R", help="0 to 1, reduces overexposure at large scales (default: 0)")
     add(

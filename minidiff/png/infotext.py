@@ -31,6 +31,7 @@ _NOT_UNIFORM = (
     *("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"),
     *("dpmpp_sde", "dpmpp_2s_ancestral", "dpm2", "dpm2_ancestral"),
 )
+_CFG_PP = {"ddim_cfg_pp": 12.5}  # samplers for which A1111 divides the CFG scale that it writes
 _LONGEST = 1_000_000  # characters of a text; A1111's hold a few thousand
 _NUMBERS: tuple[tuple[str, str, Callable[[str, object, float, float], float], float, float], ...] = (
     ("Steps", "steps", whole, 1, 10_000),
@@ -98,7 +99,11 @@ def parse_infotext(text: str) -> tuple[dict[str, Value], dict[str, str]]:
     if emphases:
         arguments |= {"syntax": "a1111", "emphasis": str(emphases[0])}
         del rest["Emphasis"]
-    return arguments | _take_sampler(rest) | _take_numbers(rest) | model, rest
+    arguments |= _take_sampler(rest) | _take_numbers(rest)
+    if arguments.get("sampler") in _CFG_PP:
+        scale = _scaled(arguments.get("guidance_scale"), 1 / _CFG_PP[str(arguments["sampler"])])
+        arguments |= {} if scale is None else {"guidance_scale": scale}
+    return arguments | model, rest
 
 
 def _broken(line: str) -> list[str]:
@@ -121,7 +126,7 @@ def _settings(arguments: Mapping[str, object]) -> dict[str, object]:
         "Steps": get("steps"),
         "Sampler": a1111_sampler(sampler, schedule) if isinstance(sampler, str) and sampler else None,
         "Schedule type": _schedule_type(sampler, schedule),
-        "CFG scale": get("guidance_scale"),
+        "CFG scale": _scaled(get("guidance_scale"), _CFG_PP.get(str(sampler), 1)),
         "Seed": seed,
         "Size": None if get("width") is None or get("height") is None else f"{get('width')}x{get('height')}",
         "Model hash": None,  # its place in the line
@@ -134,6 +139,13 @@ def _settings(arguments: Mapping[str, object]) -> dict[str, object]:
         "Emphasis": _EMPHASIS.get(get("emphasis") or "a1111") if get("syntax") == "a1111" else None,
         "RNG": None if seed is None else "CPU",  # with this option, A1111 draws the same noise as we do
     }
+
+
+def _scaled(scale: object, by: float) -> float | None:
+    """In the other program's units, without the digits that the division adds."""
+    if not isinstance(scale, int | float):
+        return None
+    return scale if by == 1 else round(scale * by, 6)
 
 
 def _hashes(adapters: object) -> dict[str, str]:

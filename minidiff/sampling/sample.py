@@ -16,7 +16,8 @@ from minidiff.sampling.spacing import Schedule
 if TYPE_CHECKING:
     from minidiff.networks.sites import Site
 
-    # (x, variance preserving, [B,C,h,w]; t, float32 []; sigma; step) -> (network output [B,C,h,w], recorded maps)
+    # (x, variance preserving, [B,C,h,w]; t, float32 []; sigma; step) -> (network output [B,C,h,w], recorded maps); the
+    # output for CFG++ may be [unconditional, guided], [2B,C,h,w]
     Denoise = Callable[[Tensor, Tensor, float, int], tuple[Tensor, dict[Site, Tensor]]]
     # (x, variance preserving, [B,C,h,w]; t, float32 []; abar; step) -> moved x, a new tensor
     Refine = Callable[[Tensor, Tensor, float, int], Tensor]
@@ -103,9 +104,9 @@ def _steps(
             moved = _like(refine(x_vp, t, schedule.abar(call), index), x_vp, "refine")
             x, x_vp = x + (moved.to(work) - x_vp.to(work)) * growth, moved
         output, maps = denoise(x_vp, t, sigma, index)
-        output = _like(output, x_vp, "denoise").to(work)
-        seen.append((call, x_vp, output, maps))
-        return x, output
+        guided = output[len(x) :] if sampler.cfg_pp and len(output) == 2 * len(x) else output
+        seen.append((call, x_vp, _like(guided, x_vp, "denoise").to(work), maps))
+        return x, output.to(work)
 
     def fresh() -> Tensor:
         assert noise is not None  # checked by sample()

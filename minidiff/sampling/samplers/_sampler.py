@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Ask = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """(x [B,C,h,w] in the schedule's space, number of the call) -> (x, moved if guidance moves it; the network's output
-for it, eps or v)."""
+for it, eps or v; the unconditional and the guided one [2B,C,h,w] for CFG++)."""
 ConfigValues = Mapping[str, tuple[object, ...]]
 Draw = Callable[[], Tensor]
 """() -> fresh unit noise [B,C,h,w]."""
@@ -46,6 +46,7 @@ class Sampler(ABC):
     fractions: whether it accepts fractional timesteps.
     settings: other settings of this algorithm in diffusers' config, with the values that are implemented here.
     zero_snr: the last abar of a model trained up to pure noise, as in diffusers; None if its scheduler ignores that.
+    cfg_pp: whether it steps by CFG++, for which `ask` returns both halves of classifier-free guidance.
     guided_calls: the number of calls per step before which layout guidance moves x.
     calls_per_step: calls of the network in a step that is neither the first nor the last.
     """
@@ -55,6 +56,7 @@ class Sampler(ABC):
     fractions: ClassVar[bool] = False
     settings: ClassVar[ConfigValues] = {}
     zero_snr: ClassVar[float | None] = None
+    cfg_pp: ClassVar[bool] = False
     guided_calls: ClassVar[int] = 2
     calls_per_step: ClassVar[int] = 1
     spacing: str | None = None
