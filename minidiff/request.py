@@ -42,6 +42,7 @@ BUNDLED = "minidiff/shapes"
 _QUIET = (
     "syntax",
     "cache_interval",
+    "tries",
     "base_weight",
     "images_per_prompt",
     "fit",
@@ -90,6 +91,9 @@ class Request:
     seed: of the first image, counting up for the rest; or one per image. None draws one, which the result reports.
     vary: (seed, strength in [0,1]) moves the starting noise towards another seed's, which counts up while `seed` then
         stays: images much alike, as by A1111's variation seed. Or one such seed per image.
+    tries: of so many start noises, each image takes the one in which guidance's first look finds the least loss; 1
+        (default) takes that of its seed. The others are those of its seed + 10,000, + 20,000, ...; the result has the
+        seed that was taken, which makes the image again without a search. Each costs a third of a step.
     images_per_prompt: images of the same prompt are adjacent. Image i of a batch equals, within 1/255 in float32, the
         image made alone from its seed.
     latents: initial latents instead of noise, [images,4,h,w] of unit variance.
@@ -155,6 +159,7 @@ class Request:
     eta: float = 0.0
     seed: int | Sequence[int] | None = None
     vary: tuple[int | Sequence[int], float] | None = None
+    tries: int = 1
     images_per_prompt: int = 1
     latents: Tensor | None = None
     image: Picture | str | Path | Sequence[Picture | str | Path] | None = None

@@ -18,6 +18,7 @@ FITS = ("resize", "crop", "pad")
 OUTPUTS = ("pil", "numpy", "tensor", "latents")
 REDUCTIONS = ("mean", "last", "per_step")
 MOST_IMAGES = 10_000  # per call: the latents alone take 650 MB at 512x512
+MOST_TRIES = 1000
 _LAST_SEED = 2**64 - 1  # the largest that torch.Generator takes
 
 
@@ -121,6 +122,14 @@ def _numbers(request: Request) -> None:
         _set(request, "seed", _read_seeds("seed", request.seed, request.images))
     if request.vary is not None:
         _vary(request)
+    _set(request, "tries", whole("tries", request.tries, 1, MOST_TRIES))
+    if request.tries > 1 and request.latents is not None:
+        raise ValueError("got both tries and latents; expected one of them, since tries chooses the noise of a seed")
+    if request.tries > 1 and (not (request.boxes or request.relations) or request.guidance == "none"):
+        raise ValueError(
+            f"tries is {request.tries} but nothing is guided; expected boxes or relations, and a guidance other than "
+            '"none", whose first look chooses the noise'
+        )
 
 
 def _scale(request: Request) -> None:

@@ -31,6 +31,7 @@ from .sampling import SamplerStep, Schedule, sample
 from .speed.accelerate import compile_whole, is_compiled
 from .speed.replace import changed_weights
 from .texts import Texts
+from .tries import Seeds, best_seeds
 from .weights.load import load
 
 ATTENTION = Record(SECOND_COARSEST, HEAD_MEAN)
@@ -66,17 +67,21 @@ def sample_steps(request: Request) -> Run:
     recorded (`maps`, with `attention`) and what guidance evaluated (`report`, a tuple of Evaluation). Texts are encoded
     immediately; the UNet runs when a step is requested.
     """
-    started, given_request = time.perf_counter(), request
+    started = time.perf_counter()
     model = request.model if isinstance(request.model, Model) else load(request.model)
+    return _run(request, model, {"load": time.perf_counter() - started})
+
+
+def _run(given_request: Request, model: Model, timings: Mapping[str, float]) -> Run:
+    """The run, with its texts encoded; with `tries`, that of each image's best seed."""
     loaded = time.perf_counter()
-    request, sampler, how = resolve(request, model)
-    schedule = sampler.schedule(model.noise, request.steps, timesteps=request.timesteps, sigmas=request.sigmas)
+    request, sampler, how = resolve(given_request, model)
+    every_step = sampler.schedule(model.noise, request.steps, timesteps=request.timesteps, sigmas=request.sigmas)
     scale, shape = request.guidance_scale, latent_shape(request, model)
     assert scale is not None  # resolved
     noise = Noise.of(request, shape)
-    begun = begin(request, model, sampler, schedule, noise)
+    begun = begin(request, model, sampler, every_step, noise)
     schedule = begun.schedule
-    warn_unused(request, schedule.steps)
     texts = Texts.of(request, model, schedule.steps)
     both = scale > 1 or sampler.cfg_pp or texts.weights is not None  # uncond and cond
     if texts.any_negative and not both:
@@ -105,6 +110,17 @@ def sample_steps(request: Request) -> Run:
             check_places(how, regions)
             told = [(encoded[one][-texts.images :], layouts[one], inputs[one]) for one in each_step]
             guide = _guide(model, how.of_run(schedule.steps, there), told, regions, edits)
+    if request.tries > 1 and guide is not None:
+
+        def start(seeds: Seeds) -> Tensor:
+            of_try = Noise.of(request.filled({"seed": seeds}), shape)
+            return begin(request, model, sampler, every_step, of_try).latents.to(model.device)
+
+        best = best_seeds(_seeds(request), request.tries, start, guide, schedule)
+        return _run(
+            given_request.filled({"seed": best, "tries": 1}), model, {**timings, "tries": time.perf_counter() - loaded}
+        )
+    warn_unused(request, schedule.steps)
     rescale = request.guidance_rescale
     every = request.cache_interval
     alone = record is None and texts.weights is None and every == 1 and len(contexts) == 1
@@ -118,7 +134,7 @@ def sample_steps(request: Request) -> Run:
         "guidance": None if guide is None and request.guidance is None else "none" if how is None else how,
         "attention": _recorded(model, record, there),
     }
-    timings = {"load": loaded - started, "text": time.perf_counter() - loaded}
+    timings = {**timings, "text": time.perf_counter() - loaded}
     fresh = noise if sampler.stochastic else None
     refine = None if guide is None else guide.refine
     steps = sample(denoise, begun.latents.to(model.device), schedule, sampler, refine, fresh, begun.hold)

@@ -159,6 +159,12 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SEED=STRENGTH",
         help="move the noise of --seed towards another seed's, by 0 to 1; that seed counts up and --seed stays",
     )
+    add(
+        "--tries",
+        type=read_positive,
+        metavar="N",
+        help="of N start noises, take the one that suits the boxes or relations best before guidance (default: 1)",
+    )
     add("--images", dest="images_per_prompt", type=int, metavar="N", help="images per prompt (default: 1)")
     add(
         "--out",
