@@ -145,9 +145,8 @@ def rows(model: str, cell: Cell, some: Sequence[Scene]) -> list[Row]:
     found = []
     boxed = [one for one in some if one.relation is None]
     related = [one for one in some if one.relation is not None]
-    for group in (boxed, related):
-        for start in range(0, len(group), BATCH):
-            batch = tuple(group[start : start + BATCH])
+    for batch in (tuple(boxed), tuple(related)):
+        if batch:
             plain = _plain(model, batch, seed)
             drawn = plain if name == "none" else draw(_model(model), batch, methods()[name], passes, seed)
             drift = (drawn.images - plain.images).square().mean(dim=(1, 2, 3)).sqrt().tolist()
@@ -336,7 +335,7 @@ def _draw_missing(args: argparse.Namespace) -> None:
             for passes in _levels(args, method) if name in (args.only or methods()) else ():
                 own = [one for one in some if plays(name, one)]
                 own = [one for one in own if (name, passes, seed, one.split, one.number) not in there]
-                todo += [((name, passes, seed), own)] if own else []
+                todo += [((name, passes, seed), own[at : at + BATCH]) for at in range(0, len(own), BATCH)]
     print(f"{len(todo)} cells to draw, {len(there)} pictures there", flush=True)
     before = time.perf_counter()
     with args.results.open("a", encoding="utf-8") as file:

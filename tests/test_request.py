@@ -41,6 +41,7 @@ WRONG = {
     "eta": [2, "1", None],
     "seed": [-1, 2**64, 1.5, "1", [1, 2], True],
     "vary": [3, (3,), (3, 2), (-1, 0.5), ([1, 2], 0.5), "3", {3: 1}],
+    "tries": [0, 1.5, 2, 10**9],
     "images_per_prompt": [0, 1.5, 10**9],
     "latents": [3, torch.zeros(4, 8, 8), torch.zeros(1, 4, 8, 8, dtype=torch.int64), torch.full((1, 4, 8, 8), np.nan)],
     "image": [7, "no/such.png", [], [None], {"tensor": {}}, np.zeros((4, 4)), [[1]]],

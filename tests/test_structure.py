@@ -17,7 +17,7 @@ FLOORS = [
     {"sampling", "guidance", "prompts", "recorded", "speed", "draw", "pictures", "safety", "image_adapter"},
     {"model"},
     {"weights", "png", "result", "request", "request_checks", "asked"},
-    {"resolve", "texts", "denoise", "noise"},
+    {"resolve", "texts", "denoise", "noise", "tries"},
     {"canvas"},
     {"run"},
     {"looking", "inversion"},
