@@ -2,6 +2,9 @@
 
 from . import draw as draw
 from .guidance.edits import (
+    attention_injection as attention_injection,
+    bounded_attention as bounded_attention,
+    dense_diffusion as dense_diffusion,
     forward_guidance as forward_guidance,
     regional_prompting as regional_prompting,
     reweight as reweight,

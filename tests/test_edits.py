@@ -1,5 +1,6 @@
 """Attention edits equal slow loops over their formulas, and change nothing else."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -139,6 +140,104 @@ def test_a_strong_bias_shuts_the_outside_out(tiny_model: Model) -> None:
         outside[strength] = result.attention["cat"][0, :, 2:].max()  # the box ends in the middle of 4 columns
     assert outside[20.0] < 1e-8
     assert outside[20.0] < outside[4.0] < 0.1 * outside[0.0]
+
+
+# ---- published edits of logits
+
+
+GRID = (4, 6)
+PIXELS = [(r, c) for r in range(4) for c in range(6)]
+
+
+def cells_of(place: PlacedObject) -> set[tuple[int, int]]:
+    mask = place.coverage(GRID)
+    return {(r, c) for r, c in PIXELS if float(mask[r, c]) >= float(mask.max()) / 2}
+
+
+def given(kind: str, t: float) -> tuple[Site, Tensor, dict[str, Tensor]]:
+    """A site, logits at it, and what an edit reads in a step."""
+    site, length = replace(SITE, kind=kind), LENGTH if kind == "cross" else len(PIXELS)
+    logits = 2 * torch.randn(3, 2, *GRID, length)
+    return site, logits, {"t": torch.tensor(t), "sigma": torch.tensor(3.5), **layout_on(*GRID).inputs()}
+
+
+@pytest.mark.parametrize(("kind", "t"), [("cross", 900.0), ("self", 900.0), ("cross", 690.0)])
+def test_dense_diffusion_equals_a_slow_formula(kind: str, t: float) -> None:
+    site, logits, inputs = given(kind, t)
+    found = minidiff.dense_diffusion().logits(site, logits, inputs)
+    weight, expected = (1.0 if kind == "cross" else 0.3) * (t / 1000) ** 5 * (t >= 700), logits.clone()
+    for b, some in enumerate(REGIONS):
+        masks = [cells_of(one) for one in some]
+        named = {k for one in some for k in one.tokens}
+        for r, c in PIXELS:
+            own = [o for o, mask in enumerate(masks) if (r, c) in mask]
+            if kind == "cross":
+                near = {k for o in own for k in some[o].tokens}
+                every = set(range(LENGTH)) if own else named
+            else:
+                near = {PIXELS.index(at) for o in own for at in masks[o]}
+                every = set(range(len(PIXELS))) if own else set()
+            free = 1 - sum(len(masks[o]) for o in own) / len(PIXELS)
+            for head in range(2):
+                row = logits[b, head, r, c]
+                for k in every:
+                    up = row.max() - row[k] if k in near else row.min() - row[k]
+                    expected[b, head, r, c, k] += weight * free * up
+    torch.testing.assert_close(found, expected)
+
+
+def test_attention_injection_equals_a_slow_formula() -> None:
+    site, logits, inputs = given("cross", 900.0)
+    found, expected = minidiff.attention_injection(0.5).logits(site, logits, inputs), logits.clone()
+    for b, some in enumerate(REGIONS):
+        most = float(logits[b].max())
+        for r, c in PIXELS:
+            for k in range(LENGTH):
+                mask = max((float(one.coverage(GRID)[r, c]) for one in some if k in one.tokens), default=0.0)
+                expected[b, :, r, c, k] += 0.5 * math.log(4.5) * most * mask
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("kind", ["cross", "self"])
+def test_bounded_attention_equals_a_slow_formula(kind: str, guided: bool) -> None:
+    site, _, inputs = given(kind, 900.0)
+    inputs |= {"guided": torch.ones(())} if guided else {}
+    found = minidiff.bounded_attention()[0].bias(site, GRID, inputs).expand(3, 1, *GRID, -1)
+    for b, some in enumerate(REGIONS):
+        masks = [cells_of(one) for one in some]
+        for r, c in PIXELS:
+            inside = [mask for mask in masks if (r, c) in mask]
+            for k in range(found.shape[-1]):
+                if kind == "self":
+                    there = any(PIXELS[k] in mask for mask in masks)
+                    seen = not inside or not there or any(PIXELS[k] in mask for mask in inside)
+                elif k == 6:  # the end marker
+                    seen = guided or bool(inside)
+                else:
+                    owners = [mask for one, mask in zip(some, masks, strict=True) if k in one.tokens]
+                    seen = not owners or any((r, c) in mask for mask in owners) or (guided and not inside)
+                assert float(found[b, 0, r, c, k]) == (0 if seen else -1e4)
+
+
+PUBLISHED = {
+    "dense": (minidiff.dense_diffusion(),),
+    "injection": (minidiff.attention_injection(2.0),),
+    "bounded": minidiff.bounded_attention(),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_edits_draw_a_batch_as_single_pictures_and_go_with_guidance(tiny_model: Model, name: str) -> None:
+    prompts, layouts = [PROMPT, "two dogs"], [BOXES, {"dogs": (0, 0.3, 1, 1)}]
+    guidance = minidiff.Guidance(minidiff.bounded_attention_loss, threshold=0.0, iterations=1, steps=1)
+    shared = {"model": tiny_model, "steps": 2, "spacing": "trailing", "output": "latents", "edits": PUBLISHED[name]}
+    for how in ("none", guidance):
+        batch = minidiff.generate(prompts, boxes=layouts, seed=1, guidance=how, **shared)
+        plain = minidiff.generate(prompts, boxes=layouts, seed=1, guidance=how, **{**shared, "edits": ()})
+        assert relative_error(batch.latents, plain.latents) > 1e-4
+        alone = minidiff.generate(prompts[1], boxes=layouts[1], seed=2, guidance=how, **shared)
+        assert relative_error(batch.latents[1], alone.latents[0]) <= 1e-4
 
 
 # ---- word weights

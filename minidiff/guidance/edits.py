@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import number
-from ..networks.attention import Edit, Inputs, mask_name, read_input
-from ..networks.sites import Grid, Site, Where, cross
+from ..networks.attention import GUIDED, Edit, Inputs, mask_name, read_input
+from ..networks.sites import Grid, Site, Where, cross, self_
 from ..vocabulary import own_keywords
 
 Sites = Where | frozenset[Site]
@@ -69,6 +69,101 @@ class _Regional:
 
 
 @own_keywords
+def dense_diffusion(
+    cross_weight: float = 1.0,
+    self_weight: float = 0.3,
+    sites: Sites = cross | self_,
+    steps: int | tuple[int, int] | None = None,
+) -> Edit:
+    """Pull the logits of a mask's pixels to its own tokens and pixels up to the row's maximum, all others down to its
+    minimum, by weight * (1 - the mask's area) * (t / 1000)^5 of the way while t is at least 700.
+
+    Kim et al. 2023 ("Dense text-to-image generation with attention modulation"), eq. 3 to 6. Deviation: the paper's
+    masks cover the picture; outside of all masks only the objects' tokens are pulled, and self-attention is not.
+    """
+    weights = number("cross_weight", cross_weight, 0, 10.0), number("self_weight", self_weight, 0, 10.0)
+    return Edit(sites, logits=_Dense(*weights), steps=steps)
+
+
+@dataclass(frozen=True)
+class _Dense:
+    cross: float
+    self: float
+
+    def __call__(self, site: Site, logits: Tensor, inputs: Inputs) -> Tensor:
+        """logits [B,H,h,w,L]."""
+        masks, owned = (one.to(logits) for one in _masks((logits.shape[2], logits.shape[3]), inputs))
+        inside = _cells(masks)
+        there = inside.amax(dim=1)[..., None]  # [B,h,w,1]
+        area = torch.einsum("boyx,bo->byx", inside, inside.mean(dim=(2, 3))).clamp(max=1)[..., None]
+        targets = owned if site.kind == "cross" else inside.flatten(2)
+        own = torch.einsum("boyx,bol->byxl", inside, targets).clamp(max=1)
+        acts = torch.maximum(there, owned.amax(dim=1)[:, None, None]) if site.kind == "cross" else there
+        t = read_input(inputs, "t", "a step's")
+        when = (t / 1000) ** 5 * (t >= 700)
+        far = (getattr(self, site.kind) * when * (1 - area) * acts)[:, None]
+        most, least = logits.amax(dim=-1, keepdim=True), logits.amin(dim=-1, keepdim=True)
+        return logits + far.to(logits) * (torch.where(own[:, None] > 0, most, least) - logits)
+
+
+@own_keywords
+def attention_injection(strength: float = 0.75, sites: Sites = cross, steps: int | tuple[int, int] | None = 10) -> Edit:
+    """Add strength * ln(1 + sigma) * (the image's maximum logit) to the logits of each object's tokens in its mask.
+
+    Patel and Serkh 2024 (iLGD), after Balaji et al. 2022 ("eDiff-I"), section 4.3. Deviation: the maximum is an
+    image's own, so that it does not depend on the others of its batch. `guidance="ilgd"` is the paper's other half.
+    """
+    return Edit(sites, logits=_Injected(number("strength", strength, 0, 100.0)), steps=steps)
+
+
+@dataclass(frozen=True)
+class _Injected:
+    strength: float
+
+    def __call__(self, site: Site, logits: Tensor, inputs: Inputs) -> Tensor:
+        """logits [B,H,h,w,L]."""
+        masks, owned = _masks((logits.shape[2], logits.shape[3]), inputs)
+        inside = (masks[..., None] * owned[:, :, None, None]).amax(dim=1)[:, None]  # [B,1,h,w,L]
+        sigma = read_input(inputs, "sigma", "a step's")
+        return logits + (self.strength * sigma.log1p() * inside).to(logits) * logits.amax(
+            dim=(1, 2, 3, 4), keepdim=True
+        )
+
+
+def bounded_attention() -> tuple[Edit, Edit]:
+    """Masks so that an object sees neither another's words nor another's pixels, for `edits=`, in all steps.
+
+    Dahary et al. 2024 ("Be Yourself: Bounded attention"), section 4.2: an object's tokens are seen in its mask only,
+    while guiding also in the background; the end marker is seen in masks only, while guiding everywhere; a mask's
+    pixels see those of other masks nowhere, in the unconditional row too. Made for `guidance="bounded_attention"`.
+    Deviations: function words are not hidden, and masks are not refined by clusters of the self-attention.
+    """
+    return Edit(cross | self_, bias=_bounded), Edit(self_, bias=_bounded, rows="uncond")
+
+
+def _bounded(site: Site, grid: Grid, inputs: Inputs) -> Tensor:
+    """[B,1,h,w,L]."""
+    masks, owned = _masks(grid, inputs)
+    inside = _cells(masks)
+    there = inside.amax(dim=1)[..., None]  # [B,h,w,1]
+    if site.kind == "self":
+        flat = inside.flatten(2)
+        own = torch.einsum("boyx,bov->byxv", inside, flat)
+        hidden = there * flat.amax(dim=1)[:, None, None] * (own == 0)
+        return -_HIDDEN * hidden[:, None]
+    own = torch.einsum("boyx,bol->byxl", inside, owned) > 0
+    named = owned.amax(dim=1)[:, None, None]  # [B,1,1,L]
+    words = read_input(inputs, "words")
+    end = F.pad(words, (1, 0))[:, :-1] * (1 - words)  # right behind them
+    if GUIDED in inputs:
+        return -_HIDDEN * (named * ~own * there)[:, None]
+    return -_HIDDEN * torch.maximum(named * ~own, end[:, None, None] * (1 - there))[:, None]
+
+
+_HIDDEN = 1e4  # float16 holds it
+
+
+@own_keywords
 def reweight(sites: Sites = cross, steps: int | tuple[int, int] | None = None) -> Edit:
     """Multiply the attention to each token by `inputs["word_weights"]`, [B,L] or [1,L]; by 1 beyond its L.
 
@@ -82,6 +177,12 @@ def _reweighted(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
     weights = read_input(inputs, "word_weights", 'inputs={"word_weights": ...}').to(probs)
     rest = probs.shape[-1] - weights.shape[-1]  # tokens of regions
     return probs * F.pad(weights, (0, max(rest, 0)), value=1.0)[:, None, None, None]
+
+
+def _cells(masks: Tensor) -> Tensor:
+    """1 for the cells that a mask [B,O,h,w] half covers (of its most covered one), else 0."""
+    most = masks.amax(dim=(2, 3), keepdim=True)
+    return ((masks >= 0.5 * most) & (most > 0)).to(masks.dtype)
 
 
 def _masks(grid: Grid, inputs: Inputs) -> tuple[Tensor, Tensor]:

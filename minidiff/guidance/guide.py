@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..checks import choice, is_number, number, shown, whole
-from ..networks.attention import Edit, Inputs, Maps, Record
+from ..networks.attention import GUIDED, Edit, Inputs, Maps, Record
 from ..networks.sites import Position, Site, Where, read_sites
 from ..vocabulary import OBJECTIVES as NAMES, own_keywords
 from .objectives import OBJECTIVES, Objective, Settings
@@ -300,7 +300,7 @@ class Guide:
         """The gradient, where a loss is above its limit, and the evaluation for some of the images."""
         batch = len(self.context)
         own = {name: some_rows(value, rows, batch) for name, value in self.inputs.items()}
-        inputs = {"t": t, "sigma": torch.full_like(t, math.sqrt((1 - abar) / abar)), **own}
+        inputs = {"t": t, "sigma": torch.full_like(t, math.sqrt((1 - abar) / abar)), GUIDED: torch.ones_like(t), **own}
         edits = tuple(edit for edit in self.edits if edit.acts_in(index))
         look = (
             self.forward,

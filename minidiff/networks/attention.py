@@ -121,6 +121,10 @@ def mask_inputs(masks: Mapping[Grid, Tensor]) -> dict[str, Tensor]:
     return {mask_name(grid): mask for grid, mask in masks.items()}
 
 
+GUIDED = "guided"
+"""The key in `inputs` that only the passes of guidance have."""
+
+
 def read_input(inputs: Inputs, name: str, expected: str = 'boxes={"phrase": (x0, y0, x1, y1)}') -> Tensor:
     """One of the inputs of a forward pass. ValueError if it is missing, with the argument that provides it."""
     if name not in inputs:
