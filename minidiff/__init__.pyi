@@ -37,6 +37,10 @@ from .guidance.objectives.self_cross import self_cross_loss as self_cross_loss
 from .guidance.objectives.self_refocusing import self_refocusing_loss as self_refocusing_loss
 from .guidance.objectives.tradiffusion import tradiffusion_loss as tradiffusion_loss
 from .guidance.objectives.winwinlay import winwinlay_loss as winwinlay_loss
+from .guidance.pairs import (
+    masactrl as masactrl,
+    prompt_to_prompt as prompt_to_prompt,
+)
 from .guidance.regions import Region as Region
 from .guidance.report import Report as Report
 from .inversion import invert as invert

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -89,7 +90,7 @@ def _run(given_request: Request, model: Model, timings: Mapping[str, float]) -> 
     there = model.unet.positions(*shape[1:])
     record = _record(request, there)
     assert isinstance(request.edits, tuple)  # normalised by Request
-    edits = tuple(replace(edit, sites=choose(edit.sites, there)) for edit in request.edits)
+    edits = tuple(edit.of_run(schedule.steps, partial(choose, sites=there)) for edit in request.edits)
     each_step = texts.in_each_step()
     encoded = {one: one.encode(model, request.clip_skip, negative=both) for one in each_step}
     contexts = [encoded[one] for one in each_step]

@@ -19,10 +19,11 @@ from ..networks.sites import Grid, Site, Where, cross, self_
 from ..vocabulary import own_keywords
 
 Sites = Where | frozenset[Site]
+Steps = int | float | tuple[int, int] | None
 
 
 @own_keywords
-def forward_guidance(strength: float = 0.8, sites: Sites = cross, steps: int | tuple[int, int] | None = None) -> Edit:
+def forward_guidance(strength: float = 0.8, sites: Sites = cross, steps: Steps = None) -> Edit:
     """Blend the attention to each object's tokens with a smoothed box of the same mass.
 
     P' = (1 - strength) P + strength * g * sum_u P, where g is the smoothed mask, normalised to sum to 1: Chen, Laina
@@ -50,7 +51,7 @@ class _Forward:
 
 
 @own_keywords
-def regional_prompting(strength: float = 8.0, sites: Sites = cross, steps: int | tuple[int, int] | None = None) -> Edit:
+def regional_prompting(strength: float = 8.0, sites: Sites = cross, steps: Steps = None) -> Edit:
     """Confine the attention to each object's tokens to its boxes: add `-strength` to their logits outside, less on
     partly covered cells. Keeps the fused kernel. 0 changes nothing, 20 suppresses all attention outside.
     """
@@ -73,10 +74,10 @@ def dense_diffusion(
     cross_weight: float = 1.0,
     self_weight: float = 0.3,
     sites: Sites = cross | self_,
-    steps: int | tuple[int, int] | None = None,
+    steps: Steps = 0.3,
 ) -> Edit:
     """Pull the logits of a mask's pixels to its own tokens and pixels up to the row's maximum, all others down to its
-    minimum, by weight * (1 - the mask's area) * (t / 1000)^5 of the way while t is at least 700.
+    minimum, by weight * (1 - the mask's area) * (t / 1000)^5 of the way.
 
     Kim et al. 2023 ("Dense text-to-image generation with attention modulation"), eq. 3 to 6. Deviation: the paper's
     masks cover the picture; outside of all masks only the objects' tokens are pulled, and self-attention is not.
@@ -100,14 +101,13 @@ class _Dense:
         own = torch.einsum("boyx,bol->byxl", inside, targets).clamp(max=1)
         acts = torch.maximum(there, owned.amax(dim=1)[:, None, None]) if site.kind == "cross" else there
         t = read_input(inputs, "t", "a step's")
-        when = (t / 1000) ** 5 * (t >= 700)
-        far = (getattr(self, site.kind) * when * (1 - area) * acts)[:, None]
+        far = (getattr(self, site.kind) * (t / 1000) ** 5 * (1 - area) * acts)[:, None]
         most, least = logits.amax(dim=-1, keepdim=True), logits.amin(dim=-1, keepdim=True)
         return logits + far.to(logits) * (torch.where(own[:, None] > 0, most, least) - logits)
 
 
 @own_keywords
-def attention_injection(strength: float = 0.75, sites: Sites = cross, steps: int | tuple[int, int] | None = 10) -> Edit:
+def attention_injection(strength: float = 0.75, sites: Sites = cross, steps: Steps = 0.2) -> Edit:
     """Add strength * ln(1 + sigma) * (the image's maximum logit) to the logits of each object's tokens in its mask.
 
     Patel and Serkh 2024 (iLGD), after Balaji et al. 2022 ("eDiff-I"), section 4.3. Deviation: the maximum is an
@@ -164,7 +164,7 @@ _HIDDEN = 1e4  # float16 holds it
 
 
 @own_keywords
-def reweight(sites: Sites = cross, steps: int | tuple[int, int] | None = None) -> Edit:
+def reweight(sites: Sites = cross, steps: Steps = None) -> Edit:
     """Multiply the attention to each token by `inputs["word_weights"]`, [B,L] or [1,L]; by 1 beyond its L.
 
     Prompt-to-prompt's attention re-weighting: Hertz et al. 2022, section 3.2. As there, a pixel's probabilities then no

@@ -217,14 +217,15 @@ class Edit:
     same shape; the site is then computed explicitly.
     Order at a site: keys and values, logits + bias, `logits`, softmax, `probs`, record; several edits apply in the
     order given. `sites` and `rows` as in `Record`.
-    `steps`, for sampling: None is all steps of a run, n the first n, (start, stop) those from start up to stop - 1.
+    `steps`, for sampling: None is all steps of a run, n the first n, or, in (0,1), the first so large a part of them,
+    (start, stop) those from start up to stop - 1.
     """
 
     sites: frozenset[Site] | Where
     bias: Callable[[Site, Grid, Inputs], Tensor] | None = None
     probs: Callable[[Site, Tensor, Inputs], Tensor] | None = None
     rows: Rows = "cond"
-    steps: int | tuple[int, int] | None = None
+    steps: int | float | tuple[int, int] | None = None
     logits: Callable[[Site, Tensor, Inputs], Tensor] | None = None
     kv: Callable[[Site, Tensor, Tensor, Inputs], tuple[Tensor, Tensor]] | None = None
 
@@ -241,9 +242,14 @@ class Edit:
             first = whole("steps", self.steps[0], 0)
             expected = f"(start, stop) with stop at least start, {first}"
             object.__setattr__(self, "steps", (first, whole("steps", self.steps[1], first, expected=expected)))
-        elif self.steps is not None:
-            expected = "None, a number of first steps, or (start, stop)"
+        elif self.steps is not None and not (isinstance(self.steps, float) and 0 < self.steps < 1):
+            expected = "None, a number of first steps, a fraction of all, or (start, stop)"
             object.__setattr__(self, "steps", whole("steps", self.steps, 0, expected=expected))
+
+    def of_run(self, steps: int, choose: Callable[[frozenset[Site] | Where], frozenset[Site]]) -> Edit:
+        """The same for a run of so many steps, with its sites chosen: a fraction becomes a number."""
+        number = round(self.steps * steps) if isinstance(self.steps, float) else self.steps
+        return replace(self, sites=choose(self.sites), steps=number)
 
     def acts_in(self, step: int) -> bool:
         """Whether the edit applies in a step of a run, counted from 0."""

@@ -124,6 +124,24 @@ class Phrases:
             row[0, list(self.all_spans(prompt, phrase))] = weight
         return row
 
+    def alignment(self, prompts: Sequence[str], swap: bool = True) -> Tensor:
+        """[B,L,L]: for each prompt, how much of each token of the first one its tokens stand for, 1 or 0; the first
+        aligns with itself. For `minidiff.prompt_to_prompt()`.
+
+        swap: words instead of others stand for those (prompt-to-prompt's word swap; of m tokens each of n has 1/n).
+        Otherwise, and where words were added, they stand for none (its refinement).
+        """
+        texts = [self.tokens(prompt) for prompt in prompts]
+        found = torch.zeros(len(texts), self.length, self.length, dtype=torch.float32, device="cpu")
+        for own, text in zip(found, texts, strict=True):
+            parts = difflib.SequenceMatcher(None, texts[0], text, autojunk=False).get_opcodes()
+            for kind, i, i_end, j, j_end in parts:
+                if kind == "equal" or (kind == "replace" and swap and i_end - i == j_end - j):
+                    own[range(i, i_end), range(j, j_end)] = 1
+                elif kind == "replace" and swap:
+                    own[i:i_end, j:j_end] = 1 / (j_end - j)
+        return found
+
     def _tokenize(self, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a whole prompt without markers, and the range of characters of each.
 
