@@ -95,7 +95,7 @@ class Request:
         (default) takes that of its seed. The others are those of its seed + 10,000, + 20,000, ...; the result has the
         seed that was taken, which makes the image again without a search. Each costs a third of a step.
     images_per_prompt: images of the same prompt are adjacent. Image i of a batch equals, within 1/255 in float32, the
-        image made alone from its seed.
+        image made alone from its seed; a guided one may not, where guidance magnifies how a batch rounds (cli.batch).
     latents: initial latents instead of noise, [images,4,h,w] of unit variance.
     image: a picture to start from, one for all prompts or one per prompt: a PIL image, an array [H,W,3], a tensor
         [3,H,W] or a path; turned as its EXIF says, white where it is transparent. It sets the default size.

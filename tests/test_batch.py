@@ -96,7 +96,21 @@ def test_each_guided_picture_is_that_of_generate(tmp_path: Path) -> None:
         {"prompt": text, "relations": ["blue square above red circle", "red circle smaller than blue square"]},
     ]
     size = {"width": 16, "height": 16, "steps": 1}
-    check(tmp_path, [{"seed": i, **line, **size} for i, line in enumerate(guided)])  # type: ignore[dict-item]
+    boxes = {"blue square": [0, 0, 0.4, 0.4], "red circle": [0.1, 0.1, 0.9, 0.9]}
+    chaotic = [
+        {"prompt": text, "boxes": boxes, "seed": seed, "width": 64, "height": 64, "steps": 25} for seed in (6, 2)
+    ]
+    lines: list[object] = [{"seed": i, **line, **size} for i, line in enumerate(guided)]  # type: ignore[dict-item]
+    check(tmp_path, [*lines, *chaotic])
+
+
+def test_guided_pictures_are_made_alone() -> None:
+    model, boxes = minidiff.load(dtype="float32"), {"red circle": (0, 0, 1, 1)}
+    sizes = [
+        command._fitting(minidiff.Request("a red circle", width=64, height=64, **asked), model)
+        for asked in ({}, {"boxes": boxes, "guidance": "none"}, {"boxes": boxes}, {"relations": ["a above b"]})
+    ]
+    assert sizes[0] == sizes[1] > 1 == sizes[2] == sizes[3]
 
 
 def check(tmp_path: Path, lines: list[object]) -> None:

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 BATCH = 32
 """The most images per call where nothing else is said: more gain little (bench/RESULTS.md)."""
 _ENOUGH = 1 << 26  # bytes of the tensor below: larger batches gain nothing, and a kill loses more
-# Memory of a step for one image, in tensors [2,h,w,channels of the first block]: measured 25 and 57 (bench memory).
-_STEP, _GUIDED = 30, 70
+_STEP = 30  # memory of a step for one image, in tensors [2,h,w,channels of the first block]: measured 25 (bench memory)
 
 
 class Draw:
@@ -37,8 +36,13 @@ class Draw:
     out: the folder for pictures, which are then not made again by another call, after a kill either; None: each row
     holds its PNG, in the column "png". fields: of a Request, which replace the rows' own. loading: the arguments of
     minidiff.load. adapters: the arguments of minidiff.with_image_prompt, for each. batch_size: images per call of
-    minidiff.generate; default: at most 32, as many as gain time and there is memory for. log: the name of this process
-    in the folder.
+    minidiff.generate; default: at most 32, as many as gain time and there is memory for, and guided ones alone. log:
+    the name of this process in the folder.
+
+    Each picture equals generate's within 1/255 in float32, whatever its batch. Guided ones only where batch_size is 1
+    or None: matrix kernels round in another order for another batch, by 1e-7, and where a loss does not come down below
+    its threshold each step of guidance multiplies such a difference by up to ten (in 4 of 32 small pictures it was seen
+    at the end). So two kinds of processor may make different guided pictures, too.
     """
 
     def __init__(
@@ -160,17 +164,19 @@ def _fitting(request: Request, model: Model) -> int:
     """How many images like this one are enough, and fit into half of the memory that is free: from 1."""
     import torch
 
+    if (request.boxes or request.relations) and request.guidance != "none":
+        return 1  # see Draw
     width, height = (edge or model.unet.config.sample_size * model.vae.config.factor for edge in _size(request))
     tensor = 2 * width * height // model.vae.config.factor**2 * model.unet.config.block_out_channels[0]
     tensor *= model.dtype.itemsize
-    need, enough = tensor * (_GUIDED if request.boxes or request.relations else _STEP), max(1, _ENOUGH // tensor)
+    enough = max(1, _ENOUGH // tensor)
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
     elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         return enough
-    return max(1, min(enough, free // 2 // need))
+    return max(1, min(enough, free // 2 // (_STEP * tensor)))
 
 
 def _size(request: Request) -> tuple[int | None, int | None]:

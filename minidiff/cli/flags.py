@@ -110,7 +110,11 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", metavar="FOLDER", required=True, help="where pictures (by number of line), logs and the manifest go")
     add(
-        "--batch-size", type=read_positive, metavar="N", help="images at a time (default: at most 32, as memory allows)"
+        "--batch-size",
+        type=read_positive,
+        metavar="N",
+        help="images at a time (default: at most 32, as memory allows, and guided ones alone: guidance magnifies how a "
+        "batch rounds, so that some would differ from generate's)",
     )
     add("--ray", metavar="ADDRESS", help="on the machines of a Ray cluster that see the folder; local begins one here")
     add("--workers", type=read_positive, metavar="N", help="of --ray (default: one per GPU, or else one per machine)")
