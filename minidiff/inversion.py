@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .canvas import picture_latents
-from .checks import number, whole
+from .checks import choice, number, whole
 from .model import Model
 from .noise import Noise
 from .request import BUNDLED, Request
@@ -24,6 +24,9 @@ from .weights.load import load
 
 if TYPE_CHECKING:
     from .draw import Picture
+
+
+METHODS = ("edit_friendly", "ddim")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,46 +49,74 @@ class _Given(DDIM):
             yield x
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Backwards(DDIM):
+    """From clean latents to noise: DDIM's steps, the last one first, each back with what the network says of where it
+    ends."""
+
+    name: ClassVar[str] = "inverted"
+
+    def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:
+        for call in reversed(range(len(schedule.spans))):
+            start, end = schedule.spans[call]
+            x, output = ask(x, call)
+            _, eps = predict(x, output, start, schedule.prediction_type)
+            clean = (x - math.sqrt(1 - signal(end) ** 2) * eps) / signal(end)
+            x = signal(start) * clean + math.sqrt(1 - signal(start) ** 2) * eps
+            yield x
+
+
 def invert(
-    image: Picture | str | Path,
-    prompt: str,
+    image: Picture | str | Path | Sequence[Picture | str | Path],
+    prompt: str | Sequence[str],
     *,
     model: Model | str | Path = BUNDLED,
+    method: str = "edit_friendly",
     steps: int = 50,
-    strength: float = 0.64,
+    strength: float | None = None,
     guidance_scale: float | None = None,
-    negative_prompt: str | None = None,
-    seed: int = 0,
+    negative_prompt: str | Sequence[str] | None = None,
+    seed: int | Sequence[int] = 0,
 ) -> dict[str, Any]:
     """The arguments of generate() that make a picture again: `generate(prompt, **inverted)`; with another prompt, boxes
     or edits they make that picture changed.
 
-    Edit-friendly DDPM inversion (Huberman-Spiegelglas et al. 2024, arXiv 2304.06140, alg. 1): the picture gets
-    independent noise at each timestep, and what the network's step lacks to the next one is kept, x_(t-1) - mu(x_t).
-    The paper divides it by sigma_t; it is kept whole here, so that the last step, without a sigma, is exact too. With
-    the same prompt and guidance_scale, any, the result is what the autoencoder gives back of the picture.
-
-    prompt: what the picture shows. strength: in (0,1], the share of `steps` that run; the paper leaves out 36 of 100.
-    guidance_scale: default: the model's. Pass one picture; the dictionary names the model, too.
+    method: "edit_friendly", DDPM inversion (Huberman-Spiegelglas et al. 2024, arXiv 2304.06140, alg. 1): the picture
+        gets independent noise at each timestep, and what the network's step lacks to the next one is kept,
+        x_(t-1) - mu(x_t). The paper divides it by sigma_t; it is kept whole here, so that the last step, without a
+        sigma, is exact too. With the same prompt and guidance_scale, any, the result is what the autoencoder gives
+        back of the picture.
+        "ddim": DDIM's steps from the picture to noise (Song et al. 2021, section 4.3). Not exact, and only near at
+        scale 1, but nothing of the picture is kept beside its noise. To edit, pass a larger guidance_scale to
+        generate().
+    prompt: what the picture shows; several pictures have several prompts. strength: in (0,1], the share of `steps` that
+    run; default: 0.64 (the paper leaves out 36 of 100), for "ddim" 1. guidance_scale: default: the model's, for "ddim"
+    1. seed: as in generate(). The dictionary names the model, too.
     """
+    choice("method", method, METHODS)
     loaded = model if isinstance(model, Model) else load(model)
-    strength = number("strength", strength, 0, 1)
-    asked = Request(prompt, model=loaded, image=image, guidance_scale=guidance_scale, seed=0)
+    ddim = method == "ddim"
+    strength = number("strength", (1.0 if ddim else 0.64) if strength is None else strength, 0, 1)
+    scale = 1.0 if ddim and guidance_scale is None else guidance_scale
+    asked = Request(prompt, model=loaded, image=image, guidance_scale=scale, seed=seed)
     request, _, _ = resolve(asked, loaded)
     every = DDIM().schedule(loaded.noise, whole("steps", steps, 1)).timesteps.tolist()
     times = every[len(every) - max(1, int(steps * strength)) :]
     clean = picture_latents(request, loaded).cpu()
-    draw = Noise.seeded(whole("seed", seed, 0), (clean.shape[1], clean.shape[2], clean.shape[3]))
-    schedule = DDIM().schedule(loaded.noise, timesteps=times)
-    levels = [signal(float(sigma)) for sigma in schedule.sigmas]
-    inputs = torch.stack([level * clean + math.sqrt(1 - level**2) * draw() for level in levels])
     fields: dict[str, Any] = {
         "model": loaded,
         "timesteps": times,
-        "latents": inputs[0],
         "guidance_scale": request.guidance_scale,
         **({} if negative_prompt is None else {"negative_prompt": negative_prompt}),
     }
+    if ddim:
+        (*_, last) = sample_steps(prompt, sampler=_Backwards(), seed=seed, latents=clean, **fields)
+        return {**fields, "latents": last.latents.float().cpu(), "sampler": DDIM(), "seed": seed}
+    draw = Noise.of(request, (clean.shape[1], clean.shape[2], clean.shape[3]))
+    schedule = DDIM().schedule(loaded.noise, timesteps=times)
+    levels = [signal(float(sigma)) for sigma in schedule.sigmas]
+    inputs = torch.stack([level * clean + math.sqrt(1 - level**2) * draw() for level in levels])
+    fields["latents"] = inputs[0]
     wanted = [*inputs[1:], clean]
     found = [
         wanted[step.index] - step.latents.float().cpu()
