@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+Check = Callable[[str, object], Any]
+"""(name, value) -> the value as it is meant. ValueError, with the name, for any other."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 8, 8, 6
@@ -30,6 +32,16 @@ def shown(value: object) -> str:
         text = f"<{type(value).__name__}>"
     text = " ".join(text.split())
     return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def checked(values: Mapping[str, object], table: Mapping[str, Check], where: str = "") -> dict[str, Any]:
+    """Values by name, each as its check in the table reads it. where: put before the names in messages."""
+    return {name: table[name](where + name, value) for name, value in values.items()}
+
+
+def one_or_each(name: str, value: object, check: Check) -> Any:
+    """One value, or a list or tuple of them, as the check reads each."""
+    return tuple(check(name, one) for one in value) if isinstance(value, list | tuple) else check(name, value)
 
 
 def listed(texts: str | Sequence[str]) -> Sequence[str]:
@@ -53,13 +65,6 @@ def wholes(name: str, values: Iterable[object], least: float = -math.inf, most: 
     return tuple(whole(name, value, least, most) for value in values)
 
 
-def whole_fields(
-    where: str, values: Mapping[str, object], least: float = -math.inf, most: float = math.inf
-) -> dict[str, int]:
-    """Values of a config by their keys, each as whole()."""
-    return {key: whole(f"{where}: {key}", value, least, most) for key, value in values.items()}
-
-
 def number(name: str, value: object, least: float = -math.inf, most: float = math.inf, expected: str = "") -> float:
     """A finite number from `least` to `most`; see whole()."""
     try:
@@ -79,6 +84,13 @@ def is_number(*values: object) -> bool:
     except ValueError:
         return False
     return True
+
+
+def switch(name: str, value: object) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {shown(value)}; expected True or False")
+    return value
 
 
 def choice(name: str, value: object, choices: Iterable[str]) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from .checks import choice, listed, number, numbers, shown, tensor, whole
+from .checks import Check, checked, choice, listed, number, numbers, shown, switch, tensor, whole
 from .vocabulary import EMPHASES, SPACINGS, SYNTAXES, read_sampler, read_schedule
 
 if TYPE_CHECKING:
@@ -20,16 +22,46 @@ REDUCTIONS = ("mean", "last", "per_step")
 MOST_IMAGES = 10_000  # per call: the latents alone take 650 MB at 512x512
 MOST_TRIES = 1000
 _LAST_SEED = 2**64 - 1  # the largest that torch.Generator takes
+_TABLE: Mapping[str, Check] = MappingProxyType(
+    {
+        "images_per_prompt": partial(whole, least=1),
+        "syntax": partial(choice, choices=SYNTAXES),
+        "emphasis": partial(choice, choices=EMPHASES),
+        "base_weight": partial(number, least=0, most=1e3),
+        "width": partial(whole, least=1),
+        "height": partial(whole, least=1),
+        "steps": partial(whole, least=1),
+        "timesteps": numbers,
+        "sigmas": numbers,
+        "guidance_rescale": partial(number, least=0, most=1),
+        "cache_interval": partial(whole, least=1, most=1000),
+        "clip_skip": partial(whole, least=0),
+        "tries": partial(whole, least=1, most=MOST_TRIES),
+        "spacing": partial(choice, choices=SPACINGS),
+        "eta": partial(number, least=0, most=1),
+        "strength": partial(number, least=1e-6, most=1, expected="a number above 0, at most 1"),
+        "fit": partial(choice, choices=FITS),
+        "paste": switch,
+        "output": partial(choice, choices=OUTPUTS),
+        "progress": switch,
+    }
+)
+"""The fields that are checked each by itself."""
 
 
 def check(request: Request) -> None:
     """All of them, in the order of the fields. For __post_init__: they set fields of a frozen value."""
+    given: dict[str, object] = {}
     for field in fields(request):
         value = getattr(request, field.name)
         if isinstance(value, Mapping) and value.keys() & {"tensor", "object"} and field.name != "inputs":
             raise ValueError(
                 f"{field.name} is {shown(value)}, a placeholder for what a file could not hold; pass your own"
             )
+        if field.name in _TABLE and (value is not None or field.default is not None):
+            given[field.name] = value
+    for name, read in checked(given, _TABLE).items():
+        _set(request, name, read)
     _texts(request)
     _numbers(request)
     _sampler(request)
@@ -62,7 +94,6 @@ def _texts(request: Request) -> None:
         )
     _regions(request)
     _syntax(request)
-    _set(request, "images_per_prompt", whole("images_per_prompt", request.images_per_prompt, 1))
     if prompts * request.images_per_prompt > MOST_IMAGES:
         raise ValueError(
             f"images_per_prompt is {request.images_per_prompt} for {prompts} prompts; expected at most "
@@ -71,7 +102,6 @@ def _texts(request: Request) -> None:
 
 
 def _regions(request: Request) -> None:
-    _set(request, "base_weight", number("base_weight", request.base_weight, 0, 1e3))
     if request.regions is not None:
         from .guidance.regions import read_regions
 
@@ -82,9 +112,6 @@ def _regions(request: Request) -> None:
 
 
 def _syntax(request: Request) -> None:
-    choice("syntax", request.syntax, SYNTAXES)
-    if request.emphasis is not None:
-        choice("emphasis", request.emphasis, EMPHASES)
     if request.syntax == "plain":
         if request.emphasis is not None:
             raise ValueError(f'emphasis is {request.emphasis!r} but the syntax is plain; expected syntax="a1111" too')
@@ -98,12 +125,6 @@ def _syntax(request: Request) -> None:
 
 
 def _numbers(request: Request) -> None:
-    for name in ("width", "height", "steps"):
-        if getattr(request, name) is not None:
-            _set(request, name, whole(name, getattr(request, name), 1))
-    for name in ("timesteps", "sigmas"):
-        if getattr(request, name) is not None:
-            _set(request, name, numbers(name, getattr(request, name)))
     if request.timesteps is not None and request.sigmas is not None:
         raise ValueError("got both timesteps and sigmas; expected one of them")
     for name, values, more in (("timesteps", request.timesteps, 0), ("sigmas", request.sigmas, 1)):
@@ -113,16 +134,11 @@ def _numbers(request: Request) -> None:
             )
     if request.guidance_scale is not None:
         _scale(request)
-    for name in ("guidance_rescale", "eta"):
-        _set(request, name, number(name, getattr(request, name), 0, 1))
-    _shortcuts(request)
-    if request.clip_skip is not None:
-        _set(request, "clip_skip", whole("clip_skip", request.clip_skip, 0))
+    _interval(request)
     if request.seed is not None:
         _set(request, "seed", _read_seeds("seed", request.seed, request.images))
     if request.vary is not None:
         _vary(request)
-    _set(request, "tries", whole("tries", request.tries, 1, MOST_TRIES))
     if request.tries > 1 and request.latents is not None:
         raise ValueError("got both tries and latents; expected one of them, since tries chooses the noise of a seed")
     if request.tries > 1 and (not (request.boxes or request.relations) or request.guidance == "none"):
@@ -153,8 +169,7 @@ def _vary(request: Request) -> None:
     _set(request, "vary", (seeds, number("vary's strength", given[1], 0, 1)))
 
 
-def _shortcuts(request: Request) -> None:
-    _set(request, "cache_interval", whole("cache_interval", request.cache_interval, 1, 1000))
+def _interval(request: Request) -> None:
     if request.guidance_interval is not None:
         levels = numbers("guidance_interval", request.guidance_interval)
         if len(levels) != 2 or not 0 <= levels[0] < levels[1]:
@@ -168,8 +183,6 @@ def _shortcuts(request: Request) -> None:
 def _sampler(request: Request) -> None:
     if request.schedule is not None:
         _set(request, "schedule", read_schedule(request.schedule))
-    if request.spacing is not None:
-        choice("spacing", request.spacing, SPACINGS)
     if isinstance(request.sampler, str):
         read_sampler(request.sampler, request.schedule)
     elif request.sampler is not None and (
@@ -209,9 +222,6 @@ def _values(request: Request) -> None:
         _attention(request)
     if not callable(request.reduce):
         choice("reduce", request.reduce, REDUCTIONS)
-    choice("output", request.output, OUTPUTS)
-    if not isinstance(request.progress, bool):
-        raise ValueError(f"progress is {shown(request.progress)}; expected True or False")
     if not isinstance(request.model, str | Path) and not hasattr(request.model, "unet"):
         raise ValueError(
             f"model is {shown(request.model)}; expected a Model from minidiff.load, a hub id, a folder or a "
@@ -235,9 +245,6 @@ def _guidance(request: Request) -> None:
 
 
 def _image(request: Request) -> None:
-    choice("fit", request.fit, FITS)
-    if not isinstance(request.paste, bool):
-        raise ValueError(f"paste is {shown(request.paste)}; expected True or False")
     if request.image is None:
         for name in ("mask", "strength"):
             if getattr(request, name) is not None:
@@ -250,8 +257,6 @@ def _image(request: Request) -> None:
     _set(request, "image", read_each("image", request.image, request.prompts, read_picture))
     if request.mask is not None:
         _set(request, "mask", read_each("mask", request.mask, request.prompts, read_mask))
-    if request.strength is not None:
-        _set(request, "strength", number("strength", request.strength, 1e-6, 1, "a number above 0, at most 1"))
 
 
 def _image_prompt(request: Request) -> None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import reduce as fold
+from functools import partial, reduce as fold
 from operator import add
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..checks import choice, is_number, number, shown, whole
+from ..checks import Check, checked, choice, is_number, number, one_or_each, shown, switch, whole
 from ..networks.attention import GUIDED, Edit, Inputs, Maps, Record
 from ..networks.sites import Position, Site, Where, read_sites
 from ..vocabulary import OBJECTIVES as NAMES, own_keywords
@@ -39,8 +40,23 @@ if TYPE_CHECKING:
 
 MOST_STEPS = MOST_ITERATIONS = 1000  # no model has more timesteps; an iteration is one forward and backward pass
 STEP_RULES = ("variance", "plain", "unit")
+_CHECKS: Mapping[str, Check] = MappingProxyType(
+    {
+        "scale": partial(one_or_each, check=partial(number, least=0)),
+        "threshold": partial(one_or_each, check=partial(number, least=0)),
+        "iterations": partial(one_or_each, check=partial(whole, least=0, most=MOST_ITERATIONS)),
+        "steps": partial(
+            whole,
+            least=0,
+            most=MOST_STEPS,
+            expected="how many of the first steps are guided, 0 to 1000, or a fraction between 0 and 1",
+        ),
+        "step_rule": partial(choice, choices=STEP_RULES),
+        "watch": switch,
+    }
+)
 _SETTINGS = tuple(field.name for field in fields(Settings))
-_FIELDS = (*_SETTINGS, "watch")
+_FIELDS = tuple(_CHECKS)
 
 
 @own_keywords
@@ -79,19 +95,14 @@ class Guidance:
         for name in _SETTINGS:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self.objective.settings, name))
-        if isinstance(self.steps, float) and 0 < self.steps < 1:
-            steps = None
-        else:
-            expected = "how many of the first steps are guided, 0 to 1000, or a fraction between 0 and 1"
-            steps = whole("steps", self.steps, 0, MOST_STEPS, expected)
-            object.__setattr__(self, "steps", steps)
-        choice("step_rule", self.step_rule, STEP_RULES)
-        if not isinstance(self.watch, bool):
-            raise ValueError(f"watch is {shown(self.watch)}; expected True or False")
+        fraction = isinstance(self.steps, float) and 0 < self.steps < 1
+        given = {name: getattr(self, name) for name in _FIELDS if not (fraction and name == "steps")}
+        for name, value in checked(given, _CHECKS).items():
+            object.__setattr__(self, name, value)
         if self.sites is not None:
             object.__setattr__(self, "sites", read_sites("sites", self.sites))
         for name in ("scale", "threshold", "iterations"):
-            object.__setattr__(self, name, _per_step(name, getattr(self, name), steps))
+            _check_length(name, getattr(self, name), None if fraction else self.steps)
 
     def of_run(self, steps: int, there: Mapping[Site, Position]) -> Guidance:
         """The same for a run of `steps` steps of a UNet with these sites: a fraction becomes a number."""
@@ -155,21 +166,13 @@ def _named(name: object) -> Objective:
     return OBJECTIVES[choice("guidance", name, NAMES)]
 
 
-def _per_step(name: str, value: object, steps: int | None) -> float | tuple[float, ...]:
+def _check_length(name: str, value: object, steps: float | None) -> None:
     """One number for all guided steps, or one per step."""
-    several = isinstance(value, tuple | list)
-    values: Sequence[Any] = value if isinstance(value, tuple | list) else (value,)
-    if several and (steps is None or len(values) < steps):
+    if isinstance(value, tuple) and (steps is None or len(value) < steps):
         raise ValueError(
-            f"{name} holds {len(values)} values for {'a fraction of the' if steps is None else steps} guided steps; "
+            f"{name} holds {len(value)} values for {'a fraction of the' if steps is None else steps} guided steps; "
             "expected one per step, with steps as a whole number, or one for all"
         )
-    found: tuple[float, ...]
-    if name == "iterations":
-        found = tuple(whole(name, one, 0, MOST_ITERATIONS) for one in values)
-    else:
-        found = tuple(number(name, one, 0) for one in values)
-    return found if several else found[0]
 
 
 FLOAT16_SCALE = 2.0**10

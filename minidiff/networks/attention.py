@@ -7,7 +7,7 @@ channels per head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
@@ -146,7 +146,8 @@ class Record:
     With `stop` the forward pass ends after the last recorded site and returns None for eps.
 
     `one | other` records both. Each site is recorded once: if the two keep different things from it, everything is
-    kept, from which both can be computed. `more` holds the other records.
+    kept, from which both can be computed. `more` holds the other records; `kinds` what to keep at each site, once the
+    sites are resolved.
     """
 
     sites: frozenset[Site] | Where
@@ -154,6 +155,7 @@ class Record:
     rows: Rows = "cond"
     stop: bool = False
     more: tuple[tuple[frozenset[Site] | Where, Keep], ...] = ()
+    kinds: dict[Site, Keep] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", read_sites("sites", self.sites))
@@ -163,6 +165,9 @@ class Record:
             raise ValueError(f"stop is {shown(self.stop)}; expected True or False")
         if not isinstance(self.more, tuple):
             raise ValueError(f"more is {shown(self.more)}; expected the value that `record | record` sets")
+        for sites, keep in ((self.sites, self.keep), *self.more):
+            for site in sites if isinstance(sites, frozenset) else ():
+                self.kinds[site] = keep if self.kinds.get(site, keep) == keep else ALL
 
     def __or__(self, other: Record) -> Record:
         if not isinstance(other, Record):
@@ -177,15 +182,6 @@ class Record:
     def chosen(self, choose: Callable[[frozenset[Site] | Where], frozenset[Site]]) -> Record:
         """The same record with every choice of sites resolved."""
         return replace(self, sites=choose(self.sites), more=tuple((choose(where), keep) for where, keep in self.more))
-
-    @property  # not cached: the lock of a cached_property cannot be compiled
-    def kinds(self) -> dict[Site, Keep]:
-        """What to keep at each site, once the sites are resolved."""
-        found: dict[Site, Keep] = {}
-        for sites, keep in ((self.sites, self.keep), *self.more):
-            for site in sites if isinstance(sites, frozenset) else ():
-                found[site] = keep if found.get(site, keep) == keep else ALL
-        return found
 
 
 def converted(

@@ -3,8 +3,10 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from ..checks import number, shown, whole, whole_fields, wholes
+from ..checks import Check, checked, number, shown, whole, wholes
 
 _MID_BLOCK = "UNetMidBlock2DCrossAttn"
 
@@ -35,9 +37,10 @@ _VAE_FIXED: dict[str, object] = {
     "use_post_quant_conv": True,
     "use_quant_conv": True,
 }
-_VAE_WHOLES = ("in_channels", "out_channels", "latent_channels", "norm_num_groups")
+_VAE_COUNTS = ("in_channels", "out_channels", "latent_channels", "norm_num_groups")
 # Upper limits for a config: above any Stable Diffusion's, yet low enough to build the network without delay.
 MOST_LEVELS, MOST_LAYERS, MOST_CHANNELS, MOST_EDGE = 8, 32, 2**16, 2**13
+_COUNT: Check = partial(whole, least=1, most=MOST_CHANNELS)
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,17 @@ class UNetConfig:
             mid_block=read.mid_block(),
             layers_per_block=read.per_level("layers_per_block", 2, levels, MOST_LAYERS),
             num_heads=read.per_level("attention_head_dim", 8, levels),
-            norm_eps=read.number("norm_eps", cls.norm_eps, 0, 1),
             flip_sin_to_cos=bool(read.plain("flip_sin_to_cos", True)),
-            freq_shift=read.number("freq_shift", cls.freq_shift, 0, max(widths[0] // 2 - 1, 0)),
             use_linear_projection=bool(read.plain("use_linear_projection", False)),
             sample_size=read.sample_size(cls.sample_size),
-            **read.wholes(
+            **read.checked(
                 {
-                    "in_channels": cls.in_channels,
-                    "out_channels": cls.out_channels,
-                    "cross_attention_dim": 1280,  # diffusers' own default when the key is missing
-                    "norm_num_groups": cls.norm_num_groups,
+                    "in_channels": (cls.in_channels, _COUNT),
+                    "out_channels": (cls.out_channels, _COUNT),
+                    "cross_attention_dim": (1280, _COUNT),  # diffusers' own default when the key is missing
+                    "norm_num_groups": (cls.norm_num_groups, _COUNT),
+                    "norm_eps": (cls.norm_eps, partial(number, least=0, most=1)),
+                    "freq_shift": (cls.freq_shift, partial(number, least=0, most=max(widths[0] // 2 - 1, 0))),
                 }
             ),
         )
@@ -149,9 +152,13 @@ class VAEConfig:
         read.blocks("up_block_types", "UpDecoderBlock2D", None, (False,) * len(widths), len(widths))
         found = cls(
             block_out_channels=widths,
-            layers_per_block=read.whole("layers_per_block", 1, MOST_LAYERS),
-            scaling_factor=read.number("scaling_factor", cls.scaling_factor, 1e-4, 1e4),
-            **read.wholes({key: getattr(cls, key) for key in _VAE_WHOLES}),
+            **read.checked(
+                {
+                    **{key: (getattr(cls, key), _COUNT) for key in _VAE_COUNTS},
+                    "layers_per_block": (1, partial(whole, least=1, most=MOST_LAYERS)),
+                    "scaling_factor": (cls.scaling_factor, partial(number, least=1e-4, most=1e4)),
+                }
+            ),
         )
         read.refuse_other_kinds(_VAE_FIXED)
         _check_groups("vae/config.json", found.norm_num_groups, widths)
@@ -174,12 +181,10 @@ class _Reader:
     def whole(self, key: str, default: int, most: int = MOST_CHANNELS) -> int:
         return whole(f"{self.file}: {key}", self.plain(key, default), 1, most)
 
-    def wholes(self, defaults: Mapping[str, int]) -> dict[str, int]:
-        given = {key: self.plain(key, default) for key, default in defaults.items()}
-        return whole_fields(self.file, given, 1, MOST_CHANNELS)
-
-    def number(self, key: str, default: float, least: float, most: float) -> float:
-        return number(f"{self.file}: {key}", self.plain(key, default), least, most)
+    def checked(self, keys: Mapping[str, tuple[object, Check]]) -> dict[str, Any]:
+        """Values by their keys, each with its default and its check."""
+        given = {key: self.plain(key, default) for key, (default, _) in keys.items()}
+        return checked(given, {key: check for key, (_, check) in keys.items()}, f"{self.file}: ")
 
     def ints(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
         value = self.config.get(key, default)

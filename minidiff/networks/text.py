@@ -12,12 +12,13 @@ import string
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import choice, number, warn, whole_fields
+from ..checks import Check, checked, choice, number, warn, whole
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerFast
@@ -268,18 +269,20 @@ class TextConfig(NamedTuple):
         Sizes have bounds far above those of any CLIP, so that a wrong one is refused before it is looped over.
         """
         where = "text encoder config"
-        given = {key: config.get(key) for key in cls._fields[:6]}
-        layers = {"num_hidden_layers": given.pop("num_hidden_layers")}
-        sizes = whole_fields(where, layers, 1, 200) | whole_fields(where, given, 1, 2**20)
-        found = cls(
-            hidden_act=choice(f"{where}: hidden_act", config.get("hidden_act", ACTIVATIONS[0]), ACTIVATIONS),
-            layer_norm_eps=number(f"{where}: layer_norm_eps", config.get("layer_norm_eps", 1e-5), 0, 1),
-            **sizes,
-        )
+        given = {"hidden_act": ACTIVATIONS[0], "layer_norm_eps": 1e-5, **config}
+        found = cls(**checked({key: given.get(key) for key in cls._fields}, _TEXT, f"{where}: "))
         width, heads = found.hidden_size, found.num_attention_heads
         if width % heads:
             raise ValueError(f"{where}: hidden_size is {width}, expected a multiple of {heads}, the heads")
         return found
+
+
+_TEXT: Mapping[str, Check] = {
+    **dict.fromkeys(TextConfig._fields[:6], partial(whole, least=1, most=2**20)),
+    "num_hidden_layers": partial(whole, least=1, most=200),
+    "hidden_act": partial(choice, choices=ACTIVATIONS),
+    "layer_norm_eps": partial(number, least=0, most=1),
+}
 
 
 def text_encoder_shapes(config: Mapping[str, object] | TextConfig) -> dict[str, torch.Size]:

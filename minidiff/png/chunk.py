@@ -108,7 +108,7 @@ def plain(value: object) -> Plain:
     if isinstance(value, (set, frozenset)):
         return sorted((plain(item) for item in value), key=json.dumps)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {entry.name: plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+        fields = {entry.name: plain(getattr(value, entry.name)) for entry in dataclasses.fields(value) if entry.init}
         return {"object": _qualname(value), "fields": fields}
     return {"object": _qualname(value)}
 
