@@ -113,7 +113,7 @@ def test_throughput(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     printed, found = capsys.readouterr().out, rows(tmp_path / "rows.json")
     assert code == (0 if all(row["ok"] for row in found) else 1)
     int8 = 3 * ("int8" in throughput.stages("float32", True))  # a ratio, and two predictions
-    assert [row["shape"] for row in found] == ["bfloat16"] * 6 + ["float32"] * (6 + int8)
+    assert [row["shape"] for row in found] == ["bfloat16"] * 8 + ["float32"] * (8 + int8)
     assert all(row["ok"] for row in found if row["part"].endswith(": eps"))
     for text in (LOADED, LAST, OURS, "TFLOP/s in a matrix product", "first call"):
         assert text in printed
