@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 import minidiff
 from minidiff.draw import to_image
@@ -21,8 +22,9 @@ BOUND = 1.0
 STRENGTH, STEPS = 0.6, 16
 SIZE = (32, 48)
 FEW = ("ddim", "pndm", "euler_ancestral", "dpmpp_2m")
-# In the middle of these samplers' steps, diffusers keeps the outside of a mask at the noise of the step's end.
-UNEQUAL = {"image to image": (), "inpainting": ("dpm2", "dpmpp_sde")}
+MENDED = {"dpm2": "sigmas_interpol", "dpmpp_sde": "mid_point_sigma"}
+"""Samplers in the middle of whose steps diffusers keeps the outside of a mask at the noise of the step's end, and where
+its scheduler has the noise level that the network is called with there, as ours keeps it."""
 
 
 def start_rows(samplers: tuple[str, ...] = COMPARED) -> Iterator[Row]:
@@ -37,9 +39,26 @@ def start_rows(samplers: tuple[str, ...] = COMPARED) -> Iterator[Row]:
         theirs.set_progress_bar_config(disable=True)
         channels, config = model.unet.config.in_channels, dict(theirs.scheduler.config)
         for sampler in samplers:
-            if sampler not in UNEQUAL[part] and (channels == 4 or sampler in FEW):
+            if channels == 4 or sampler in FEW:
                 theirs.scheduler = reference_scheduler(sampler, config)
-                yield _row(f"{part}, {channels} channels, {sampler}", model, theirs, sampler, part)
+                mended = part == "inpainting" and sampler in MENDED
+                if mended:
+                    keep_its_level(theirs.scheduler, MENDED[sampler])
+                row = _row(f"{part}, {channels} channels, {sampler}", model, theirs, sampler, part)
+                yield replace(row, note=f"{row.note}, diffusers patched") if mended else row
+
+
+def keep_its_level(scheduler: Any, middle: str) -> None:
+    """Let add_noise, which makes the outside of a mask after each call, take the noise level of the next call."""
+    given = scheduler.add_noise
+
+    def add_noise(original: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if scheduler.step_index is None:
+            return given(original, noise, timesteps)
+        level = scheduler.sigmas if scheduler.state_in_first_order else getattr(scheduler, middle)
+        return original + noise * (level[scheduler.step_index] if level.ndim else level)
+
+    scheduler.add_noise = add_noise
 
 
 def _row(name: str, model: minidiff.Model, theirs: Any, sampler: str, part: str) -> Row:

@@ -16,6 +16,7 @@ from PIL import Image
 import minidiff
 from minidiff.cli.main import main
 from minidiff.model import Model
+from minidiff.noise import Noise
 from minidiff.pictures import fitted, opaque, read_mask, read_picture
 
 SAMPLERS = {
@@ -232,6 +233,16 @@ def test_a_second_pass_at_a_larger_size(tiny_model: Model) -> None:
     second = minidiff.generate(request, image=first.image, width=64, height=64, strength=0.5)
     assert second.image.size == (64, 64)
     assert second.parameters[0]["strength"] == 0.5 and second.parameters[0]["boxes"] == first.parameters[0]["boxes"]
+
+
+def test_all_of_a_picture_painted_at_strength_1_is_text_to_image(tiny_model: Model) -> None:
+    """From the noise that the pipelines draw after that of the picture's latents."""
+    shared = {"model": tiny_model, "steps": 3, "output": "tensor"}
+    noise = Noise.seeded(3, (4, 8, 12))
+    start = [noise(), noise()][1]
+    white = Image.new("L", (48, 32), 255)
+    painted = minidiff.generate("a cat", image=picture(), mask=white, strength=1, seed=3, **shared).images
+    torch.testing.assert_close(painted, minidiff.generate("a cat", latents=start, seed=3, **shared).images)
 
 
 def test_a_picture_changes_nothing_where_there_is_none(tiny_model: Model) -> None:

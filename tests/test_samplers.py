@@ -768,6 +768,19 @@ def test_zero_terminal_snr_equals_diffusers(name: str, steps: int, spacing: str)
     assert_same_path(ours(sampler, schedule), trajectory(scheduler), fine)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 10, 50])
+def test_euler_from_zero_terminal_snr_is_exact_but_for_rounding(steps: int) -> None:
+    """The formula in float64, where a step from 4096 to 14 cancels nothing."""
+    noise = NoiseSchedule.from_config(config("v_prediction", "trailing", rescale_betas_zero_snr=True))
+    schedule = Euler().schedule(noise, steps)
+    run = sample(lambda x, t, sigma, index: (network(x, t), {}), start().double(), schedule, Euler())
+    x = start().double() * schedule.init_scale
+    for step, t, (sigma, to) in zip(run, schedule.timesteps, schedule.spans, strict=True):
+        clean = x / (sigma**2 + 1) - sigma / math.sqrt(sigma**2 + 1) * network(x / math.sqrt(sigma**2 + 1), t)
+        x = clean + to / sigma * (x - clean)
+        assert (step.latents - x).abs().max() <= 1e-9 * x.abs().max()
+
+
 def test_what_zero_terminal_snr_needs() -> None:
     settings = config(_class_name="DDIMScheduler", rescale_betas_zero_snr=True)
     noise = NoiseSchedule.from_config({**settings, "prediction_type": "v_prediction"})
