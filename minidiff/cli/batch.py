@@ -8,6 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,6 +200,7 @@ def batch(args: argparse.Namespace) -> int:
     from ..png.chunk import plain
     from ..speed.accelerate import keep_memory
     from .main import LOADING, given_fields, lora_values, note
+    from .tars import pack, packing, remove_packed, waiting
 
     keep_memory()
     source, out, shard = Path(args.requests), Path(args.out), args.shard or (1, 1)
@@ -207,16 +209,24 @@ def batch(args: argparse.Namespace) -> int:
     loading = {name: getattr(args, name) for name in LOADING}
     loading["loras"] = lora_values(args.loras)
     fields, adapters = given_fields(args), [(file, args.image_encoder) for file in args.ip_adapter or ()]
-    begin(out, {"fields": plain(fields), "loading": plain(loading), "adapters": plain(adapters)})
+    settings = {"fields": plain(fields), "loading": plain(loading), "adapters": plain(adapters)}
+    begin(out, settings if args.tar is None else settings | {"tar_of": _digest(source)})
     name = f"{shard[0]}-of-{shard[1]}"
+    stem = "pictures" if shard[1] == 1 else f"pictures-{name}"
+    if args.tar is not None:
+        remove_packed(out, stem)
     options = {"fields": fields, "loading": loading, "adapters": adapters, "batch_size": args.batch_size}
     done = sum(row["image"] == 0 for row in Done.read(out).rows(shard))
     with tqdm(total=mine, initial=done, unit="line", disable=None) as bar:
         lines = ((number, text) for number, text in read_lines(source) if number % shard[1] == shard[0] % shard[1])
-        for images in _images(args, out, lines, options, name):
-            bar.update(images.count(0))
+        batches = _made(args, out, lines, options, name)
+        for rows in batches if args.tar is None else packing(batches, out, stem, args.tar):
+            bar.update(sum(row["image"] == 0 for row in rows))
     manifest = out / ("manifest.parquet" if shard[1] == 1 else f"manifest-{name}.parquet")
     made = Done.read(out)
+    left = waiting(made.rows(shard), out) if args.tar is not None else iter(())
+    while some := list(islice(left, args.tar)):
+        pack(some, out, stem)
     write_manifest(made, manifest, shard)
     errors = len({row["line"] for row in made.rows(shard) if row.get("error") is not None})
     if errors:
@@ -225,13 +235,19 @@ def batch(args: argparse.Namespace) -> int:
     return 0
 
 
-def _images(
+def _made(
     args: argparse.Namespace, out: Path, lines: Iterable[tuple[int, str]], options: dict[str, Any], name: str
-) -> Iterator[list[int]]:
-    """Make the pictures, here or on Ray, and tell the image numbers of the rows of each batch."""
+) -> Iterator[list[Row]]:
+    """Make the pictures, here or on Ray: the rows of each batch."""
     if args.ray is None:
-        yield from ([row["image"] for row in rows] for rows in Draw(out, log=name, **options).rows(lines))
+        yield from Draw(out, log=name, **options).rows(lines)
     else:
         from .cluster import draw_on_ray
 
         yield from draw_on_ray(args.ray, args.workers, out / f"requests-{name}.parquet", lines, options)
+
+
+def _digest(path: Path) -> str:
+    """Of a file of requests: a picture in a shard cannot be made again for a changed line."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]

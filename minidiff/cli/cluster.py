@@ -9,14 +9,15 @@ from typing import Any
 
 from .batch import Draw
 from .lines import import_parquet
+from .manifest import Row
 
 _ROWS = 256  # per call of a worker: enough to find pictures of one kind in, few enough to share out
 
 
 def draw_on_ray(
     address: str, workers: int | None, requests: Path, lines: Iterable[tuple[int, str]], options: dict[str, Any]
-) -> Iterator[list[int]]:
-    """Make the pictures of lines with Draw in Ray's actors; yields the image numbers of new rows.
+) -> Iterator[list[Row]]:
+    """Make the pictures of lines with Draw in Ray's actors; yields new rows.
 
     requests: the file, in the folder of the pictures, that tells Ray the lines. options: of Draw.
     address: "local" begins a cluster on this machine. workers: default: one per GPU, or else one per machine. All
@@ -45,8 +46,8 @@ def draw_on_ray(
             num_gpus=own.get("num_gpus"),
         )
     )
-    for some in made.iter_batches(batch_size=None):
-        yield some["image"].tolist() if "image" in some else []
+    for some in made.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield some.to_pylist() if "image" in some.column_names else []
 
 
 def _write(path: Path, lines: Iterable[tuple[int, str]]) -> None:

@@ -116,6 +116,15 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
         help="images at a time (default: at most 32, as memory allows, and guided ones alone: guidance magnifies how a "
         "batch rounds, so that some would differ from generate's)",
     )
+    add(
+        "--tar",
+        type=read_positive,
+        nargs="?",
+        const=1000,
+        metavar="N",
+        help="put pictures into shards of webdataset, pictures-000000.tar with N pairs KEY.png and KEY.json (default: "
+        "1000), instead of files. A changed file of requests then needs another folder",
+    )
     add("--ray", metavar="ADDRESS", help="on the machines of a Ray cluster that see the folder; local begins one here")
     add("--workers", type=read_positive, metavar="N", help="of --ray (default: one per GPU, or else one per machine)")
     add("--shard", type=read_shard, metavar="I/N", help="make part I of N, counted from 1: for schedulers")
