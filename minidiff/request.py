@@ -289,7 +289,7 @@ class Request:
                 "latents": row(self.latents, i),
                 "image": of(self.image),
                 "mask": of(self.mask),
-                "boxes": self.layouts[p],
+                "boxes": self.layouts[p] or None,
                 "regions": self.areas[p] or None,
                 "relations": self.related[p] or None,
                 "guidance": self.guidance if self.layouts[p] or self.related[p] or self.guidance == "none" else None,

@@ -202,9 +202,11 @@ def _values(request: Request) -> None:
     if request.boxes is not None:
         from .guidance.layout import read_objects
 
-        for one in request.layouts:
+        layouts = request.layouts
+        for one in layouts:
             if one is not None:
                 read_objects(one)
+        _set(request, "boxes", request.boxes if any(layouts) else None)
     if request.relations is not None:
         from .guidance.relations import read_relations
 

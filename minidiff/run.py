@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .asked import asked
-from .canvas import Canvas, begin
+from .canvas import Beginning, Canvas, begin
 from .checks import shown, warn
 from .denoise import Denoise, Watch
 from .guidance.guide import Guidance, Guide, look_loss
-from .guidance.layout import Layout, PlacedObject, plain_boxes, read_objects
+from .guidance.layout import Layout, PlacedObject
 from .guidance.regions import share_edits
 from .model import Model
 from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
@@ -28,7 +28,7 @@ from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
 from .request import BUNDLED, Request
 from .resolve import check_places, image_inputs, latent_shape, resolve, warn_unused
 from .result import Images, Result, to_numpy, to_pil
-from .sampling import SamplerStep, Schedule, sample
+from .sampling import Sampler, SamplerStep, Schedule, sample
 from .speed.accelerate import compile_whole, is_compiled
 from .speed.replace import changed_weights
 from .texts import Texts
@@ -78,70 +78,108 @@ def _run(given_request: Request, model: Model, timings: Mapping[str, float]) -> 
     loaded = time.perf_counter()
     request, sampler, how = resolve(given_request, model)
     every_step = sampler.schedule(model.noise, request.steps, timesteps=request.timesteps, sigmas=request.sigmas)
-    scale, shape = request.guidance_scale, latent_shape(request, model)
-    assert scale is not None  # resolved
+    shape = latent_shape(request, model)
     noise = Noise.of(request, shape)
     begun = begin(request, model, sampler, every_step, noise)
-    schedule = begun.schedule
-    texts = Texts.of(request, model, schedule.steps)
-    both = scale > 1 or sampler.cfg_pp or texts.weights is not None  # uncond and cond
-    if texts.any_negative and not both:
-        warn("the negative prompt has no effect at guidance_scale 1")
+    schedule, texts = begun.schedule, Texts.of(request, model, begun.schedule.steps)
     there = model.unet.positions(*shape[1:])
-    record = _record(request, there)
-    assert isinstance(request.edits, tuple)  # normalised by Request
-    edits = tuple(edit.of_run(schedule.steps, partial(choose, sites=there)) for edit in request.edits)
-    each_step = texts.in_each_step()
-    encoded = {one: one.encode(model, request.clip_skip, negative=both) for one in each_step}
-    contexts = [encoded[one] for one in each_step]
-    placed = {one: one.regions(request, model) for one in encoded}
-    regions = placed[each_step[0]]
-    given_inputs = {name: value.to(model.device) for name, value in (request.inputs or {}).items()}
-    own = image_inputs(request, model, there, negative=both) | begun.inputs | given_inputs
-    masks = texts.masks(model, there, both)
-    if masks:
-        own, edits = own | masks, edits + share_edits(choose(cross, there), both)
-    guide, given = None, [own]
-    if any(regions):
-        length = contexts[0].shape[1]
-        layouts = {one: one.layout(model, placed[one], length, there, request.related) for one in encoded}
-        inputs = {one: {**layouts[one].inputs(), **own} for one in encoded}
-        given = [inputs[one] for one in each_step]
-        if how is not None:
-            check_places(how, regions)
-            told = [(encoded[one][-texts.images :], layouts[one], inputs[one]) for one in each_step]
-            guide = _guide(model, how.of_run(schedule.steps, there), told, regions, edits)
-    if request.tries > 1 and guide is not None:
+    told = _tell(request, model, sampler, how, texts, there, begun)
+    if request.tries > 1 and told.guide is not None:
 
         def start(seeds: Seeds) -> Tensor:
             of_try = Noise.of(request.filled({"seed": seeds}), shape)
             return begin(request, model, sampler, every_step, of_try).latents.to(model.device)
 
-        best = best_seeds(_seeds(request), request.tries, start, guide, schedule)
-        return _run(
-            given_request.filled({"seed": best, "tries": 1}), model, {**timings, "tries": time.perf_counter() - loaded}
-        )
+        best = best_seeds(_seeds(request), request.tries, start, told.guide, schedule)
+        spent = {**timings, "tries": time.perf_counter() - loaded}
+        return _run(given_request.filled({"seed": best, "tries": 1}), model, spent)
     warn_unused(request, schedule.steps)
-    rescale = request.guidance_rescale
-    every = request.cache_interval
-    alone = record is None and texts.weights is None and every == 1 and len(contexts) == 1
-    watch = _watch(guide) if guide is not None and alone else None
-    interval, halves = request.guidance_interval, sampler.cfg_pp
-    denoise = Denoise(
-        model, contexts, scale, rescale, record, edits, given, texts.weights, interval, every, watch, halves
-    )
+    refine, fresh = None if told.guide is None else told.guide.refine, noise if sampler.stochastic else None
+    denoise = _denoise(request, model, sampler, told)
+    steps = sample(denoise, begun.latents.to(model.device), schedule, sampler, refine, fresh, begun.hold)
     used = {
         "seed": tuple(s if request.latents is None or sampler.stochastic else None for s in _seeds(request)),
-        "guidance": None if guide is None and request.guidance is None else "none" if how is None else how,
-        "attention": _recorded(model, record, there),
+        "negative_prompt": None if request.negative_context is not None else texts.negatives,
+        "guidance": None if told.guide is None and request.guidance is None else "none" if how is None else how,
+        "attention": _recorded(model, told.record, there),
     }
+    drawn = {name: getattr(request, name) for name in ("width", "height", "seed", "vary")}
+    remake = given_request.filled(drawn).each()
+    remake = remake if begun.canvas is None else remake.filled(begun.canvas.fields())
     timings = {**timings, "text": time.perf_counter() - loaded}
-    fresh = noise if sampler.stochastic else None
-    refine = None if guide is None else guide.refine
-    steps = sample(denoise, begun.latents.to(model.device), schedule, sampler, refine, fresh, begun.hold)
-    remake = given_request.filled({name: getattr(request, name) for name in ("width", "height", "seed", "vary")})
-    return Run(
-        request.filled(used), model, texts, schedule, steps, regions, guide, record, timings, begun.canvas, remake
+    return Run(request.filled(used), model, texts, schedule, steps, told, timings, begun.canvas, remake)
+
+
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """What the network gets in a run: contexts and inputs, one for all steps or one each; edits and the record, their
+    sites chosen; the guide. weights: of texts that AND joins, [B,T].
+    """
+
+    contexts: Sequence[Tensor]
+    inputs: Sequence[Inputs]
+    edits: tuple[Edit, ...]
+    record: Record | None
+    guide: Guide | None
+    weights: Tensor | None
+
+
+def _tell(
+    request: Request,
+    model: Model,
+    sampler: Sampler,
+    how: Guidance | None,
+    texts: Texts,
+    there: Mapping[Site, Position],
+    begun: Beginning,
+) -> _Told:
+    """Encode the texts, and find their phrases."""
+    weights, scale = texts.weights, request.guidance_scale
+    assert scale is not None and isinstance(request.edits, tuple)  # resolved
+    both = scale > 1 or sampler.cfg_pp or weights is not None  # uncond and cond
+    if texts.any_negative and not both:
+        warn("the negative prompt has no effect at guidance_scale 1")
+    edits = tuple(edit.of_run(begun.schedule.steps, partial(choose, sites=there)) for edit in request.edits)
+    each_step = texts.in_each_step()
+    encoded = {one: one.encode(model, request.clip_skip, negative=both) for one in each_step}
+    contexts = [encoded[one] for one in each_step]
+    given_inputs = {name: value.to(model.device) for name, value in (request.inputs or {}).items()}
+    own = image_inputs(request, model, there, negative=both) | begun.inputs | given_inputs
+    masks = texts.masks(model, there, both)
+    if masks:
+        own, edits = own | masks, edits + share_edits(choose(cross, there), both)
+    record, placed = _record(request, there), {one: one.regions(request, model) for one in encoded}
+    regions = placed[each_step[0]]
+    if not any(regions):
+        return _Told(contexts, [own], edits, record, None, weights)
+    length, related = contexts[0].shape[1], request.related
+    layouts = {one: one.layout(model, placed[one], length, there, related) for one in encoded}
+    inputs = {one: {**layouts[one].inputs(), **own} for one in encoded}
+    guide = None
+    if how is not None:
+        check_places(how, regions)
+        seen = [(encoded[one][-len(regions) :], layouts[one], inputs[one]) for one in each_step]
+        guide = _guide(model, how.of_run(begun.schedule.steps, there), seen, regions, edits)
+    return _Told(contexts, [inputs[one] for one in each_step], edits, record, guide, weights)
+
+
+def _denoise(request: Request, model: Model, sampler: Sampler, told: _Told) -> Denoise:
+    every, scale = request.cache_interval, request.guidance_scale
+    assert scale is not None  # resolved
+    alone = told.record is None and told.weights is None and every == 1 and len(told.contexts) == 1
+    return Denoise(
+        model,
+        told.contexts,
+        scale,
+        request.guidance_rescale,
+        told.record,
+        told.edits,
+        told.inputs,
+        told.weights,
+        request.guidance_interval,
+        every,
+        _watch(told.guide) if told.guide is not None and alone else None,
+        sampler.cfg_pp,
     )
 
 
@@ -159,22 +197,14 @@ class Run(Iterator[Step]):
         texts: Texts,
         schedule: Schedule,
         steps: Iterator[SamplerStep],
-        regions: Sequence[Sequence[PlacedObject]],
-        guide: Guide | None,
-        record: Record | None,
+        told: _Told,
         timings: Mapping[str, float],
-        canvas: Canvas | None = None,
-        remake: Request | None = None,
+        canvas: Canvas | None,
+        remake: Request,
     ) -> None:
-        each = zip(regions[:: texts.repeats], request.layouts, strict=True)  # phrases of relations alone come last
-        layouts = [plain_boxes(some[: len(read_objects(boxes or {}))]) or None for some, boxes in each]
-        negatives = None if request.negative_context is not None else texts.negatives
-        self.request = request.filled({"boxes": layouts, "negative_prompt": negatives})
-        self._model, self._texts, self._schedule, self._steps = model, texts, schedule, steps
-        self._guide, self._record, self._timings = guide, record, dict(timings)
-        self._canvas = canvas if request.paste else None
-        self._remake = None if remake is None else remake.each().filled({} if canvas is None else canvas.fields())
-        self._names = [[region.name for region in some] for some in regions]
+        self.request, self._model, self._texts, self._schedule = request, model, texts, schedule
+        self._steps, self._guide, self._record, self._timings = steps, told.guide, told.record, dict(timings)
+        self._canvas, self._remake = canvas if request.paste else None, remake
         self._reduce = request.reduce if callable(request.reduce) else _REDUCTIONS[request.reduce]
         self._last: Step | None = None
         self._kept: Maps | None = None

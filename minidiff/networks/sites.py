@@ -162,6 +162,10 @@ def level(number: int) -> Where:
     return Where(f"level({number})", partial(_is_on, whole("level", number, 0)))
 
 
+_UP_1 = block("up", 1)
+UP_1 = cross & _UP_1
+MID_AND_UP_1 = cross & (place("mid") | _UP_1)
+"""Where Chen, Laina and Vedaldi 2024 guide."""
 SECOND_COARSEST = cross & level(1)
 """The cross-attention on the second-coarsest grid: 16x16 in SD 1.5 at 512 pixels."""
 

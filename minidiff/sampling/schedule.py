@@ -6,14 +6,16 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minidiff.checks import choice, number, shown, whole
+from minidiff.checks import Check, checked, choice, number, shown, whole
 from minidiff.sampling.samplers import sampler_class
 from minidiff.sampling.samplers._sampler import Sampler
 from minidiff.vocabulary import BETA_SCHEDULES, PREDICTION_TYPES, SPACINGS, read_sampler
@@ -29,6 +31,29 @@ _SWITCHES = ("rescale_betas_zero_snr", "thresholding")
 
 # What diffusers' DPMSolverMultistepScheduler is with algorithm_type sde-dpmsolver++, by its other settings.
 _SDE = ("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
+
+_TABLE: Mapping[str, Check] = MappingProxyType(
+    {
+        "beta_schedule": partial(choice, choices=BETA_SCHEDULES),
+        "prediction_type": partial(choice, choices=PREDICTION_TYPES),
+        "timestep_spacing": partial(choice, choices=SPACINGS),
+        "steps_offset": partial(whole, least=0, most=MOST_TIMESTEPS),
+        "num_train_timesteps": partial(whole, least=2, most=MOST_TIMESTEPS),
+        "beta_start": number,
+        "beta_end": number,
+    }
+)
+_DEFAULTS: Mapping[str, object] = MappingProxyType(
+    {
+        "beta_schedule": "linear",
+        "prediction_type": "epsilon",
+        "steps_offset": 1,
+        "num_train_timesteps": 1000,
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+    }
+)
+_NEVER_NULL = ("beta_schedule", "prediction_type")
 
 # scheduler/scheduler_config.json of stable-diffusion-v1-5, also used for single files, which have no config.
 SD15_SCHEDULER_CONFIG: Mapping[str, object] = MappingProxyType(
@@ -94,20 +119,17 @@ class NoiseSchedule:
         config's own algorithm that are not implemented (e.g. `sde-dpmsolver++`) are no error: `sampler` is then None,
         so that another one can be chosen.
         """
-        spacing, kind = config.get("timestep_spacing"), config.get("prediction_type", "epsilon")
-        betas = choice("scheduler config: beta_schedule", config.get("beta_schedule", "linear"), BETA_SCHEDULES)
+        read = _read(config)
         switches = tuple(key for key in _SWITCHES if _flag(config, key))
         sampler, refusal = _own_sampler(config)
         return cls(
-            alphas_cumprod=torch.cumprod(1.0 - _betas(config, betas), dim=0),
-            prediction_type=choice("scheduler config: prediction_type", kind, PREDICTION_TYPES),
-            timestep_spacing=None
-            if spacing is None
-            else choice("scheduler config: timestep_spacing", spacing, SPACINGS),
-            steps_offset=_whole(config, "steps_offset", 1, least=0),
+            alphas_cumprod=torch.cumprod(1.0 - _betas(read, config), dim=0),
+            prediction_type=read["prediction_type"],
+            timestep_spacing=read.get("timestep_spacing"),
+            steps_offset=read["steps_offset"],
             set_alpha_to_one=None if config.get("set_alpha_to_one") is None else _flag(config, "set_alpha_to_one"),
             skip_prk_steps=config.get("skip_prk_steps") is None or _flag(config, "skip_prk_steps"),
-            beta_schedule=betas,
+            beta_schedule=read["beta_schedule"],
             sampler=sampler,
             refusal=refusal,
             switches=switches,
@@ -144,22 +166,33 @@ class NoiseSchedule:
         return sigmas
 
 
-def _betas(config: Mapping[str, object], kind: str) -> Tensor:
+def _read(config: Mapping[str, object]) -> dict[str, Any]:
+    """The values of _TABLE, or diffusers' defaults. Some files have 1000.0 for 1000."""
+    found = {key: config[key] for key in _TABLE if key in config and (config[key] is not None or key in _NEVER_NULL)}
+    given = {
+        key: int(value) if isinstance(value, float) and value.is_integer() else value
+        for key, value in {**_DEFAULTS, **found}.items()
+    }
+    return checked(given, _TABLE, "scheduler config: ")
+
+
+def _betas(read: Mapping[str, Any], config: Mapping[str, object]) -> Tensor:
     """Noise variances of the training steps, float32 [T], by the same operations as in diffusers, for equal bits."""
     trained = config.get("trained_betas")
     if trained is not None:
         if not isinstance(trained, list | tuple) or not 2 <= len(trained) <= MOST_TIMESTEPS:
             raise ValueError(f"scheduler config: trained_betas is {shown(trained)}; expected null or a list of numbers")
-        if len(trained) != (steps := _whole(config, "num_train_timesteps", len(trained), least=2)):
+        steps = len(trained) if config.get("num_train_timesteps") is None else read["num_train_timesteps"]
+        if len(trained) != steps:
             raise ValueError(f"scheduler config: {len(trained)} trained_betas, but num_train_timesteps is {steps}")
         betas = [number("scheduler config: trained_betas", beta, 0, 1) for beta in trained]
         return torch.tensor(betas, dtype=torch.float32, device="cpu")
-    steps = _whole(config, "num_train_timesteps", 1000, least=2)
+    steps, kind = read["num_train_timesteps"], read["beta_schedule"]
     if kind == "squaredcos_cap_v2":  # Nichol and Dhariwal 2021, eq. 17; the cap 0.999 keeps the last abar above 0
         level = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
         betas = [min(1 - b / a, 0.999) for a, b in itertools.pairwise(level)]
         return torch.tensor(betas, dtype=torch.float32, device="cpu")
-    start, end = _number(config, "beta_start", 0.0001), _number(config, "beta_end", 0.02)
+    start, end = read["beta_start"], read["beta_end"]
     if not 0 < start <= end < 1:
         raise ValueError(f"scheduler config: beta_start {start} and beta_end {end}; expected 0 < start <= end < 1")
     if kind == "linear":
@@ -189,17 +222,6 @@ def _own_sampler(config: Mapping[str, object]) -> tuple[Sampler | None, str]:
             return made(**made.of_config(config)), ""
         refusals.append(f"names {kind} with {wrong[0]} {shown(config[wrong[0]])}, which is not implemented")
     return None, refusals[0]
-
-
-def _number(config: Mapping[str, object], key: str, default: float) -> float:
-    value = config.get(key)
-    return float(default) if value is None else number(f"scheduler config: {key}", value)
-
-
-def _whole(config: Mapping[str, object], key: str, default: int, least: int) -> int:
-    value = config.get(key)
-    value = default if value is None else int(value) if isinstance(value, float) and value.is_integer() else value
-    return whole(f"scheduler config: {key}", value, least, MOST_TIMESTEPS)
 
 
 def _flag(config: Mapping[str, object], key: str) -> bool:

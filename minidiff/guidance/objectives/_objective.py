@@ -6,8 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce as fold
-from operator import or_
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
 import torch
@@ -44,6 +43,8 @@ class Settings:
     step_rule: StepRule = "variance"
 
 
+PUBLISHED = Settings()
+"""Those of Chen, Laina and Vedaldi 2024."""
 OWN = Settings(scale=0.03, threshold=0.1, iterations=5, steps=0.6, step_rule="unit")
 """Settings of the objectives that come from no paper."""
 
@@ -66,10 +67,9 @@ class Term:
     needs_boxes: bool = True
 
     @property
-    def record(self) -> Record:
-        """What the term needs recorded; it also suffices to compute the mass inside the masks, for the report."""
-        keep = self.keep if self.keep.heads is not None or self.keep.sums is not None else ALL
-        return Record(self.sites, keep, rows="all", stop=True)
+    def kept(self) -> Keep:
+        """What to record for it; this also suffices to compute the mass inside the masks, for the report."""
+        return self.keep if self.keep.heads is not None or self.keep.sums is not None else ALL
 
     def reads(self, maps: Maps) -> list[Site]:
         """Its sites among those recorded; all while none are chosen."""
@@ -96,7 +96,7 @@ class Objective:
     """
 
     terms: tuple[Term, ...]
-    settings: Settings = Settings()
+    settings: Settings = PUBLISHED
 
     def __post_init__(self) -> None:
         if not isinstance(self.terms, tuple) or not self.terms or not all(isinstance(one, Term) for one in self.terms):
@@ -107,12 +107,13 @@ class Objective:
     @cached_property
     def record(self) -> Record:
         """What a forward pass of conditional rows keeps for it, each site once."""
-        return fold(or_, (term.record for term in self.terms))
+        (sites, keep), *more = ((term.sites, term.kept) for term in self.terms)
+        return Record(sites, keep, rows="all", stop=True, more=tuple(more))
 
     @property
     def keep(self) -> Keep:
         """What is kept per site while the terms' sites are not chosen yet."""
-        kinds = {term.record.keep for term in self.terms}
+        kinds = {term.kept for term in self.terms}
         return kinds.pop() if len(kinds) == 1 else ALL
 
     @property
@@ -213,7 +214,7 @@ def objective(
     sites: Where | frozenset[Site] = SECOND_COARSEST,
     keep: Keep = ALL,
     reduce: Reduction = "mean",
-    settings: Settings = Settings(),
+    settings: Settings = PUBLISHED,
     needs_boxes: bool = True,
 ) -> Objective | Callable[[Loss], Objective]:
     """Turn a module-level function (maps, layout) -> loss, [B,O] per object or [B] per image, into an objective.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...networks.attention import HEAD_MEAN, Maps
-from ...networks.sites import block, cross
+from ...networks.sites import UP_1
 from ..layout import Layout
 from ._maps import centre_and_spread, moments
 from ._objective import OWN, objective
@@ -16,7 +16,7 @@ from ._objective import OWN, objective
 SPREAD = 0.62  # a map's spread relative to its object's box: maps peak in the middle (measured on the bundled model)
 
 
-@objective(sites=cross & block("up", 1), keep=HEAD_MEAN, settings=OWN)
+@objective(sites=UP_1, keep=HEAD_MEAN, settings=OWN)
 def extent_loss(maps: Maps, layout: Layout) -> Tensor:
     """Difference in centre and size between an object's map and its mask, along both axes.
 

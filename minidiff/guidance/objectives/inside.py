@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from ...networks.attention import BOX_MASS, Maps
+from ...networks.sites import MID_AND_UP_1
 from ..layout import Layout
 from ._maps import own_shares
 from ._objective import OWN, objective
-from .layout import SITES
 
 LEAST = 1e-12  # lower bound of a fraction, before its logarithm
 
 
-@objective(sites=SITES, keep=BOX_MASS, settings=OWN)
+@objective(sites=MID_AND_UP_1, keep=BOX_MASS, settings=OWN)
 def inside_loss(maps: Maps, layout: Layout) -> Tensor:
     """-log of the fraction of attention to an object's tokens inside its mask; mean over sites, heads and tokens.
 

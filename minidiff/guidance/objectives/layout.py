@@ -6,15 +6,13 @@ import torch
 from torch import Tensor
 
 from ...networks.attention import BOX_MASS, Maps
-from ...networks.sites import block, cross, place
+from ...networks.sites import MID_AND_UP_1
 from ..layout import Layout
 from ._maps import own_shares
 from ._objective import objective
 
-SITES = cross & (place("mid") | block("up", 1))
 
-
-@objective(sites=SITES, keep=BOX_MASS)
+@objective(sites=MID_AND_UP_1, keep=BOX_MASS)
 def layout_loss(maps: Maps, layout: Layout) -> Tensor:
     """Squared fraction of attention to an object's tokens outside its mask; mean over sites, heads and tokens.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...networks.attention import HEAD_MEAN, Maps
-from ...networks.sites import block, cross
+from ...networks.sites import UP_1
 from ..layout import Layout
 from ._maps import moments
 from ._objective import OWN, objective
@@ -17,7 +17,7 @@ APART = 0.4, 0.4, math.log(1.5)
 """How far x, y (fractions of the picture) and the log of the size of two maps are to differ."""
 
 
-@objective(sites=cross & block("up", 1), keep=HEAD_MEAN, reduce="sum", settings=OWN, needs_boxes=False)
+@objective(sites=UP_1, keep=HEAD_MEAN, reduce="sum", settings=OWN, needs_boxes=False)
 def relation_loss(maps: Maps, layout: Layout) -> Tensor:
     """Squared hinge on the difference of two objects' centres or sizes, in units of APART; 0 without relations.
 

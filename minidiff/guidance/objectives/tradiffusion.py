@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ...networks.attention import COLUMNS, Maps
-from ...networks.sites import block, cross, place
+from ...networks.sites import MID_AND_UP_1
 from ..layout import Layout
 from ._maps import TINY, taken
 from ._objective import objective
 
 
-@objective(sites=cross & (place("mid") | block("up", 1)), keep=COLUMNS)
+@objective(sites=MID_AND_UP_1, keep=COLUMNS)
 def tradiffusion_loss(maps: Maps, layout: Layout) -> Tensor:
     """(1 - the mean of 1 / D)^2 + 10 (1 - 1 / the mean of D)^2 over an object's attention, D the distance to its place.
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from minidiff.checks import whole
-from minidiff.sampling.samplers._sampler import ConfigValues, Draw, Sampler, signal
+from minidiff.sampling.samplers._sampler import ConfigValues, Sampler
 from minidiff.sampling.spacing import Schedule, scheduled_sigmas, sigmas_at, spaced_timesteps, timesteps_at, vp_schedule
 
 if TYPE_CHECKING:
@@ -71,17 +69,3 @@ class OrderedSampler(MultistepSampler):
     def of_config(cls, config: Mapping[str, object]) -> dict[str, Any]:
         order = config.get("solver_order")
         return super().of_config(config) | ({} if order is None else {"order": order})
-
-
-def first_order(x: Tensor, clean: Tensor, start: float, end: float) -> Tensor:
-    """DDIM's step as in Lu et al. 2022 (arXiv 2211.01095), eq. 9: 1 - exp(-h) is 1 - end / start."""
-    level = signal(end)
-    return level / signal(start) * end / start * x + level * (1 - end / start) * clean
-
-
-def sde_step(x: Tensor, clean: Tensor, bend: Tensor | None, start: float, end: float, fresh: Draw) -> Tensor:
-    """SDE-DPM-Solver++'s first-order step, with what higher orders add to the clean latents' part."""
-    ratio = (end / start) ** 2  # exp(-2 h)
-    target = (1 - ratio) * clean if bend is None else (1 - ratio) * clean + bend
-    x = signal(end) / signal(start) * ratio * x + signal(end) * target
-    return x + signal(end) * end * math.sqrt(1 - ratio) * fresh() if 0 < end < start else x

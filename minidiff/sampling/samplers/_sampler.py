@@ -193,3 +193,17 @@ def derivative(x: Tensor, output: Tensor, sigma: float, prediction_type: str) ->
 def cleaned(x: Tensor, output: Tensor, sigma: float, prediction_type: str) -> Tensor:
     """The clean latents from a network output, for x in "ve" space."""
     return x - sigma * derivative(x, output, sigma, prediction_type)
+
+
+def first_order(x: Tensor, clean: Tensor, start: float, end: float) -> Tensor:
+    """DDIM's step as in Lu et al. 2022 (arXiv 2211.01095), eq. 9: 1 - exp(-h) is 1 - end / start."""
+    level = signal(end)
+    return level / signal(start) * end / start * x + level * (1 - end / start) * clean
+
+
+def sde_step(x: Tensor, clean: Tensor, bend: Tensor | None, start: float, end: float, fresh: Draw) -> Tensor:
+    """SDE-DPM-Solver++'s first-order step, with what higher orders add to the clean latents' part."""
+    ratio = (end / start) ** 2  # exp(-2 h)
+    target = (1 - ratio) * clean if bend is None else (1 - ratio) * clean + bend
+    x = signal(end) / signal(start) * ratio * x + signal(end) * target
+    return x + signal(end) * end * math.sqrt(1 - ratio) * fresh() if 0 < end < start else x

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from minidiff.sampling.samplers._multistep import MultistepSampler, first_order
-from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, predict
+from minidiff.sampling.samplers._multistep import MultistepSampler
+from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, first_order, predict
 from minidiff.sampling.spacing import Schedule
 
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from minidiff.sampling.samplers._multistep import MultistepSampler, sde_step
-from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, predict
+from minidiff.sampling.samplers._multistep import MultistepSampler
+from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, predict, sde_step
 from minidiff.sampling.samplers.dpmpp_2m import DPMpp2M
 from minidiff.sampling.spacing import Schedule
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from minidiff.sampling.samplers._multistep import MultistepSampler, first_order
-from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, predict
+from minidiff.sampling.samplers._multistep import MultistepSampler
+from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, first_order, predict
 from minidiff.sampling.samplers.dpmpp_2m import DPMpp2M
 from minidiff.sampling.spacing import Schedule
 

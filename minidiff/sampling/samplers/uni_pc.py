@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from minidiff.checks import choice
-from minidiff.sampling.samplers._multistep import MultistepSampler, OrderedSampler, first_order
-from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, predict, signal
+from minidiff.sampling.samplers._multistep import MultistepSampler, OrderedSampler
+from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, first_order, predict, signal
 from minidiff.sampling.spacing import Schedule
 
 Seen = list[tuple[float, Tensor]]
