@@ -44,15 +44,18 @@ Cell: TypeAlias = tuple[str, int | None, int]  # method, passes, seed
 
 @dataclass(frozen=True)
 class Method:
-    """A way of following boxes; guidance None is the model's default."""
+    """A way of following boxes; guidance None is the model's default. Each of the tries counts as a pass."""
 
     guidance: str | Mapping[str, object] | None
     edits: tuple[minidiff.Edit, ...] = ()
+    tries: int = 1
 
     @property
     def levels(self) -> tuple[int | None, ...]:
         """The numbers of passes at which it is compared."""
-        return (None,) if self.guidance == "none" else PASSES
+        if self.guidance == "none":
+            return (None,)
+        return PASSES if self.tries == 1 else tuple(n for n in PASSES if n is not None and n > 2 * self.tries)
 
 
 NOT_OF_BOXES = ("reweight", "relation")
@@ -74,7 +77,8 @@ def methods() -> dict[str, Method]:
         name: Method("none", (function(steps=first[name]) if name in first else function(),))
         for name, function in made.items()
     }
-    return {"none": Method("none"), DEFAULT: Method(None), **names, **edits}
+    default = {DEFAULT: Method(None), f"{DEFAULT}, 8 tries": Method(None, tries=8)}
+    return {"none": Method("none"), **default, **names, **edits}
 
 
 def at_passes(how: Guidance, passes: int | None, steps: int) -> Guidance:
@@ -114,6 +118,7 @@ def draw(model: minidiff.Model, some: Sequence[Scene], method: Method, passes: i
     steps, guidance = model.defaults.steps, method.guidance
     if guidance != "none":
         read = Guidance.read(model.defaults.guidance if guidance is None else guidance)  # type: ignore[arg-type]
+        passes = passes if passes is None or method.tries == 1 else passes - method.tries
         guidance = at_passes(Guidance(relation_loss) if some[0].relation else read, passes, steps)
     before = time.process_time()
     run = minidiff.sample_steps(
@@ -124,6 +129,7 @@ def draw(model: minidiff.Model, some: Sequence[Scene], method: Method, passes: i
         relations=[one.relations for one in some],
         guidance=guidance,
         edits=method.edits,
+        tries=method.tries,
         output="tensor",
     )
     looks = {step.index: step.report for step in run if isinstance(step.report, tuple) and step.report}
@@ -142,7 +148,7 @@ def rows(model: str, cell: Cell, some: Sequence[Scene]) -> list[Row]:
     """Draw and measure the scenes of a cell."""
     torch.set_num_threads(1)
     name, passes, seed = cell
-    found = []
+    tries, found = methods()[name].tries, []
     boxed = [one for one in some if one.relation is None]
     related = [one for one in some if one.relation is not None]
     for batch in (tuple(boxed), tuple(related)):
@@ -152,9 +158,12 @@ def rows(model: str, cell: Cell, some: Sequence[Scene]) -> list[Row]:
             drift = (drawn.images - plain.images).square().mean(dim=(1, 2, 3)).sqrt().tolist()
             for i, scene in enumerate(batch):
                 row: Row = {"method": name, "passes": passes, "seed": seed, "split": scene.split}
-                row |= {"number": scene.number, "drift": round(drift[i], 4), "seconds": round(drawn.seconds, 3)}
+                row |= {"scenes": scene.seed, "number": scene.number, "seconds": round(drawn.seconds, 3)}
+                row["drift"] = round(drift[i], 4) if tries == 1 else None  # another noise is another picture
                 row |= measured(scene, measure((drawn.images[i] * 255).round().to(torch.uint8)))
-                found.append(row | looked(drawn.looks, i, len(scene.things), everything=name == DEFAULT))
+                row |= looked(drawn.looks, i, len(scene.things), everything=name == DEFAULT)
+                row["used"] += tries if tries > 1 else 0
+                found.append(row)
     return found
 
 
@@ -303,6 +312,7 @@ def wanted(args: argparse.Namespace, row: Row) -> bool:
         method is not None
         and (args.only is None or row["method"] in args.only)
         and row["passes"] in _levels(args, method)
+        and row["scenes"] == args.scenes
         and row["split"] in some
         and row["seed"] < args.seeds
         and row["number"] < args.prompts
@@ -334,7 +344,7 @@ def _draw_missing(args: argparse.Namespace) -> None:
         for name, method in methods().items():
             for passes in _levels(args, method) if name in (args.only or methods()) else ():
                 own = [one for one in some if plays(name, one)]
-                own = [one for one in own if (name, passes, seed, one.split, one.number) not in there]
+                own = [one for one in own if (name, passes, seed, one.split, one.seed, one.number) not in there]
                 todo += [((name, passes, seed), own[at : at + BATCH]) for at in range(0, len(own), BATCH)]
     print(f"{len(todo)} cells to draw, {len(there)} pictures there", flush=True)
     before = time.perf_counter()
@@ -350,7 +360,7 @@ def _draw_missing(args: argparse.Namespace) -> None:
 
 
 def _key(row: Row) -> tuple[object, ...]:
-    return tuple(row[name] for name in ("method", "passes", "seed", "split", "number"))
+    return tuple(row[name] for name in ("method", "passes", "seed", "split", "scenes", "number"))
 
 
 def _each(args: argparse.Namespace, todo: Sequence[tuple[Cell, list[Scene]]]) -> Iterator[tuple[Cell, list[Row]]]:

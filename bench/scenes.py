@@ -21,11 +21,12 @@ PAIRS = [(shape, colour) for shape in SHAPES for colour in COLOURS if (shape, co
 class Scene:
     """A prompt, and what else is asked for: a box of each object, or a stroke of the only one, or a relation.
 
-    number: which one of its split it is. `things` are the objects to be found, more than those of the prompt where
-    the layout contradicts it; their boxes are meaningless without `boxes`.
+    seed, number: which one of its split it is. `things` are the objects to be found, more than those of the prompt
+    where the layout contradicts it; their boxes are meaningless without `boxes`.
     """
 
     split: str
+    seed: int
     number: int
     prompt: Prompt
     boxes: tuple[Box, ...] = ()
@@ -61,52 +62,54 @@ def scenes(number: int, seed: int = SEED) -> Iterator[Scene]:
     for k, (split, make) in enumerate(SPLITS.items()):
         for i in range(number):
             rng = np.random.default_rng([seed, k, i])
-            yield make(rng, split, i)
+            yield make(rng, split, seed, i)
 
 
-def _counted(rng: Generator, split: str, i: int) -> Scene:
+def _counted(rng: Generator, split: str, seed: int, i: int) -> Scene:
     """As many objects as the split says, of different colours and shapes, with boxes as in training."""
     count = int(split.split()[0])
-    return Scene(split, i, _prompt(rng, count), _boxes(rng, count))
+    return Scene(split, seed, i, _prompt(rng, count), _boxes(rng, count))
 
 
-def _shape_twice(rng: Generator, split: str, i: int) -> Scene:
+def _shape_twice(rng: Generator, split: str, seed: int, i: int) -> Scene:
     """Two objects of one shape."""
-    return Scene(split, i, _prompt(rng, 2, lambda a, b: a[0] == b[0] and a[1] != b[1]), _boxes(rng, 2))
+    return Scene(split, seed, i, _prompt(rng, 2, lambda a, b: a[0] == b[0] and a[1] != b[1]), _boxes(rng, 2))
 
 
-def _colour_twice(rng: Generator, split: str, i: int) -> Scene:
+def _colour_twice(rng: Generator, split: str, seed: int, i: int) -> Scene:
     """Two objects of one colour."""
-    return Scene(split, i, _prompt(rng, 2, lambda a, b: a[1] == b[1] and a[0] != b[0]), _boxes(rng, 2))
+    return Scene(split, seed, i, _prompt(rng, 2, lambda a, b: a[1] == b[1] and a[0] != b[0]), _boxes(rng, 2))
 
 
-def _unlike(rng: Generator, split: str, i: int) -> Scene:
+def _unlike(rng: Generator, split: str, seed: int, i: int) -> Scene:
     """A box that does not occur in training."""
     edges, aspects = OUTSIDE[split]
-    return Scene(split, i, _prompt(rng, 1), (placed(rng, *sized(rng, edges, aspects, tall=i % 2 == 1), "anywhere"),))
+    return Scene(
+        split, seed, i, _prompt(rng, 1), (placed(rng, *sized(rng, edges, aspects, tall=i % 2 == 1), "anywhere"),)
+    )
 
 
-def _related(rng: Generator, split: str, i: int) -> Scene:
+def _related(rng: Generator, split: str, seed: int, i: int) -> Scene:
     """Two objects without boxes, each relation in turn."""
-    return Scene(split, i, _prompt(rng, 2), relation=list(RELATIONS)[i % len(RELATIONS)])
+    return Scene(split, seed, i, _prompt(rng, 2), relation=list(RELATIONS)[i % len(RELATIONS)])
 
 
-def _along(rng: Generator, split: str, i: int) -> Scene:
+def _along(rng: Generator, split: str, seed: int, i: int) -> Scene:
     """An object on a stroke of 0.2 to 0.4 of the edge, in any direction, whose middle is not the picture's."""
     angle, half = rng.uniform(0, np.pi), rng.uniform(0.1, 0.2)
     x = y = 0.5
     while np.hypot(x - 0.5, y - 0.5) < 0.2:
         x, y = rng.uniform(0.22, 0.78, size=2)
     ends = [(x + side * half * np.cos(angle), y + side * half * np.sin(angle)) for side in (-1, 1)]
-    return Scene(split, i, _prompt(rng, 1), stroke=Stroke([(float(a), float(b)) for a, b in ends], 0.2))
+    return Scene(split, seed, i, _prompt(rng, 1), stroke=Stroke([(float(a), float(b)) for a, b in ends], 0.2))
 
 
-def _contradicting(rng: Generator, split: str, i: int) -> Scene:
+def _contradicting(rng: Generator, split: str, seed: int, i: int) -> Scene:
     """Two boxes for the prompt's only object, each of which is to hold one."""
-    return Scene(split, i, _prompt(rng, 1), _boxes(rng, 2))
+    return Scene(split, seed, i, _prompt(rng, 1), _boxes(rng, 2))
 
 
-SPLITS: dict[str, Callable[[Generator, str, int], Scene]] = {
+SPLITS: dict[str, Callable[[Generator, str, int, int], Scene]] = {
     **dict.fromkeys(("1 object", "2 objects", "3 objects", "4 objects"), _counted),
     "one shape twice": _shape_twice,
     "one colour twice": _colour_twice,

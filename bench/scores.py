@@ -34,7 +34,7 @@ SCORES: dict[str, Values] = {
     "swaps": lambda row: [one == "swap" for one in row.get("landed", ())],
     "leaks": lambda row: [one in ("colour", "shape") for one in row.get("landed", ())],
     "facts": lambda row: [row["facts"]],
-    "drift": lambda row: [row["drift"]],
+    "drift": lambda row: [] if row["drift"] is None else [row["drift"]],  # None for a picture of another noise
     "passes": lambda row: [row["used"]],
     "seconds": lambda row: [row["seconds"]],
 }

@@ -14,7 +14,7 @@ from scipy.stats import kendalltau
 import bench.league
 from bench.__main__ import main
 from bench.league import PASSES, Cell, at_passes, holds, looked, measured, methods, plays, read, standing
-from bench.scenes import SPLITS, Scene, scenes
+from bench.scenes import SEED, SPLITS, Scene, scenes
 from bench.scores import PUBLISHED, SCORES, Row, agreement, bootstrap, kendall, mean
 from minidiff import Guidance
 from minidiff.guidance.report import Evaluation
@@ -133,7 +133,15 @@ def test_a_restart_draws_what_is_missing(
 
 
 def _row(method: str, passes: int | None, split: str, number: int, value: float, seed: int = 0) -> Row:
-    row = {"method": method, "passes": passes, "seed": seed, "split": split, "number": number, "ious": [value]}
+    row = {
+        "method": method,
+        "passes": passes,
+        "seed": seed,
+        "split": split,
+        "scenes": SEED,
+        "number": number,
+        "ious": [value],
+    }
     return row | {"count": 0, "landed": ["own"], "facts": True, "drift": 0.1, "used": 3, "seconds": 0.5}
 
 
