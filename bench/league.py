@@ -58,25 +58,29 @@ class Method:
         return PASSES if self.tries == 1 else tuple(n for n in PASSES if n is not None and n > 2 * self.tries)
 
 
-NOT_OF_BOXES = ("reweight", "relation")
+NOT_OF_BOXES = ("relation", "reweight", "prompt_to_prompt", "masactrl")
+WITH_EDITS = {"bounded_attention": "bounded_attention", "ilgd": "attention_injection"}
+"""Objectives that their papers combine with an edit."""
+FIRST = {"forward_guidance": 8, "regional_prompting": 10}
+"""Steps of edits that have no default; of 20."""
 DEFAULT = "default"
 
 
 def methods() -> dict[str, Method]:
-    """All: nothing, the model's default, each objective, combinations that papers publish, edits that read boxes."""
+    """All: nothing, the model's default, each objective, combinations of papers, edits that read boxes."""
     names = {name: Method(name) for name in OBJECTIVES if name not in NOT_OF_BOXES}
     if {"refocusing", "self_refocusing"} <= set(OBJECTIVES):
         names["refocusing + SAR"] = Method({"objective": {"refocusing": 1.0, "self_refocusing": 1.0}})
-    made = {
-        name: function
-        for name, function in inspect.getmembers(edits_module, inspect.isfunction)
-        if inspect.signature(function).return_annotation == "Edit" and name not in NOT_OF_BOXES and name[0] != "_"
-    }
-    first = {"forward_guidance": 8, "regional_prompting": 10}  # steps, of 20
     edits = {
-        name: Method("none", (function(steps=first[name]) if name in first else function(),))
-        for name, function in made.items()
+        name: Method("none", made if isinstance(made, tuple) else (made,))
+        for name, function in inspect.getmembers(edits_module, inspect.isfunction)
+        if "Edit" in str(inspect.signature(function).return_annotation) and name[0] != "_" and name not in NOT_OF_BOXES
+        for made in [function(steps=FIRST[name]) if name in FIRST else function()]
     }
+    for name, edit in WITH_EDITS.items():
+        if name in names and edit in edits:
+            names[f"{name} + edit"] = replace(names[name], edits=edits[edit].edits)
+    edits = {f"{name}, edit" if name in names else name: method for name, method in edits.items()}
     default = {DEFAULT: Method(None), f"{DEFAULT}, 8 tries": Method(None, tries=8)}
     return {"none": Method("none"), **default, **names, **edits}
 
