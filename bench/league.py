@@ -165,7 +165,7 @@ def rows(model: str, cell: Cell, some: Sequence[Scene]) -> list[Row]:
                 row |= {"scenes": scene.seed, "number": scene.number, "seconds": round(drawn.seconds, 3)}
                 row["drift"] = round(drift[i], 4) if tries == 1 else None  # another noise is another picture
                 row |= measured(scene, measure((drawn.images[i] * 255).round().to(torch.uint8)))
-                row |= looked(drawn.looks, i, len(scene.things), everything=name == DEFAULT)
+                row |= looked(drawn.looks, i, len(scene.things))
                 row["used"] += tries if tries > 1 else 0
                 found.append(row)
     return found
@@ -236,13 +236,13 @@ def _distance(thing: Thing, stroke: minidiff.Stroke) -> float:
     return float(distances(stroke.line(), torch.tensor(_centre(thing), dtype=torch.float64)))
 
 
-def looked(looks: Mapping[int, Sequence[Evaluation]], i: int, objects: int, everything: bool) -> Row:
-    """The passes of image i; and, if asked for, each object's loss and mass inside at the first look and at the last of
-    each step, [1+S,O]."""
+def looked(looks: Mapping[int, Sequence[Evaluation]], i: int, objects: int) -> Row:
+    """The passes of image i, and each object's loss and mass inside at the first look and at the last of each step,
+    [1+S,O]."""
     own = [[look for look in some if not look.loss[i].isnan()] for some in looks.values()]
     own = [some for some in own if some]
     row: Row = {"used": sum(map(len, own))}
-    if everything and own:
+    if own:
         ends = [own[0][0], *(some[-1] for some in own)]
         row |= {name: [_rounded(getattr(one, name)[i, :objects]) for one in ends] for name in ("object_loss", "mass")}
     return row
