@@ -12,6 +12,7 @@ BENCHES = {
     "guided": "one guided pass, and a whole guided image, against the published method on diffusers",
     "memory": "memory of steps, guided passes, batches, large images and their decoding, against diffusers",
     "scaling": "cost as a function of batch size, resolution, number of steps and number of boxes",
+    "placed": "the chance that an object comes out in its box: fitted to the league, tested on other prompts",
     "league": "every way of following boxes at equal numbers of guided passes, on twelve splits, resumable",
     "look": "minidiff.look on rendered scenes: masks, pointing, and words of what is not there",
     "load": "seconds and peak memory of loading a full-size model, against diffusers; imports and start-up",

@@ -18,6 +18,7 @@ from .checks import shown, warn
 from .denoise import Denoise, Watch
 from .guidance.guide import Guidance, Guide, look_loss
 from .guidance.layout import Layout, PlacedObject
+from .guidance.placed import CALIBRATIONS
 from .guidance.regions import share_edits
 from .model import Model
 from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
@@ -311,7 +312,8 @@ def _guide(
     look = compile_whole(look_loss, model.unet) if compiled else look_loss
     each_step = told if len(told) > 1 else ()
     context, layout, inputs = told[0]
-    return Guide(how, model.unet.forward, context, layout, names, edits, inputs, compiled, look, each_step)
+    measured = None if edits or each_step or how.watch or model.adapters else CALIBRATIONS.get(model.name)
+    return Guide(how, model.unet.forward, context, layout, names, edits, inputs, compiled, look, each_step, measured)
 
 
 def _watch(guide: Guide) -> Watch | None:

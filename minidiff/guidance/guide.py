@@ -25,6 +25,7 @@ from ..vocabulary import OBJECTIVES as NAMES, own_keywords
 from .objectives import OBJECTIVES, Objective, Settings
 from .objectives._objective import PerStep, StepRule
 from .objectives.layout import layout_loss
+from .placed import Calibration
 from .report import Evaluation, Report
 
 if TYPE_CHECKING:
@@ -231,6 +232,7 @@ class Guide:
     guidance, edits: with their sites chosen. context [B,L,D]: the conditional one; guided passes run no other.
     inputs: what keeps and edits read, the layout's included; default: the layout's alone.
     each_step: context, layout and inputs of every step, where they change.
+    calibration: what a report says of where objects come out.
     whole_batch: keep stopped images in the batch without updating them, since a compiled graph needs a fixed size.
     loss: `look_loss`, or the same compiled.
     """
@@ -247,7 +249,9 @@ class Guide:
         whole_batch: bool = False,
         loss: Callable[..., Looked] = look_loss,
         each_step: Sequence[tuple[Tensor, Layout, Inputs]] = (),
+        calibration: Calibration | None = None,
     ) -> None:
+        self.calibration = calibration
         self.each_step = each_step
         self.guidance, self.forward, self.context, self.layout, self.names = guidance, forward, context, layout, names
         self.record = guidance.objective.record
@@ -331,6 +335,11 @@ class Guide:
         moved = torch.zeros(batch, dtype=torch.bool, device="cpu").index_copy(0, at, (found[0] > limits)[live])
         self.seen.setdefault(index, []).append(Evaluation(loss, object_loss, mass, moved))
 
+    @property
+    def _finest(self) -> Tensor:
+        """The masks on the finest grid, [B,O,h,w]."""
+        return max(self.layout.masks.values(), key=lambda mask: mask.shape[2]).cpu()
+
     def report(self, image: int) -> Report:
         """The report of one image, up to the current step."""
         steps, iterations, ends = [], [], []
@@ -351,15 +360,17 @@ class Guide:
         if sum(iterations) == 0:
             limits = [self.guidance.at(index)[1] for index in steps]
             why_not = f"its loss was at most {float(loss.max()):.3g}, its threshold at least {min(limits):g}"
+        mass = torch.stack([look.mass[image, :objects] for look in ends])
         return Report(
             names,
             tuple(steps),
             tuple(iterations),
             loss,
             torch.stack([look.object_loss[image, :objects] for look in ends]),
-            torch.stack([look.mass[image, :objects] for look in ends]),
+            mass,
             first.mass[image, :objects],
             why_not,
+            None if self.calibration is None else self.calibration(mass, self._finest[image, :objects]),
         )
 
     def _why_not(self, names: Sequence[str]) -> str:

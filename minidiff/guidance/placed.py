@@ -1,0 +1,55 @@
+"""How likely an object is to come out in its box, from what guidance saw in its first steps.
+
+A logistic regression, fitted to pictures of one model by seven ways of guidance: what a map says of the finished
+picture is another thing in every network, so other models have no numbers. `python -m bench placed` fits and tests it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+LOOKS = 3
+"""The guided step whose last look is read, counted from 1."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The weights of `features` and of 1."""
+
+    weights: tuple[float, ...]
+    bias: float
+
+    def __call__(self, mass: Tensor, mask: Tensor) -> Tensor:
+        """Probabilities [O] of an IoU of at least 0.5 with the box; mass [S,O] and mask [O,h,w] as in `features`.
+
+        NaN for objects without a mask, and for all where fewer than LOOKS steps were guided.
+        """
+        if len(mass) < LOOKS:
+            return mask.new_full(mask.shape[:1], math.nan)
+        found = (features(mass, mask) @ mask.new_tensor(self.weights) + self.bias).sigmoid()
+        return found.masked_fill(mask.flatten(1).amax(dim=1) == 0, math.nan)
+
+
+def features(mass: Tensor, mask: Tensor) -> Tensor:
+    """[O,5], from each object's fraction of attention inside its mask, at the last look of each guided step [S,O], and
+    its mask [O,h,w] in [0,1]: the log odds of the one, the log of the other's area, and how far its edges are below,
+    above and their ratio beyond those that the model has seen in training.
+    """
+    inside = mass[LOOKS - 1].to(mask).clamp(1e-6, 1 - 1e-3)
+    area = mask.mean(dim=(1, 2)).clamp_min(1e-6)
+    edges = torch.stack([mask.amax(dim=axis).sum(dim=1) / mask.shape[axis] for axis in (1, 2)], dim=1)  # [O,2]
+    short, long = edges.amin(dim=1).clamp_min(1e-3), edges.amax(dim=1).clamp_min(1e-3)
+    unlike = [(0.22 - short).clamp_min(0), (long - 0.62).clamp_min(0), (long / short - 2).clamp_min(0)]
+    return torch.stack([inside.logit(), area.log(), *unlike], dim=1)
+
+
+CALIBRATIONS: Mapping[str, Calibration] = MappingProxyType(
+    {"minidiff/shapes": Calibration((0.859, -1.153, -22.1, -15.2, -0.294), -3.793)}
+)
+"""A model's name -> its calibration. Tested: bench/RESULTS.md."""
