@@ -93,6 +93,13 @@ def switch(name: str, value: object) -> bool:
     return value
 
 
+def instance(name: str, value: object, of: type | tuple[type, ...], expected: str) -> Any:
+    """A value of a type, or of one of several."""
+    if not isinstance(value, of):
+        raise ValueError(f"{name} is {shown(value)}; expected {expected}")
+    return value
+
+
 def choice(name: str, value: object, choices: Iterable[str]) -> str:
     """One of the choices; the message suggests the closest one."""
     known = tuple(choices)

@@ -696,6 +696,26 @@ def test_a_token_that_the_encoder_does_not_have(folder: Path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("revision", 3, "a text: a branch, tag or commit"),
+        ("variant", 16, 'a text such as "fp16"'),
+        ("tokenizer", 3, "the folder of a tokenizer"),
+        ("vae", 3, "a hub id, a folder or a .safetensors file"),
+        ("prediction_type", "v", "one of epsilon, v_prediction"),
+        ("compile", "yes", "True or False"),
+        ("words", ["a"], "a mapping from words to files"),
+        ("loras", 3, "a list of files"),
+    ],
+)
+def test_an_option_of_a_wrong_type_is_refused_before_anything_is_fetched(
+    option: str, value: object, expected: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{option} is {re.escape(repr(value))}; expected {re.escape(expected)}"):
+        load("nobody/nothing", **{option: value})
+
+
 def test_a_revision_of_something_local(tiny_folder: Path) -> None:
     with pytest.raises(ValueError, match="revision is 'main', but .*tiny is no hub id"):
         load(tiny_folder, revision="main")

@@ -329,7 +329,9 @@ def test_info_says_what_a_file_changes(path: Path, capsys: pytest.CaptureFixture
     assert main(["info", str(path)]) == 0
     assert "\nuse: none, because " in capsys.readouterr().out
     save_file(one(down=1024, name=K), path)
-    assert "it is a LoRA for Stable Diffusion 2" in describe(path).all_problems()[0]
+    assert (
+        "cannot be put on Stable Diffusion 1.5: it is a LoRA for Stable Diffusion 2" in describe(path).all_problems()[0]
+    )
 
 
 # ---- the command line, and the picture made again
@@ -402,6 +404,11 @@ WRONG: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     "SD 2, width": (
         lambda: one(down=1024, name=K),
         "Stable Diffusion 2 .its text is 1024 wide, the model's 32",
+    ),
+    "SD 1.5, width": (lambda: one(down=768, name=K), "a LoRA for Stable Diffusion 1.x .its text is 768 wide"),
+    "SD 2, text encoder": (
+        lambda: one(down=1024, name="lora_te_text_model_encoder_layers_0_mlp_fc1"),
+        "cannot be put on the model: it is a LoRA for Stable Diffusion 2 .its text is 1024 wide, the model's 32",
     ),
     "Flux, Kohya": (lambda: one(name="lora_unet_double_blocks_0_img_attn_proj"), "a LoRA for Flux"),
     "Flux, PEFT": (

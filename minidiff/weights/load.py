@@ -3,20 +3,22 @@ assigned, none left over."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checks import warn
+from ..checks import Check, checked, choice, instance, switch, warn
 from ..model import Defaults, Model
 from ..request import BUNDLED
 from ..sampling import NoiseSchedule
 from ..speed.accelerate import compile_unet, prepare
 from ..speed.device import choose_device, choose_dtype, dtype_choice, is_int8
 from ..speed.int8 import to_int8
-from ..vocabulary import own_keywords
+from ..vocabulary import PREDICTION_TYPES, own_keywords
 from .files import read_weights
 from .hub import fetch_tokenizer, fetch_vae
 from .lora import LoRA, read_loras, with_loras
@@ -25,6 +27,20 @@ from .safety import find_safety, load_safety
 from .sources import VAESource, check_fit, some, vae_from_file, vae_from_folder, weight_file
 from .text import load_text_encoder
 from .words import find_embedding, with_words
+
+_PATH: tuple[type, ...] = (str, Path)
+_CHECKS: Mapping[str, Check] = MappingProxyType(
+    {
+        "tokenizer": partial(instance, of=_PATH, expected="the folder of a tokenizer"),
+        "vae": partial(instance, of=_PATH, expected="a hub id, a folder or a .safetensors file"),
+        "prediction_type": partial(choice, choices=PREDICTION_TYPES),
+        "variant": partial(instance, of=str, expected='a text such as "fp16"'),
+        "revision": partial(instance, of=str, expected="a text: a branch, tag or commit"),
+        "compile": switch,
+        "words": partial(instance, of=Mapping, expected="a mapping from words to files"),
+    }
+)
+"""The options that are checked each by itself; what they lead to checks the others."""
 
 
 @own_keywords
@@ -72,6 +88,15 @@ def load(
     Raises ValueError if the source cannot be loaded: missing, unexpected and misshapen keys (by name), another kind of
     model, a damaged file, an unknown hub id, a model that is neither local nor reachable.
     """
+    given = {
+        "vae": vae,
+        "tokenizer": tokenizer,
+        "prediction_type": prediction_type,
+        "variant": variant,
+        "revision": revision,
+    }
+    alone = {**given, "compile": compile, "words": words}
+    checked({name: value for name, value in alone.items() if value is not None}, _CHECKS)
     for file in (words or {}).values():
         find_embedding(file)  # a wrong file is reported before the model is read
     read_loras(loras)  # a wrong one need not wait for the model
@@ -101,13 +126,6 @@ def load(
     _fill(autoencoder, found.vae, dtype, device)
     if int8:
         to_int8(unet)
-    given = {
-        "vae": vae,
-        "tokenizer": tokenizer,
-        "prediction_type": prediction_type,
-        "variant": variant,
-        "revision": revision,
-    }
     model = Model(
         name=found.name,
         origin=found.path,

@@ -22,7 +22,7 @@ from ..speed.replace import adapted
 from ..vocabulary import own_keywords
 from .files import Stored, file_metadata, read_tensors, sha256, stored_tensors
 from .lora_names import TEXT, UNET, WORDS, PeftAlpha, Place, alphas, layer_names, numbered_names, split
-from .recognise import CONTEXTS, lora_problem
+from .recognise import CONTEXTS, TEXT_WIDTHS, lora_problem
 
 Parts = Mapping[str, Tensor]
 Term: TypeAlias = "tuple[float, Change, Parts]"
@@ -250,17 +250,19 @@ def _decomposed(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
 # ---- files
 
 
-def read_changes(path: Path, networks: Mapping[str, Shapes], config: UNetConfig, strict: bool = True) -> list[Change]:
+def read_changes(
+    path: Path, networks: Mapping[str, Shapes], config: UNetConfig, strict: bool = True, model: str = "the model"
+) -> list[Change]:
     """What a file changes in networks with weights of these shapes (names as in the folder format), from its header
-    alone. ValueError as with_loras, but for NaN."""
+    alone. ValueError as with_loras, but for NaN. model: its name in messages."""
     tensors = stored_tensors(path)
     problem = lora_problem({key: stored.shape for key, stored in tensors.items()})
     if problem is not None:
-        raise ValueError(f"{path} cannot be put on the model: {problem}")
+        raise ValueError(f"{path} cannot be put on {model}: {problem}")
     layers, left = _layers(path, tensors, networks, config)
     words, unknown = [key for key in left if WORDS.match(key)], [key for key in left if not WORDS.match(key)]
     changes = _changes(path, layers, list(alphas(path, file_metadata(path))))
-    _check_fit(path, changes, networks)
+    _check_fit(path, changes, networks, model)
     if unknown and (strict or not changes):
         raise ValueError(
             f"{path} has {len(unknown)} of {len(tensors)} keys that fit nowhere in the model: {_list(unknown)}. It is "
@@ -325,7 +327,14 @@ def _changes(path: Path, layers: Mapping[Place, Mapping[str, Stored]], configs: 
     return changes
 
 
-def _check_fit(path: Path, changes: Sequence[Change], networks: Mapping[str, Shapes]) -> None:
+_TELLING = (
+    (UNET, ("attn2.to_k.weight", "attn2.to_v.weight"), {768: TEXT_WIDTHS[768], **CONTEXTS}),
+    (TEXT, ("q_proj.weight", "k_proj.weight", "v_proj.weight", "fc1.weight"), TEXT_WIDTHS),
+)
+"""Weights of a network that read texts, by how their names end, and whose models the width of these texts tells."""
+
+
+def _check_fit(path: Path, changes: Sequence[Change], networks: Mapping[str, Shapes], model: str) -> None:
     """Makes each change without numbers."""
     problems = []
     for change in changes:
@@ -337,24 +346,25 @@ def _check_fit(path: Path, changes: Sequence[Change], networks: Mapping[str, Sha
             problems.append(f"{listed}: {name} is no weight of the {network}")
             continue
         try:
-            context = change.format.delta(parts)[0].numel() if name.endswith("attn2.to_k.weight") else None
-            if context != shape[-1] and context in CONTEXTS:
+            known = next((known for one, ends, known in _TELLING if one == network and name.endswith(ends)), {})
+            width = change.format.delta(parts)[0].numel() if known else shape[-1]
+            if width != shape[-1] and width in known:
                 raise ValueError(
-                    f"{path} cannot be put on the model: it is a LoRA for {CONTEXTS[context]} (its text is {context} "
-                    f"wide, the model's {shape[-1]})"
+                    f"{path} cannot be put on {model}: it is a LoRA for {known[width]} (its text is {width} wide, "
+                    f"{model}'s {shape[-1]})"
                 )
             change.delta(parts, torch.empty(shape, device="meta"))
         except KeyError as error:
             problems.append(f"{listed}: its {error.args[0]} is missing")
         except (RuntimeError, IndexError):
             problems.append(f"{listed}: they do not make a change of {name} {list(shape)}")
-    _refuse(path, problems)
+    _refuse(path, problems, model)
 
 
-def _refuse(path: Path, problems: Sequence[str]) -> None:
+def _refuse(path: Path, problems: Sequence[str], model: str = "the model") -> None:
     if problems:
         more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-        raise ValueError("\n  ".join([f"{path} does not fit the model:", *problems[:5], *more]))
+        raise ValueError("\n  ".join([f"{path} does not fit {model}:", *problems[:5], *more]))
 
 
 def _read(path: Path, changes: Sequence[Change], device: torch.device) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def lora_changes(path: Path) -> tuple[Changed, ...]:
     with torch.device("meta"):
         unet = shapes_of(UNet(config))
     shapes = {UNET: unet, TEXT: text_encoder_shapes(text_config(_LAYERS))}
-    changes = read_changes(path, shapes, config)
+    changes = read_changes(path, shapes, config, model=_MODEL)
     return tuple(_changed(name, own) for name in shapes if (own := [c for c in changes if c.place[0] == name]))
 
 
