@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .apart import Apart
 from .guidance.guide import some_rows
 from .model import Model
 from .networks.attention import Edit, Inputs, Maps, Record
@@ -23,6 +25,7 @@ class Denoise:
     behind the other in L; NaN where an image has fewer.
     interval: the noise levels (low, high], in sigma, in which the scale acts; outside, only the conditional half runs.
     every: the deep layers run in every n-th call, and their last result is reused in the others.
+    apart: what takes regions apart in the first steps; maps are then those of a pass beside it.
     halves: return the unconditional output before the guided one, [2B,C,h,w], where the scale acts.
     watch: what is recorded for guidance, of which no maps are returned; not together with record, weights or every.
     """
@@ -41,6 +44,7 @@ class Denoise:
         every: int = 1,
         watch: Watch | None = None,
         halves: bool = False,
+        apart: Apart | None = None,
     ) -> None:
         self.both = halves or scale != 1 or weights is not None
         self.watch = watch
@@ -54,7 +58,7 @@ class Denoise:
             edits = tuple(replace(edit, rows=_only_rows("edit", edit.rows)) for edit in edits)
         self.model, self.contexts, self.scale, self.rescale = model, contexts, scale, rescale
         self.record, self.edits, self.inputs, self.weights = record, edits, inputs, weights
-        self.interval, self.every, self.halves = interval, every, halves
+        self.interval, self.every, self.halves, self.apart = interval, every, halves, apart
         self._reused: dict[int, _Reused] = {}  # by text
         self._context = contexts[0]
 
@@ -81,7 +85,12 @@ class Denoise:
             inputs = {name: some_rows(value, range(len(x)), len(x)) for name, value in inputs.items()}
         if not halves and record is not None:
             record = replace(record, rows="all")
-        output, maps = self._run(torch.cat([x, x]) if halves else x, t, context, record, edits, inputs)
+        apart = self.apart if self.apart is not None and index < self.apart.steps else None
+        if apart is None or record is not None:
+            output, maps = self._run(torch.cat([x, x]) if halves else x, t, context, record, edits, inputs)
+        if apart is not None:
+            maps = {} if record is None else maps
+            output = apart(partial(self._window, t), x, context, inputs)
         if watch is not None:
             watch.take(maps, inputs)
             maps = {}
@@ -89,6 +98,11 @@ class Denoise:
             return output, maps
         uncond, cond = output.chunk(2)
         return self._guided(uncond, cond), maps
+
+    def _window(self, t: Tensor, x: Tensor, context: Tensor, edits: Sequence[Edit], inputs: Inputs) -> Tensor:
+        output, _ = self.model.unet(x.to(self.model.dtype), t, context, None, edits, inputs)
+        assert output is not None  # no stop
+        return output.float()
 
     def _guided(self, uncond: Tensor, cond: Tensor) -> Tensor:
         found = guided(uncond, cond, self.scale, self.rescale)

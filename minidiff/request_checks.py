@@ -28,6 +28,7 @@ _TABLE: Mapping[str, Check] = MappingProxyType(
         "syntax": partial(choice, choices=SYNTAXES),
         "emphasis": partial(choice, choices=EMPHASES),
         "base_weight": partial(number, least=0, most=1e3),
+        "regions_apart": partial(number, least=0, most=1),
         "width": partial(whole, least=1),
         "height": partial(whole, least=1),
         "steps": partial(whole, least=1),
@@ -107,8 +108,11 @@ def _regions(request: Request) -> None:
 
         _set(request, "regions", read_regions(request.regions) or None)
     areas = () if request.regions is None else request.areas
-    if request.base_weight != 0 and not any(areas):
-        raise ValueError(f"base_weight is {request.base_weight:g} but there are no regions; expected both")
+    for name in ("base_weight", "regions_apart"):
+        if getattr(request, name) != 0 and not any(areas):
+            raise ValueError(f"{name} is {getattr(request, name):g} but there are no regions; expected both")
+    if request.regions_apart and request.negative_context is not None:
+        raise ValueError("got both regions_apart and negative_context; expected a negative_prompt, which regions share")
 
 
 def _syntax(request: Request) -> None:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
+from .apart import Apart
 from .asked import asked
 from .canvas import Beginning, Canvas, begin
 from .checks import shown, warn
@@ -114,7 +115,7 @@ def _run(given_request: Request, model: Model, timings: Mapping[str, float]) -> 
 @dataclass(frozen=True, eq=False)
 class _Told:
     """What the network gets in a run: contexts and inputs, one for all steps or one each; edits and the record, their
-    sites chosen; the guide. weights: of texts that AND joins, [B,T].
+    sites chosen; the guide. weights: of texts that AND joins, [B,T]. apart: what takes regions apart.
     """
 
     contexts: Sequence[Tensor]
@@ -123,6 +124,7 @@ class _Told:
     record: Record | None
     guide: Guide | None
     weights: Tensor | None
+    apart: Apart | None
 
 
 def _tell(
@@ -150,9 +152,10 @@ def _tell(
     if masks:
         own, edits = own | masks, edits + share_edits(choose(cross, there), both)
     record, placed = _record(request, there), {one: one.regions(request, model) for one in encoded}
-    regions = placed[each_step[0]]
+    regions, grid = placed[each_step[0]], (begun.latents.shape[2], begun.latents.shape[3])
+    apart = texts.apart(request.regions_apart, begun.schedule.steps, model, grid)
     if not any(regions):
-        return _Told(contexts, [own], edits, record, None, weights)
+        return _Told(contexts, [own], edits, record, None, weights, apart)
     length, related = contexts[0].shape[1], request.related
     layouts = {one: one.layout(model, placed[one], length, there, related) for one in encoded}
     inputs = {one: {**layouts[one].inputs(), **own} for one in encoded}
@@ -161,7 +164,7 @@ def _tell(
         check_places(how, regions)
         seen = [(encoded[one][-len(regions) :], layouts[one], inputs[one]) for one in each_step]
         guide = _guide(model, how.of_run(begun.schedule.steps, there), seen, regions, edits)
-    return _Told(contexts, [inputs[one] for one in each_step], edits, record, guide, weights)
+    return _Told(contexts, [inputs[one] for one in each_step], edits, record, guide, weights, apart)
 
 
 def _denoise(request: Request, model: Model, sampler: Sampler, told: _Told) -> Denoise:
@@ -181,6 +184,7 @@ def _denoise(request: Request, model: Model, sampler: Sampler, told: _Told) -> D
         every,
         _watch(told.guide) if told.guide is not None and alone else None,
         sampler.cfg_pp,
+        told.apart,
     )
 
 

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .apart import Apart
 from .checks import listed, warn
 from .guidance.layout import Layout, PlacedObject, make_layout, read_objects
 from .guidance.regions import Region, share_bias, share_name, shares
 from .guidance.relations import Relation
 from .model import Model
-from .networks.sites import Position, Site
+from .networks.sites import Grid, Position, Site, choose, cross
 from .networks.text import Phrases
 from .prompts.chunks import Marked, encode
 from .prompts.joined import MARK, Joined
@@ -73,7 +74,8 @@ class Texts:
             Phrases(model.text.tokenizer, model.text.length, added=model.text.added),
         )
         if any(request.areas):
-            own = cls.of(request.filled(_of_areas(request.areas)), model, steps)
+            instead = texts.negatives if request.regions_apart else ()
+            own = cls.of(request.filled(_of_areas(request.areas, instead)), model, steps)
             texts = replace(texts, areas=request.areas, own=own, base_weight=request.base_weight)
         if request.syntax == "a1111":
             return texts._marked(request.emphasis or "a1111", steps)
@@ -221,11 +223,26 @@ class Texts:
     def masks(self, model: Model, there: Mapping[Site, Position], negative: bool) -> dict[str, Tensor]:
         """The inputs of `share_edits`: biases that hide the positions which an image does not use, and that say how
         much each region's text counts in a cell. None where every cell reads all."""
-        unread = self.unread
         if self.own is None:
-            return {} if unread is None else {"unread": unread.to(model.device)}
-        most = max(map(len, self.areas))
-        lengths = [self.length] + [self.own.length] * most
+            return {} if self.unread is None else {"unread": self.unread.to(model.device)}
+        lengths, hidden, found = self._lengths, self._hidden(), {}
+        for grid in {at.grid for at in there.values()}:
+            for rows in ("cond", "uncond") if negative else ("cond",):
+                parts = shares(self.areas, grid, self.base_weight, rows == "uncond")
+                bias = hidden + share_bias(parts, lengths).repeat_interleave(self.repeats, dim=0)
+                found[share_name(rows, grid)] = bias.to(model.device, model.dtype)
+        return found
+
+    @property
+    def _lengths(self) -> list[int]:
+        """The positions of the prompt's text and of each region's."""
+        assert self.own is not None
+        return [self.length] + [self.own.length] * max(map(len, self.areas))
+
+    def _hidden(self) -> Tensor:
+        """A bias [B,1,1,1,L] that hides the positions, also of regions, which an image does not use."""
+        assert self.own is not None
+        lengths, unread = self._lengths, self.unread
         hidden = (
             torch.zeros(self.images, 1, 1, 1, sum(lengths), dtype=torch.float32, device="cpu")
             if unread is None
@@ -234,13 +251,24 @@ class Texts:
         if self.own.unread is not None:
             own = self._in_slots(self.own.unread[:, 0, 0, 0]).repeat_interleave(self.repeats, dim=0)
             hidden[..., self.length :] = own[:, None, None, None]
-        found = {}
-        for grid in {at.grid for at in there.values()}:
-            for rows in ("cond", "uncond") if negative else ("cond",):
-                parts = shares(self.areas, grid, self.base_weight, rows == "uncond")
-                bias = hidden + share_bias(parts, lengths).repeat_interleave(self.repeats, dim=0)
-                found[share_name(rows, grid)] = bias.to(model.device, model.dtype)
-        return found
+        return hidden
+
+    def apart(self, share: float, steps: int, model: Model, grid: Grid) -> Apart | None:
+        """What takes the regions apart in a share of a run's steps, for latents of this grid."""
+        if self.own is None or share == 0:
+            return None
+        hidden, there = self._hidden(), model.unet.positions(*grid)
+        return Apart(
+            steps=round(share * steps),
+            areas=tuple(own for own in self.areas for _ in range(self.repeats)),
+            grid=grid,
+            base_weight=self.base_weight,
+            length=self.length,
+            own=self.own.length,
+            hidden=hidden.to(model.device, model.dtype) if hidden.any() else None,
+            sites=choose(cross, there),
+            multiple=2 ** (len(model.unet.config.block_out_channels) - 1),
+        )
 
     def reading(self, negative: bool = False) -> tuple[Phrases, tuple[str, ...] | None]:
         """What finds phrases in the prompts and the texts of their regions (or in the negative ones), and these texts,
@@ -311,10 +339,13 @@ class Texts:
         return layout._replace(words=words.to(model.device))
 
 
-def _of_areas(areas: Sequence[Sequence[Region]]) -> dict[str, object]:
-    """The fields of a request for the texts of all regions."""
-    every = [area for some in areas for area in some]
-    texts = {"prompt": [area.prompt for area in every], "negative_prompt": [area.negative or "" for area in every]}
+def _of_areas(areas: Sequence[Sequence[Region]], negatives: Sequence[str]) -> dict[str, object]:
+    """The fields of a request for the texts of all regions. negatives: the prompts', for regions without their own."""
+    every = [area.prompt for some in areas for area in some]
+    instead = negatives or [""] * len(areas)
+    each = zip(areas, instead, strict=True)
+    own = [text if area.negative is None else area.negative for some, text in each for area in some]
+    texts = {"prompt": every, "negative_prompt": own, "regions_apart": 0.0}
     return {**dict.fromkeys(("context", "negative_context", "regions")), **texts, "images_per_prompt": 1}
 
 

@@ -247,11 +247,11 @@ def test_the_command_line_reads_and_keeps_them(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     regions = [{"prompt": "a red circle", "box": LEFT, "negative": "a blue square"}, {"prompt": "a ring", "box": RIGHT}]
     Path("r.json").write_text(json.dumps(regions))
-    flags = ["--steps", "2", "--seed", "3"]
+    flags = ["--steps", "2", "--seed", "3", "--regions-apart", "0.5"]
     assert main(["generate", "a circle", "--regions", "r.json", "--base-weight", "0.1", "--out", "a.png", *flags]) == 0
     written = minidiff.read_parameters("a.png")
     assert [one["prompt"] for one in written["regions"]] == ["a red circle", "a ring"]
-    assert written["base_weight"] == 0.1
+    assert (written["base_weight"], written["regions_apart"]) == (0.1, 0.5)
     assert main(["generate", "--from", "a.png", "--out", "b.png"]) == 0
     assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
     assert minidiff.read_parameters("b.png") == written

@@ -14,7 +14,7 @@ ROOT = Path(minidiff.__file__).parent
 FLOORS = [
     {"checks"},
     {"vocabulary", "networks"},
-    {"sampling", "guidance", "prompts", "recorded", "speed", "draw", "pictures", "safety", "image_adapter"},
+    {"sampling", "guidance", "prompts", "recorded", "speed", "draw", "pictures", "safety", "image_adapter", "apart"},
     {"model"},
     {"weights", "png", "result", "request", "request_checks", "asked"},
     {"resolve", "texts", "denoise", "noise", "tries"},

@@ -250,6 +250,12 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--base-weight", type=float, metavar="W", help="how much PROMPT counts inside the regions (default: 0)")
     add(
+        "--regions-apart",
+        type=float,
+        metavar="S",
+        help="the share of the first steps in which regions are pictures of their own; 0.4 places objects (default: 0)",
+    )
+    add(
         "--image-prompt",
         action="append",
         type=read_image_prompt,
