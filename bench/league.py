@@ -68,7 +68,8 @@ DEFAULT = "default"
 
 def methods() -> dict[str, Method]:
     """All: nothing, the model's default, each objective, combinations of papers, edits that read boxes."""
-    names = {name: Method(name) for name in OBJECTIVES if name not in NOT_OF_BOXES}
+    names = {"none": Method("none"), DEFAULT: Method(None)}
+    names |= {name: Method(name) for name in OBJECTIVES if name not in NOT_OF_BOXES}
     if {"refocusing", "self_refocusing"} <= set(OBJECTIVES):
         names["refocusing + SAR"] = Method({"objective": {"refocusing": 1.0, "self_refocusing": 1.0}})
     edits = {
@@ -81,8 +82,8 @@ def methods() -> dict[str, Method]:
         if name in names and edit in edits:
             names[f"{name} + edit"] = replace(names[name], edits=edits[edit].edits)
     edits = {f"{name}, edit" if name in names else name: method for name, method in edits.items()}
-    default = {DEFAULT: Method(None), f"{DEFAULT}, 8 tries": Method(None, tries=8)}
-    return {"none": Method("none"), **default, **names, **edits}
+    tried = {f"{name}, 8 tries": replace(names[name], tries=8) for name in (DEFAULT, "layout")}
+    return {**names, **tried, **edits}
 
 
 def at_passes(how: Guidance, passes: int | None, steps: int) -> Guidance:
