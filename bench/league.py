@@ -86,16 +86,6 @@ def methods() -> dict[str, Method]:
     return {**names, **tried, **edits}
 
 
-def at_passes(how: Guidance, passes: int | None, steps: int) -> Guidance:
-    """The same with at most so many passes, spread over its guided steps, the first ones taking the remainder."""
-    if passes is None:
-        return how
-    guided = how.steps if isinstance(how.steps, int) else round((how.steps or 0) * steps)
-    guided = min(guided, steps)
-    each = tuple(passes // guided + (i < passes % guided) for i in range(guided))
-    return replace(how, steps=guided, iterations=each)
-
-
 def plays(name: str, scene: Scene) -> bool:
     """Relations are for the default and for nothing; all other scenes are for all."""
     return scene.relation is None or name in ("none", DEFAULT)
@@ -120,11 +110,11 @@ class Drawn:
 
 def draw(model: minidiff.Model, some: Sequence[Scene], method: Method, passes: int | None, seed: int) -> Drawn:
     """Pictures of scenes that are all with relations or all without."""
-    steps, guidance = model.defaults.steps, method.guidance
+    guidance = method.guidance
     if guidance != "none":
         read = Guidance.read(model.defaults.guidance if guidance is None else guidance)  # type: ignore[arg-type]
         passes = passes if passes is None or method.tries == 1 else passes - method.tries
-        guidance = at_passes(Guidance(relation_loss) if some[0].relation else read, passes, steps)
+        guidance = replace(Guidance(relation_loss) if some[0].relation else read, passes=passes)
     before = time.process_time()
     run = minidiff.sample_steps(
         [one.prompt.text for one in some],

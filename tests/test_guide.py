@@ -146,12 +146,23 @@ def my_own(maps: Maps, layout: Layout) -> Tensor:
     [
         *[Guidance(objective) for objective in OBJECTIVES.values()],
         Guidance(minidiff.boxdiff_loss * 3.0, scale=(3.0, 2.0), steps=2, iterations=7),
+        Guidance(minidiff.inside_loss, passes=25, watch=True),
         Guidance(minidiff.rnb_loss + 0.25 * minidiff.layout_loss, threshold=0.5, step_rule="unit"),
     ],
     ids=lambda given: "+".join(term.name for term in given.objective.terms),
 )
 def test_guidance_is_read_back_from_plain_values(given: Guidance) -> None:
     assert Guidance.read(json.loads(json.dumps(given.plain()))) == given
+
+
+@pytest.mark.parametrize(("name", "passes", "first"), [("inside", 25, 3), ("layout", 7, 1), ("refocusing", 50, 3)])
+def test_passes_are_spread_over_the_guided_steps(name: str, passes: int, first: int) -> None:
+    how = Guidance(OBJECTIVES[name], passes=passes, sites={SITE}).of_run(20, {})
+    found = [how.at(i)[2] for i in range(20)]
+    assert sum(found) == passes and found[0] == first and found == sorted(found, reverse=True)
+    assert max(found) - min(found[: how.steps]) <= 1
+    with pytest.raises(ValueError, match="passes is 0"):
+        Guidance(passes=0)
 
 
 def test_what_plain_values_cannot_say_stays_as_it_is() -> None:

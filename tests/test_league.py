@@ -13,10 +13,9 @@ from scipy.stats import kendalltau
 
 import bench.league
 from bench.__main__ import main
-from bench.league import PASSES, Cell, at_passes, holds, looked, measured, methods, plays, read, standing
+from bench.league import PASSES, Cell, holds, looked, measured, methods, plays, read, standing
 from bench.scenes import SEED, SPLITS, Scene, scenes
 from bench.scores import PUBLISHED, SCORES, Row, agreement, bootstrap, kendall, mean
-from minidiff import Guidance
 from minidiff.guidance.report import Evaluation
 from minidiff.model import Defaults
 from minidiff.shapes.measure import Found, Measured, iou
@@ -50,14 +49,6 @@ def test_every_objective_and_every_edit_that_reads_boxes_takes_part() -> None:
     assert names["layout"].levels == PASSES and names["forward_guidance"].levels == (None,)
     relation = next(one for one in scenes(1) if one.split == "relations")
     assert plays("default", relation) and not plays("layout", relation)
-
-
-@pytest.mark.parametrize(("name", "passes", "first"), [("inside", 25, 3), ("layout", 10, 1), ("refocusing", 50, 3)])
-def test_passes_are_spread_over_the_guided_steps(name: str, passes: int, first: int) -> None:
-    how = at_passes(Guidance.read(name), passes, 20)
-    found = [how.at(i)[2] for i in range(20)]
-    assert sum(found) == passes and found[0] == first and max(found) - min(found[: int(how.steps)]) <= 1
-    assert found == sorted(found, reverse=True) and at_passes(how, None, 20) is how
 
 
 def test_what_stands_in_a_box() -> None:

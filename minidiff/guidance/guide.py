@@ -54,6 +54,7 @@ _CHECKS: Mapping[str, Check] = MappingProxyType(
         ),
         "step_rule": partial(choice, choices=STEP_RULES),
         "watch": switch,
+        "passes": partial(whole, least=1, most=MOST_STEPS * MOST_ITERATIONS),
     }
 )
 _SETTINGS = tuple(field.name for field in fields(Settings))
@@ -76,6 +77,8 @@ class Guidance:
     watch: also evaluate the objective on the maps of the sampling step itself, and look before the next step only at
         images whose loss there is above the threshold: no pass of the network to find that nothing is to be done. Not
         with recorded attention, reused layers (cache_interval), texts that change or AND, where all looks are made.
+    passes: at most so many updates of an image in the run, in place of `iterations`: spread over the guided steps, of
+        which the first take the remainder.
     """
 
     objective: Objective = layout_loss
@@ -86,6 +89,7 @@ class Guidance:
     sites: Where | frozenset[Site] | None = None
     step_rule: StepRule | None = None
     watch: bool = False
+    passes: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.objective, Objective):
@@ -97,7 +101,8 @@ class Guidance:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self.objective.settings, name))
         fraction = isinstance(self.steps, float) and 0 < self.steps < 1
-        given = {name: getattr(self, name) for name in _FIELDS if not (fraction and name == "steps")}
+        there = [name for name in _FIELDS if getattr(self, name) is not None]
+        given = {name: getattr(self, name) for name in there if not (fraction and name == "steps")}
         for name, value in checked(given, _CHECKS).items():
             object.__setattr__(self, name, value)
         if self.sites is not None:
@@ -109,7 +114,12 @@ class Guidance:
         """The same for a run of `steps` steps of a UNet with these sites: a fraction becomes a number."""
         assert self.steps is not None
         number = self.steps if isinstance(self.steps, int) else round(self.steps * steps)
-        return replace(self, steps=number, objective=self.objective.bound(there, self.sites))
+        iterations = self.iterations
+        if self.passes is not None and number > 0:
+            number = min(number, steps)
+            iterations = tuple(self.passes // number + (i < self.passes % number) for i in range(number))
+        objective = self.objective.bound(there, self.sites)
+        return replace(self, steps=number, iterations=iterations, objective=objective)
 
     def at(self, index: int) -> tuple[float, float, int]:
         """Scale, threshold and iterations of a step; 0 iterations after the last guided one."""
@@ -159,8 +169,8 @@ class Guidance:
         named = [OBJECTIVES[name].terms[0] for name in weights if name in NAMES]
         if self.sites is not None or [replace(term, weight=1.0) for term in self.objective.terms] != named:
             return self
-        watch = {"watch": True} if self.watch else {}
-        return {"objective": weights, **{name: getattr(self, name) for name in _SETTINGS}, **watch}
+        own = [name for name in _FIELDS if name in _SETTINGS or getattr(self, name)]
+        return {"objective": weights, **{name: getattr(self, name) for name in own}}
 
 
 def _named(name: object) -> Objective:
