@@ -72,7 +72,7 @@ def _drawn(folder: Path, count: int, repeats: int) -> Iterator[Row]:
         for start in range(0, count, size):
             some = asked[start : start + size]
             prompts, seeds = ([one[name] for one in some] for name in ("prompt", "seed"))
-            generate(prompts, seed=seeds, width=64, height=64, steps=4, model=model).save(out)
+            generate(prompts, seed=seeds, width=64, height=64, steps=4, model=model, progress=False).save(out)
 
     loops = {f"loop of {size}": (lambda size=size: loop(size)) for size in (4, 8, 16, 32)}
     found = by_turns({"runner": runner, **loops}, repeats)

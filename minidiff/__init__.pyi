@@ -1,6 +1,7 @@
 """The public names, by the module that each lives in: for type checkers, and for __init__.py, which reads this file."""
 
 from . import draw as draw
+from .editor import Boxes as Boxes
 from .guidance.edits import (
     attention_injection as attention_injection,
     bounded_attention as bounded_attention,

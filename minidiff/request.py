@@ -53,7 +53,6 @@ _QUIET = (
     "attention",
     "reduce",
     "output",
-    "progress",
 )  # omitted at their default
 
 
@@ -135,7 +134,7 @@ class Request:
     attention: keep attention maps for the result's `attention["phrase"]`: True, or your own Record.
     reduce: how to combine maps over steps: "mean", "last", "per_step", or a function such as minidiff.MEAN.
     output: "pil" images, "numpy" [B,H,W,3] or "tensor" [B,3,H,W] in [0,1], or "latents" (not decoded).
-    progress: show a progress bar on stderr.
+    progress: show a progress bar, on stderr or in a notebook's cell; default: in a terminal and in a notebook.
 
     Noise is drawn on the CPU in float32, so a seed gives the same image on every device. Raises ValueError naming the
     field for an invalid value.
@@ -186,7 +185,7 @@ class Request:
     attention: bool | Record = False
     reduce: Reduce | str = "mean"
     output: Output = "pil"
-    progress: bool = False
+    progress: bool | None = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -304,7 +303,7 @@ class Request:
     # ---- as JSON
 
     def plain(self) -> dict[str, Plain]:
-        """The fields as JSON values, without those at None.
+        """The fields as JSON values, without those at None and `progress`.
 
         What JSON cannot hold (a tensor, a function) becomes a description, which `from_plain` rejects by name.
         """
@@ -313,7 +312,11 @@ class Request:
         found: dict[str, object] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None or (field.name in _QUIET and (value is field.default or value == ())):
+            if (
+                value is None
+                or field.name == "progress"
+                or (field.name in _QUIET and (value is field.default or value == ()))
+            ):
                 continue
             if field.name == "model":
                 value = value if isinstance(value, str) else str(value) if isinstance(value, Path) else value.name

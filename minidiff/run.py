@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ class Step(SamplerStep):
 def generate(request: Request) -> Result:
     """Make images from text."""
     run = sample_steps(request)
-    deque(_with_progress(run) if request.progress else run, maxlen=0)  # a loop would keep the previous step's maps
+    deque(_with_progress(run, request.progress), maxlen=0)  # a loop would keep the previous step's maps
     return run.result()
 
 
@@ -329,7 +330,11 @@ def _watch(guide: Guide) -> Watch | None:
     return Watch(replace(guide.record, rows="cond", stop=False), how.steps - 1, guide.take)
 
 
-def _with_progress(run: Run) -> Iterator[Step]:
+def _with_progress(run: Run, shown: bool | None) -> Iterator[Step]:
+    if shown is None:
+        shown = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())  # None under pythonw
+    if not shown:
+        return run
     from tqdm.auto import tqdm
 
     bar: Iterator[Step] = tqdm(run, unit="step")

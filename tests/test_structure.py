@@ -20,7 +20,7 @@ FLOORS = [
     {"resolve", "texts", "denoise", "noise", "tries"},
     {"canvas"},
     {"run"},
-    {"looking", "inversion"},
+    {"looking", "inversion", "editor"},
     {"cli", "__init__"},
     {"__main__"},
 ]

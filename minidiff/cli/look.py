@@ -12,9 +12,9 @@ from ..draw import heatmap
 from ..looking import TIMES, look
 from ..pictures import opaque, read_picture
 from ..png.write import png_bytes, slug, write_png
+from ..prompts.named import words
 from ..request import BUNDLED
 from ..weights.load import load
-from .pictures import words_of
 
 
 def look_at(args: argparse.Namespace) -> Iterator[str]:
@@ -26,7 +26,7 @@ def look_at(args: argparse.Namespace) -> Iterator[str]:
     model = load(args.model or BUNDLED, dtype=args.dtype, device=args.device)
     seeds = 0 if args.seed is None else args.seed
     found = look(image, args.prompt, model=model, times=args.times or TIMES, seeds=seeds, words=args.words or ())
-    phrases = list(found.words) or words_of(args.prompt)
+    phrases = list(found.words) or words(args.prompt)
     top = max((float(found.of(0, phrase).max()) for phrase in phrases), default=1.0)
     folder = Path(args.out).expanduser()
     for phrase in phrases:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +13,7 @@ from PIL import Image
 from ..checks import warn
 from ..draw import boxes, heatmap
 from ..png.write import png_bytes, slug, write_png
+from ..prompts.named import words
 from ..recorded import Attention
 from ..result import Result
 
@@ -53,18 +53,13 @@ def _pictures(
     if attention is None:
         return
     prompt = result.parameters[i].get("prompt")
-    phrases = [str(name) for name in layout] or (words_of(prompt) if isinstance(prompt, str) else [])
+    phrases = [str(name) for name in layout] or (words(prompt) if isinstance(prompt, str) else [])
     top = _largest(attention, i, phrases)
     for phrase in phrases:
         yield (
             f"attention-{slug(phrase)}",
             lambda phrase=phrase: heatmap(image, attention.of(i, phrase), phrase, top),  # type: ignore[misc]
         )
-
-
-def words_of(prompt: str) -> list[str]:
-    """The words of a prompt, each once."""
-    return list(dict.fromkeys(re.findall(r"\w+(?:['-]\w+)*", prompt.lower())))
 
 
 def _largest(attention: Attention, i: int, phrases: Sequence[str]) -> float | None:

@@ -198,7 +198,7 @@ def _unet(run: TrainingRun, vae: VAE, minutes: float, part: float) -> Path:
 def _draw(model: Path, path: Path, prompts: Sequence[str]) -> None:
     """Save a contact sheet of the model's images for these prompts."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = generate(prompts, model=model, seed=0).images
+    images = generate(prompts, model=model, seed=0, progress=False).images
     assert isinstance(images, list)
     sheet(images, prompts).save(path)
     _say(f"wrote {path}")

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from ...guidance.guide import Guidance
 from ...guidance.layout import Box, read_objects
+from ...prompts.named import phrases as phrases, words as words
 from ...request import Plain, Request
 from ...request_checks import FITS
 from ...vocabulary import EMPHASES, OBJECTIVES, SAMPLERS, SCHEDULES, SPACINGS, SYNTAXES
@@ -46,7 +47,6 @@ CONTROLS: Mapping[str, tuple[str, ...] | type] = {
 }
 PICTURES = ("image", "mask", "image_prompt")
 _ELSEWHERE = ("model", "output", "reduce", "progress", *PICTURES)  # no text of the page names a file or a model
-_SMALL = {"a", "an", "the", "of", "in", "on", "at", "by", "to", "with", "and", "or", "for", "from"}  # end no phrase
 _BOARD = 1000  # pixels of the longer edge of what boxes are drawn on: they are whole pixels there
 _COLOURS = ((230, 25, 75), (42, 111, 240), (26, 138, 60), (217, 96, 10), (123, 44, 191), (0, 131, 143))  # as in draw
 
@@ -57,22 +57,6 @@ def default(field: str) -> str:
     flags = {action.dest: action.help for action in commands.choices["generate"]._actions}
     found = re.search(r"default: ([^);]+)", flags.get(field) or "")
     return found[1] if found else ""
-
-
-def words(prompt: str) -> list[str]:
-    """The words of a prompt, each once."""
-    return list(dict.fromkeys(re.findall(r"\w+(?:['-]\w+)*", prompt.lower())))
-
-
-def phrases(prompt: str) -> list[str]:
-    """What a box can be named: runs of up to three words that neither start nor end with a small one; longer first."""
-    found: dict[str, None] = {}
-    for part in re.split(r"[^\w\s'-]+|\bBREAK\b|\bAND\b", prompt):
-        own = re.findall(r"\w+(?:['-]\w+)*", part.lower())
-        for length in (3, 2, 1):
-            runs = [own[at : at + length] for at in range(len(own) - length + 1)]
-            found |= {" ".join(run): None for run in runs if not _SMALL & {run[0], run[-1]}}
-    return sorted(found, key=lambda phrase: -len(phrase.split()))
 
 
 # ---- from the controls to a request
