@@ -121,6 +121,12 @@ def numbers(name: str, values: Any) -> tuple[float, ...]:
     return tuple(number(name, value) for value in values)
 
 
+def one_or_more(name: str, value: Any) -> float | tuple[float, ...]:
+    """A number, or numbers in any container."""
+    several = hasattr(value, "__len__") and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) > 0
+    return numbers(name, value) if several else number(name, value)
+
+
 def tensor(name: str, value: Any, ndim: int, expected: str) -> None:
     """Check for a nonempty tensor of finite floating-point numbers with `ndim` dimensions."""
     from torch import Tensor

@@ -3,13 +3,13 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .checks import number, shown, tensor, warn, whole
+from .checks import Check, checked, number, shown, tensor, warn, whole
 from .image_adapter import ImageAdapter
 from .networks.sites import Grid, Site, Where, choose
 from .networks.text import TextEncoder
@@ -17,6 +17,8 @@ from .networks.unet import UNet
 from .networks.vae import VAE
 from .safety import SafetyChecker
 from .sampling import NoiseSchedule, Sampler, sampler_by_name
+
+_NUMBERS: Mapping[str, Check] = {"steps": partial(whole, least=1), "guidance_scale": partial(number, least=1)}
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,8 @@ class Defaults:
             raise ValueError(f"{where}: guidance is {shown(guidance)}; expected a name or an object")
         return cls(
             sampler=None if sampler is None else sampler_by_name(sampler),
-            steps=whole(f"{where}: steps", given.get("steps", cls.steps), 1),
-            guidance_scale=number(f"{where}: guidance_scale", given.get("guidance_scale", cls.guidance_scale), 1),
             guidance=guidance,
+            **checked({name: given[name] for name in _NUMBERS if name in given}, _NUMBERS, f"{where}: "),
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from .checks import Check, checked, choice, listed, number, numbers, shown, switch, tensor, whole
+from .checks import Check, checked, choice, listed, number, numbers, one_or_more, shown, switch, tensor, whole
 from .vocabulary import EMPHASES, SPACINGS, SYNTAXES, read_sampler, read_schedule
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ _TABLE: Mapping[str, Check] = MappingProxyType(
         "spacing": partial(choice, choices=SPACINGS),
         "eta": partial(number, least=0, most=1),
         "strength": partial(number, least=1e-6, most=1, expected="a number above 0, at most 1"),
+        "image_prompt_scale": one_or_more,
         "fit": partial(choice, choices=FITS),
         "paste": switch,
         "output": partial(choice, choices=OUTPUTS),
@@ -266,15 +267,14 @@ def _image(request: Request) -> None:
 
 
 def _image_prompt(request: Request) -> None:
-    scale = request.image_prompt_scale
-    several = hasattr(scale, "__len__") and not isinstance(scale, str | bytes) and getattr(scale, "ndim", 1) > 0
-    _set(request, "image_prompt_scale", (numbers if several else number)("image_prompt_scale", scale))
     if request.image_prompt is not None:
         from .guidance.image_prompt import read_image_prompts
 
         _set(request, "image_prompt", read_image_prompts(request.image_prompt))
     elif request.image_prompt_scale != 1:
-        raise ValueError(f"image_prompt_scale is {shown(scale)} but there is no image_prompt; expected both")
+        raise ValueError(
+            f"image_prompt_scale is {shown(request.image_prompt_scale)} but there is no image_prompt; expected both"
+        )
 
 
 def _attention(request: Request) -> None:

@@ -43,7 +43,8 @@ class Result:
     with boxes. `flagged[i]`: the safety checker flagged image i, which stays as it is here and is marked in its PNG;
     None where no checker looked (see `load(safety=)`; it does not look at latents). ValueError if the counts differ.
     `request` asks for the same images, with one prompt for each, and `generate` is the function that it is for; None
-    where something else made the Result.
+    where something else made the Result. `request` keeps a loaded Model that it was made with in memory, for again();
+    dataclasses.replace(result, request=None) lets go of it.
 
     len(result) is the number of images; result[i], and each item of a loop, is the Result of image i alone.
     """

@@ -158,7 +158,9 @@ class Texts:
     @torch.no_grad()
     def encode(self, model: Model, clip_skip: int | None, negative: bool) -> Tensor:
         """[B,L,D], or [uncond, cond] [2B,L,D] with `negative`. Repeated texts are encoded once."""
-        halves = [self._encoded(model, rows, clip_skip) for rows in ([True, False] if negative else [False])]
+        device, dtype = model.device, model.dtype
+        each = [self._encoded(model, rows, clip_skip) for rows in ([True, False] if negative else [False])]
+        halves = [one.to(device, dtype).repeat_interleave(self.repeats, dim=0) for one in each]
         if halves[0].shape[1] != halves[-1].shape[1]:
             raise ValueError(
                 f"context holds {halves[1].shape[1]} tokens and the negative one {halves[0].shape[1]}; expected equal "
@@ -175,6 +177,7 @@ class Texts:
         return pad_sequence(own.split([len(some) for some in self.areas]), batch_first=True).flatten(1, 2)
 
     def _encoded(self, model: Model, negative: bool, clip_skip: int | None) -> Tensor:
+        """[P,L,D]."""
         context = self.negative_context if negative else self.context
         if context is None:
             texts = self.negatives if negative else self.prompts
@@ -184,7 +187,7 @@ class Texts:
             else:
                 unique = list(dict.fromkeys(texts))
                 context = model.text.encode(unique, clip_skip)[[unique.index(text) for text in texts]]
-        return context.to(model.device, model.dtype).repeat_interleave(self.repeats, dim=0)
+        return context
 
     def _read(self, reader: Marked, model: Model, texts: Sequence[str], clip_skip: int | None) -> Tensor:
         """[P,L,D], zeros at the positions that a text does not have."""

@@ -1,7 +1,10 @@
 """Pictures in: image to image and inpainting against diffusers' pipelines on the same weights, and their manners."""
 
+import gc
 import json
 import shutil
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -474,6 +477,20 @@ def test_a_second_pass_keeps_the_mask_as_it_fitted(tiny_model: Model) -> None:
     same = (np.abs(np.asarray(again[0].image, int) - larger) <= 1).all(axis=(0, 2))
     # 8 pixels of padding and 16 of mask are painted at the left, and 8 of padding at the right
     assert same[48:80].all() and not same[:48].any() and not same[80:].any()
+
+
+def test_without_its_request_a_result_lets_go_of_its_model(tiny_model: Model) -> None:
+    model = replace(tiny_model)
+    there = weakref.ref(model)
+    made = minidiff.generate(
+        "a cat", model=model, boxes={"cat": (0.1, 0.1, 0.6, 0.6)}, attention=True, steps=2, seed=1, guidance_scale=1
+    )
+    del model
+    gc.collect()
+    assert there() is not None
+    made = replace(made, request=None)
+    gc.collect()
+    assert there() is None
 
 
 def test_what_cannot_be_made_again_is_said(tiny_model: Model) -> None:

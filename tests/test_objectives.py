@@ -125,7 +125,8 @@ def kept(objective: Objective, maps: Maps, layout: Layout) -> Maps:
 Objects = list[tuple[list[Box], tuple[int, ...], float]]
 
 
-def slow_layout(maps: Maps, objects: Objects) -> float:
+def slow_inside_of(maps: Maps, objects: Objects, loss: Callable[[float], float]) -> float:
+    """The weighted mean of a loss of the fraction inside. Sites have equal weight, however many heads they have."""
     whole = 0.0
     for boxes, tokens, weight in objects:
         terms = []
@@ -136,10 +137,13 @@ def slow_layout(maps: Maps, objects: Objects) -> float:
                 for head in range(heads):
                     inside = sum(mask[r][c] * float(probs[head, r, c, token]) for r in range(h) for c in range(w))
                     total = sum(float(probs[head, r, c, token]) for r in range(h) for c in range(w))
-                    # sites have equal weight, however many heads they have
-                    terms.append((1 - inside / total) ** 2 / (len(maps) * len(tokens) * heads))
+                    terms.append(loss(inside / total) / (len(maps) * len(tokens) * heads))
         whole += weight * sum(terms)
     return whole / sum(weight for _, _, weight in objects)
+
+
+def slow_layout(maps: Maps, objects: Objects) -> float:
+    return slow_inside_of(maps, objects, lambda inside: (1 - inside) ** 2)
 
 
 def by_grid(maps: Maps) -> dict[tuple[int, int], list[list[list[float]]]]:
@@ -330,19 +334,7 @@ def slow_rnb(maps: Maps, objects: Objects) -> float:
 
 
 def slow_inside(maps: Maps, objects: Objects) -> float:
-    whole = 0.0
-    for boxes, tokens, weight in objects:
-        terms = []
-        for probs in maps.values():
-            heads, h, w, _ = probs.shape
-            mask = coverage(boxes, h, w)
-            for token in tokens:
-                for head in range(heads):
-                    inside = sum(mask[r][c] * float(probs[head, r, c, token]) for r, c in cells(h, w))
-                    total = sum(float(probs[head, r, c, token]) for r, c in cells(h, w))
-                    terms.append(-math.log(inside / total) / (len(maps) * len(tokens) * heads))
-        whole += weight * sum(terms)
-    return whole / sum(weight for _, _, weight in objects)
+    return slow_inside_of(maps, objects, lambda inside: -math.log(inside))
 
 
 def moments(line: list[float]) -> tuple[float, float]:

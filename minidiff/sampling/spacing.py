@@ -66,6 +66,15 @@ def vp_schedule(
     )
 
 
+def exact_schedule(name: str, noise: NoiseSchedule, times: Floats | None, levels: Floats | None) -> Schedule:
+    """That of a caller's levels, else of whole timesteps at their exact sigmas, down to 0."""
+    if levels is not None:
+        return vp_schedule(name, noise, timesteps_at(noise, levels[:-1]), levels[:-1], levels[1:], whole=False)
+    assert times is not None
+    starts = noise.exact_sigmas()[times.astype(int)]
+    return vp_schedule(name, noise, times, starts, np.append(starts[1:], 0.0))
+
+
 def count_steps(noise: NoiseSchedule, steps: int | None, timesteps: Custom, sigmas: Custom) -> int:
     """The number of steps of a run, from steps, timesteps or sigmas."""
     if steps is not None:

@@ -47,6 +47,7 @@ class Sampler(ABC):
     settings: other settings of this algorithm in diffusers' config, with the values that are implemented here.
     zero_snr: the last abar of a model trained up to pure noise, as in diffusers; None if its scheduler ignores that.
     cfg_pp: whether it steps by CFG++, for which `ask` returns both halves of classifier-free guidance.
+    draws: whether it draws fresh noise at any setting.
     guided_calls: the number of calls per step before which layout guidance moves x.
     calls_per_step: calls of the network in a step that is neither the first nor the last.
     """
@@ -57,6 +58,7 @@ class Sampler(ABC):
     settings: ClassVar[ConfigValues] = {}
     zero_snr: ClassVar[float | None] = None
     cfg_pp: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     guided_calls: ClassVar[int] = 2
     calls_per_step: ClassVar[int] = 1
     spacing: str | None = None
@@ -74,7 +76,7 @@ class Sampler(ABC):
     @property
     def stochastic(self) -> bool:
         """Whether `run` draws fresh noise."""
-        return False
+        return self.draws or getattr(self, "eta", 0.0) > 0
 
     @classmethod
     def of_config(cls, config: Mapping[str, object]) -> dict[str, Any]:

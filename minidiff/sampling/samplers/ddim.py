@@ -38,10 +38,6 @@ class DDIM(Sampler):
         expected = "a number from 0 (no fresh noise) to 1 (DDPM's)"
         object.__setattr__(self, "eta", number("eta", self.eta, 0, 1, expected))
 
-    @property
-    def stochastic(self) -> bool:
-        return self.eta > 0
-
     def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
         if levels is not None:
             return vp_schedule(self.name, noise, timesteps_at(noise, levels[:-1]), levels[:-1], levels[1:], whole=False)

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 from torch import Tensor
 
 from minidiff.sampling.samplers._sampler import Ask, ConfigValues, Draw, Sampler, predict, signal
-from minidiff.sampling.spacing import Schedule, spaced_timesteps, timesteps_at, vp_schedule
+from minidiff.sampling.spacing import Schedule, exact_schedule, spaced_timesteps
 
 if TYPE_CHECKING:
     from minidiff.sampling.schedule import Floats, NoiseSchedule
@@ -25,6 +24,7 @@ class DDPM(Sampler):
     """
 
     name: ClassVar[str] = "ddpm"
+    draws: ClassVar[bool] = True
     usual_spacing: ClassVar[str] = "leading"
     settings: ClassVar[ConfigValues] = {
         "variance_type": ("fixed_small", "fixed_small_log"),
@@ -32,17 +32,10 @@ class DDPM(Sampler):
     }
     zero_snr: ClassVar[float | None] = 0.0
 
-    @property
-    def stochastic(self) -> bool:
-        return True
-
     def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
-        if levels is not None:
-            return vp_schedule(self.name, noise, timesteps_at(noise, levels[:-1]), levels[:-1], levels[1:], whole=False)
-        if times is None:
+        if times is None and levels is None:
             times = spaced_timesteps(noise, steps, self._spacing(noise))
-        starts = noise.exact_sigmas()[times.astype(int)]
-        return vp_schedule(self.name, noise, times, starts, np.append(starts[1:], 0.0))
+        return exact_schedule(self.name, noise, times, levels)
 
     def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:
         for call, (start, end) in enumerate(schedule.spans):

@@ -19,11 +19,8 @@ class DPM2Ancestral(TwoCallSampler):
     """
 
     name: ClassVar[str] = "dpm2_ancestral"
+    draws: ClassVar[bool] = True
     rounds: ClassVar[bool] = True
-
-    @property
-    def stochastic(self) -> bool:
-        return True
 
     def _middle(self, start: float, end: float) -> float:
         return end

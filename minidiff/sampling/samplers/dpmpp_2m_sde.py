@@ -22,13 +22,10 @@ class DPMpp2MSDE(MultistepSampler):
     """
 
     name: ClassVar[str] = "dpmpp_2m_sde"
+    draws: ClassVar[bool] = True
     truncates_cosine: ClassVar[bool] = True
     settings: ClassVar[ConfigValues] = {**DPMpp2M.settings, "algorithm_type": ("sde-dpmsolver++",)}
     zero_snr: ClassVar[float | None] = 2**-24
-
-    @property
-    def stochastic(self) -> bool:
-        return True
 
     @staticmethod
     def _slope_weight(h: float) -> float:

@@ -20,10 +20,7 @@ class DPMpp2SAncestral(TwoCallSampler):
     """
 
     name: ClassVar[str] = "dpmpp_2s_ancestral"
-
-    @property
-    def stochastic(self) -> bool:
-        return True
+    draws: ClassVar[bool] = True
 
     def _middle(self, start: float, end: float) -> float:
         return end

@@ -24,6 +24,7 @@ class DPMpp3MSDE(MultistepSampler):
     """
 
     name: ClassVar[str] = "dpmpp_3m_sde"
+    draws: ClassVar[bool] = True
     truncates_cosine: ClassVar[bool] = True
     settings: ClassVar[ConfigValues] = {
         **DPMpp2M.settings,
@@ -32,10 +33,6 @@ class DPMpp3MSDE(MultistepSampler):
         "solver_type": (*DPMpp2M.settings["solver_type"], "heun"),
     }
     zero_snr: ClassVar[float | None] = 2**-24
-
-    @property
-    def stochastic(self) -> bool:
-        return True
 
     def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:
         seen: list[tuple[float, Tensor]] = []  # lambda = -log sigma and clean latents of the last calls, newest first

@@ -21,10 +21,7 @@ class DPMppSDE(TwoCallSampler):
     """
 
     name: ClassVar[str] = "dpmpp_sde"
-
-    @property
-    def stochastic(self) -> bool:
-        return True
+    draws: ClassVar[bool] = True
 
     def _middle(self, start: float, end: float) -> float:
         return math.sqrt(start * end)

@@ -19,14 +19,11 @@ class EulerAncestral(SigmaSampler):
     """
 
     name: ClassVar[str] = "euler_ancestral"
+    draws: ClassVar[bool] = True
     settings: ClassVar[ConfigValues] = {
         **{f"use_{levels}_sigmas": (False, True) for levels in ("karras", "exponential", "beta")},
     }
     zero_snr: ClassVar[float | None] = 2**-24
-
-    @property
-    def stochastic(self) -> bool:
-        return True
 
     def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:
         for call, (start, end) in enumerate(schedule.spans):

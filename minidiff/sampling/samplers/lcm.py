@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 from torch import Tensor
 
 from minidiff.checks import number
 from minidiff.sampling.samplers._distilled import DistilledSampler
 from minidiff.sampling.samplers._sampler import Ask, Draw, predict, signal
-from minidiff.sampling.spacing import Schedule, timesteps_at, vp_schedule
+from minidiff.sampling.spacing import Schedule, exact_schedule
 
 if TYPE_CHECKING:
     from minidiff.sampling.schedule import Floats, NoiseSchedule
@@ -28,6 +27,7 @@ class LCM(DistilledSampler):
     """
 
     name: ClassVar[str] = "lcm"
+    draws: ClassVar[bool] = True
     timestep_scaling: float = 10.0
 
     def __post_init__(self) -> None:
@@ -39,16 +39,10 @@ class LCM(DistilledSampler):
         scaling = config.get("timestep_scaling")
         return super().of_config(config) | ({} if scaling is None else {"timestep_scaling": scaling})
 
-    @property
-    def stochastic(self) -> bool:
-        return True
-
     def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
-        if levels is not None:
-            return vp_schedule(self.name, noise, timesteps_at(noise, levels[:-1]), levels[:-1], levels[1:], whole=False)
-        times = self._times(noise, steps) if times is None else times
-        starts = noise.exact_sigmas()[times.astype(int)]
-        return vp_schedule(self.name, noise, times, starts, np.append(starts[1:], 0.0))
+        if times is None and levels is None:
+            times = self._times(noise, steps)
+        return exact_schedule(self.name, noise, times, levels)
 
     def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:
         for call, (start, end) in enumerate(schedule.spans):

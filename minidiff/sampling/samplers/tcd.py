@@ -33,10 +33,6 @@ class TCD(DistilledSampler):
         super().__post_init__()
         object.__setattr__(self, "eta", number("eta", self.eta, 0, 1))
 
-    @property
-    def stochastic(self) -> bool:
-        return self.eta > 0
-
     def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
         if levels is not None:
             raise ValueError("tcd takes no sigmas, its eta is a share of the timestep; pass timesteps instead")
