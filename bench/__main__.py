@@ -18,6 +18,7 @@ BENCHES = {
     "load": "seconds and peak memory of loading a full-size model, against diffusers; imports and start-up",
     "batch": "planning a million lines of requests, and pictures a second against a loop over generate",
     "device": "everything that must hold on a CUDA card, in under four minutes; without a card, a dry run",
+    "swaps": "another colour for one of two objects: prompt-to-prompt, MasaCtrl and inversions",
     "edited": "pictures of the bundled model made from a picture, as README shows them",
     "all": "all six of speed and memory, in sequence",
     "model": "not a benchmark: writes a model folder with random weights, for tests without a download",
