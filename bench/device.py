@@ -3,7 +3,7 @@ model. Without a card it is a dry run: the same code on small networks, with the
 
 Stages run in sequence, the cheapest and most telling first, and the JSON file is written after each: a run that is cut
 keeps what it measured. A stage that fails is a row that is OUT, with its message. What is compiled starts in processes
-of its own once the timed stages are over (device_compiled.py), beside parity and pictures.
+of its own once the timed stages are over (device_compiled.py), beside parity.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minidiff
-from minidiff.guidance.guide import Guide, look_loss
+from minidiff.guidance.guide import plainly
+from minidiff.networks.unet import UNet
 from minidiff.vocabulary import OBJECTIVES
 
 from .device_compiled import Compiled, floor_row
@@ -54,7 +56,7 @@ from .timing import Timing, gemm_rate, in_a_row
 CUDA = torch.cuda.is_available()
 HALF = ("bfloat16", "float16") if CUDA else ("bfloat16",)  # a CPU emulates float16
 IMAGES = (1, 4, 16) if CUDA else (1,)
-REPLAYED = f"{OURS}, captured"
+EAGER = f"{OURS}, eager"
 EXACT, DECODED = 1e-5, 2e-5  # a decoder's sums run over more pixels
 CAPTURED = 0.6
 """A step as loaded, of diffusers' time as loaded."""
@@ -156,23 +158,25 @@ def rate(check: Check) -> Iterator[Row]:
 
 
 def steps(check: Check) -> Iterator[Row]:
-    """A step with classifier-free guidance, as loaded, and captured as one graph, which must return the same bits."""
+    """A step with classifier-free guidance: as loaded, which on a card is a captured graph, and without the graph,
+    whose result must be the same bits.
+    """
     size = SIZES[check.size]
     for dtype in HALF:
         weights = check.cast(dtype)
         own, other = our_unet(size, weights), their_unet(size, weights)
         for images in IMAGES:
-            table, count = f"step, {dtype}, {images} images", 20 // images + 1
+            table, count, where = f"step, {dtype}, {images} images", 20 // images + 1, f"{dtype}, {images}"
             inputs = check.inputs(dtype, 2 * images)
-            call, reference = ours(own, inputs), theirs(other, inputs)
-            loaded, eager = check.time(table, LOADED, reference, count), check.time(table, OURS, call, count)
-            yield _ratio("step, eager", f"{dtype}, {images}", eager, loaded, 1.0, "diffusers'")
-            yield from _memory("step", f"{dtype}, {images}", call, reference)
-            replayed = partial(_replayed, check, table, call, "step, captured", f"{dtype}, {images}", loaded, CAPTURED)
-            yield from _guarded("step, captured", replayed)
-            graph = check.timings[table].get(REPLAYED)
-            if check.size == "full" and graph is not None:
-                yield floor_row("step, captured", f"{dtype}, {images}", graph.median, images, check.rate)
+            call, plain, reference = ours(own, inputs), _plain(own, inputs), theirs(other, inputs)
+            loaded, eager = check.time(table, LOADED, reference, count), check.time(table, EAGER, plain, count)
+            yield _ratio("step, eager", where, eager, loaded, 1.0, "diffusers'")
+            yield from _memory("step, eager", where, plain, reference)
+            yield from _same("step, captured: bits", where, call, plain)
+            seconds = check.time(table, OURS, call, count)
+            yield _ratio("step, captured", where, seconds, loaded, CAPTURED, "diffusers'")
+            if check.size == "full":
+                yield floor_row("step, captured", where, seconds, images, check.rate)
 
 
 def guided(check: Check) -> Iterator[Row]:
@@ -183,30 +187,27 @@ def guided(check: Check) -> Iterator[Row]:
         unet = our_unet(size, weights)
         guide = layout_guide(unet, one, iterations=LOOKS)
         look = guided_pass(guide, one)
+        eager_guide = layout_guide(unet, one, iterations=LOOKS)
+        eager_guide.run = plainly
+        plain = guided_pass(eager_guide, one)
         way = Published.of(their_unet(size, weights))
         published = partial(way.gradient, one.x, one.t, one.context, PLACES[:2], tokens(2))
-        found, expected = look()[0], published()[0]
+        found, expected = plain()[0], published()[0]
         exact = expected if exact is None else exact
         yield Row("guided pass: gradient", f"{dtype}, to float32", _error(found, exact), GRADIENT[dtype])
-        own, other = (check.time(f"guided, {dtype}", *one, 10) for one in ((OURS, look), (PUBLISHED, published)))
-        yield _ratio("guided pass, eager", dtype, own, other, 1.0, "the published way's")
-        yield from _memory("guided pass", dtype, look, published)
-        alone = partial(_gradient, guide, one)
-        replayed = partial(
-            _replayed,
-            check,
-            f"guided, {dtype}",
-            alone,
-            "guided pass, captured",
-            dtype,
-            other,
-            GUIDED,
-            "the published way",
+        yield from _same("guided pass, captured: bits", dtype, lambda look=look: look()[0], lambda way=plain: way()[0])
+        table = f"guided, {dtype}"
+        own, eager, other = (
+            check.time(table, *one, 5) for one in ((OURS, look), (EAGER, plain), (PUBLISHED, published))
         )
-        yield from _guarded("guided pass, captured", replayed)
+        yield _ratio("guided pass, eager", dtype, eager, other, 1.0, "the published way's")
+        yield from _memory("guided pass, eager", dtype, plain, published)
+        yield _ratio("guided pass, captured", dtype, own, other, GUIDED, "the published way's")
         if CUDA:
-            waits = _waits(partial(guide.refine, one.x.float(), one.t, 0.5, 0))
-            yield Row("waits for the device", f"{LOOKS} looks, {dtype}", waits, LOOKS, "waits")
+            places = _waits(partial(guide.refine, one.x.float(), one.t, 0.5, 0))
+            waits = LOOKS * (2 if dtype == "float16" else 1)  # whose gradient may be too large
+            note = ", ".join(sorted(set(places)))
+            yield Row("waits for the device", f"{LOOKS} looks, {dtype}", len(places), waits, "waits", note)
 
 
 def decode(check: Check) -> Iterator[Row]:
@@ -214,7 +215,7 @@ def decode(check: Check) -> Iterator[Row]:
     size = SIZES[check.size]
     for dtype in ("float32", *HALF):
         own, other = our_vae(size, DTYPES[dtype]), their_vae(size, DTYPES[dtype])
-        for edge in (check.edge, 2 * check.edge):
+        for edge in (check.edge, 2 * check.edge) if dtype == HALF[-1] else (check.edge,):
             z = Inputs.random(size, DTYPES[dtype], 1, edge, edge).x
             call, reference = (
                 torch.no_grad()(lambda network=network, z=z: network.decode(z)) for network in (own, other)
@@ -240,7 +241,7 @@ def attention(check: Check) -> Iterator[Row]:
         for name in ("default", "FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
             try:
                 with nullcontext() if name == "default" else sdpa_kernel(getattr(SDPBackend, name)):
-                    call = partial(F.scaled_dot_product_attention, q, k, v)
+                    call = _captured(partial(F.scaled_dot_product_attention, q, k, v))
                     seconds[name] = check.time(f"attention, {pixels}x{length}x{channels}", name, call)
             except RuntimeError:
                 continue  # not for this shape or machine
@@ -251,7 +252,8 @@ def attention(check: Check) -> Iterator[Row]:
 
 def parity(check: Check) -> Iterator[Row]:
     """eps against diffusers' with the same weights; below float32, both against float32."""
-    size, exact = SIZES[check.size], {}
+    size = SIZES[check.size]
+    exact: dict[tuple[int, int], Tensor] = {}
     for dtype in ("float32", *HALF):
         weights = check.cast(dtype)
         own, other = our_unet(size, weights), their_unet(size, weights)
@@ -291,49 +293,38 @@ def pictures(check: Check) -> Iterator[Row]:
         yield Row(f"runs: {name}", device().type, 0.0, 0.0)
 
 
-TIMED = {"rate": rate, "steps": steps, "guided": guided, "decode": decode, "attention": attention}
-BESIDE = {"parity": parity, "pictures": pictures}
+TIMED = {"rate": rate, "steps": steps, "guided": guided, "decode": decode, "attention": attention, "pictures": pictures}
+BESIDE = {"parity": parity}
 
 
 # --- measurements
 
 
-def _replayed(
-    check: Check,
-    table: str,
-    call: Callable[[], Tensor],
-    part: str,
-    where: str,
-    reference: float,
-    bound: float,
-    of: str = "diffusers",
-) -> Iterator[Row]:
-    """A call as a captured graph: its result against the call's own, its time against the reference's seconds."""
-    replay, apart = _captured(call)
-    yield Row(f"{part}: bits", where, apart, 0.0)
-    yield _ratio(part, where, check.time(table, REPLAYED, replay, 10), reference, bound, f"{of}'s")
+def _plain(unet: UNet, inputs: Inputs) -> Callable[[], Tensor]:
+    """A step without graphs."""
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        eps, _ = unet.forward(inputs.x, inputs.t, inputs.context)
+        assert eps is not None
+        return eps
+
+    return call
 
 
-def _gradient(guide: Guide, inputs: Inputs) -> Tensor:
-    """The gradient of a look whose losses are not copied to the host, which no captured graph can do."""
-    x = inputs.x.float().requires_grad_()
-    given = (
-        guide.forward,
-        guide.guidance.objective,
-        guide.record,
-        (),
-        inputs.t,
-        inputs.context,
-        guide.layout,
-        guide.inputs,
-    )
-    total, _ = look_loss(x, *given)
-    return torch.autograd.grad(total, x)[0]
+def _same(part: str, where: str, call: Callable[[], Tensor], plain: Callable[[], Tensor]) -> Iterator[Row]:
+    """Whether a captured call returns the plain call's bits, as far as the plain call itself does each time."""
+    first = plain()
+    apart = max(relative_error(plain(), first) for _ in range(3))
+    for _ in range(2):  # as it is, then captured
+        call()
+    note = "" if apart == 0 else "the plain call's own spread"
+    yield Row(part, where, relative_error(call(), first), 2 * apart, note=note)
 
 
 def _picture(at: str, dtype: str, given: dict[str, Any]) -> Tensor:
     model = minidiff.load(device=at, dtype=dtype)
-    images = minidiff.generate(PROMPT, model=model, seed=3, output="tensor", steps=20 if CUDA else 2, **given).images
+    images = minidiff.generate(PROMPT, model=model, seed=3, output="tensor", steps=10 if CUDA else 2, **given).images
     assert isinstance(images, Tensor)
     return images
 
@@ -368,27 +359,21 @@ def _extra(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _captured(call: Callable[[], Tensor]) -> tuple[Callable[[], object], float]:
-    """The call as a replayed graph, and how far its result is from the call's own; itself without a card."""
-    expected = call()
+def _captured(call: Callable[[], Tensor]) -> Callable[[], object]:
+    """The call as a replayed graph, so that its time is the card's; itself without a card."""
     if not CUDA:
-        return call, relative_error(call(), expected)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
+        return call
+    call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = call()
-    graph.replay()
-    return graph.replay, relative_error(found, expected)
+        call()
+    return graph.replay
 
 
-def _waits(call: Callable[[], object]) -> int:
-    """How often the host waits for the device in a call."""
-    call()
+def _waits(call: Callable[[], object]) -> list[str]:
+    """Where the host waits for the device in a call: "file:line", once per wait."""
+    for _ in range(2):
+        call()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -397,4 +382,5 @@ def _waits(call: Callable[[], object]) -> int:
             call()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(one.message) for one in seen)
+    waits = [one for one in seen if "called a synchronizing" in str(one.message)]
+    return [f"{Path(one.filename).name}:{one.lineno}" for one in waits]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidiff.guidance.guide import Guidance, Guide, look_loss
+from minidiff.guidance.guide import Guidance, Guide, look_loss, plainly
 from minidiff.guidance.layout import PlacedObject, make_layout
 from minidiff.guidance.objectives.layout import layout_loss
 from minidiff.networks.attention import HEAD_MEAN, Maps, Record
@@ -18,7 +18,8 @@ from minidiff.networks.unet import UNet
 from minidiff.networks.vae import VAE
 from minidiff.recorded import MEAN
 from minidiff.sampling import SD15_SCHEDULER_CONFIG, Euler, NoiseSchedule, sample
-from minidiff.speed.accelerate import compile_network, compile_unet, compile_whole, prepare
+from minidiff.speed.accelerate import compile_network, compile_unet, compile_whole, prepare, prepare_unet
+from minidiff.speed.capture import captured
 from minidiff.speed.int8 import to_int8
 
 from .models import SD15, TINY, Size, random_weights, unet_shapes, vae_shapes
@@ -73,7 +74,7 @@ def our_unet(size: Size, weights: Weights) -> UNet:
     """A UNet as returned by `load`."""
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict(size.unet))
-    return prepare(_filled(unet, weights))
+    return prepare_unet(_filled(unet, weights))
 
 
 def int8_unet(size: Size, weights: Weights) -> UNet:
@@ -167,7 +168,9 @@ def layout_guide(
     )
     names = [[region.name for region in regions]] * rows
     look = compile_whole(look_loss, unet) if whole else look_loss
-    return Guide(how, unet.forward, inputs.context, layout, names, whole_batch=whole, loss=look)
+    graphs = captured(unet)
+    run = plainly if graphs is None else graphs.run
+    return Guide(how, unet.forward, inputs.context, layout, names, whole_batch=whole, loss=look, run=run)
 
 
 def tokens(objects: int) -> Sequence[Sequence[int]]:

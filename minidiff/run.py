@@ -18,7 +18,7 @@ from .asked import asked
 from .canvas import Beginning, Canvas, begin
 from .checks import shown, warn
 from .denoise import Denoise, Watch
-from .guidance.guide import Guidance, Guide, look_loss
+from .guidance.guide import Guidance, Guide, look_loss, plainly
 from .guidance.layout import Layout, PlacedObject
 from .guidance.placed import CALIBRATIONS
 from .guidance.regions import share_edits
@@ -33,6 +33,7 @@ from .resolve import check_places, image_inputs, latent_shape, resolve, warn_unu
 from .result import Images, Result, to_numpy, to_pil
 from .sampling import Sampler, SamplerStep, Schedule, sample
 from .speed.accelerate import compile_whole, is_compiled
+from .speed.capture import captured
 from .speed.replace import changed_weights
 from .texts import Texts
 from .tries import Seeds, best_seeds
@@ -318,7 +319,10 @@ def _guide(
     each_step = told if len(told) > 1 else ()
     context, layout, inputs = told[0]
     measured = None if edits or each_step or how.watch or model.adapters else CALIBRATIONS.get(model.name)
-    return Guide(how, model.unet.forward, context, layout, names, edits, inputs, compiled, look, each_step, measured)
+    graphs = captured(model.unet)
+    run = plainly if graphs is None else graphs.run
+    forward = model.unet.forward
+    return Guide(how, forward, context, layout, names, edits, inputs, compiled, look, each_step, measured, run)
 
 
 def _watch(guide: Guide) -> Watch | None:

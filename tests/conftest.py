@@ -106,6 +106,14 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests compare with float32 on the CPU, on machines with a card too, but for those marked `card`."""
+    if torch.cuda.is_available() and request.node.get_closest_marker("card") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes that a test starts
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Run with one thread, for tests that compare small networks."""

@@ -7,7 +7,8 @@ latents, scaled by 1 / sqrt(abar), it is x - scale * sigma^2 * grad L; this form
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import partial, reduce as fold
 from operator import add
@@ -190,33 +191,51 @@ FLOAT16_SCALE = 2.0**10
 """What a loss is multiplied by for float16's pass back, in which small gradients vanish otherwise."""
 
 
+def plainly(stages: Callable[..., Generator[Any]], *args: Any) -> Generator[Any]:
+    """Run stages as they are, not as captured graphs."""
+    return stages(*args)
+
+
 def evaluate(
-    x: Tensor, *look: Any, threshold: Tensor | None = None, loss: Callable[..., Looked] | None = None
+    x: Tensor,
+    *look: Any,
+    threshold: Tensor | None = None,
+    loss: Callable[..., Looked] | None = None,
+    run: Callable[..., Generator[Any]] = plainly,
 ) -> Evaluated:
     """Each image's gradient of its loss with respect to x, and (loss [B], loss per object [B,O], mass inside [B,O]).
 
     look: the other arguments of `look_loss`. threshold: where no image's loss is above its own ([B], on the
     CPU), the pass back through the network is not run, and the gradient is None. loss: `look_loss`, or the same
-    compiled. What is found comes on the CPU, in one copy: the only wait for the device in a look.
+    compiled. run: what runs `look_stages`, as they are or as captured graphs. What is found comes on the CPU, in one
+    copy: the only wait for the device in a look, but for float16's, whose gradient may be too large.
+    """
+    with closing(run(look_stages, x, loss or look_loss, look)) as stages:
+        packed = next(stages).cpu()
+        count = packed.shape[1] // 2
+        found = packed[:, 0], packed[:, 1 : 1 + count], packed[:, 1 + count :]
+        if threshold is not None and not (found[0] > threshold).any():
+            return None, found
+        gradient, fits = next(stages)
+        return gradient if fits is None or fits else next(stages)[0], found
+
+
+def look_stages(x: Tensor, loss: Callable[..., Looked], look: tuple[Any, ...]) -> Generator[Any]:
+    """The parts of a look: the losses, per object too, and the masses [B,1+2O]; the gradient, and, for float16, whether
+    it is finite; where it is not, the gradient of the loss as it is.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        total, (losses, objects, mass) = (loss or look_loss)(x, *look)
+        total, (losses, objects, mass) = loss(x, *look)
     if not total.requires_grad:
         raise ValueError("the objective's loss does not depend on the maps: it has no gradient to descend")
-    packed = torch.cat([losses[:, None], objects, mass], dim=1).cpu()
-    count = objects.shape[1]
-    found = packed[:, 0], packed[:, 1 : 1 + count], packed[:, 1 + count :]
-    if threshold is not None and not (found[0] > threshold).any():
-        return None, found
+    yield torch.cat([losses[:, None], objects, mass], dim=1)
     half = any(isinstance(one, Tensor) and one.dtype == torch.float16 for one in look)
-    scale = total.new_tensor(FLOAT16_SCALE) if half else None
+    scale = total.new_full((), FLOAT16_SCALE) if half else None  # not new_tensor, which waits for the device
     (gradient,) = torch.autograd.grad(total, x, scale, retain_graph=half)
-    if scale is None:
-        return gradient, found
-    if gradient.isfinite().all():
-        return gradient / scale, found
-    return torch.autograd.grad(total, x)[0], found  # too large for the scale
+    yield (gradient, None) if scale is None else (gradient / scale, gradient.isfinite().all())
+    if half:
+        yield torch.autograd.grad(total, x)
 
 
 def look_loss(
@@ -245,6 +264,7 @@ class Guide:
     calibration: what a report says of where objects come out.
     whole_batch: keep stopped images in the batch without updating them, since a compiled graph needs a fixed size.
     loss: `look_loss`, or the same compiled.
+    run: what runs a look's stages: `plainly`, or as captured graphs.
     """
 
     def __init__(
@@ -260,9 +280,10 @@ class Guide:
         loss: Callable[..., Looked] = look_loss,
         each_step: Sequence[tuple[Tensor, Layout, Inputs]] = (),
         calibration: Calibration | None = None,
+        run: Callable[..., Generator[Any]] = plainly,
     ) -> None:
         self.calibration = calibration
-        self.each_step = each_step
+        self.each_step, self.run = each_step, run
         self.guidance, self.forward, self.context, self.layout, self.names = guidance, forward, context, layout, names
         self.record = guidance.objective.record
         self.edits = tuple(replace(edit, rows="all") for edit in edits if edit.rows != "uncond")
@@ -331,7 +352,7 @@ class Guide:
         # detached: the update does not differentiate through x's history, compiled or not
         arguments: tuple[Any, ...] = (x.detach(), *look, inputs)
         with torch.inference_mode(False):  # inference mode gives zero gradients in torch 2.11
-            return evaluate(*tree_map_only(Tensor, _usable, arguments), threshold=limits, loss=self.loss)
+            return evaluate(*tree_map_only(Tensor, _usable, arguments), threshold=limits, loss=self.loss, run=self.run)
 
     def _remember(self, index: int, batch: int, rows: Sequence[int], found: Sequence[Tensor], limits: Tensor) -> None:
         live = limits < math.inf

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionLayer, Edit, Hooks, Inputs, Maps, Record
 from .config import UNetConfig
+from .norm import Fused, GroupNorm, LayerNorm
 from .sites import Place, Position, Site, Where
 
 MASKED = "masked"
@@ -59,7 +60,7 @@ class UNet(nn.Module):
             up = "upsamplers" if i < levels - 1 else None
             self.up_blocks.append(Block(config, "up", i, level, inputs, config.up_attention[i], up))
 
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.sites: tuple[Site, ...] = tuple(m.site for m in self.modules() if isinstance(m, AttentionLayer))
 
@@ -130,7 +131,7 @@ class UNet(nn.Module):
         return self._out(found), maps
 
     def _out(self, y: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.conv_norm_out(y)))
+        return self.conv_out(self.conv_norm_out(y))
 
     def is_deep(self, site: Site) -> bool:
         """Whether a pass leaves this attention layer out when it reuses what deep layers returned."""
@@ -231,20 +232,26 @@ class Block(nn.Module):
 class ResBlock(nn.Module):
     """Two 3x3 convolutions around the time embedding, and a shortcut."""
 
+    fused: Fused = None
+
     def __init__(self, config: UNetConfig, channels: int, out: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
+        self.norm1 = GroupNorm(config.norm_num_groups, channels, config.norm_eps)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], out)
-        self.norm2 = nn.GroupNorm(config.norm_num_groups, out, config.norm_eps)
+        self.norm2 = GroupNorm(config.norm_num_groups, out, config.norm_eps)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x [B,C,h,w], emb [B,4*C0] -> [B,C',h,w]."""
-        y = self.conv1(F.silu(self.norm1(x)))
+        return self.plain(x, emb) if self.fused is None else self.fused(self, x, emb)
+
+    def plain(self, x: Tensor, emb: Tensor) -> Tensor:
+        """The same, layer by layer."""
+        y = self.conv1(self.norm1(x))
         y = y + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        y = self.conv2(F.silu(self.norm2(y)))
+        y = self.conv2(self.norm2(y))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -255,7 +262,7 @@ class Transformer(nn.Module):
         super().__init__()
         channels, heads = config.block_out_channels[level], config.num_heads[level]
         self.linear = config.use_linear_projection
-        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(config.norm_num_groups, channels, 1e-6, silu=False)
         self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             [TransformerBlock(place, block, layer, channels, config.cross_attention_dim, heads)]
@@ -284,11 +291,11 @@ class TransformerBlock(nn.Module):
         self, place: Place, block: int, layer: int, channels: int, context_channels: int, num_heads: int
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.attn1 = AttentionLayer(Site(place, block, layer, "self"), channels, channels, num_heads)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         self.attn2 = AttentionLayer(Site(place, block, layer, "cross"), channels, context_channels, num_heads)
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Tensor, grid: tuple[int, int], hooks: Hooks) -> tuple[Tensor | None, Maps]:
@@ -321,13 +328,20 @@ class FeedForward(nn.Module):
 class GEGLU(nn.Module):
     """Shazeer 2020, "GLU variants improve transformer": value * gelu(gate); the weight's first half is for value."""
 
+    fused: Fused = None
+
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
         self.proj = nn.Linear(channels, 2 * out)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,N,C] -> [B,N,C']."""
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        both = self.proj(x)
+        return self.gated(both) if self.fused is None else self.fused(self, both)
+
+    def gated(self, both: Tensor) -> Tensor:
+        """[B,N,2C'] -> [B,N,C']."""
+        value, gate = both.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 

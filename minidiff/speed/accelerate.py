@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .capture import capture_calls, captured
+from .fused import fuse
 from .packed import ONEDNN, Packed, pack
 from .strips import by_strips
 
@@ -35,8 +37,15 @@ def prepare(network: Network) -> Network:
     device = next(network.parameters()).device
     by_strips(network)
     if device.type != "cpu" or not ONEDNN:
-        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return fuse(network) if device.type == "cuda" else network
     return pack(network, _LARGE)
+
+
+def prepare_unet(unet: Network) -> Network:
+    """The same for a UNet, whose calls on a card are captured as graphs."""
+    on_card = next(unet.parameters()).device.type == "cuda"
+    return capture_calls(prepare(unet)) if on_card else prepare(unet)
 
 
 def keep_memory() -> None:
@@ -88,7 +97,8 @@ def compile_network(network: Network) -> Network:
 
 def is_compiled(network: nn.Module) -> bool:
     """True once compile_network() has been applied."""
-    return network._compiled_call_impl is not None  # torch has no public test for it
+    # torch has no public test for it
+    return network._compiled_call_impl is not None and captured(network) is None
 
 
 def compile_whole(function: Callable[..., T], network: nn.Module) -> Callable[..., T]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import finite, shown
 from .accelerate import compile_network, free_numbers, is_compiled, number_layers, prepare
+from .capture import capture_calls, captured
 from .packed import Packed
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -119,6 +120,8 @@ def _replaced(module: Network, changes: Mapping[str, nn.Parameter | nn.Module], 
         new.forget()
         if isinstance(module, Packed) and module.number is not None:
             new.take_number(next(numbers))
+    if captured(module) is not None:
+        return capture_calls(new)
     return compile_network(new) if is_compiled(module) else new
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..networks.norm import GroupNorm
+
 Network = TypeVar("Network", bound=nn.Module)
 AT_ONCE = 2**22
 """Elements of a grid processed at a time (16 MB in float32)."""
@@ -25,10 +27,10 @@ def by_strips(vae: Network) -> Network:
     return vae
 
 
-def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
+def norm_silu_conv(norm: GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
     """conv(silu(norm(x))) for a 3x3 convolution with padding 1: [B,C,h,w] -> [B,C',h,w]."""
     if not _can_divide(x):
-        return conv(F.silu(norm(x)))
+        return conv(norm(x))
     if len(x) > 1:
         return torch.cat([norm_silu_conv(norm, conv, one) for one in x.split(1)])
     weight, bias = (value.to(torch.promote_types(x.dtype, torch.float32)) for value in (norm.weight, norm.bias))

@@ -15,7 +15,7 @@ from ..checks import Check, checked, choice, instance, switch, warn
 from ..model import Defaults, Model
 from ..request import BUNDLED
 from ..sampling import NoiseSchedule
-from ..speed.accelerate import compile_unet, prepare
+from ..speed.accelerate import compile_unet, prepare, prepare_unet
 from ..speed.device import choose_device, choose_dtype, dtype_choice, is_int8
 from ..speed.int8 import to_int8
 from ..vocabulary import PREDICTION_TYPES, own_keywords
@@ -129,7 +129,7 @@ def load(
     model = Model(
         name=found.name,
         origin=found.path,
-        unet=compile_unet(unet) if compile else prepare(unet),
+        unet=compile_unet(unet) if compile else prepare_unet(unet),
         vae=prepare(autoencoder),
         text=text,
         noise=noise,

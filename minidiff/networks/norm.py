@@ -1,0 +1,43 @@
+"""The norms of the networks, with the activation that follows, so that a card can do both at once (speed/fused.py)."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Fused: TypeAlias = Callable[..., Tensor] | None
+"""(the layer, its input) -> its output."""
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm, then SiLU if `silu`."""
+
+    fused: Fused = None
+
+    def __init__(self, groups: int, channels: int, eps: float, silu: bool = True) -> None:
+        super().__init__(groups, channels, eps)
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,h,w] -> [B,C,h,w]."""
+        return self.plain(x) if self.fused is None else self.fused(self, x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The same by torch's own kernels."""
+        y = super().forward(x)
+        return F.silu(y) if self.silu else y
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the last dimension."""
+
+    fused: Fused = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,N,C] -> [B,N,C]."""
+        return self.plain(x) if self.fused is None else self.fused(self, x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The same by torch's own kernel."""
+        return super().forward(x)

@@ -1,0 +1,254 @@
+"""CUDA graphs without a compiler: a network's calls are captured once, and replayed for new inputs.
+
+A step launches some 650 kernels, and a card runs them faster than one thread launches them. A replayed graph is one
+launch of the same kernels, so its results are the same bits.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Hashable, Iterator
+from functools import cache
+from types import MethodType
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import PyTree, tree_flatten, tree_map_only, tree_unflatten
+
+from ..checks import warn
+
+Network = TypeVar("Network", bound=nn.Module)
+Stages: TypeAlias = Callable[..., Generator[Any]]
+"""A generator function of tensors and static (hashable) values, whose every `yield` ends a part that needs nothing from
+the host: each part is a graph. Between two parts the caller may read what the first one yielded.
+"""
+MOST = 16
+"""Graphs kept for one network: each size, batch, record and step's edits has its own. They share their memory."""
+
+
+def capture_calls(network: Network) -> Network:
+    """Make a network on a card run as graphs, in place: its own calls, and stages that run it (`captured`)."""
+    network._compiled_call_impl = Captured(network)
+    return network
+
+
+def captured(network: nn.Module) -> Captured | None:
+    """What runs stages of this network as graphs, if anything does."""
+    found = network._compiled_call_impl
+    return found if isinstance(found, Captured) else None
+
+
+class Captured:
+    """The graphs of one network.
+
+    The first call of a kind runs as it is; the second is captured, so that what is called once costs nothing more.
+    What cannot be a graph runs as it is: calls on other devices, for gradients, inside a compiler or another capture,
+    of networks with hooks, and functions that wait for the device, of which a warning tells.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = weakref.ref(network)  # no cycle, which would keep a dropped model in the card's memory
+        self.graphs: OrderedDict[Hashable, Graph | None] = OrderedDict()
+        self.pools: dict[int, Any] = {}
+        self.lock = threading.RLock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's forward."""
+        network = self.network()
+        assert network is not None  # it is the caller
+        gradients = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in args)
+        if gradients:
+            return network.forward(*args, **kwargs)
+        (found,) = self.run(_forward, network.forward, args, kwargs)
+        return found
+
+    def run(self, stages: Stages, *args: Any) -> Generator[Any]:
+        """Run stages, as graphs where that is possible. What they yield are copies."""
+        leaves, spec = tree_flatten(args)
+        key = self._key(stages, leaves, spec)
+        if key is None:
+            yield from stages(*args)
+            return
+        with self.lock:
+            if key not in self.graphs or (graph := self._graph(key, stages, leaves, spec)) is None:
+                self.graphs.setdefault(key, None)
+                while len(self.graphs) > MOST:
+                    self.graphs.popitem(last=False)
+                yield from stages(*args)
+                return
+            for part in graph.replay(leaves):
+                yield tree_map_only(Tensor, Tensor.clone, part)
+
+    def _graph(self, key: Hashable, stages: Stages, leaves: list[Any], spec: Any) -> Graph | None:
+        """The graph of a call that was made before, captured now if it was not; None if it cannot be."""
+        self.graphs.move_to_end(key)
+        graph = self.graphs[key]
+        if graph is None:
+            graph = self.graphs[key] = capture(stages, leaves, spec, self.pools)
+        return graph if graph.parts else None
+
+    def _key(self, stages: Stages, leaves: list[Any], spec: Any) -> Hashable | None:
+        """What a graph depends on beside the tensors' values; None if there can be none."""
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        plain = all(type(one) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(one) for one in tensors)
+        network = self.network()
+        if torch.compiler.is_compiling() or not plain or not _on_card(tensors) or network is None:
+            return None
+        weights = weights_state(network)
+        if weights is None:
+            return None
+        statics = tuple(_static(leaf, network) for leaf in leaves)
+        key = (stages, statics, str(spec), weights, _settings())
+        try:
+            hash(key)
+        except TypeError:
+            return None
+        return key
+
+
+class Graph:
+    """Captured parts. Without any, the call cannot be captured."""
+
+    def __init__(self, buffers: list[Any], parts: list[tuple[Any, PyTree]]) -> None:
+        self.buffers, self.parts = buffers, parts
+
+    def replay(self, leaves: list[Any]) -> Iterator[PyTree]:
+        """What each part returns, in memory that the next replay overwrites."""
+        with torch.no_grad():
+            for buffer, leaf in zip(self.buffers, leaves, strict=True):
+                if isinstance(leaf, Tensor):
+                    buffer.copy_(leaf)
+        for graph, found in self.parts:
+            graph.replay()
+            yield found
+
+
+def capture(stages: Stages, leaves: list[Any], spec: Any, pools: dict[int, Any]) -> Graph:
+    """Capture stages for inputs of these shapes. A Graph without parts, and a warning, if that is impossible.
+
+    pools: the memory that a stream's graphs share, since one replays at a time.
+    """
+    pool = pools.setdefault(torch.cuda.current_stream().cuda_stream, torch.cuda.graph_pool_handle())
+    with torch.inference_mode(False), torch.no_grad():
+        buffers = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args = tree_unflatten(buffers, spec)
+        buffers = [one if isinstance(one, Tensor) else None for one in buffers]
+        stream = _stream(torch.cuda.current_device())
+        stream.wait_stream(torch.cuda.current_stream())
+        parts: list[tuple[Any, PyTree]] = []
+        try:
+            with torch.cuda.stream(stream):
+                with _NoWaits():  # a wait during the capture would break more than the capture
+                    count = sum(1 for _ in stages(*args))
+                torch.cuda.synchronize()
+                running = stages(*args)
+                parts += [_part(running, pool) for _ in range(count)]
+        except RuntimeError as problem:
+            parts = []
+            why = str(problem).strip().splitlines()[0]
+            warn(f"this call cannot be captured as a CUDA graph, and takes up to 3 times as long without: {why}")
+        torch.cuda.current_stream().wait_stream(stream)
+    return Graph(buffers, parts)
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One to capture on for each card, since cuBLAS keeps 32 MB for every stream that it has run on."""
+    return torch.cuda.Stream(device)
+
+
+def _part(running: Iterator[Any], pool: Any) -> tuple[Any, PyTree]:
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(pool, capture_error_mode="thread_local")
+    try:
+        found = next(running)
+    finally:
+        graph.capture_end()
+    return graph, found
+
+
+def _forward(forward: Callable[..., Any], args: Any, kwargs: Any) -> Generator[Any]:
+    yield forward(*args, **kwargs)
+
+
+def weights_state(network: nn.Module) -> tuple[int, ...] | None:
+    """The modules and where their weights are, which a graph has frozen. None if a graph would do something else than
+    the network: hooks are called by modules, and trained weights need their gradients.
+    """
+    found: list[int] = []
+    for module in network.modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return None
+        found.append(id(module))
+        for weight in (*module._parameters.values(), *module._buffers.values()):
+            if weight is not None:
+                if weight.requires_grad:
+                    return None
+                found.append(weight.data_ptr())
+    return tuple(found)
+
+
+def _on_card(tensors: list[Tensor]) -> bool:
+    """Whether all are on one CUDA device, where nothing is being captured."""
+    if not tensors or any(one.device != tensors[0].device for one in tensors) or tensors[0].device.type != "cuda":
+        return False
+    return tensors[0].device.index == torch.cuda.current_device() and not torch.cuda.is_current_stream_capturing()
+
+
+def _static(leaf: object, network: nn.Module | None) -> Hashable:
+    """A leaf's part of a key. Methods of the network are named, since the key must not keep the network alive."""
+    if isinstance(leaf, Tensor):
+        return (tuple(leaf.shape), leaf.stride(), leaf.dtype)
+    if isinstance(leaf, MethodType) and leaf.__self__ is network:
+        return leaf.__func__
+    return (type(leaf), leaf)
+
+
+def _settings() -> Hashable:
+    """Settings of torch that choose kernels."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return (
+        torch.cuda.current_stream().cuda_stream,
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"),
+        torch.are_deterministic_algorithms_enabled(),
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        cudnn.allow_tf32,
+        cuda.matmul.allow_tf32,
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
+
+
+class _NoWaits(TorchDispatchMode):
+    """RuntimeError for operators that wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in _WAITS or (func in _CHOICES and _has_mask(args[1])) or (func is _COPY and _moves(args[0], found)):
+            raise RuntimeError(
+                f"{func} waits for the device: a number or a mask is read from a tensor, or it is copied"
+            )
+        return found
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in indices)
+
+
+def _moves(before: Tensor, after: Tensor) -> bool:
+    return before.device != after.device
+
+
+_aten = torch.ops.aten
+_COPY = _aten._to_copy.default
+_CHOICES = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
+_WAITS = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default, _aten._unique2.default}

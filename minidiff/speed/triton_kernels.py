@@ -1,0 +1,168 @@
+"""The Triton kernels of fused.py. Tensors are contiguous [batch, cells, channels]."""
+
+import triton
+import triton.language as tl
+
+power_of_2 = triton.next_power_of_2
+
+
+@triton.jit
+def moments(
+    x,
+    shift,
+    bias,
+    parts,
+    cells,
+    channels,
+    strips,
+    SHIFT: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Each channel's mean and sum of squared deviations over a strip of ROWS cells -> parts [batch,strips,2,channels].
+
+    With SHIFT, of x + shift [batch,channels] + bias [channels].
+
+    Strips, not sums of squares: a large mean would drown a small variance.
+    """
+    strip, column, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    c = column * BLOCK + tl.arange(0, BLOCK)
+    added = tl.zeros([BLOCK], tl.float32)
+    if SHIFT:
+        added += tl.load(shift + image * channels + c, mask=c < channels, other=0.0).to(tl.float32)
+        added += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)
+    mean = tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    count = 0.0
+    last = tl.minimum(strip * ROWS + ROWS, cells)
+    for start in range(0, ROWS, TILE):
+        first = strip * ROWS + start
+        row = first + tl.arange(0, TILE)
+        inside = (row < last)[:, None] & (c < channels)[None, :]
+        at = (image * cells + row[:, None]) * channels + c[None, :]
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        here = tl.maximum(tl.minimum(last - first, TILE), 0).to(tl.float32)
+        own = tl.sum(value, axis=0) / tl.maximum(here, 1.0)
+        deviation = tl.where(inside, value - own[None, :], 0.0)
+        apart = own - mean
+        total = tl.maximum(count + here, 1.0)
+        squares += tl.sum(deviation * deviation, axis=0) + apart * apart * (count * here / total)
+        mean += apart * (here / total)
+        count += here
+    mean += added
+    out = parts + (image * strips + strip) * 2 * channels + c
+    tl.store(out, mean, mask=c < channels)
+    tl.store(out + channels, squares, mask=c < channels)
+
+
+@triton.jit
+def combine(
+    parts,
+    scales,
+    weight,
+    bias,
+    cells,
+    channels,
+    strips,
+    eps,
+    ROWS: tl.constexpr,
+    EACH: tl.constexpr,
+    STRIPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The strips' moments -> scales [batch,2,channels]: what a channel is multiplied by, and what is added then."""
+    image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    strip, offset = tl.arange(0, STRIPS), tl.arange(0, WIDTH)
+    c = group * EACH + offset
+    inside = (strip < strips)[:, None] & (offset < EACH)[None, :]
+    at = parts + (image * strips + strip[:, None]) * 2 * channels + c[None, :]
+    means = tl.load(at, mask=inside, other=0.0)
+    squares = tl.load(at + channels, mask=inside, other=0.0)
+    counts = tl.where(inside, tl.minimum(cells - strip * ROWS, ROWS)[:, None], 0).to(tl.float32)
+    total = cells * EACH
+    mean = tl.sum(tl.sum(means * counts, axis=1), axis=0) / total
+    apart = tl.where(inside, means - mean, 0.0)
+    variance = tl.sum(tl.sum(squares + counts * apart * apart, axis=1), axis=0) / total
+    there = offset < EACH
+    scale = tl.load(weight + c, mask=there, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
+    shift = tl.load(bias + c, mask=there, other=0.0).to(tl.float32) - mean * scale
+    out = scales + image * 2 * channels + c
+    tl.store(out, scale, mask=there)
+    tl.store(out + channels, shift, mask=there)
+
+
+@triton.jit
+def apply(
+    x,
+    shift,
+    bias,
+    y,
+    scales,
+    cells,
+    channels,
+    SHIFT: tl.constexpr,
+    SILU: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(x, or x + shift + bias) times the first scale plus the second, then SiLU -> y."""
+    image = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < cells)[:, None] & (c < channels)[None, :]
+    at = (image * cells + row[:, None]) * channels + c[None, :]
+    scale = tl.load(scales + image * 2 * channels + c, mask=c < channels, other=0.0)
+    rest = tl.load(scales + image * 2 * channels + channels + c, mask=c < channels, other=0.0)
+    if SHIFT:
+        added = tl.load(shift + image * channels + c, mask=c < channels, other=0.0).to(tl.float32)
+        added += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)
+        rest += added * scale
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * scale[None, :] + rest[None, :]
+    if SILU:
+        value = value / (1.0 + tl.exp(-value))
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def layer_norm(x, y, weight, bias, rows, channels, eps, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """Each row normalised -> y."""
+    row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (c < channels)[None, :]
+    at = row[:, None] * channels + c[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(value, axis=1) / channels
+    apart = tl.where(inside, value - mean[:, None], 0.0)
+    variance = tl.sum(apart * apart, axis=1) / channels
+    scale = tl.load(weight + c, mask=c < channels, other=0.0).to(tl.float32)
+    shift = tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)
+    found = apart / tl.sqrt(variance + eps)[:, None] * scale[None, :] + shift[None, :]
+    tl.store(y + at, found.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_gelu(both, y, count, channels, BLOCK: tl.constexpr):
+    """The first half of each row times gelu of the second -> y, which has `count` elements."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    row = at // channels
+    first = row * channels + at  # = 2 * row * channels + column
+    value = tl.load(both + first, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(both + first + channels, mask=inside, other=0.0).to(tl.float32)
+    found = value * gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    tl.store(y + at, found.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add(x, other, bias, more, y, count, channels, MORE: tl.constexpr, BLOCK: tl.constexpr):
+    """x + other + bias, and with MORE + another bias, by channel -> y, which has `count` elements."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    c = at % channels
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(other + at, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    if MORE:
+        value += tl.load(more + c, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)

@@ -1,0 +1,230 @@
+"""speed/capture.py without a card: a stand-in for graphs runs the stages again, on the buffers that a graph would read,
+into the memory that it would write.
+"""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+import minidiff
+from minidiff.guidance.guide import plainly
+from minidiff.model import Model
+from minidiff.networks.attention import HEAD_MEAN, Record
+from minidiff.networks.sites import choose, cross
+from minidiff.networks.unet import UNet
+from minidiff.speed import capture
+from minidiff.speed.accelerate import is_compiled, prepare_unet
+from minidiff.speed.capture import Captured, Graph, _NoWaits, capture_calls, captured
+from minidiff.speed.replace import with_weights
+
+CAPTURED: list[str] = []
+
+
+class Part:
+    """One part of a stand-in: reruns the parts up to this one."""
+
+    def __init__(self, stages: Any, args: Any, number: int, found: Any) -> None:
+        self.stages, self.args, self.number, self.found = stages, args, number, found
+
+    def replay(self) -> None:
+        running = self.stages(*self.args)
+        again = [next(running) for _ in range(self.number + 1)][-1]
+        with torch.no_grad():
+            for old, new in zip(tree_leaves(self.found), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor):
+                    old.copy_(new)
+
+
+def stand_in(stages: Any, leaves: list[Any], spec: Any, pools: Any) -> Graph:
+    buffers = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    args = tree_unflatten(buffers, spec)
+    CAPTURED.append(stages.__name__)
+    found = list(stages(*args))
+    parts = [(Part(stages, args, number, one), one) for number, one in enumerate(found)]
+    return Graph([one if isinstance(one, Tensor) else None for one in buffers], parts)
+
+
+@pytest.fixture(autouse=True)
+def _card(monkeypatch: pytest.MonkeyPatch) -> None:
+    CAPTURED.clear()
+    monkeypatch.setattr(capture, "_on_card", bool)
+    monkeypatch.setattr(capture, "_settings", lambda: None)
+    monkeypatch.setattr(capture, "capture", stand_in)
+
+
+@pytest.fixture
+def model(tiny_model: Model) -> Model:
+    """The tiny model with a UNet whose calls are captured."""
+    unet = UNet(tiny_model.unet.config)
+    unet.load_state_dict(tiny_model.unet.state_dict())
+    return replace(tiny_model, unet=capture_calls(unet.eval().requires_grad_(False)))
+
+
+def inputs(model: Model, seed: int, rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    context = torch.randn(rows, model.text.length, model.text.width, generator=generator)
+    return torch.randn(rows, 4, 8, 8, generator=generator), torch.tensor(100.0 * seed), context
+
+
+@torch.no_grad()
+def test_a_call_is_captured_when_it_comes_again_and_replayed_for_new_inputs(model: Model) -> None:
+    seen = []
+    for seed in range(4):
+        given = inputs(model, seed)
+        eps, _ = model.unet(*given)
+        expected, _ = model.unet.forward(*given)
+        assert eps is not None and expected is not None
+        torch.testing.assert_close(eps, expected, rtol=0, atol=0)
+        seen.append((eps, expected))
+        assert len(CAPTURED) == min(seed, 1)
+    for eps, expected in seen:  # copies, which later replays leave alone
+        torch.testing.assert_close(eps, expected, rtol=0, atol=0)
+    assert captured(model.unet) is not None and not is_compiled(model.unet)
+
+
+@torch.no_grad()
+def test_each_size_and_record_has_a_graph_and_the_oldest_is_dropped(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "MOST", 2)
+    record = Record(choose(cross, model.unet.positions(8, 8)), HEAD_MEAN)
+    calls = [(inputs(model, 1), ()), (inputs(model, 1, 4), ()), (inputs(model, 1), (record,))]
+    for given, more in calls:
+        for _ in range(2):
+            eps, maps = model.unet(*given, *more)
+            expected, theirs = model.unet.forward(*given, *more)
+            torch.testing.assert_close((eps, maps), (expected, theirs), rtol=0, atol=0)
+    assert len(CAPTURED) == 3
+    model.unet(*inputs(model, 2), record)  # still there
+    assert len(CAPTURED) == 3
+    for _ in range(2):
+        model.unet(*inputs(model, 2))  # dropped since
+    assert len(CAPTURED) == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["values", "assigned", "hook"])
+def test_a_changed_network_is_not_replayed(model: Model, change: str) -> None:
+    given = inputs(model, 1)
+    for _ in range(2):
+        model.unet(*given)
+    seen: list[int] = []
+    doubled = {name: 1.5 * value for name, value in model.unet.state_dict().items()}
+    if change == "hook":
+        model.unet.conv_out.register_forward_hook(lambda *_: seen.append(1))
+    else:
+        model.unet.load_state_dict(doubled, assign=change == "assigned")
+    for calls in range(1, 4):
+        eps, _ = model.unet(*given)
+        assert len(seen) == (calls if change == "hook" else 0)
+        expected, _ = UNet.forward(model.unet, *given)
+        seen = seen[:calls]
+        torch.testing.assert_close(eps, expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_network_with_other_weights_has_graphs_of_its_own(model: Model) -> None:
+    name = "conv_out.weight"
+    other = with_weights(model.unet, {name: 2 * model.unet.state_dict()[name]})
+    given = inputs(model, 1)
+    for _ in range(3):
+        for unet in (model.unet, other):
+            torch.testing.assert_close(unet(*given)[0], unet.forward(*given)[0], rtol=0, atol=0)
+    assert len(CAPTURED) == 2 and captured(other) is not captured(model.unet)
+
+
+def test_gradients_are_not_captured(model: Model) -> None:
+    x, t, context = inputs(model, 1)
+    for _ in range(3):
+        eps, _ = model.unet(x.requires_grad_(), t, context)
+        assert eps is not None and torch.autograd.grad(eps.sum(), x)[0].abs().max() > 0
+    assert not CAPTURED
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_guided_pictures_are_the_same_bits(model: Model, half: bool) -> None:
+    ways = {}
+    if half:
+        model = replace(model, unet=capture_calls(model.unet.half()))
+    for name in ("captured", "plain"):
+        if name == "plain":
+            model.unet._compiled_call_impl = None
+        result = minidiff.generate(
+            ["a cat", "a cat and a dog"],
+            model=model,
+            boxes={"cat": (0.1, 0.1, 0.6, 0.7)},
+            guidance=minidiff.Guidance(threshold=0.0, iterations=2, steps=3),
+            steps=4,
+            seed=1,
+            width=64,
+            height=64,
+            output="latents",
+        )
+        ways[name] = result
+    torch.testing.assert_close(ways["captured"].latents, ways["plain"].latents, rtol=0, atol=0)
+    for one, other in zip(ways["captured"].reports, ways["plain"].reports, strict=True):
+        torch.testing.assert_close(one.loss, other.loss, rtol=0, atol=0)
+    assert sorted(CAPTURED) == ["_forward", "look_stages"]
+
+
+def test_a_look_that_stops_early_frees_the_lock(model: Model) -> None:
+    graphs = captured(model.unet)
+    assert graphs is not None
+
+    def stages(x: Tensor) -> Iterator[Tensor]:
+        yield x + 1
+        yield x + 2
+
+    for value in range(3):
+        running = graphs.run(stages, torch.full((), float(value)))
+        assert next(running) == value + 1
+        running.close()
+        assert graphs.lock.acquire(blocking=False)
+        graphs.lock.release()
+    assert [float(one) for one in graphs.run(stages, torch.tensor(5.0))] == [6, 7]
+    assert [float(one) for one in plainly(stages, torch.tensor(5.0))] == [6, 7]
+
+
+def test_what_cannot_be_captured_runs_as_it_is(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "capture", lambda *_: Graph([], []))
+    with torch.no_grad():
+        for seed in range(3):
+            given = inputs(model, seed)
+            torch.testing.assert_close(model.unet(*given)[0], model.unet.forward(*given)[0], rtol=0, atol=0)
+
+
+def test_a_dropped_network_is_freed_with_its_graphs(model: Model) -> None:
+    unet = model.unet
+    with torch.no_grad():
+        for _ in range(2):
+            unet(*inputs(model, 1))
+    gone = weakref.ref(unet._compiled_call_impl)
+    CAPTURED.clear()
+    gc.disable()
+    try:
+        unet._compiled_call_impl = Captured(unet)
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_operators_that_wait_are_found() -> None:
+    x = torch.arange(4.0)
+    with _NoWaits():
+        assert x.sum().shape == () and (x * 2).to(torch.float64).dtype == torch.float64
+        for wait in (lambda: float(x.sum()), lambda: x[x > 1], lambda: x.nonzero(), lambda: bool(x.sum() > 1)):
+            with pytest.raises(RuntimeError, match="waits for the device"):
+                wait()
+        with pytest.raises(RuntimeError, match="waits"):
+            x.to("meta")
+
+
+def test_on_a_cpu_nothing_is_captured(tiny_model: Model) -> None:
+    assert captured(prepare_unet(UNet(tiny_model.unet.config))) is None

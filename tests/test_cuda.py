@@ -1,0 +1,140 @@
+"""On a card: captured graphs, fused kernels, pictures. Skipped without one (tests/test_capture.py and
+tests/test_fake_device.py cover what needs none)."""
+
+import gc
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import minidiff
+from minidiff.model import Model
+from minidiff.networks.norm import GroupNorm, LayerNorm
+from minidiff.networks.unet import GEGLU, ResBlock
+from minidiff.speed import fused
+from minidiff.speed.capture import captured
+from minidiff.speed.replace import with_weights
+
+pytestmark = [pytest.mark.card, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card")]
+PROMPT, BOXES = "a red circle", {"red circle": (0.05, 0.1, 0.45, 0.5)}
+
+
+@pytest.fixture(autouse=True)
+def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 convolutions without TF32's rounding."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return minidiff.load(device="cuda", dtype="float32")
+
+
+def picture(model: Model, seed: int = 3, **given: object) -> Tensor:
+    images = minidiff.generate(PROMPT, model=model, seed=seed, steps=6, output="tensor", **given).images  # type: ignore[arg-type]
+    assert isinstance(images, Tensor)
+    return images
+
+
+def without_graphs(model: Model) -> Model:
+    """The same model, whose calls are not captured."""
+    other = minidiff.load(device="cuda", dtype=model.dtype)
+    other.unet._compiled_call_impl = None
+    return other
+
+
+def test_captured_pictures_are_the_plain_ones(model: Model) -> None:
+    graphs = captured(model.unet)
+    assert graphs is not None
+    torch.testing.assert_close(picture(model), picture(without_graphs(model)), rtol=0, atol=0)
+    assert any(graph is not None and graph.parts for graph in graphs.graphs.values())
+    guided, plain = (picture(one, boxes=BOXES) for one in (model, without_graphs(model)))
+    torch.testing.assert_close(guided, plain, rtol=0, atol=2 / 255)  # attention's gradient is not the same each time
+
+
+def test_pictures_are_those_of_the_cpu(model: Model) -> None:
+    cpu = minidiff.load(device="cpu", dtype="float32")
+    for given in ({}, {"boxes": BOXES}, {"attention": True}, {"sampler": "euler_ancestral"}):
+        torch.testing.assert_close(picture(model, **given), picture(cpu, **given), rtol=0, atol=2 / 255)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_fused_layers_equal_torchs(dtype: torch.dtype) -> None:
+    def layer(made: nn.Module) -> nn.Module:
+        for weight in made.parameters():
+            weight.normal_(0, 0.5)
+        return fused.fuse(made.to("cuda", dtype).requires_grad_(False).to(memory_format=torch.channels_last))
+
+    def close(found: Tensor, expected: Tensor) -> None:
+        far = (found.double() - expected).abs().max() / expected.abs().max()
+        assert far < (2e-5 if dtype == torch.float32 else 1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+    class Config:
+        norm_num_groups, norm_eps, block_out_channels = 8, 1e-5, (16,)
+
+    for channels, height, width, batch in ((64, 9, 7, 2), (320, 64, 64, 2), (128, 200, 120, 1), (40, 1, 1, 3)):
+        x = (torch.randn(batch, channels, height, width, device="cuda") + 5).to(dtype)
+        x = x.to(memory_format=torch.channels_last)
+        for silu in (True, False):
+            norm = layer(GroupNorm(8, channels, 1e-5, silu))
+            close(norm(x), GroupNorm.plain(norm.double(), x.double()))
+        for out in (channels, 48):
+            block, emb = layer(ResBlock(Config, channels, out)), torch.randn(batch, 64, device="cuda", dtype=dtype)  # type: ignore[arg-type]
+            found = block(x, emb)
+            assert found.is_contiguous(memory_format=torch.channels_last)
+            close(found, ResBlock.plain(block.double(), x.double(), emb.double()))
+    for channels in (24, 320, 1280):
+        norm, gate = layer(LayerNorm(channels)), layer(GEGLU(16, channels))
+        x = torch.randn(3, 50, channels, device="cuda").to(dtype) + 1
+        close(norm(x), LayerNorm.plain(norm.double(), x.double()))
+        both = gate.proj(torch.randn(3, 50, 16, device="cuda").to(dtype))
+        close(fused.gated_gelu(gate, both), gate.gated(both.double()))
+
+
+@minidiff.objective
+def waiting(maps: dict[minidiff.Site, Tensor], layout: minidiff.Layout) -> Tensor:
+    loss = sum(one.mean(dim=(1, 2, 3, 4)) for one in maps.values())
+    assert isinstance(loss, Tensor)
+    return loss * (1 + float(loss.sum()) / 1e6)
+
+
+def test_what_waits_for_the_device_runs_without_a_graph(model: Model) -> None:
+    how = minidiff.Guidance(waiting, steps=3, iterations=2, threshold=0.0, scale=1.0)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        found = picture(model, boxes=BOXES, guidance=how)
+    assert any("cannot be captured as a CUDA graph" in str(one.message) for one in seen)
+    torch.testing.assert_close(found, picture(without_graphs(model), boxes=BOXES, guidance=how), rtol=0, atol=2 / 255)
+    torch.randn(3, device="cuda")  # torch's random numbers still work
+    assert captured(model.unet) is not None
+
+
+def test_threads_share_a_model(model: Model) -> None:
+    alone = [picture(model, seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda seed: picture(model, seed), range(4)))
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_replaced_weights_are_seen(model: Model) -> None:
+    before = picture(model)
+    doubled = replace(model, unet=with_weights(model.unet, {"conv_out.bias": model.unet.conv_out.bias + 0.5}))
+    after = picture(doubled)
+    assert (after - before).abs().max() > 0.05
+    torch.testing.assert_close(picture(model), before, rtol=0, atol=0)
+    assert captured(doubled.unet) not in (None, captured(model.unet))
+
+
+def test_a_dropped_model_leaves_the_card() -> None:
+    other = minidiff.load(device="cuda")
+    picture(other, boxes=BOXES)
+    gone, used = weakref.ref(other.unet), torch.cuda.memory_allocated()
+    del other
+    gc.collect()
+    assert gone() is None and torch.cuda.memory_allocated() < used - 2**20
