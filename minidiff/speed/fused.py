@@ -6,6 +6,7 @@ bias is another pass in cuDNN; here what comes next adds it.
 Without gradients only, but for 1x1 convolutions; elsewhere torch's own kernels run. Sums are in float32.
 """
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -13,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import warn
+from ..networks.config import UNetConfig
 from ..networks.norm import GroupNorm, LayerNorm
 from ..networks.unet import GEGLU, ResBlock
 
 Network = TypeVar("Network", bound=nn.Module)
 STRIPS = 256
 """The most parts whose sums are combined for a group norm."""
+_LAST = torch.channels_last
 
 
 def fuse(network: Network) -> Network:
@@ -26,8 +30,10 @@ def fuse(network: Network) -> Network:
     for module in network.modules():
         if type(module) is nn.Conv2d and module.kernel_size == (1, 1):
             module.__class__ = PointConv2d
-    if find_spec("triton") is None:
-        return network
+    return _fused(network) if find_spec("triton") is not None and _works(next(network.parameters()).device) else network
+
+
+def _fused(network: Network) -> Network:
     for module in network.modules():
         for kind, function in (
             (GroupNorm, group_norm),
@@ -40,12 +46,51 @@ def fuse(network: Network) -> Network:
     return network
 
 
+@cache
+def _works(device: torch.device) -> bool:
+    """Whether the kernels can be built and are right here, tried on small layers: Triton needs a C compiler, and knows
+    some cards only. An error of 1 % is no rounding, TF32's neither.
+    """
+    try:
+        apart = max(_apart(device, channels) for channels in (16, 32))
+        problem = "" if apart < 1e-2 else f"a small layer's result is {apart:.0e} off"
+    except Exception as error:  # whatever a compiler raises
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if problem:
+        warn(f"torch's own kernels are used, which take up to 1.5 times as long: Triton's fail here ({problem})")
+    return not problem
+
+
+@torch.no_grad()
+def _apart(device: torch.device, channels: int) -> float:
+    """The maximum relative error of all these kernels, on small layers with so many input channels."""
+    config = UNetConfig(block_out_channels=(16,), norm_num_groups=8)
+    cells, tokens = (2, channels, 9, 7), (2, 5, channels)
+    with torch.random.fork_rng(devices=[]):
+        tried: list[tuple[nn.Module, Tensor]] = [
+            (ResBlock(config, channels, 32), torch.randn(cells)),
+            (GroupNorm(8, channels, 1e-5), torch.randn(cells)),
+            (LayerNorm(channels), torch.randn(tokens)),
+            (GEGLU(channels, 24), torch.randn(tokens)),
+        ]
+        emb = torch.randn(2, 64)
+    apart = 0.0
+    for layer, x in tried:
+        more = (emb,) if isinstance(layer, ResBlock) else ()
+        expected = layer(x, *more)
+        there = (one.to(device) for one in (x, *more))
+        layer = _fused(layer.to(device).to(memory_format=_LAST))  # type: ignore[call-overload]
+        found = layer(*(one.contiguous(memory_format=_LAST) if one.ndim == 4 else one for one in there)).cpu()
+        apart = max(apart, float((found - expected).abs().max() / expected.abs().max()))
+    return apart
+
+
 class PointConv2d(nn.Conv2d):
     """A 1x1 convolution, computed as the linear map of channels that it is: it adds the bias in the same pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,h,w] -> [B,C',h,w]."""
-        last = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling()
+        last = x.is_cuda and x.is_contiguous(memory_format=_LAST) and not torch.compiler.is_compiling()
         if not last or self.stride != (1, 1) or self.padding != (0, 0) or self.groups != 1:
             return super().forward(x)
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
@@ -55,7 +100,7 @@ def res_block(block: ResBlock, x: Tensor, emb: Tensor) -> Tensor:
     """A residual block, whose biases are added by what follows the convolutions."""
     first, second, shortcut = block.conv1, block.conv2, block.conv_shortcut
     bare = all(_bare(one) for one in (first, second, block.norm2, *(() if shortcut is None else (shortcut,))))
-    if not bare or not _usable(block.norm1, x) or not x.is_contiguous(memory_format=torch.channels_last):
+    if not bare or not _usable(block.norm1, x) or not x.is_contiguous(memory_format=_LAST):
         return block.plain(x, emb)
     from . import triton_kernels as kernels
 
@@ -74,7 +119,7 @@ def res_block(block: ResBlock, x: Tensor, emb: Tensor) -> Tensor:
 
 def group_norm(norm: GroupNorm, x: Tensor) -> Tensor:
     """Group norm, then SiLU if `norm.silu`, of [B,C,h,w] in channels_last."""
-    if not _usable(norm, x) or x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+    if not _usable(norm, x) or x.ndim != 4 or not x.is_contiguous(memory_format=_LAST):
         return norm.plain(x)
     return _group_norm(norm, x)
 
@@ -132,7 +177,7 @@ def layer_norm(norm: LayerNorm, x: Tensor) -> Tensor:
 
 def gated_gelu(layer: GEGLU, both: Tensor) -> Tensor:
     """value * gelu(gate) of contiguous [...,2C], the value's channels first."""
-    if torch.is_grad_enabled() or not both.is_cuda or not both.is_contiguous() or torch.compiler.is_compiling():
+    if not _usable(layer.proj, both) or not both.is_contiguous():
         return layer.gated(both)
     from . import triton_kernels as kernels
 
@@ -146,7 +191,7 @@ def gated_gelu(layer: GEGLU, both: Tensor) -> Tensor:
 def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution without its bias, in channels_last."""
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return y.contiguous(memory_format=torch.channels_last)
+    return y.contiguous(memory_format=_LAST)
 
 
 def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -163,11 +208,11 @@ def _bare(layer: nn.Module) -> bool:
     return type(layer) in (nn.Conv2d, PointConv2d) and layer.bias is not None and layer.padding_mode == "zeros"
 
 
-def _usable(norm: Any, x: Tensor) -> bool:
+def _usable(layer: Any, x: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and x.is_cuda
-        and x.dtype == norm.weight.dtype
+        and x.dtype == layer.weight.dtype
         and x.numel() > 0
         and not torch.is_autocast_enabled("cuda")
         and not torch.compiler.is_compiling()

@@ -1,0 +1,69 @@
+"""speed/fused.py without a card: Triton's kernels in its interpreter, and what surrounds them."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+
+from minidiff.networks.config import UNetConfig
+from minidiff.networks.norm import GroupNorm
+from minidiff.networks.unet import UNet
+from minidiff.speed import fused
+from minidiff.speed.fused import PointConv2d
+
+CODE = """
+import contextlib, torch
+from minidiff.speed import fused
+torch.cuda.device_of = lambda x: contextlib.nullcontext()
+fused._usable = lambda norm, x: True
+for channels in (16, 32, 40):
+    apart = fused._apart(torch.device("cpu"), channels)
+    assert 0 < apart < 2e-6, (channels, apart)
+norm = fused._fused(fused.GroupNorm(4, 24, 1e-5, silu=False))
+for shape in ((1, 24, 33, 130), (3, 24, 1, 1)):
+    x = (torch.randn(shape) + 100).to(memory_format=torch.channels_last)  # a mean that would drown the variance
+    with torch.no_grad():
+        found, expected = norm(x), fused.GroupNorm.plain(norm.double(), x.double())
+        norm.float()
+    assert (found - expected).abs().max() < 1e-3, (shape, (found - expected).abs().max())
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_equal_torchs_layers() -> None:
+    subprocess.run([sys.executable, "-c", CODE], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+
+
+def test_a_point_convolution_keeps_its_weights_and_result() -> None:
+    network = nn.Sequential(nn.Conv2d(6, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 1, stride=2))
+    x = torch.randn(2, 6, 5, 5)
+    expected, names = network(x), list(network.state_dict())
+    assert [type(layer) for layer in fused.fuse(network)] == [PointConv2d, nn.Conv2d, PointConv2d]
+    torch.testing.assert_close(network(x), expected, rtol=0, atol=0)
+    assert list(network.state_dict()) == names
+
+
+def test_a_broken_compiler_is_told_of_and_costs_speed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused._works.cache_clear()
+    monkeypatch.setattr(fused, "find_spec", lambda name: True)
+    monkeypatch.setattr(fused, "_apart", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="Triton's fail here .ZeroDivisionError: division by zero"):
+        unet = fused.fuse(UNet(UNetConfig(block_out_channels=(32,) * 4, cross_attention_dim=8)))
+    assert all(module.fused is None for module in unet.modules() if isinstance(module, GroupNorm))
+    fused._works.cache_clear()
+    monkeypatch.setattr(fused, "_apart", lambda *_: 0.5)
+    with pytest.warns(UserWarning, match="a small layer's result is 5e-01 off"):
+        assert not fused._works(torch.device("cpu"))
+    fused._works.cache_clear()
+
+
+def test_layers_with_hooks_are_called() -> None:
+    layer = nn.Conv2d(4, 4, 3, padding=1)
+    assert fused._bare(layer)
+    layer.register_forward_hook(lambda *_: None)
+    assert not fused._bare(layer)
+    assert not fused._bare(nn.Sequential(layer)) and not fused._bare(nn.Conv2d(4, 4, 3, bias=False))
