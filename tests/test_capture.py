@@ -143,8 +143,11 @@ def test_a_network_with_other_weights_has_graphs_of_its_own(model: Model) -> Non
 def test_gradients_are_not_captured(model: Model) -> None:
     x, t, context = inputs(model, 1)
     for _ in range(3):
-        eps, _ = model.unet(x.requires_grad_(), t, context)
-        assert eps is not None and torch.autograd.grad(eps.sum(), x)[0].abs().max() > 0
+        for given in ((x.requires_grad_(), t, context), (x.detach(), t, context.requires_grad_())):
+            eps, _ = model.unet(given[0], given[1], context=given[2])
+            wanted = next(one for one in given if one.requires_grad)
+            assert eps is not None and torch.autograd.grad(eps.sum(), wanted)[0].abs().max() > 0
+            context = context.detach()
     assert not CAPTURED
 
 

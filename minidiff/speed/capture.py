@@ -60,9 +60,6 @@ class Captured:
         """The network's forward."""
         network = self.network()
         assert network is not None  # it is the caller
-        gradients = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in args)
-        if gradients:
-            return network.forward(*args, **kwargs)
         (found,) = self.run(_forward, network.forward, args, kwargs)
         return found
 
@@ -95,8 +92,8 @@ class Captured:
         """What a graph depends on beside the tensors' values; None if there can be none."""
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         plain = all(type(one) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(one) for one in tensors)
-        network = self.network()
-        if torch.compiler.is_compiling() or not plain or not _on_card(tensors) or network is None:
+        network, trained = self.network(), torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
+        if torch.compiler.is_compiling() or trained or not plain or not _on_card(tensors) or network is None:
             return None
         weights = weights_state(network)
         if weights is None:

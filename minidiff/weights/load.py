@@ -73,7 +73,8 @@ def load(
         float16 on CUDA, bfloat16 on a CPU where it is measured to be faster, else float32. "int8", on CPUs with VNNI
         instructions: the UNet's convolutions and linear layers compute in int8 (see speed/int8.py), all else in
         float32. Faster and less exact; adapters and compile=True work.
-    device: None means CUDA if available, else the CPU.
+    device: None means CUDA if available, else the CPU. On CUDA, calls that come again are captured as graphs, so your
+        own edits, keeps and objectives run twice and are then replayed: what they need must come through `inputs`.
     variant: variant of the files in a folder or on the hub, such as "fp16" for model.fp16.safetensors.
     revision: a branch, tag or commit of the hub's repository.
     compile: run the UNet and the guided objective through torch.compile. The first step of each kind (plain, recorded,
