@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 
 import torch
@@ -39,6 +39,7 @@ from .texts import Texts
 from .tries import Seeds, best_seeds
 from .weights.load import load
 
+_version = cache(version)  # which reads a file each time, in 10 ms
 ATTENTION = Record(SECOND_COARSEST, HEAD_MEAN)
 """What `attention=True` records."""
 _REDUCTIONS: Mapping[str, Reduce] = {"mean": MEAN, "last": LAST, "per_step": PER_STEP}
@@ -371,7 +372,7 @@ def _info(model: Model) -> dict[str, Plain]:
     """Facts about a run that are not arguments."""
     changed = sum(len(changed_weights(network)) for network in (model.unet, model.vae, model.text.model))
     return {
-        "versions": {name: version(name) for name in ("minidiff", "torch", "transformers")},
+        "versions": {name: _version(name) for name in ("minidiff", "torch", "transformers")},
         **({"changed_weights": changed} if changed else {}),
         "dtype": model.dtype_name,
         **({"dtype_choice": model.dtype_choice} if model.dtype_choice else {}),

@@ -2,12 +2,14 @@
 
 import base64
 import importlib.util
+import io
 import re
 import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -160,7 +162,7 @@ def test_two_boxes_are_drawn_and_the_picture_is_made_again(tab: object, steps: l
     assert main([*shlex.split(line)[1:-1], str(tmp_path / "again.png")]) == 0
     assert Image.open(tmp_path / "again.png").tobytes() == Image.open(file).tobytes()
 
-    view = tab.locator("#view img")
+    view = tab.locator("#view img:not(.heat)")
     before = view.get_attribute("src")
     choose(tab, "#what", "circle")
     tab.wait_for_function("before => document.querySelector('#view img').src != before", arg=before)
@@ -168,6 +170,17 @@ def test_two_boxes_are_drawn_and_the_picture_is_made_again(tab: object, steps: l
     wanted = minidiff.draw.heatmap(heat.image, heat.attention["circle"][0], "circle")
     (tmp_path / "heat.png").write_bytes(tab.request.get(view.get_attribute("src")).body())
     assert Image.open(tmp_path / "heat.png").convert("RGB").tobytes() == wanted.tobytes()
+
+    for word in ("red", "square"):
+        tab.locator("#words").get_by_text(word, exact=True).hover()
+        over = tab.locator("#view .heat")
+        data = over.get_attribute("src").partition(",")[2]
+        laid = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), dtype=float)
+        wanted = minidiff.draw.heatmap(heat.image, heat.attention[word][0], word)
+        assert abs(laid - np.asarray(wanted.resize(laid.shape[1::-1]))).mean() < 8
+        assert over.bounding_box() == pytest.approx(view.first.bounding_box(), abs=1)
+    tab.locator("#status").hover()
+    assert over.count() == 0
 
     held = shown(tab)
     tab.reload()

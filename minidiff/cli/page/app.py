@@ -16,7 +16,7 @@ from PIL import Image
 from ..main import LOADING
 from ..take import take
 from ..values import LoraFlag
-from . import form
+from . import form, hover
 from .studio import BOXES, PICTURE, Made, Progress, Source, Studio, differences, sheet, weighted
 
 Given: TypeAlias = "dict[Any, Any]"
@@ -25,7 +25,7 @@ Given: TypeAlias = "dict[Any, Any]"
 _FIRST = ("prompt", "negative_prompt")  # above the board; the next are below it, the others folded away
 _USUAL = ("guidance", "seed", "steps", "sampler", "guidance_scale", "width", "height", "images_per_prompt")
 _START = "a red circle and a blue square"
-_OUTPUTS = ("status", "view", "file", "python", "command", "gallery", "go", "cancel")
+_OUTPUTS = ("status", "view", "words", "file", "python", "command", "gallery", "go", "cancel")
 _GREY = "#e8e8e8"
 _CSS = """
 .gradio-container { max-width: 1280px !important; }
@@ -33,6 +33,9 @@ _CSS = """
 #status { min-height: 1.6em; overflow-wrap: anywhere; }
 #status [role=alert] { color: var(--error-text-color, #b00020); font-weight: 600; }
 #view img { width: 100%; height: 100%; object-fit: contain; }
+#words span { display: inline-block; padding: 2px 8px; margin: 2px; border-radius: 4px; cursor: help; }
+#words span:hover, #words span:focus { background: var(--color-accent-soft, #ddd); }
+#view .heat { position: absolute; pointer-events: none; z-index: 1; }
 #python textarea, #command textarea { font-family: monospace; font-size: 12px; }
 """
 
@@ -91,6 +94,7 @@ class Page:
         add["view"] = gr.Image(
             show_label=False, format="png", interactive=False, height=480, buttons=["fullscreen"], elem_id="view"
         )
+        add["words"] = gr.HTML("", elem_id="words")
         add["what"] = gr.Dropdown(_kinds(_START), value=BOXES, label="Show: a heat map of any word", elem_id="what")
         gr.HTML("Made since the page opened; choose one to see it again:")
         add["gallery"] = gr.Gallery(
@@ -157,7 +161,7 @@ class Page:
 
     def _connect(self) -> None:
         part = self.parts
-        shown = [part[name] for name in ("status", "view", "chosen", "file", "python", "command")]
+        shown = [part[name] for name in ("status", "view", "words", "chosen", "file", "python", "command")]
         given = {one for name, one in part.items() if name not in _OUTPUTS}
         buttons = [part["go"], part["cancel"]]
         _at_once(part["go"].click, self._begin, None, [part["stop"], *buttons, part["status"]]).then(
@@ -211,6 +215,7 @@ class Page:
         part = self.parts
         return {
             part["chosen"]: made,
+            part["words"]: hover.words(made.look),
             part["file"]: gr.DownloadButton(value=str(made.file), interactive=True),
             part["python"]: made.python,
             part["command"]: made.command,
