@@ -18,7 +18,11 @@ from .networks.vae import VAE
 from .safety import SafetyChecker
 from .sampling import NoiseSchedule, Sampler, sampler_by_name
 
-_NUMBERS: Mapping[str, Check] = {"steps": partial(whole, least=1), "guidance_scale": partial(number, least=1)}
+_NUMBERS: Mapping[str, Check] = {
+    "steps": partial(whole, least=1),
+    "guidance_scale": partial(number, least=1),
+    "regions_apart": partial(number, least=0, most=1),
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Defaults:
     steps: int = 50
     guidance_scale: float = 7.5
     guidance: str | Mapping[str, object] = "layout"
+    regions_apart: float = 0.0
 
     @classmethod
     def from_config(cls, scheduler: Mapping[str, object]) -> "Defaults":
@@ -42,7 +47,8 @@ class Defaults:
         given, where = scheduler.get("minidiff_defaults", {}), "scheduler config: minidiff_defaults"
         if not isinstance(given, Mapping) or not given.keys() <= {field.name for field in fields(cls)}:
             raise ValueError(
-                f"{where} is {shown(given)}; expected an object of sampler, steps, guidance_scale and guidance"
+                f"{where} is {shown(given)}; expected an object of sampler, steps, guidance_scale, guidance and "
+                "regions_apart"
             )
         sampler, guidance = given.get("sampler"), given.get("guidance", cls.guidance)
         if not isinstance(guidance, str | Mapping):

@@ -44,7 +44,6 @@ _QUIET = (
     "cache_interval",
     "tries",
     "base_weight",
-    "regions_apart",
     "images_per_prompt",
     "fit",
     "paste",
@@ -124,8 +123,9 @@ class Request:
     base_weight: how much the prompt counts inside regions, beside their weights. 0 leaves it out; a little (0.2)
         carries what the whole image shares, such as style and light, into every region.
     regions_apart: in [0,1], the share of the steps, from the first, in which each region's box is denoised as a picture
-        of its own, so that what its text asks for lies inside it; 0.4 places single objects, 0 keeps the picture in one
-        piece. Edits and image prompts act after it. A pass of the boxes' sizes, and one for the prompt where it counts.
+        of its own, so that what its text asks for lies inside it; 0 keeps the picture in one piece. Default: the
+        model's, 0.4 for the bundled one and 0 for others. Edits and image prompts act after it. Such a step has a pass
+        of the boxes' sizes, and a whole one if the prompt counts anywhere.
     image_prompt: a picture that prompts beside the text, for a model with an IP-Adapter (with_image_prompt): a PIL
         image, an array, a path, or an ImagePrompt, which says where it counts and how strongly; or a list of them.
         Those of one adapter, without a box and with the same scale, are read together.
@@ -177,7 +177,7 @@ class Request:
     guidance: Guidance | Objective | str | Mapping[str, object] | None = None
     regions: Sequence[Region | Mapping[str, object] | Sequence[Region | Mapping[str, object]] | None] | None = None
     base_weight: float = 0.0
-    regions_apart: float = 0.0
+    regions_apart: float | None = None
     image_prompt: ImagePrompt | Picture | str | Path | Sequence[object] | Mapping[str, object] | None = None
     image_prompt_scale: float | Sequence[float] = 1.0
     edits: Edit | Sequence[Edit] = ()
@@ -295,6 +295,8 @@ class Request:
                 "mask": of(self.mask),
                 "boxes": self.layouts[p] or None,
                 "regions": self.areas[p] or None,
+                "base_weight": self.base_weight if self.areas[p] else 0.0,
+                "regions_apart": self.regions_apart if self.areas[p] else None,
                 "relations": self.related[p] or None,
                 "guidance": self.guidance if self.layouts[p] or self.related[p] or self.guidance == "none" else None,
             }

@@ -110,7 +110,7 @@ def _regions(request: Request) -> None:
         _set(request, "regions", read_regions(request.regions) or None)
     areas = () if request.regions is None else request.areas
     for name in ("base_weight", "regions_apart"):
-        if getattr(request, name) != 0 and not any(areas):
+        if getattr(request, name) and not any(areas):
             raise ValueError(f"{name} is {getattr(request, name):g} but there are no regions; expected both")
     if request.regions_apart and request.negative_context is not None:
         raise ValueError("got both regions_apart and negative_context; expected a negative_prompt, which regions share")

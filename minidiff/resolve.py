@@ -49,6 +49,7 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
         "guidance_scale": scale if request.guidance_scale is None else request.guidance_scale,
         **counted_seeds(request),
         **({} if request.image is None else {"strength": _strength(request)}),
+        **({} if not any(request.areas) else {"regions_apart": _apart(request, model)}),
         **sampler_fields(sampler),
     }
     return request.filled(values), sampler, _guidance(request, model)
@@ -67,6 +68,13 @@ def _guidance(request: Request, model: Model) -> Guidance | None:
     how = Guidance.read(guidance)
     has = relation.terms[0].name in {term.name for term in how.objective.terms}
     return how if has else replace(how, objective=how.objective + relation)
+
+
+def _apart(request: Request, model: Model) -> float:
+    """As given, or the model's, which needs texts."""
+    if request.regions_apart is not None:
+        return request.regions_apart
+    return 0.0 if request.negative_context is not None else model.defaults.regions_apart
 
 
 def _strength(request: Request) -> float:

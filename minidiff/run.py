@@ -156,7 +156,7 @@ def _tell(
         own, edits = own | masks, edits + share_edits(choose(cross, there), both)
     record, placed = _record(request, there), {one: one.regions(request, model) for one in encoded}
     regions, grid = placed[each_step[0]], (begun.latents.shape[2], begun.latents.shape[3])
-    apart = texts.apart(request.regions_apart, begun.schedule.steps, model, grid)
+    apart = texts.apart(request.regions_apart or 0.0, begun.schedule.steps, model, grid)
     if not any(regions):
         return _Told(contexts, [own], edits, record, None, weights, apart)
     length, related = contexts[0].shape[1], request.related

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,6 +117,32 @@ def test_recording_guidance_masks_and_cfg_pp(tiny_model: minidiff.Model) -> None
     ):
         assert ours(tiny_model, regions=regions, **options).isfinite().all()
         assert differ(ours(tiny_model, regions=regions, **options), plain) > 0.5
+
+
+def test_what_acts_in_one_half_stays_there(tiny_model: minidiff.Model) -> None:
+    """Apart in all steps, bit for bit in the finished latents: also a negative text."""
+    base, moved = (
+        ours(tiny_model, regions=[Region("a fox", LEFT, negative=negative), Region("a dog", RIGHT)], **shared)
+        for shared in [{"output": "latents", "regions_apart": 1.0, "sampler": "euler_ancestral", "width": 64}]
+        for negative in ("red", "blue")  # two texts in both: a batch of one is encoded with another rounding
+    )
+    middle = base.shape[3] // 2
+    assert torch.equal(moved[..., middle:], base[..., middle:])
+    assert not torch.equal(moved[..., :middle], base[..., :middle])
+
+
+def test_the_models_default(tiny_model: minidiff.Model) -> None:
+    apart = replace(tiny_model, defaults=replace(tiny_model.defaults, regions_apart=0.5))
+    shared = {"regions": [[FOX], None], "seed": [3, 4], "regions_apart": None}
+    run = minidiff.sample_steps(["a cat", "a tree"], model=apart, **{**CALL, **shared})
+    assert run.request.regions_apart == 0.5
+    assert len(list(run)) == 2
+    result = run.result()
+    assert [one.get("regions_apart") for one in result.parameters] == [0.5, None]
+    assert minidiff.sample_steps("a cat", model=apart).request.regions_apart is None
+    context = {"negative_context": torch.zeros(1, 77, 64), "regions": [FOX]}
+    assert minidiff.sample_steps("a cat", model=apart, **context).request.regions_apart == 0.0
+    assert minidiff.sample_steps("a cat", model=tiny_model, regions=[FOX]).request.regions_apart == 0.0
 
 
 def test_it_needs_regions() -> None:

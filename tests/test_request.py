@@ -53,7 +53,7 @@ WRONG = {
     "boxes": [3, "cat", {"cat": 3}, {"cat": (0, 0, 2, 1)}, [None, None], {"cat": (0, 0, 0, 0)}],
     "regions": [3, "a fox", ["a fox"], [{"prompt": "a fox"}], {"prompt": "a fox", "box": (0, 0, 1, 1)}],
     "base_weight": [-1, "1", None, 0.5],
-    "regions_apart": [-1, 1.5, "1", None, 0.5],
+    "regions_apart": [-1, 1.5, "1", 0.5],
     "relations": [
         *("cat left of dog", 3, ["cat near dog"], ["cat left of"], [("cat", "left of", "cat")], [("cat", "by", "dog")]),
         *([None, None], [["cat left of dog"], 3], ["a left of b right of c"]),

@@ -253,7 +253,7 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
         "--regions-apart",
         type=float,
         metavar="S",
-        help="the share of the first steps in which regions are pictures of their own; 0.4 places objects (default: 0)",
+        help="the share of the first steps in which regions are pictures of their own (default: the model's)",
     )
     add(
         "--image-prompt",

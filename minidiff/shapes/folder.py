@@ -85,6 +85,7 @@ SCHEDULER: Config = {
             "steps": 0.6,
             "step_rule": "unit",
         },
+        "regions_apart": 0.4,
     },
     "num_train_timesteps": 1000,
     "prediction_type": "v_prediction",
