@@ -43,12 +43,19 @@ def _swapped(model: minidiff.Model, pair: list[str], picture: Tensor, seed: int)
     return _drawn(model, pair, seed, edits=minidiff.prompt_to_prompt(), inputs=inputs)
 
 
-def _inverted(model: minidiff.Model, pair: list[str], picture: Tensor, seed: int, method: str) -> Tensor:
-    given = minidiff.invert(picture, pair[0], model=model, method=method, steps=STEPS, seed=seed)
+def _inverted(
+    model: minidiff.Model, pair: list[str], picture: Tensor, seed: int, method: str, swap: bool = False
+) -> Tensor:
+    twice = 1 + swap
+    given = minidiff.invert(
+        [picture] * twice, pair[:1] * twice, model=model, method=method, steps=STEPS, seed=[seed] * twice
+    )
     given["guidance_scale"] = model.defaults.guidance_scale
-    after = minidiff.generate(pair[1], output="tensor", **given).images
+    if swap:
+        given |= {"edits": minidiff.prompt_to_prompt(), "inputs": {"alignment": model.text.alignment(pair)}}
+    after = minidiff.generate(pair[-twice:], output="tensor", **given).images
     assert isinstance(after, Tensor)
-    return torch.cat([picture[None] / 255, after])
+    return torch.cat([picture[None] / 255, after[-1:]])
 
 
 def _again(model: minidiff.Model, pair: list[str], picture: Tensor, seed: int) -> Tensor:
@@ -63,6 +70,7 @@ WAYS: Mapping[str, Edited] = {
     "drawn: MasaCtrl": lambda model, pair, _, seed: _drawn(model, pair, seed, edits=minidiff.masactrl()),
     "a picture: strength 0.6": _again,
     "a picture: invert, edit-friendly": lambda *given: _inverted(*given, method="edit_friendly"),
+    "a picture: the same, prompt-to-prompt": lambda *given: _inverted(*given, method="edit_friendly", swap=True),
     "a picture: invert, DDIM": lambda *given: _inverted(*given, method="ddim"),
 }
 

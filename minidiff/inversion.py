@@ -79,7 +79,12 @@ def invert(
     seed: int | Sequence[int] = 0,
 ) -> dict[str, Any]:
     """The arguments of generate() that make a picture again: `generate(prompt, **inverted)`; with another prompt, boxes
-    or edits they make that picture changed.
+    or edits they make that picture changed. Most reliably so with prompt-to-prompt, beside the picture itself:
+
+        pair = ["a red circle and a blue square", "a green circle and a blue square"]
+        inverted = minidiff.invert([picture] * 2, pair[:1] * 2, seed=[0, 0])
+        inputs = {"alignment": inverted["model"].text.alignment(pair)}
+        same, changed = minidiff.generate(pair, edits=minidiff.prompt_to_prompt(), inputs=inputs, **inverted).images
 
     method: "edit_friendly", DDPM inversion (Huberman-Spiegelglas et al. 2024, arXiv 2304.06140, alg. 1): the picture
         gets independent noise at each timestep, and what the network's step lacks to the next one is kept,

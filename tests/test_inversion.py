@@ -43,6 +43,17 @@ def test_ddims_inversion_comes_near_and_several_pictures_are_those_alone(model: 
         torch.testing.assert_close(alone["latents"][0], inverted["latents"][1], rtol=1e-4, atol=1e-4)
 
 
+def test_with_prompt_to_prompt_the_picture_stands_beside_its_change(model: minidiff.Model) -> None:
+    pair, picture = [PROMPT, PROMPT.replace("red", "green")], render([SCENE])
+    back = (model.decode(model.encode(picture / 127.5 - 1)) / 2 + 0.5).clamp(0, 1)
+    inverted = minidiff.invert([picture[0]] * 2, pair[:1] * 2, model=model, steps=4, strength=1.0, seed=[0, 0])
+    inputs = {"alignment": inverted["model"].text.alignment(pair)}
+    edits = minidiff.prompt_to_prompt(self_steps=None)
+    same, changed = minidiff.generate(pair, edits=edits, inputs=inputs, output="tensor", **inverted).images
+    assert (same - back[0]).abs().max() < 1 / 255
+    assert (changed - back[0]).abs().max() > 10 / 255
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["edit_friendly", "ddim"])
 def test_an_edit_changes_the_colour_asked_for_and_leaves_the_other_object(model: minidiff.Model, method: str) -> None:
