@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -566,3 +567,20 @@ def test_torchs_defaults_change_no_bit(tiny_model: Model, setting: str) -> None:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
     assert all(map(torch.equal, found, expected))
+
+
+def test_threads_share_a_model(tiny_folder: Path) -> None:
+    """A model that has not run yet: its layers are packed by the first of them to need them."""
+
+    def picture(model: Model, seed: int) -> Tensor:
+        boxes = {"cat": (0.1 * seed, 0.2, 0.6, 0.8)}
+        images = minidiff.generate("a cat", model=model, boxes=boxes, seed=seed, steps=2, output="tensor").images
+        assert isinstance(images, Tensor)
+        return images
+
+    alone = minidiff.load(tiny_folder, dtype="float32", device="cpu")
+    shared = minidiff.load(tiny_folder, dtype="float32", device="cpu")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: picture(shared, seed), range(4)))
+    for seed, one in enumerate(found):
+        torch.testing.assert_close(one, picture(alone, seed), rtol=0, atol=0)
