@@ -86,7 +86,9 @@ def agreement(rows: Sequence[Row], draws: int = 1000, seed: int = 0) -> tuple[li
     if "refocusing + SAR" in published:
         published.pop("refocusing", None)
     names = list(published)
-    prompts = sorted({(row["split"], row["number"]) for row in own})
+    each = [{(row["split"], row["number"]) for row in own if row["method"] == name} for name in names]
+    prompts = sorted(set.intersection(*each))
+    own = [row for row in own if (row["split"], row["number"]) in set(prompts)]
     table = np.zeros((len(names), len(prompts), 2))  # hits and objects
     for row in own:
         if row["method"] in published:
@@ -100,39 +102,61 @@ def agreement(rows: Sequence[Row], draws: int = 1000, seed: int = 0) -> tuple[li
     return names, kendall(shares(table), list(published.values())), (float(low), float(high))
 
 
+Groups: TypeAlias = Mapping[tuple[str, int | None], Sequence[Row]]  # by method and passes
+
+
 def print_tables(rows: Sequence[Row]) -> None:
-    """All scores of each method at each number of passes; its objects in their boxes by split; the front; tau."""
+    """All scores of each method at each number of passes; its objects in their boxes by split; the front; tau.
+
+    Methods stand side by side on the pictures that all of them have; by split, each has all of its own.
+    """
     groups: dict[tuple[str, int | None], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["passes"]), []).append(row)
-    print("\nall splits with boxes; drift: RMS difference to the picture without boxes; seconds: of CPU, one thread")
-    print(f"{'method':<22} {'passes':>6} " + " ".join(f"{name:>14}" for name in SCORES))
-    for (name, passes), own in groups.items():
-        boxed = [row for row in own if "ious" in row]
-        print(f"{name:<22} {_level(passes):>6} " + " ".join(f"{_cell(boxed, *one):>14}" for one in SCORES.items()))
+    if not groups:
+        print("there are no pictures")
+        return
+    print("\ndrift: RMS difference to the picture without boxes; seconds: of CPU, one thread; intervals of 95 %")
+    for level in dict.fromkeys(passes for _, passes in groups):
+        shared = _shared({key: own for key, own in groups.items() if key[1] == level})
+        count = len(next(iter(shared.values()), ()))
+        print(f"\n{'passes ' + _level(level) + f': {count} pictures':<29} " + " ".join(f"{n:>14}" for n in SCORES))
+        for (name, _), own in shared.items():
+            print(f"{name:<29} " + " ".join(f"{_cell(own, *one):>14}" for one in SCORES.items()))
     print("\nobjects in their box, by split; relations: true; strokes: mean distance of the object's centre")
-    print(f"{'method':<22} {'passes':>6} " + " ".join(f"{split:>16}" for split in SPLITS))
+    print(f"{'method':<24} {'passes':>6} " + " ".join(f"{split:>16}" for split in SPLITS))
     for (name, passes), own in groups.items():
         cells = (_by_split([row for row in own if row["split"] == split], split) for split in SPLITS)
-        print(f"{name:<22} {_level(passes):>6} " + " ".join(f"{cell:>16}" for cell in cells))
-    _print_front(groups)
-    shared = {row["method"] for row in rows if row["passes"] is None and row["split"] in COUNTED}
-    if len(shared & set(PUBLISHED)) > 1:
+        print(f"{name:<24} {_level(passes):>6} " + " ".join(f"{cell:>16}" for cell in cells))
+    _print_front(_shared(groups))
+    shared_names = {row["method"] for row in rows if row["passes"] is None and row["split"] in COUNTED}
+    if len(shared_names & set(PUBLISHED)) > 1:
         names, tau, (low, high) = agreement(rows)
         print(
             f"\nKendall's tau with LoCo's spatial column: {tau:.2f} ({low:.2f} to {high:.2f}) over {', '.join(names)}"
         )
 
 
-def _print_front(groups: Mapping[tuple[str, int | None], Sequence[Row]]) -> None:
+def _shared(groups: Groups) -> Groups:
+    """The pictures with boxes that every method has."""
+    boxed = {key: {_picture(row): row for row in own if "ious" in row} for key, own in groups.items()}
+    common = set.intersection(*(set(own) for own in boxed.values()))
+    return {key: [own[picture] for picture in own if picture in common] for key, own in boxed.items()}
+
+
+def _picture(row: Row) -> tuple[object, ...]:
+    return tuple(row[name] for name in ("split", "scenes", "number", "seed"))
+
+
+def _print_front(groups: Groups) -> None:
     """The methods that no other beats in both seconds and objects in their boxes."""
-    points = {}
-    for (name, passes), own in groups.items():
-        boxed = [row for row in own if "ious" in row]
-        if boxed:
-            point = mean(boxed, SCORES["seconds"]), mean(boxed, SCORES["in box"])
-            points[f"{name} at {_level(passes)}"] = point
-    print("\nPareto front of seconds and objects in their box:")
+    points = {
+        f"{name} at {_level(passes)}": (mean(own, SCORES["seconds"]), mean(own, SCORES["in box"]))
+        for (name, passes), own in groups.items()
+        if own
+    }
+    count = len(next(iter(groups.values())))
+    print(f"\nPareto front of seconds and objects in their box, on {count} pictures:")
     for name in front(points):
         print(f"{name:<30} {points[name][0]:.2f} s, {points[name][1]:.1%}")
 

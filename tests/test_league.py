@@ -15,7 +15,7 @@ import bench.league
 from bench.__main__ import main
 from bench.league import PASSES, Cell, holds, looked, measured, methods, plays, read, standing
 from bench.scenes import SEED, SPLITS, Scene, scenes
-from bench.scores import PUBLISHED, SCORES, Row, agreement, bootstrap, kendall, mean
+from bench.scores import PUBLISHED, SCORES, Row, agreement, bootstrap, kendall, mean, print_tables
 from minidiff.guidance.report import Evaluation
 from minidiff.model import Defaults
 from minidiff.shapes.measure import Found, Measured, iou
@@ -119,7 +119,10 @@ def test_a_restart_draws_what_is_missing(
     capsys.readouterr()
     assert main([*flags, "--table", "--passes", "25", "--prompts", "1"]) == 0
     printed = capsys.readouterr().out
-    assert re.findall(r"\nlayout +(\w+)", printed) == ["25", "25"] and "\n2 pictures" in printed
+    assert re.findall(r"\nlayout +(\w+)", printed) == ["0", "25"] and "\n2 pictures" in printed
+    assert "passes 25: 1 pictures" in printed and "passes 50" not in printed
+    assert main(["league", "--table", "--results", str(tmp_path / "none")]) == 0
+    assert "no pictures" in capsys.readouterr().out
     assert main(["league", "--only", "nobody"]) == 2 and "nobody" in capsys.readouterr().err
 
 
@@ -164,6 +167,14 @@ def test_agreement_is_of_own_settings_and_of_counted_splits() -> None:
     assert sorted(shared) == sorted(names) and tau == 1 and 0.5 < low <= high == 1
     assert agreement([row | {"ious": [1 - row["ious"][0]]} for row in rows])[1] == -1
     assert all(name in (*methods(), "dense_diffusion", "refocusing + SAR") for name in PUBLISHED)
+
+
+def test_methods_are_compared_on_the_pictures_that_all_have(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [_row("a", 25, "1 object", i, 1.0) for i in range(4)] + [_row("b", 25, "1 object", i, 0.0) for i in range(2)]
+    print_tables([*rows, _row("b", 25, "2 objects", 0, 1.0)])
+    printed = capsys.readouterr().out
+    assert "passes 25: 2 pictures" in printed and re.search(r"\nb +0\.00 .* 0% 0-0", printed)
+    assert "on 2 pictures" in printed and "tau" not in printed
 
 
 @pytest.mark.slow
