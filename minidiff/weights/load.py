@@ -13,6 +13,9 @@ from torch import nn
 
 from ..checks import Check, checked, choice, instance, switch, warn
 from ..model import Defaults, Model
+from ..networks.text import TextEncoder
+from ..networks.unet import UNet
+from ..networks.vae import VAE
 from ..request import BUNDLED
 from ..sampling import NoiseSchedule
 from ..speed.accelerate import compile_unet, prepare, prepare_unet
@@ -22,7 +25,7 @@ from ..vocabulary import PREDICTION_TYPES, own_keywords
 from .files import read_weights
 from .hub import fetch_tokenizer, fetch_vae
 from .lora import LoRA, read_loras, with_loras
-from .open import Network, local_path, open_source
+from .open import Network, Source, local_path, open_source
 from .safety import find_safety, load_safety
 from .sources import VAESource, check_fit, some, vae_from_file, vae_from_folder, weight_file
 from .text import load_text_encoder
@@ -116,15 +119,7 @@ def load(
     noise = NoiseSchedule.from_config({**found.scheduler, "steps_offset": 1})
     if prediction_type is not None:
         noise = replace(noise, prediction_type=prediction_type)
-    unet, autoencoder, config = found.unet.made, found.vae.made, found.text.made
-    assert unet is not None and autoencoder is not None and config is not None  # refused otherwise
-    text_tensors = read_weights(found.text.tensors, found.text.shapes, dtype, device)
-    # A bad file is reported before a tokenizer is looked for.
-    folder = own_tokenizer or (found.path / "tokenizer" if found.path.is_dir() else fetch_tokenizer())
-    text = load_text_encoder(config, text_tensors, folder)
-    check_fit(unet.config, autoencoder.config, text.length, text.width)
-    _fill(unet, found.unet, dtype, device)
-    _fill(autoencoder, found.vae, dtype, device)
+    unet, autoencoder, text = _networks(found, own_tokenizer, dtype, device)
     if int8:
         to_int8(unet)
     model = Model(
@@ -162,6 +157,22 @@ def _vae(source: str | Path, variant: str | None) -> VAESource:
         raise ValueError(f"vae {source} is not there; expected an autoencoder's folder or .safetensors file")
     has = variant is not None and (folder / weight_file("diffusion_pytorch_model", variant)).is_file()
     return vae_from_folder(folder, variant if has else None)
+
+
+def _networks(
+    found: Source, tokenizer: Path | None, dtype: torch.dtype, device: torch.device
+) -> tuple[UNet, VAE, TextEncoder]:
+    """The networks of a source that was not refused, with their weights. ValueError if they do not fit each other."""
+    unet, autoencoder, config = found.unet.made, found.vae.made, found.text.made
+    assert unet is not None and autoencoder is not None and config is not None  # refused otherwise
+    text_tensors = read_weights(found.text.tensors, found.text.shapes, dtype, device)
+    # A bad file is reported before a tokenizer is looked for.
+    folder = tokenizer or (found.path / "tokenizer" if found.path.is_dir() else fetch_tokenizer())
+    text = load_text_encoder(config, text_tensors, folder)
+    check_fit(unet.config, autoencoder.config, text.length, text.width)
+    _fill(unet, found.unet, dtype, device)
+    _fill(autoencoder, found.vae, dtype, device)
+    return unet, autoencoder, text
 
 
 def _fill(network: nn.Module, found: Network[Any], dtype: torch.dtype, device: torch.device) -> None:
