@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import minidiff
-from minidiff.sampling import SD15_SCHEDULER_CONFIG
+from minidiff.sampling import SD15_SCHEDULER_CONFIG, sampler_by_name
 from minidiff.shapes.folder import INDEX
 
 from .images import PLAIN, Ask, ours, theirs
@@ -64,7 +64,7 @@ def model_rows(
     if half is None:
         return
     gc.collect()  # free the float32 pair before loading the other
-    samplers = [name for name in samplers if "ancestral" not in name]
+    samplers = [name for name in samplers if not sampler_by_name(name).stochastic]
     for look in _looks(*load_pair(source, tokenizer, half), steps, samplers, edge):
         yield _half_row(look, exact[look.part], half)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import minidiff
 from minidiff.model import Model
-from minidiff.networks.norm import GroupNorm, LayerNorm
+from minidiff.networks.norm import GroupNorm, GroupNormSiLU, LayerNorm
 from minidiff.networks.unet import GEGLU, ResBlock
 from minidiff.speed import fused
 from minidiff.speed.capture import captured
@@ -81,7 +81,7 @@ def test_fused_layers_equal_torchs(dtype: torch.dtype) -> None:
         x = (torch.randn(batch, channels, height, width, device="cuda") + 5).to(dtype)
         x = x.to(memory_format=torch.channels_last)
         for silu in (True, False):
-            norm = layer(GroupNorm(8, channels, 1e-5, silu))
+            norm = layer((GroupNormSiLU if silu else GroupNorm)(8, channels, 1e-5))
             close(norm(x), GroupNorm.plain(norm.double(), x.double()))
         for out in (channels, 48):
             block, emb = layer(ResBlock(Config, channels, out)), torch.randn(batch, 64, device="cuda", dtype=dtype)  # type: ignore[arg-type]

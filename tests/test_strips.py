@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from minidiff.networks import vae as networks_vae
 from minidiff.networks.config import VAEConfig
-from minidiff.networks.norm import GroupNorm
+from minidiff.networks.norm import GroupNorm, GroupNormSiLU
 from minidiff.networks.vae import VAE
 from minidiff.speed import accelerate, strips
 from minidiff.speed.strips import grow_conv, norm_silu_conv
@@ -20,7 +20,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def layers(dtype: torch.dtype) -> tuple[GroupNorm, nn.Conv2d]:
-    norm, conv = GroupNorm(4, 8, 1e-6), nn.Conv2d(8, 6, 3, padding=1)
+    norm, conv = GroupNormSiLU(4, 8, 1e-6), nn.Conv2d(8, 6, 3, padding=1)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     return norm.to(dtype), conv.to(dtype)

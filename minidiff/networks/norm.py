@@ -11,13 +11,10 @@ Fused: TypeAlias = Callable[..., Tensor] | None
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm, then SiLU if `silu`."""
+    """Group norm alone."""
 
     fused: Fused = None
-
-    def __init__(self, groups: int, channels: int, eps: float, silu: bool = True) -> None:
-        super().__init__(groups, channels, eps)
-        self.silu = silu
+    silu = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,h,w] -> [B,C,h,w]."""
@@ -27,6 +24,12 @@ class GroupNorm(nn.GroupNorm):
         """The same by torch's own kernels."""
         y = super().forward(x)
         return F.silu(y) if self.silu else y
+
+
+class GroupNormSiLU(GroupNorm):
+    """Group norm, then SiLU."""
+
+    silu = True
 
 
 class LayerNorm(nn.LayerNorm):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionLayer, Edit, Hooks, Inputs, Maps, Record
 from .config import UNetConfig
-from .norm import Fused, GroupNorm, LayerNorm
+from .norm import Fused, GroupNorm, GroupNormSiLU, LayerNorm
 from .sites import Place, Position, Site, Where
 
 MASKED = "masked"
@@ -60,7 +60,7 @@ class UNet(nn.Module):
             up = "upsamplers" if i < levels - 1 else None
             self.up_blocks.append(Block(config, "up", i, level, inputs, config.up_attention[i], up))
 
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.sites: tuple[Site, ...] = tuple(m.site for m in self.modules() if isinstance(m, AttentionLayer))
 
@@ -236,10 +236,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, config: UNetConfig, channels: int, out: int) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(config.norm_num_groups, channels, config.norm_eps)
+        self.norm1 = GroupNormSiLU(config.norm_num_groups, channels, config.norm_eps)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], out)
-        self.norm2 = GroupNorm(config.norm_num_groups, out, config.norm_eps)
+        self.norm2 = GroupNormSiLU(config.norm_num_groups, out, config.norm_eps)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else None
 
@@ -262,7 +262,7 @@ class Transformer(nn.Module):
         super().__init__()
         channels, heads = config.block_out_channels[level], config.num_heads[level]
         self.linear = config.use_linear_projection
-        self.norm = GroupNorm(config.norm_num_groups, channels, 1e-6, silu=False)
+        self.norm = GroupNorm(config.norm_num_groups, channels, 1e-6)
         self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             [TransformerBlock(place, block, layer, channels, config.cross_attention_dim, heads)]

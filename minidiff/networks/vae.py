@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attention import attention
 from .config import VAEConfig
-from .norm import GroupNorm
+from .norm import GroupNorm, GroupNormSiLU
 
 LARGE = 2**24
 """Grids of more elements are computed by `strips`, where a layer has such a function (speed/strips.py)."""
@@ -95,7 +95,7 @@ class Encoder(nn.Module):
             self.down_blocks.append(Level(groups, channels, width, config.layers_per_block, downsample=down))
             channels = width
         self.mid_block = MidBlock(groups, channels)
-        self.conv_norm_out = GroupNorm(groups, channels, _EPS)
+        self.conv_norm_out = GroupNormSiLU(groups, channels, _EPS)
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
             up = Upsample(width) if i < len(widths) - 1 else None
             self.up_blocks.append(Level(groups, channels, width, config.layers_per_block + 1, upsample=up))
             channels = width
-        self.conv_norm_out = GroupNorm(groups, channels, _EPS)
+        self.conv_norm_out = GroupNormSiLU(groups, channels, _EPS)
         self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,9 +168,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, groups: int, channels: int, out: int) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(groups, channels, _EPS)
+        self.norm1 = GroupNormSiLU(groups, channels, _EPS)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
-        self.norm2 = GroupNorm(groups, out, _EPS)
+        self.norm2 = GroupNormSiLU(groups, out, _EPS)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else None
 
@@ -200,7 +200,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, groups: int, channels: int) -> None:
         super().__init__()
-        self.group_norm = GroupNorm(groups, channels, _EPS, silu=False)
+        self.group_norm = GroupNorm(groups, channels, _EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)

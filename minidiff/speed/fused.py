@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import warn
 from ..networks.config import UNetConfig
-from ..networks.norm import GroupNorm, LayerNorm
+from ..networks.norm import GroupNorm, GroupNormSiLU, LayerNorm
 from ..networks.unet import GEGLU, ResBlock
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -69,7 +69,7 @@ def _apart(device: torch.device, channels: int) -> float:
     with torch.random.fork_rng(devices=[]):
         tried: list[tuple[nn.Module, Tensor]] = [
             (ResBlock(config, channels, 32), torch.randn(cells)),
-            (GroupNorm(8, channels, 1e-5), torch.randn(cells)),
+            (GroupNormSiLU(8, channels, 1e-5), torch.randn(cells)),
             (LayerNorm(channels), torch.randn(tokens)),
             (GEGLU(channels, 24), torch.randn(tokens)),
         ]
@@ -204,7 +204,7 @@ def _bare(layer: nn.Module) -> bool:
     if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
         return False
     if isinstance(layer, GroupNorm):
-        return type(layer) is GroupNorm and layer.weight is not None
+        return type(layer) in (GroupNorm, GroupNormSiLU) and layer.weight is not None
     return type(layer) in (nn.Conv2d, PointConv2d) and layer.bias is not None and layer.padding_mode == "zeros"
 
 
