@@ -683,7 +683,10 @@ def test_sizes_that_are_not_square_or_even(tiny_model: Model, width: int, height
             assert 0 <= found.reports[0].mass.min() <= found.reports[0].mass.max() <= 1
 
 
-@pytest.mark.parametrize("name", PLACED)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("layout", "boxdiff", "rnb") else pytest.param(name, marks=pytest.mark.slow) for name in PLACED],
+)
 @pytest.mark.parametrize(
     ("prompt", "boxes"),
     [
