@@ -43,7 +43,8 @@ class Draw:
     Each picture equals generate's within 1/255 in float32, whatever its batch. Guided ones only where batch_size is 1
     or None: matrix kernels round in another order for another batch, by 1e-7, and where a loss does not come down below
     its threshold each step of guidance multiplies such a difference by up to ten (in 4 of 32 small pictures it was seen
-    at the end). So two kinds of processor may make different guided pictures, too.
+    at the end). Another kind of processor and another number of threads round otherwise, too: workers make the same
+    guided pictures where they have the same of both (OMP_NUM_THREADS).
     """
 
     def __init__(
