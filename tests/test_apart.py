@@ -14,6 +14,7 @@ from minidiff import Region
 from minidiff.apart import Apart
 from minidiff.guidance.regions import shares
 from minidiff.networks.sites import choose, cross
+from minidiff.shapes.measure import measure
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 FOX, DOG = Region("a red fox", LEFT, negative="blue"), Region("a dog", (0.3, 0.1, 0.9, 0.7), weight=2.0)
@@ -150,3 +151,18 @@ def test_it_needs_regions() -> None:
         minidiff.Request("a cat", regions_apart=0.4)
     with pytest.raises(ValueError, match="got both regions_apart and negative_context"):
         minidiff.Request("a cat", regions=[FOX], regions_apart=0.4, negative_context=torch.zeros(1, 77, 64))
+
+
+@pytest.mark.slow
+def test_each_half_has_its_object() -> None:
+    """With the bundled model; over 100 pictures, see bench/RESULTS.md."""
+    halves = [Region("a red circle", LEFT), Region("a blue square", RIGHT)]
+    call: dict[str, Any] = {"regions": halves, "guidance_scale": 7.5, "steps": 10, "images_per_prompt": 8, "seed": 0}
+    found = minidiff.generate("a red circle and a blue square", output="tensor", **call).images
+    right = [0, 0]
+    for image in found:
+        things = measure((image * 255).round().to(torch.uint8)).things
+        for side, (colour, shape) in enumerate([("red", "circle"), ("blue", "square")]):
+            middles = [(one.box[0] + one.box[2]) / 2 for one in things if (one.colour, one.shape) == (colour, shape)]
+            right[side] += any(side <= 2 * middle <= side + 1 for middle in middles)
+    assert min(right) >= 7
