@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minidiff
-from minidiff.guidance.guide import plainly
+from minidiff.guidance.evaluate import plainly
 from minidiff.networks.unet import UNet
 from minidiff.vocabulary import OBJECTIVES
 

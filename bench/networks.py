@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidiff.guidance.guide import Guidance, Guide, look_loss, plainly
+from minidiff.guidance.evaluate import look_loss, plainly
+from minidiff.guidance.guide import Guidance, Guide
 from minidiff.guidance.layout import PlacedObject, make_layout
 from minidiff.guidance.objectives.layout import layout_loss
 from minidiff.networks.attention import HEAD_MEAN, Maps, Record

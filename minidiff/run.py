@@ -18,7 +18,8 @@ from .asked import asked
 from .canvas import Beginning, Canvas, begin
 from .checks import shown, warn
 from .denoise import Denoise, Watch
-from .guidance.guide import Guidance, Guide, look_loss, plainly
+from .guidance.evaluate import look_loss, plainly
+from .guidance.guide import Guidance, Guide
 from .guidance.layout import Layout, PlacedObject
 from .guidance.placed import CALIBRATIONS
 from .guidance.regions import share_edits
@@ -370,7 +371,7 @@ def _kind(model: Model) -> str:
 
 def _info(model: Model) -> dict[str, Plain]:
     """Facts about a run that are not arguments."""
-    changed = sum(len(changed_weights(network)) for network in (model.unet, model.vae, model.text.model))
+    changed = len(changed_weights(model.unet, model.vae, model.text.model))
     return {
         "versions": {name: _version(name) for name in ("minidiff", "torch", "transformers")},
         **({"changed_weights": changed} if changed else {}),

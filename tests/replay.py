@@ -26,7 +26,8 @@ from torch import Tensor
 
 import minidiff
 from minidiff.denoise import Denoise
-from minidiff.guidance.guide import Guidance, Guide, evaluate
+from minidiff.guidance.evaluate import evaluate
+from minidiff.guidance.guide import Guidance, Guide
 from minidiff.guidance.layout import Box, Layout, PlacedObject, make_layout
 from minidiff.guidance.objectives import Objective
 from minidiff.guidance.objectives.layout import layout_loss

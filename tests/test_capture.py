@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 import minidiff
-from minidiff.guidance.guide import plainly
+from minidiff.guidance.evaluate import plainly
 from minidiff.model import Model
 from minidiff.networks.attention import HEAD_MEAN, Record
 from minidiff.networks.sites import choose, cross
@@ -151,7 +151,7 @@ def test_gradients_are_not_captured(model: Model) -> None:
     assert not CAPTURED
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_guided_pictures_are_the_same_bits(model: Model, half: bool) -> None:
     ways = {}
     if half:

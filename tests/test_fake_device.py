@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import minidiff
-from minidiff.guidance.guide import evaluate, look_loss
+from minidiff.guidance.evaluate import evaluate, look_loss
 from minidiff.guidance.layout import Layout, PlacedObject, make_layout
 from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.model import Model

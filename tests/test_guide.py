@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import minidiff
-from minidiff.guidance.guide import Guidance, Guide, evaluate
+from minidiff.guidance.evaluate import evaluate
+from minidiff.guidance.guide import Guidance, Guide
 from minidiff.guidance.layout import Layout, PlacedObject, make_layout
 from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.model import Model

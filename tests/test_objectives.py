@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import minidiff
-from minidiff.guidance.guide import evaluate
+from minidiff.guidance.evaluate import evaluate
 from minidiff.guidance.layout import Layout, PlacedObject, make_layout
 from minidiff.guidance.objectives import OBJECTIVES, Objective
 from minidiff.guidance.objectives.extent import SPREAD

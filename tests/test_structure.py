@@ -124,6 +124,33 @@ def test_importing_minidiff_is_cheap() -> None:
     assert len(more) <= 60, more
 
 
+COUNT = """
+import os, sys
+from minidiff.cli.main import main
+root, moves = os.path.dirname(sys.modules["minidiff"].__file__), 0
+def count(frame, event, _):
+    global moves
+    file, caller = frame.f_code.co_filename, frame.f_back and frame.f_back.f_code.co_filename
+    moves += event == "call" and file.startswith(root) and caller != file and (caller or "").startswith(root)
+sys.setprofile(count)
+main([*sys.argv[1:], "--box", "red circle=0.05,0.1,0.45,0.5", "--steps", "2", "--seed", "3", "--device", "cpu"])
+sys.setprofile(None)
+print(moves)
+"""
+
+
+@pytest.mark.slow
+def test_a_reader_of_a_command_changes_files_350_times(tmp_path: Path) -> None:
+    """Calls from one file to another inside minidiff, of two steps with a box: what one follows in an evening."""
+    command = [sys.executable, "-c", COUNT, "generate", "a red circle", "--out", "out.png"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    assert 200 < int(out.splitlines()[-1]) <= 350
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    assert [str(file) for file in ROOT.rglob("*.py") if len(file.read_text().splitlines()) > 400] == []
+
+
 def test_public_names_are_there() -> None:
     for name in minidiff.__all__:
         assert getattr(minidiff, name).__doc__, name

@@ -171,11 +171,9 @@ def _region(key: object, value: object, find: Callable[[str], tuple[int, ...]], 
     if named is not None:
         key = tuple(int(position) for position in named[1].split(","))
     if isinstance(key, str):
-        name, tokens = key, find(key)
-    else:
-        tokens = _tokens(key, length)
-        name = f"tokens:{','.join(map(str, tokens))}"
-    return _placed(f"boxes[{shown(key)}]", value, name, tokens)
+        return _placed(f"boxes[{key[:100]!r}]", value, key, find(key))
+    tokens = _tokens(key, length)
+    return _placed(f"boxes[{shown(key)}]", value, f"tokens:{','.join(map(str, tokens))}", tokens)
 
 
 def read_place(name: str, value: object) -> PlacedObject:

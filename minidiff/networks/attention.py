@@ -24,9 +24,6 @@ KeepFunction = Callable[[Site, Tensor, Inputs], Tensor]
 ROWS = ("cond", "uncond", "all")
 
 
-# ---- what to keep
-
-
 @own_keywords
 @dataclass(frozen=True)
 class Keep:
@@ -37,8 +34,7 @@ class Keep:
         from which phrases cannot be read.
     rows: the dimension of the result that holds the grid's rows, if the function treats each row independently. Large
         sites are then recorded a few rows at a time.
-    sums, finish: the same for a function that is `finish` of a sum over rows. Its terms are
-        sums(the probabilities of some rows, the objects' masks on them [B,O,rows,w]).
+    sums, finish: the same for a function that is `finish` of a sum over rows of `sums(probs, masks [B,O,rows,w])`.
     """
 
     name: str
@@ -137,14 +133,10 @@ def read_input(inputs: Inputs, name: str, expected: str = 'boxes={"phrase": (x0,
 class Record:
     """What to keep from a forward pass, which returns the maps.
 
-    Static and hashable, so it never recompiles a graph.
-
-    `sites` is a set or, for functions that know the model (generate, sample_steps), a choice such as
-    `cross & at_most(16)`; the UNet itself takes sets only.
-
+    Static and hashable, so it never recompiles a graph. `sites` is a set or, for functions that know the model
+    (generate, sample_steps), a choice such as `cross & at_most(16)`; the UNet itself takes sets only.
     `rows` says which half of a batch [uncond, cond] is recorded; use "all" for a batch of conditional rows only.
     With `stop` the forward pass ends after the last recorded site and returns None for eps.
-
     `one | other` records both. Each site is recorded once: if the two keep different things from it, everything is
     kept, from which both can be computed. `more` holds the other records; `kinds` what to keep at each site, once the
     sites are resolved.
@@ -195,9 +187,6 @@ def converted(
     return found
 
 
-# ---- what to change
-
-
 @own_keywords
 @dataclass(frozen=True)
 class Edit:
@@ -205,7 +194,6 @@ class Edit:
 
     Static and hashable; everything that depends on the prompt or the step comes through `inputs`, which also hold the
     step's `t` and `sigma` (float32 []).
-
     `kv(site, k, v, inputs)` returns new keys and values [B,H,L',D], L' >= L.
     `bias(site, (h, w), inputs)` returns a term to add to the logits (q k^T / sqrt(D)), broadcastable to [B,H,h,w,L];
     with only these two, the fused kernel still runs.
@@ -263,9 +251,6 @@ class Hooks(NamedTuple):
     edits: tuple[Edit, ...]
     inputs: Inputs
     stop: Site | None = None
-
-
-# ---- attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -30,7 +30,7 @@ def with_weights(network: Network, changes: Mapping[str, Tensor]) -> Network:
     there = dict(network.named_parameters(remove_duplicate=False))
     new = _replaced(network, _parameters(there, changes, copy=True), free_numbers())
     if changes:
-        vars(new)["changed_weights"] = changed_weights(network) | set(changes)
+        vars(new)["changed_weights"] = frozenset(changed_weights(network)) | set(changes)
     return new
 
 
@@ -56,10 +56,9 @@ def with_modules(network: Network, modules: Mapping[str, nn.Module]) -> Network:
     return _replaced(network, modules, numbers)
 
 
-def changed_weights(network: nn.Module) -> frozenset[str]:
+def changed_weights(*networks: nn.Module) -> list[str]:
     """Names of the weights that with_weights changed, so that a picture can record that its model was modified."""
-    found: frozenset[str] = vars(network).get("changed_weights", frozenset())
-    return found
+    return [name for network in networks for name in vars(network).get("changed_weights", ())]
 
 
 def _parameters(there: Mapping[str, Tensor], changes: Mapping[str, Tensor], copy: bool) -> dict[str, nn.Parameter]:
