@@ -22,8 +22,8 @@ from .machine import print_header
 from .models import SD15, TINY, write_folder
 from .table import Row, finish, print_rows
 
-TIME_BOUND = 0.5
-MEMORY_BOUND = 1.3
+TIME_BOUND = 1.25
+MEMORY_BOUND = 1.05
 IMPORT_BOUND = 0.2
 STARTUP_BOUND = 1.5
 LIBRARIES = ("minidiff", "diffusers")
