@@ -43,6 +43,8 @@ class Boxes:
             asked = image.parameters[0]
             phrases, boxes = asked.get("prompt") if phrases is None else phrases, boxes or asked.get("boxes")  # type: ignore[assignment]
             image = image.image
+        if phrases is not None and not isinstance(phrases, str | list | tuple):
+            raise ValueError(f"phrases is {shown(phrases)}; expected a prompt, or a list of phrases")
         places = _places(boxes or {})
         found = [
             *(phrase for phrase, _ in places),
@@ -70,7 +72,8 @@ class Boxes:
             x, y = one["x"], one["y"]
             pairs = ((x, width), (y, height), (x + one["width"], width), (y + one["height"], height))
             x0, y0, x1, y1 = (min(1.0, max(0.0, round(at / edge, 4))) for at, edge in pairs)
-            found.setdefault(one["label"], []).append((x0, y0, x1, y1))
+            if x0 < x1 and y0 < y1:  # a click leaves a box without area
+                found.setdefault(one["label"], []).append((x0, y0, x1, y1))
         return found
 
     def __repr__(self) -> str:

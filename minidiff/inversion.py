@@ -20,6 +20,7 @@ from .resolve import resolve
 from .run import sample_steps
 from .sampling import DDIM, Schedule
 from .sampling.samplers._sampler import Ask, Draw, predict, signal
+from .vocabulary import own_keywords
 from .weights.load import load
 
 if TYPE_CHECKING:
@@ -31,14 +32,22 @@ METHODS = ("edit_friendly", "ddim")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Given(DDIM):
-    """The mean of DDIM's steps at eta 1 plus what is `added` [S,B,C,h,w]; with `inputs` [S,B,C,h,w] each step starts
-    from its own."""
+    """The mean of DDIM's steps at eta 1 plus what is `added` [S,B,C,h,w], which belongs to steps that start at these
+    noise levels; with `inputs` [S,B,C,h,w] each step starts from its own."""
 
     name: ClassVar[str] = "inverted"
     added: Tensor | None = None
+    starts: tuple[float, ...] = ()
     inputs: Tensor | None = None
 
     def run(self, ask: Ask, x: Tensor, schedule: Schedule, fresh: Draw) -> Iterator[Tensor]:
+        if self.added is not None:
+            size, starts = list(self.added.shape[1:]), tuple(start for start, _ in schedule.spans)
+            if list(x.shape) != size or starts != self.starts:
+                raise ValueError(
+                    f"the sampler of an inversion got latents {list(x.shape)} and {len(starts)} steps; expected {size} "
+                    f"and the {len(self.starts)} steps of invert(): its latents and timesteps, unchanged"
+                )
         for call, (start, end) in enumerate(schedule.spans):
             x, output = ask(x if self.inputs is None else self.inputs[call].to(x), call)
             clean, eps = predict(x, output, start, schedule.prediction_type)
@@ -66,6 +75,7 @@ class _Backwards(DDIM):
             yield x
 
 
+@own_keywords
 def invert(
     image: Picture | str | Path | Sequence[Picture | str | Path],
     prompt: str | Sequence[str],
@@ -92,16 +102,19 @@ def invert(
         sigma, is exact too. With the same prompt and guidance_scale, any, the result is what the autoencoder gives
         back of the picture.
         "ddim": DDIM's steps from the picture to noise (Song et al. 2021, section 4.3). Not exact, and only near at
-        scale 1, but nothing of the picture is kept beside its noise. To edit, pass a larger guidance_scale to
-        generate().
+        scale 1, but nothing of the picture is kept beside its noise. To edit, take a larger scale:
+        `generate(prompt, **{**inverted, "guidance_scale": 3})`.
     prompt: what the picture shows; several pictures have several prompts. strength: in (0,1], the share of `steps` that
     run; default: 0.64 (the paper leaves out 36 of 100), for "ddim" 1. guidance_scale: default: the model's, for "ddim"
     1. seed: as in generate(). The dictionary names the model, too.
     """
     choice("method", method, METHODS)
+    if image is None:
+        raise ValueError("image is None; expected a picture, the path of one, or a list of them")
     loaded = model if isinstance(model, Model) else load(model)
     ddim = method == "ddim"
-    strength = number("strength", (1.0 if ddim else 0.64) if strength is None else strength, 0, 1)
+    strength = (1.0 if ddim else 0.64) if strength is None else strength
+    strength = number("strength", strength, 1e-6, 1, "a number above 0, at most 1")
     scale = 1.0 if ddim and guidance_scale is None else guidance_scale
     asked = Request(prompt, model=loaded, image=image, guidance_scale=scale, seed=seed)
     request, _, _ = resolve(asked, loaded)
@@ -127,4 +140,5 @@ def invert(
         wanted[step.index] - step.latents.float().cpu()
         for step in sample_steps(prompt, sampler=_Given(inputs=inputs), seed=seed, **fields)
     ]
-    return {**fields, "sampler": _Given(added=torch.stack(found)), "seed": seed}
+    starts = tuple(start for start, _ in schedule.spans)
+    return {**fields, "sampler": _Given(added=torch.stack(found), starts=starts), "seed": seed}

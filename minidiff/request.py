@@ -265,6 +265,7 @@ class Request:
             "mask": spread(self.mask, self.mask),
             "boxes": spread(self.boxes, self.layouts),
             "regions": spread(self.regions, self.areas),
+            "relations": spread(self.relations, self.related),
         }
         return self if n == 1 else self.filled({**values, "images_per_prompt": 1})
 
@@ -298,6 +299,7 @@ class Request:
                 "base_weight": self.base_weight if self.areas[p] else 0.0,
                 "regions_apart": self.regions_apart if self.areas[p] else None,
                 "relations": self.related[p] or None,
+                "tries": self.tries if self.layouts[p] or self.related[p] else 1,
                 "guidance": self.guidance if self.layouts[p] or self.related[p] or self.guidance == "none" else None,
             }
         )

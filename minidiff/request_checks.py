@@ -146,7 +146,7 @@ def _numbers(request: Request) -> None:
         _vary(request)
     if request.tries > 1 and request.latents is not None:
         raise ValueError("got both tries and latents; expected one of them, since tries chooses the noise of a seed")
-    if request.tries > 1 and (not (request.boxes or request.relations) or request.guidance == "none"):
+    if request.tries > 1 and (not (request.boxes or request.relations) or request.guidance in ("none", False)):
         raise ValueError(
             f"tries is {request.tries} but nothing is guided; expected boxes or relations, and a guidance other than "
             '"none", whose first look chooses the noise'

@@ -208,13 +208,20 @@ def _image_prompts(request: Request, model: Model) -> list[tuple[int, float, Ima
     return found
 
 
-def warn_unused(request: Request, steps: int) -> None:
-    """Warn of edits that begin after the run's last step, and of inputs that nothing reads."""
+def warn_unused(request: Request, steps: int, apart: int) -> None:
+    """Warn of edits that act in none of the run's steps, and of inputs that nothing reads. apart: in so many first
+    steps regions are pictures of their own, which no edit reaches.
+    """
     assert isinstance(request.edits, tuple)  # normalised by Request
     for i, edit in enumerate(request.edits):
-        first, last = edit.steps if isinstance(edit.steps, tuple) else (0, steps)
-        if steps <= first < last:
-            warn(f"edits[{i}] has no effect: its steps are {first} to {last - 1}, and the run's are 0 to {steps - 1}")
+        own = (
+            steps if edit.steps is None else round(edit.steps * steps) if isinstance(edit.steps, float) else edit.steps
+        )
+        first, last = own if isinstance(own, tuple) else (0, own)
+        if steps <= first < last or first < last <= apart:
+            there = f"the run's are 0 to {steps - 1}"
+            there += f", of which 0 to {apart - 1} have their regions apart (regions_apart)" if apart else ""
+            warn(f"edits[{i}] has no effect: its steps are {first} to {last - 1}, and {there}")
     own = request.edits or request.attention not in (True, False) or request.guidance not in (None, "none")
     if request.inputs and not own:
         names = ", ".join(map(repr, request.inputs))

@@ -99,7 +99,7 @@ def _run(given_request: Request, model: Model, timings: Mapping[str, float]) -> 
         best = best_seeds(_seeds(request), request.tries, start, told.guide, schedule)
         spent = {**timings, "tries": time.perf_counter() - loaded}
         return _run(given_request.filled({"seed": best, "tries": 1}), model, spent)
-    warn_unused(request, schedule.steps)
+    warn_unused(request, schedule.steps, 0 if told.apart is None else told.apart.steps)
     refine, fresh = None if told.guide is None else told.guide.refine, noise if sampler.stochastic else None
     denoise = _denoise(request, model, sampler, told)
     steps = sample(denoise, begun.latents.to(model.device), schedule, sampler, refine, fresh, begun.hold)
@@ -320,7 +320,8 @@ def _guide(
     look = compile_whole(look_loss, model.unet) if compiled else look_loss
     each_step = told if len(told) > 1 else ()
     context, layout, inputs = told[0]
-    measured = None if edits or each_step or how.watch or model.adapters else CALIBRATIONS.get(model.name)
+    other = bool(edits or each_step or how.watch or how.sites is not None or model.adapters)
+    measured = None if other or changed_weights(model.unet) else CALIBRATIONS.get(model.name)
     graphs = captured(model.unet)
     run = plainly if graphs is None else graphs.run
     forward = model.unet.forward

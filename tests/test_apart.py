@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -166,3 +167,14 @@ def test_each_half_has_its_object() -> None:
             middles = [(one.box[0] + one.box[2]) / 2 for one in things if (one.colour, one.shape) == (colour, shape)]
             right[side] += any(side <= 2 * middle <= side + 1 for middle in middles)
     assert min(right) >= 7
+
+
+def test_an_edit_of_the_steps_that_are_apart_is_told_of(tiny_model: minidiff.Model) -> None:
+    edit = minidiff.Edit(cross, bias=lambda site, grid, inputs: inputs["t"] * 0, steps=1)
+    given: dict[str, Any] = {"regions": [FOX], "edits": [edit]}
+    with pytest.warns(UserWarning, match=r"edits\[0\] has no effect: .* of which 0 to 0 have their regions apart"):
+        ours(tiny_model, **given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours(tiny_model, **given, regions_apart=0.0)
+        ours(tiny_model, **{**given, "edits": [replace(edit, steps=None)]})

@@ -25,6 +25,7 @@ from minidiff.speed.capture import Captured, Graph, _NoWaits, capture_calls, cap
 from minidiff.speed.replace import with_weights
 
 CAPTURED: list[str] = []
+REPLAYED: list[int] = []
 
 
 class Part:
@@ -34,6 +35,7 @@ class Part:
         self.stages, self.args, self.number, self.found = stages, args, number, found
 
     def replay(self) -> None:
+        REPLAYED.append(self.number)
         running = self.stages(*self.args)
         again = [next(running) for _ in range(self.number + 1)][-1]
         with torch.no_grad():
@@ -54,6 +56,7 @@ def stand_in(stages: Any, leaves: list[Any], spec: Any, pools: Any) -> Graph:
 @pytest.fixture(autouse=True)
 def _card(monkeypatch: pytest.MonkeyPatch) -> None:
     CAPTURED.clear()
+    REPLAYED.clear()
     monkeypatch.setattr(capture, "_on_card", bool)
     monkeypatch.setattr(capture, "_settings", lambda: None)
     monkeypatch.setattr(capture, "capture", stand_in)
@@ -110,23 +113,26 @@ def test_each_size_and_record_has_a_graph_and_the_oldest_is_dropped(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", ["values", "assigned", "hook"])
-def test_a_changed_network_is_not_replayed(model: Model, change: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "captured", "replayed"), [("values", 1, 4), ("assigned", 2, 3), ("inner hook", 1, 1), ("hook", 1, 1)]
+)
+def test_a_changed_network_is_not_replayed(model: Model, change: str, captured: int, replayed: int) -> None:
+    """New values at the same addresses are read by the graph; else it would be another network's."""
     given = inputs(model, 1)
     for _ in range(2):
         model.unet(*given)
     seen: list[int] = []
     doubled = {name: 1.5 * value for name, value in model.unet.state_dict().items()}
-    if change == "hook":
-        model.unet.conv_out.register_forward_hook(lambda *_: seen.append(1))
+    if "hook" in change:
+        module = model.unet.conv_out if change == "inner hook" else model.unet
+        module.register_forward_hook(lambda *_: seen.append(1))
     else:
         model.unet.load_state_dict(doubled, assign=change == "assigned")
-    for calls in range(1, 4):
-        eps, _ = model.unet(*given)
-        assert len(seen) == (calls if change == "hook" else 0)
-        expected, _ = UNet.forward(model.unet, *given)
-        seen = seen[:calls]
-        torch.testing.assert_close(eps, expected, rtol=0, atol=0)
+    for _ in range(3):
+        model.unet(*given)
+    assert (len(CAPTURED), len(REPLAYED)) == (captured, replayed)
+    assert len(seen) == (3 if "hook" in change else 0)
+    torch.testing.assert_close(model.unet(*given)[0], UNet.forward(model.unet, *given)[0], rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -174,7 +180,7 @@ def test_guided_pictures_are_the_same_bits(model: Model, half: bool) -> None:
     torch.testing.assert_close(ways["captured"].latents, ways["plain"].latents, rtol=0, atol=0)
     for one, other in zip(ways["captured"].reports, ways["plain"].reports, strict=True):
         torch.testing.assert_close(one.loss, other.loss, rtol=0, atol=0)
-    assert sorted(CAPTURED) == ["_forward", "look_stages"]
+    assert sorted(CAPTURED) == ["_call", "look_stages"]
 
 
 def test_a_look_that_stops_early_frees_the_lock(model: Model) -> None:
@@ -203,7 +209,7 @@ def test_what_cannot_be_captured_runs_as_it_is(model: Model, monkeypatch: pytest
             torch.testing.assert_close(model.unet(*given)[0], model.unet.forward(*given)[0], rtol=0, atol=0)
 
 
-def test_a_dropped_network_is_freed_with_its_graphs(model: Model) -> None:
+def test_graphs_do_not_keep_themselves(model: Model) -> None:
     unet = model.unet
     with torch.no_grad():
         for _ in range(2):
@@ -225,9 +231,32 @@ def test_operators_that_wait_are_found() -> None:
         for wait in (lambda: float(x.sum()), lambda: x[x > 1], lambda: x.nonzero(), lambda: bool(x.sum() > 1)):
             with pytest.raises(RuntimeError, match="waits for the device"):
                 wait()
-        with pytest.raises(RuntimeError, match="waits"):
-            x.to("meta")
+        for copy in (lambda: x.to("meta"), lambda: torch.empty(4, device="meta").copy_(x), lambda: torch.equal(x, x)):
+            with pytest.raises(RuntimeError, match="waits"):
+                copy()
 
 
 def test_on_a_cpu_nothing_is_captured(tiny_model: Model) -> None:
     assert captured(prepare_unet(UNet(tiny_model.unet.config))) is None
+
+
+def test_kinds_that_came_once_push_no_graph_out(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "_SEEN", 3)
+    graphs = captured(model.unet)
+    assert graphs is not None
+
+    def stages(x: Tensor, number: int) -> Iterator[Tensor]:
+        yield x + number
+
+    x = torch.tensor(1.0)
+    for number in (0, 0, *range(1, 9), 0):
+        assert [float(one) for one in graphs.run(stages, x, number)] == [1 + number]
+    assert (len(CAPTURED), len(REPLAYED), len(graphs.graphs)) == (1, 2, 4)
+
+
+def test_torchs_settings_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("backends.cudnn.benchmark", "are_deterministic_algorithms_enabled", "backends.no.such.setting")
+    assert [capture._setting(name) for name in names] == [False, False, None]
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    assert capture._setting(names[0]) is True
+    assert sum(capture._setting(name) is not None for name in capture._SETTINGS) >= 9

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import minidiff
+from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.model import Model
 from minidiff.networks.norm import GroupNorm, GroupNormSiLU, LayerNorm
 from minidiff.networks.unet import GEGLU, ResBlock
@@ -68,7 +69,9 @@ def test_fused_layers_equal_torchs(dtype: torch.dtype) -> None:
     def layer(made: nn.Module) -> nn.Module:
         for weight in made.parameters():
             weight.normal_(0, 0.5)
-        return fused.fuse(made.to("cuda", dtype).requires_grad_(False).to(memory_format=torch.channels_last))
+        found = fused.fuse(made.to("cuda", dtype).requires_grad_(False).to(memory_format=torch.channels_last))
+        assert found.fused is not None  # else torch would be compared with torch
+        return found
 
     def close(found: Tensor, expected: Tensor) -> None:
         far = (found.double() - expected).abs().max() / expected.abs().max()
@@ -129,6 +132,28 @@ def test_replaced_weights_are_seen(model: Model) -> None:
     assert (after - before).abs().max() > 0.05
     torch.testing.assert_close(picture(model), before, rtol=0, atol=0)
     assert captured(doubled.unet) not in (None, captured(model.unet))
+    other = minidiff.load(device="cuda", dtype="float32")
+    torch.testing.assert_close(picture(other), before, rtol=0, atol=0)
+    other.unet.load_state_dict(doubled.unet.state_dict(), assign=True)  # tensors at other addresses
+    torch.testing.assert_close(picture(other), after, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_every_objective_is_captured(model: Model, name: str) -> None:
+    """Its looks wait for the card in the stop test alone, and are the plain ones."""
+    given = {"boxes": BOXES, "guidance": minidiff.Guidance(OBJECTIVES[name], threshold=0.0, iterations=3, steps=1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = picture(model, **given)
+    torch.testing.assert_close(found, picture(without_graphs(model), **given), rtol=0, atol=2 / 255)
+
+
+def test_models_in_threads_are_captured_one_by_one() -> None:
+    models = [minidiff.load(device="cuda", dtype="float32") for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(picture, models))
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0], rtol=0, atol=0)
 
 
 def test_a_dropped_model_leaves_the_card() -> None:

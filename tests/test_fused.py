@@ -21,8 +21,9 @@ from minidiff.speed import fused
 torch.cuda.device_of = lambda x: contextlib.nullcontext()
 fused._usable = lambda norm, x: True
 for channels in (16, 32, 40):
-    apart = fused._apart(torch.device("cpu"), channels)
+    apart = fused._apart(torch.device("cpu"), torch.float32, channels)
     assert 0 < apart < 2e-6, (channels, apart)
+    assert 2e-6 < fused._apart(torch.device("cpu"), torch.float16, channels) < 2e-2
 norm = fused._fused(fused.GroupNorm(4, 24, 1e-5))
 for shape in ((1, 24, 33, 130), (3, 24, 1, 1)):
     x = (torch.randn(shape) + 100).to(memory_format=torch.channels_last)  # a mean that would drown the variance
@@ -57,7 +58,7 @@ def test_a_broken_compiler_is_told_of_and_costs_speed_alone(monkeypatch: pytest.
     fused._works.cache_clear()
     monkeypatch.setattr(fused, "_apart", lambda *_: 0.5)
     with pytest.warns(UserWarning, match="a small layer's result is 5e-01 off"):
-        assert not fused._works(torch.device("cpu"))
+        assert not fused._works(torch.device("cpu"), torch.float32)
     fused._works.cache_clear()
 
 

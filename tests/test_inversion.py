@@ -69,10 +69,25 @@ def test_an_edit_changes_the_colour_asked_for_and_leaves_the_other_object(model:
 
 def test_wrong_arguments_are_named(model: minidiff.Model) -> None:
     for given, message in (
-        ({"strength": 1.5}, "strength is 1.5; expected a number from 0 to 1"),
+        ({"strength": 1.5}, "strength is 1.5; expected a number above 0, at most 1"),
         ({"steps": 0}, "steps is 0"),
         ({"method": "null-text"}, "method is 'null-text'; expected one of edit_friendly, ddim"),
         ({"image": "nowhere.png"}, "image cannot be read"),
     ):
         with pytest.raises(ValueError, match=message):
             minidiff.invert(**{"image": render([SCENE])[0], "prompt": PROMPT, "model": model} | given)  # type: ignore[arg-type]
+
+
+def test_what_an_inversion_kept_is_for_its_own_steps_and_size(tiny_model: minidiff.Model) -> None:
+    picture = torch.rand(32, 32, 3).mul(255).byte().numpy()
+    inverted = minidiff.invert(picture, "a cat", model=tiny_model, steps=4)
+    minidiff.generate("a cat", **inverted)
+    for changed in ({"timesteps": [900, 500]}, {"latents": torch.zeros(1, 4, 8, 12)}):
+        with pytest.raises(ValueError, match="sampler of an inversion got"):
+            minidiff.generate("a cat", **inverted | changed)
+    with pytest.raises(ValueError, match="image is None; expected a picture"):
+        minidiff.invert(None, "a cat", model=tiny_model)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="strength is 0"):
+        minidiff.invert(picture, "a cat", model=tiny_model, strength=0)
+    with pytest.raises(TypeError, match="steps"):
+        minidiff.invert(picture, "a cat", model=tiny_model, num_inference_steps=3)  # type: ignore[call-arg]

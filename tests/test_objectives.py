@@ -1092,3 +1092,17 @@ def test_masks_have_a_name_for_each_grid() -> None:
     inputs: Inputs = layout.inputs()
     for grid, mask in layout.masks.items():
         assert inputs[mask_name(grid)] is mask
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("layout", "self", "sites hold self-attention, but .* reads cross-attention"),
+        ("self_cross", "cross", "sites hold cross-attention, but .* reads cross and self-attention"),
+        ("self_refocusing", "cross", "sites hold cross-attention, but .* reads self-attention"),
+    ],
+)
+def test_sites_of_another_kind_are_refused(name: str, kind: str, message: str) -> None:
+    there = UNet(UNetConfig.from_dict(UNET)).positions(8, 8)
+    with pytest.raises(ValueError, match=message):
+        OBJECTIVES[name].bound(there, [site for site in there if site.kind == kind])

@@ -75,3 +75,13 @@ def test_without_places_the_seed_stays_and_seeds_wrap(tiny_model: Model) -> None
 def test_what_cannot_be_tried(tiny_model: Model, options: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         request(tiny_model, **options)
+
+
+def test_an_image_without_an_object_has_one_try_to_itself() -> None:
+    asked = minidiff.Request(["a cat", "a dog"], boxes=[{"cat": (0.1, 0.1, 0.6, 0.7)}, None], tries=3, seed=[1, 2])
+    assert (asked.alone(0).tries, asked.alone(1).tries) == (3, 1)
+    for image in range(2):
+        alone = asked.alone(image)
+        assert minidiff.Request.from_plain(alone.plain()).plain() == alone.plain()
+    with pytest.raises(ValueError, match="tries is 2 but nothing is guided"):
+        minidiff.Request("a cat", boxes={"cat": (0.1, 0.1, 0.6, 0.7)}, guidance=False, tries=2)

@@ -17,6 +17,7 @@ from ..checks import number
 from ..networks.attention import GUIDED, Edit, Inputs, mask_name, read_input
 from ..networks.sites import Grid, Site, Where, cross, self_
 from ..vocabulary import own_keywords
+from .objectives._maps import constants
 
 Sites = Where | frozenset[Site]
 Steps = int | float | tuple[int, int] | None
@@ -40,7 +41,7 @@ class _Forward:
     def __call__(self, site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
         """probs [B,H,h,w,L]."""
         masks, owned = (found.to(probs) for found in _masks((probs.shape[2], probs.shape[3]), inputs))
-        kernel = probs.new_tensor([0.25, 0.5, 0.25])
+        kernel = constants(probs, 0.25, 0.5, 0.25)
         flat = F.pad(masks.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
         smooth = F.conv2d(flat, (kernel[:, None] * kernel)[None, None])[:, 0].unflatten(0, masks.shape[:2])
         shape = smooth / smooth.sum(dim=(2, 3), keepdim=True).clamp_min(1e-8)

@@ -230,7 +230,8 @@ class Guide:
             self._guided = _with_objects(self.layout)
         left = [row for row in self._guided if self._ahead is None or self._ahead[row] > threshold]
         moved = x
-        for _ in range(iterations):
+        done = 0 if self.guidance.passes is None else len(self.seen.get(index, ()))  # PNDM's first step has two calls
+        for _ in range(iterations - done):
             if not left:
                 break
             rows = range(len(x)) if self.whole_batch else left

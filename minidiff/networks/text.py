@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import Check, checked, choice, number, warn, whole
+from ..checks import Check, checked, choice, number, shown, warn, whole
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerFast
@@ -132,6 +132,8 @@ class Phrases:
         swap: words instead of others stand for those (prompt-to-prompt's word swap; of m tokens each of n has 1/n).
         Otherwise, and where words were added, they stand for none (its refinement).
         """
+        if not isinstance(prompts, list | tuple):
+            raise ValueError(f"prompts is {shown(prompts)}; expected a list of texts, the first of which is kept")
         texts = [self.tokens(prompt) for prompt in prompts]
         found = torch.zeros(len(texts), self.length, self.length, dtype=torch.float32, device="cpu")
         for own, text in zip(found, texts, strict=True):

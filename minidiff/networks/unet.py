@@ -148,7 +148,8 @@ class UNet(nn.Module):
         return torch.cat([x, masked.to(x.dtype).repeat(len(x) // len(masked), 1, 1, 1)], dim=1)
 
     def _timesteps(self, x: Tensor, t: Tensor | float) -> Tensor:
-        t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(len(x))
+        t = t.to(x.device, torch.float32) if isinstance(t, Tensor) else torch.full((), t, device=x.device).float()
+        t = t.expand(len(x))
         return sinusoids(t, self.config.block_out_channels[0], self.config.flip_sin_to_cos, self.config.freq_shift)
 
     def _hooks(self, record: Record | None, edits: Sequence[Edit], inputs: Inputs | None) -> Hooks:

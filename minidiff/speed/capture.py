@@ -1,7 +1,7 @@
 """CUDA graphs without a compiler: a network's calls are captured once, and replayed for new inputs.
 
 A step launches some 650 kernels, and a card runs them faster than one thread launches them. A replayed graph is one
-launch of the same kernels, so its results are the same bits.
+launch of the same kernels, so its results are the same bits as the plain call's without gradients.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ the host: each part is a graph. Between two parts the caller may read what the f
 """
 MOST = 16
 """Graphs kept for one network: each size, batch, record and step's edits has its own. They share their memory."""
+_SEEN = 256
+"""Kinds of calls remembered that came once."""
+_CAPTURING = threading.Lock()
+"""torch captures one graph at a time."""
 
 
 def capture_calls(network: Network) -> Network:
@@ -57,10 +61,10 @@ class Captured:
         self.lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's forward."""
+        """The network's own call, with its hooks."""
         network = self.network()
         assert network is not None  # it is the caller
-        (found,) = self.run(_forward, network.forward, args, kwargs)
+        (found,) = self.run(_call, network._call_impl, args, kwargs)
         return found
 
     def run(self, stages: Stages, *args: Any) -> Generator[Any]:
@@ -73,8 +77,7 @@ class Captured:
         with self.lock:
             if key not in self.graphs or (graph := self._graph(key, stages, leaves, spec)) is None:
                 self.graphs.setdefault(key, None)
-                while len(self.graphs) > MOST:
-                    self.graphs.popitem(last=False)
+                self._forget()
                 yield from stages(*args)
                 return
             for part in graph.replay(leaves):
@@ -85,15 +88,29 @@ class Captured:
         self.graphs.move_to_end(key)
         graph = self.graphs[key]
         if graph is None:
-            graph = self.graphs[key] = capture(stages, leaves, spec, self.pools)
+            if not any(one is not None and one.parts for one in self.graphs.values()):
+                self.pools.clear()  # memory that no graph uses any more is gone
+            with _CAPTURING:
+                graph = self.graphs[key] = capture(stages, leaves, spec, self.pools)
+            self._forget()
         return graph if graph.parts else None
+
+    def _forget(self) -> None:
+        """Drop the oldest graphs, and the oldest kinds of calls without one."""
+        real = [key for key, graph in self.graphs.items() if graph is not None and graph.parts]
+        rest = [key for key, graph in self.graphs.items() if graph is None or not graph.parts]
+        for key in (*real[:-MOST], *rest[:-_SEEN]):
+            del self.graphs[key]
 
     def _key(self, stages: Stages, leaves: list[Any], spec: Any) -> Hashable | None:
         """What a graph depends on beside the tensors' values; None if there can be none."""
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         plain = all(type(one) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(one) for one in tensors)
         network, trained = self.network(), torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
-        if torch.compiler.is_compiling() or trained or not plain or not _on_card(tensors) or network is None:
+        watched = (
+            torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+        )  # they would see copies alone
+        if torch.compiler.is_compiling() or watched or trained or not plain or not _on_card(tensors) or network is None:
             return None
         weights = weights_state(network)
         if weights is None:
@@ -142,8 +159,11 @@ def capture(stages: Stages, leaves: list[Any], spec: Any, pools: dict[int, Any])
                 with _NoWaits():  # a wait during the capture would break more than the capture
                     count = sum(1 for _ in stages(*args))
                 torch.cuda.synchronize()
+                torch.cuda.empty_cache()  # a capture cannot free what torch keeps for reuse
+                torch._C._cuda_clearCublasWorkspaces()  # the graph gets its own, which nobody else frees
                 running = stages(*args)
                 parts += [_part(running, pool) for _ in range(count)]
+                torch._C._cuda_clearCublasWorkspaces()
         except RuntimeError as problem:
             parts = []
             why = str(problem).strip().splitlines()[0]
@@ -168,8 +188,8 @@ def _part(running: Iterator[Any], pool: Any) -> tuple[Any, PyTree]:
     return graph, found
 
 
-def _forward(forward: Callable[..., Any], args: Any, kwargs: Any) -> Generator[Any]:
-    yield forward(*args, **kwargs)
+def _call(network: Callable[..., Any], args: Any, kwargs: Any) -> Generator[Any]:
+    yield network(*args, **kwargs)
 
 
 def weights_state(network: nn.Module) -> tuple[int, ...] | None:
@@ -177,6 +197,8 @@ def weights_state(network: nn.Module) -> tuple[int, ...] | None:
     the network: hooks are called by modules, and trained weights need their gradients.
     """
     found: list[int] = []
+    if nn.modules.module._has_any_global_hook():
+        return None
     for module in network.modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return None
@@ -207,22 +229,42 @@ def _static(leaf: object, network: nn.Module | None) -> Hashable:
 
 def _settings() -> Hashable:
     """Settings of torch that choose kernels."""
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    return (
-        torch.cuda.current_stream().cuda_stream,
-        torch.is_autocast_enabled("cuda"),
-        torch.get_autocast_dtype("cuda"),
-        torch.are_deterministic_algorithms_enabled(),
-        cudnn.enabled,
-        cudnn.benchmark,
-        cudnn.deterministic,
-        cudnn.allow_tf32,
-        cuda.matmul.allow_tf32,
-        cuda.flash_sdp_enabled(),
-        cuda.mem_efficient_sdp_enabled(),
-        cuda.math_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
-    )
+    found = (_setting(name) for name in _SETTINGS)
+    return (torch.cuda.current_stream().cuda_stream, torch.is_autocast_enabled("cuda"), *found)
+
+
+def _setting(name: str) -> Hashable:
+    """A setting by its name below torch, or what a function there returns; None where this torch has none, or refuses
+    to tell since its newer form was set.
+    """
+    value: Any = torch
+    try:
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value() if callable(value) else value
+    except (AttributeError, RuntimeError):
+        return None
+
+
+_SETTINGS = (
+    "are_deterministic_algorithms_enabled",
+    "backends.fp32_precision",
+    "backends.cudnn.enabled",
+    "backends.cudnn.benchmark",
+    "backends.cudnn.deterministic",
+    "backends.cudnn.allow_tf32",
+    "backends.cudnn.conv.fp32_precision",
+    "backends.cuda.matmul.allow_tf32",
+    "backends.cuda.matmul.fp32_precision",
+    "backends.cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "backends.cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "backends.cuda.matmul.allow_fp16_accumulation",
+    "backends.cuda.preferred_blas_library",
+    "backends.cuda.flash_sdp_enabled",
+    "backends.cuda.mem_efficient_sdp_enabled",
+    "backends.cuda.math_sdp_enabled",
+    "backends.cuda.cudnn_sdp_enabled",
+)
 
 
 class _NoWaits(TorchDispatchMode):
@@ -230,10 +272,13 @@ class _NoWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        if func in _WAITS or (func in _CHOICES and _has_mask(args[1])) or (func is _COPY and _moves(args[0], found)):
-            raise RuntimeError(
-                f"{func} waits for the device: a number or a mask is read from a tensor, or it is copied"
-            )
+        masks = func in _CHOICES and _has_mask(args[1])
+        moves = (func is _aten._to_copy.default and found.device != args[0].device) or (
+            func is _aten.copy_.default and args[0].device != args[1].device
+        )
+        made = func is _aten.lift_fresh.default and found.is_cuda  # torch.tensor(number, device="cuda")
+        if func in _WAITS or masks or moves or made:
+            raise RuntimeError(f"{func} waits for the device: a value is read from a tensor, or copied to one")
         return found
 
 
@@ -241,11 +286,15 @@ def _has_mask(indices: Any) -> bool:
     return any(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in indices)
 
 
-def _moves(before: Tensor, after: Tensor) -> bool:
-    return before.device != after.device
-
-
 _aten = torch.ops.aten
-_COPY = _aten._to_copy.default
 _CHOICES = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
-_WAITS = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default, _aten._unique2.default}
+_WAITS = {
+    _aten._local_scalar_dense.default,
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+    _aten._unique2.default,
+    _aten.unique_consecutive.default,
+    _aten.equal.default,
+    _aten.bincount.default,
+    _aten.repeat_interleave.Tensor,
+}

@@ -58,9 +58,14 @@ def object_maps(maps: Maps, layout: Layout) -> dict[Grid, Tensor]:
     return found
 
 
+def constants(like: Tensor, *values: float) -> Tensor:
+    """Numbers as a tensor [n] beside another, without the wait for the device that a copy from the host is."""
+    return torch.stack([like.new_full((), value) for value in values])
+
+
 def smoothed(maps: Tensor, sigma: float) -> Tensor:
     """3x3 blur. Like the published code it divides by (2 sigma)^2, so sigma 0.5 is a Gaussian's sigma of 0.71."""
-    side = torch.exp(torch.tensor(-1 / (2 * sigma) ** 2, dtype=maps.dtype, device=maps.device))
+    side = maps.new_full((), -1 / (2 * sigma) ** 2).exp()
     line = torch.stack([side, torch.ones_like(side), side])
     line = line / line.sum()
     return filtered(maps, line[:, None] * line)
@@ -111,7 +116,7 @@ def ratio(part: Tensor, whole: Tensor) -> Tensor:
 def steepness(maps: Tensor) -> Tensor:
     """Gradient magnitude (Sobel) of the smoothed maps, each first scaled to a maximum of 1."""
     smooth = smoothed(maps / maps.detach().amax(dim=(2, 3), keepdim=True).clamp_min(TINY), 3.0)
-    sobel = smooth.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+    sobel = constants(smooth, 1.0, 2.0, 1.0)[:, None] * constants(smooth, 1.0, 0.0, -1.0)
     across, down = filtered(smooth, sobel), filtered(smooth, sobel.T)
     return (across.square() + down.square() + TINY).sqrt()
 

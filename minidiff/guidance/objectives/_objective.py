@@ -135,6 +135,13 @@ class Objective:
     def bound(self, there: Mapping[Site, Position], sites: Where | Iterable[Site] | None = None) -> Objective:
         """The same objective with its sites chosen from a UNet's; `sites`, if given, replaces the terms' own."""
         terms = tuple(replace(term, sites=choose(term.sites if sites is None else sites, there)) for term in self.terms)
+        for term, own in zip(terms, self.terms, strict=True) if there and sites is not None else ():
+            kinds, expected = ({site.kind for site in choose(one.sites, there)} for one in (term, own))
+            if kinds != expected:
+                raise ValueError(
+                    f"sites hold {' and '.join(sorted(kinds))}-attention, but {own.name} reads "
+                    f"{' and '.join(sorted(expected))}-attention; expected such sites"
+                )
         return replace(self, terms=terms)
 
     def __call__(self, maps: Maps, layout: Layout) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...networks.attention import HEAD_MEAN, Maps
 from ...networks.sites import UP_1
 from ..layout import Layout
-from ._maps import moments
+from ._maps import constants, moments
 from ._objective import OWN, objective
 
 APART = 0.4, 0.4, math.log(1.5)
@@ -29,6 +29,6 @@ def relation_loss(maps: Maps, layout: Layout) -> Tensor:
     for centre, spread in moments(maps, layout).values():
         found = torch.cat([centre, spread.log().mean(dim=2, keepdim=True)], dim=2)  # [B,O,3]
         wanted = layout.relations
-        more = wanted * (found[:, :, None] - found[:, None]) / found.new_tensor(APART)
+        more = wanted * (found[:, :, None] - found[:, None]) / constants(found, *APART)
         losses.append((wanted.abs() * (1 - more).clamp_min(0).square()).sum(dim=(2, 3)))
     return torch.stack(losses).mean(dim=0)
