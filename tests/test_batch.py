@@ -168,6 +168,7 @@ def test_each_field_that_is_an_image_s_own_is_joined(monkeypatch: pytest.MonkeyP
         "guidance",
         "base_weight",
         "regions_apart",
+        "tries",
     }  # the same in a batch, all of whose images have boxes or none
     assert told - {"context", "negative_context", "latents"} - of_kind == set(OWN)  # no file holds the first three
 

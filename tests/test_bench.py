@@ -301,9 +301,9 @@ def test_rows_of_a_load(capsys: pytest.CaptureFixture[str]) -> None:
     def loads(wall: float, peak: int) -> list[Load]:
         return [Load(5.0, wall * n, wall, 0.1, peak + n, 1000, "float32") for n in (1, 3, 2)]
 
-    seconds, memory = case_rows("a -> b", {"minidiff": loads(1.0, 1297), "diffusers": loads(2.0, 1800)})
+    seconds, memory = case_rows("a -> b", {"minidiff": loads(1.0, 1047), "diffusers": loads(2.0, 1800)})
     assert (seconds.value, seconds.ok) == (0.5, True)
-    assert (memory.value, memory.ok) == (1.3, True)
+    assert (memory.value, memory.ok) == (1.05, True)
     assert "2.00 s (1.00 to 3.00)" in capsys.readouterr().out
 
 
