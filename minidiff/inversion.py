@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +18,7 @@ from .noise import Noise
 from .request import BUNDLED, Request
 from .resolve import resolve
 from .run import sample_steps
-from .sampling import DDIM, Schedule
+from .sampling import DDIM, NoiseSchedule, Schedule
 from .sampling.samplers._sampler import Ask, Draw, predict, signal
 from .vocabulary import own_keywords
 from .weights.load import load
@@ -125,20 +125,28 @@ def invert(
         "model": loaded,
         "timesteps": times,
         "guidance_scale": request.guidance_scale,
+        "seed": seed,
         **({} if negative_prompt is None else {"negative_prompt": negative_prompt}),
     }
     if ddim:
-        (*_, last) = sample_steps(prompt, sampler=_Backwards(), seed=seed, latents=clean, **fields)
-        return {**fields, "latents": last.latents.float().cpu(), "sampler": DDIM(), "seed": seed}
+        (*_, last) = sample_steps(prompt, sampler=_Backwards(), latents=clean, **fields)
+        return {**fields, "latents": last.latents.float().cpu(), "sampler": DDIM()}
+    return _edit_friendly(prompt, request, clean, loaded.noise, fields)
+
+
+def _edit_friendly(
+    prompt: str | Sequence[str], request: Request, clean: Tensor, noise: NoiseSchedule, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The picture with independent noise at each level, and what the network's steps lack from each to the next."""
     draw = Noise.of(request, (clean.shape[1], clean.shape[2], clean.shape[3]))
-    schedule = DDIM().schedule(loaded.noise, timesteps=times)
+    schedule = DDIM().schedule(noise, timesteps=fields["timesteps"])
     levels = [signal(float(sigma)) for sigma in schedule.sigmas]
     inputs = torch.stack([level * clean + math.sqrt(1 - level**2) * draw() for level in levels])
-    fields["latents"] = inputs[0]
+    given = {**fields, "latents": inputs[0]}
     wanted = [*inputs[1:], clean]
     found = [
         wanted[step.index] - step.latents.float().cpu()
-        for step in sample_steps(prompt, sampler=_Given(inputs=inputs), seed=seed, **fields)
+        for step in sample_steps(prompt, sampler=_Given(inputs=inputs), **given)
     ]
     starts = tuple(start for start, _ in schedule.spans)
-    return {**fields, "sampler": _Given(added=torch.stack(found), starts=starts), "seed": seed}
+    return {**given, "sampler": _Given(added=torch.stack(found), starts=starts)}

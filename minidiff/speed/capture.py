@@ -107,9 +107,8 @@ class Captured:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         plain = all(type(one) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(one) for one in tensors)
         network, trained = self.network(), torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
-        watched = (
-            torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
-        )  # they would see copies alone
+        # a compiler, a tracer or a counter of operators would see copies alone
+        watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
         if torch.compiler.is_compiling() or watched or trained or not plain or not _on_card(tensors) or network is None:
             return None
         weights = weights_state(network)
@@ -194,13 +193,15 @@ def _call(network: Callable[..., Any], args: Any, kwargs: Any) -> Generator[Any]
 
 def weights_state(network: nn.Module) -> tuple[int, ...] | None:
     """The modules and where their weights are, which a graph has frozen. None if a graph would do something else than
-    the network: hooks are called by modules, and trained weights need their gradients.
+    the network: hooks and replaced forwards are called by modules, and trained weights need their gradients.
     """
     found: list[int] = []
     if nn.modules.module._has_any_global_hook():
         return None
     for module in network.modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return None
+        if "forward" in vars(module):
             return None
         found.append(id(module))
         for weight in (*module._parameters.values(), *module._buffers.values()):
