@@ -32,7 +32,8 @@ def test_a_drawn_box_is_in_parts_of_the_picture() -> None:
     """As the front end writes it: pixels of the enlarged picture, beyond its edges too."""
     editor = minidiff.Boxes(np.asarray(PICTURE), ["ball"])
     assert editor.value == {}
-    editor.widget.bboxes = [{"x": 128, "y": 64, "width": 256, "height": 300.5, "label": "ball"}]
+    click = {"x": 9, "y": 9, "width": 0, "height": 5, "label": "ball"}  # no box to follow
+    editor.widget.bboxes = [{"x": 128, "y": 64, "width": 256, "height": 300.5, "label": "ball"}, click]
     assert editor.value == {"ball": [(0.25, 0.25, 0.75, 1.0)]}
 
 

@@ -976,3 +976,12 @@ def test_a_float16_gradient_too_large_for_the_scale_is_taken_without_it(tiny_mod
         bound = (OBJECTIVES["layout"] * weight).bound(there)
         gradient, _ = evaluate(x, half.forward, bound, bound.record, (), t, context, layout, layout.inputs())
         assert gradient is not None and gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+def test_passes_are_the_runs_most_where_a_step_has_two_calls(tiny_model: Model) -> None:
+    """PNDM's first step guides twice."""
+    how = Guidance(minidiff.layout_loss, passes=4, threshold=0.0)
+    boxes = {"cat": (0.1, 0.1, 0.6, 0.7)}
+    given = {"model": tiny_model, "boxes": boxes, "guidance": how, "steps": 3, "seed": 1, "sampler": "pndm"}
+    (report,) = minidiff.generate("a cat", **given).reports  # type: ignore[arg-type, misc]
+    assert report.iterations == (2, 1, 1)

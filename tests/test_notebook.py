@@ -64,7 +64,7 @@ minidiff.generate(prompt, boxes=editor.value, seed=1)    # the picture with its 
 
 def test_the_notebook_is_readme_s() -> None:
     lines = [block for block in BLOCKS if "minidiff.Boxes(" in block]
-    assert lines in ([], [NOTEBOOK.strip()])
+    assert lines == [NOTEBOOK.strip()]
 
 
 @pytest.mark.slow

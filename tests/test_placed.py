@@ -79,6 +79,15 @@ def test_reports_of_the_bundled_model_say_it_and_others_do_not(tiny_model: Model
         str(least).count("34% likely in its box; try more seeds or a larger box") == str(least).count("try more") == 1
     )
     adapted = replace(named, adapters=(Adapter("lora", "a", "a.safetensors", "0" * 64),))
-    for other in (report(tiny_model), report(adapted), report(named, edits=minidiff.regional_prompting())):
+    bias = named.unet.state_dict()["conv_out.bias"]
+    changed = replace(named, unet=minidiff.with_weights(named.unet, {"conv_out.bias": bias}))
+    elsewhere = minidiff.Guidance(minidiff.inside_loss, sites=minidiff.cross, steps=4, iterations=1)
+    for other in (
+        report(tiny_model),
+        report(adapted),
+        report(changed),
+        report(named, edits=minidiff.regional_prompting()),
+        report(named, guidance=elsewhere),
+    ):
         assert other.placed is None and "likely" not in str(other)
     assert report(named, guidance={"objective": "inside", "steps": 2, "iterations": 1}).placed.isnan().all()
