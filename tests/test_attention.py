@@ -1,5 +1,6 @@
 """Recording and editing attention: results equal slow formulas, and nothing else changes."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,8 @@ from minidiff.networks.attention import (
     BOX_MASS,
     COLUMNS,
     HEAD_MEAN,
+    ROWS,
+    AttentionLayer,
     Edit,
     Inputs,
     Keep,
@@ -106,6 +109,36 @@ def test_rows_choose_the_half(unet: UNet, batch: tuple[Tensor, float, Tensor]) -
         assert relative_error(eps, unet(*batch)[0]) <= 1e-5
         for site, probs in maps.items():
             torch.testing.assert_close(probs, every[site][half])
+
+
+def test_what_is_kept_beside_the_fused_kernel(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
+    """The output is then that without a record, bit for bit. Edited sites, and what is not taken, go the other way."""
+    unet, taken = copy.deepcopy(unet), [True]
+    sites, edited = by_name(unet, "down.0.0.cross", "up.1.1.self", "mid.0.0.cross"), by_name(unet, "mid.0.0.cross")
+    called: list[Site] = []
+
+    def kept(site: Site, q: Tensor, k: Tensor, grid: tuple[int, int], keep: Keep, inputs: Inputs) -> Tensor | None:
+        called.append(site)
+        return keep(site, attention_probs(q, k).unflatten(2, grid), inputs) if taken[0] else None
+
+    edits = [Edit(edited, bias=add_bias)]
+    inputs = {"bias": torch.randn(1, 1, 1, 1, 7)}
+    plain, _ = unet(*batch, edits=edits, inputs=inputs)
+    expected = {rows: unet(*batch, Record(sites, rows=rows), edits, inputs) for rows in ROWS}
+    for layer in unet.modules():
+        if isinstance(layer, AttentionLayer):
+            layer.fused = kept
+    for rows in ROWS:
+        eps, maps = unet(*batch, Record(sites, rows=rows), edits, inputs)
+        for site in sites:
+            torch.testing.assert_close(maps[site], expected[rows][1][site], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(eps, expected[rows][0], rtol=1e-4, atol=1e-5)
+    assert set(called) == sites - edited
+    unedited, _ = unet(*batch, Record(sites - edited), edits, inputs)
+    assert torch.equal(unedited, plain)
+    taken[0] = False
+    eps, maps = unet(*batch, Record(sites), edits, inputs)
+    torch.testing.assert_close((eps, maps), expected["cond"], rtol=0, atol=0)
 
 
 def test_keeps(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:

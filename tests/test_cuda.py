@@ -14,10 +14,12 @@ from torch import Tensor, nn
 import minidiff
 from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.model import Model
+from minidiff.networks.attention import attention_probs, mask_name
 from minidiff.networks.norm import GroupNorm, GroupNormSiLU, LayerNorm
 from minidiff.networks.unet import GEGLU, ResBlock
 from minidiff.speed import fused
 from minidiff.speed.capture import captured
+from minidiff.speed.keeps import kept
 from minidiff.speed.replace import with_weights
 
 pytestmark = [pytest.mark.card, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card")]
@@ -97,6 +99,33 @@ def test_fused_layers_equal_torchs(dtype: torch.dtype) -> None:
         close(norm(x), LayerNorm.plain(norm.double(), x.double()))
         both = gate.proj(torch.randn(3, 50, 16, device="cuda").to(dtype))
         close(fused.gated_gelu(gate, both), gate.gated(both.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("keep", [minidiff.ALL, minidiff.HEAD_MEAN, minidiff.COLUMNS, minidiff.BOX_MASS])
+@torch.no_grad()
+def test_what_is_kept_is_that_of_all_probabilities(keep: minidiff.Keep, dtype: torch.dtype) -> None:
+    for grid, tokens, channels in (((16, 16), 77, 160), ((32, 32), 231, 80), ((15, 17), 255, 40), ((64, 64), 4096, 40)):
+        q, k = (torch.randn(2, n, 8, channels, device="cuda").to(dtype) for n in (grid[0] * grid[1], tokens))
+        q, k = q.transpose(1, 2)[1:], k.transpose(1, 2)[1:]  # one half of a batch
+        inputs = {"token_weights": torch.rand(1, 3, tokens, device="cuda")}
+        inputs[mask_name(grid)] = torch.rand(1, 3, *grid, device="cuda")
+        if tokens == 4096 and keep is minidiff.ALL:
+            continue  # 512 MB
+        found = kept(minidiff.Site("up", 1, 0, "cross"), q, k, grid, keep, inputs)
+        assert found is not None  # else torch would be compared with torch
+        probs = attention_probs(q.float(), k.float()).unflatten(2, grid)
+        torch.testing.assert_close(found, keep(minidiff.Site("up", 1, 0, "cross"), probs, inputs), rtol=2e-3, atol=2e-5)
+
+
+def test_recording_leaves_a_picture_as_it_is() -> None:
+    half = minidiff.load(device="cuda", dtype="float16")
+    expected = picture(without_graphs(half))
+    for record in (
+        minidiff.Record(minidiff.cross),
+        minidiff.Record(minidiff.cross | minidiff.self_, minidiff.HEAD_MEAN),
+    ):
+        torch.testing.assert_close(picture(half, attention=record), expected, rtol=0, atol=1 / 255)
 
 
 @minidiff.objective

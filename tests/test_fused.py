@@ -49,17 +49,17 @@ def test_a_point_convolution_keeps_its_weights_and_result() -> None:
 
 
 def test_a_broken_compiler_is_told_of_and_costs_speed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    fused._works.cache_clear()
+    fused.works.cache_clear()
     monkeypatch.setattr(fused, "find_spec", lambda name: True)
     monkeypatch.setattr(fused, "_apart", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="Triton's fail here .ZeroDivisionError: division by zero"):
         unet = fused.fuse(UNet(UNetConfig(block_out_channels=(32,) * 4, cross_attention_dim=8)))
     assert all(module.fused is None for module in unet.modules() if isinstance(module, GroupNorm))
-    fused._works.cache_clear()
+    fused.works.cache_clear()
     monkeypatch.setattr(fused, "_apart", lambda *_: 0.5)
     with pytest.warns(UserWarning, match="a small layer's result is 5e-01 off"):
-        assert not fused._works(torch.device("cpu"), torch.float32)
-    fused._works.cache_clear()
+        assert not fused.works(fused._apart, torch.device("cpu"), torch.float32, 16)
+    fused.works.cache_clear()
 
 
 def test_layers_with_hooks_are_called() -> None:

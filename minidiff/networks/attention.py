@@ -6,7 +6,7 @@ channels per head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -21,6 +21,7 @@ Rows = Literal["cond", "uncond", "all"]
 Inputs = Mapping[str, Tensor]
 Maps = dict[Site, Tensor]  # what was kept at each site
 KeepFunction = Callable[[Site, Tensor, Inputs], Tensor]
+FusedKeep = Callable[[Site, Tensor, Tensor, Grid, "Keep", Inputs], Tensor | None] | None
 ROWS = ("cond", "uncond", "all")
 
 
@@ -176,17 +177,6 @@ class Record:
         return replace(self, sites=choose(self.sites), more=tuple((choose(where), keep) for where, keep in self.more))
 
 
-def converted(
-    maps: Maps, kinds: Mapping[Site, Keep], wanted: Iterable[tuple[Site, Keep]], inputs: Inputs
-) -> dict[tuple[Site, Keep], Tensor]:
-    """What each keep keeps of its site, from what `kinds` kept there: the same, all, or the mean over heads."""
-    found = {}
-    for site, keep in dict.fromkeys(wanted):
-        kept, kind = maps[site], kinds[site]
-        found[site, keep] = kept if kind == keep else keep(site, kept if kind.heads else kept[:, None], inputs)
-    return found
-
-
 @own_keywords
 @dataclass(frozen=True)
 class Edit:
@@ -276,7 +266,10 @@ class AttentionLayer(nn.Module):
     """Multi-head attention of pixels to text (`context` given) or to each other.
 
     Weight names as in the folder format. `to_k_ip` and `to_v_ip` have one layer for each IP-Adapter on the UNet.
+    `fused` computes what is kept at the side of the fused kernel, or returns None (speed/keeps.py).
     """
+
+    fused: FusedKeep = None
 
     def __init__(self, site: Site, channels: int, context_channels: int, num_heads: int) -> None:
         super().__init__()
@@ -290,7 +283,7 @@ class AttentionLayer(nn.Module):
     def forward(self, x: Tensor, context: Tensor, grid: Grid, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
         """x [B,N,C], context [B,L,C'] -> (new x, what the record keeps of this site or None)."""
         q, k, v = (self.split_heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        out, kept = hooked_attention(self.site, q, k, v, grid, hooks)
+        out, kept = hooked_attention(self.site, q, k, v, grid, hooks, self.fused)
         for adapter, layers in enumerate(zip(self.to_k_ip, self.to_v_ip, strict=True)):
             number = 0
             while (name := picture_name(adapter, number)) in hooks.inputs:
@@ -306,13 +299,18 @@ class AttentionLayer(nn.Module):
 
 
 def hooked_attention(
-    site: Site, q: Tensor, k: Tensor, v: Tensor, grid: Grid, hooks: Hooks
+    site: Site, q: Tensor, k: Tensor, v: Tensor, grid: Grid, hooks: Hooks, fused: FusedKeep = None
 ) -> tuple[Tensor, Tensor | None]:
     """Attention at any site; without record or edit, and in a half of the batch without, by the fused kernel."""
     keep, rows = hooks.kinds.get(site), hooks.rows
     edits = tuple(edit for edit in hooks.edits if site in edit.sites)  # type: ignore[operator]  # chosen
     if keep is None and not edits:
         return attention(q, k, v), None
+    if keep is not None and not edits and fused is not None:
+        part = dict(_halves(len(q), {rows}))[rows]
+        found = fused(site, q[part], k[part], grid, keep, hooks.inputs)
+        if found is not None:
+            return attention(q, k, v), found
     outs: list[Tensor] = []
     kept: list[Tensor] = []
     named = {edit.rows for edit in edits} | (set() if keep is None else {rows})

@@ -7,6 +7,7 @@ Without gradients only, but for 1x1 convolutions; elsewhere torch's own kernels 
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import warn
+from ..networks.attention import AttentionLayer
 from ..networks.config import UNetConfig
 from ..networks.norm import GroupNorm, GroupNormSiLU, LayerNorm
 from ..networks.unet import GEGLU, ResBlock
@@ -31,8 +33,15 @@ def fuse(network: Network) -> Network:
     for module in network.modules():
         if type(module) is nn.Conv2d and module.kernel_size == (1, 1):
             module.__class__ = PointConv2d
+    if find_spec("triton") is None:
+        return network
+    from .keeps import kept
+
+    for module in network.modules():
+        if isinstance(module, AttentionLayer):
+            module.fused = kept
     one = next(network.parameters())
-    return _fused(network) if find_spec("triton") is not None and _works(one.device, one.dtype) else network
+    return _fused(network) if works(_apart, one.device, one.dtype, 16, 32) else network
 
 
 def _fused(network: Network) -> Network:
@@ -49,14 +58,18 @@ def _fused(network: Network) -> Network:
 
 
 @cache
-def _works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels can be built and are right here, tried on small layers: Triton needs a C compiler, and knows
-    some cards and dtypes only. The bounds are above what rounding does, TF32's too.
+def works(apart: Callable[..., float], device: torch.device, dtype: torch.dtype, *cases: Any) -> bool:
+    """Whether kernels can be built and are right here, tried on small cases: Triton needs a C compiler, and knows some
+    cards and dtypes only. The bounds are above what rounding does, TF32's too.
+
+    apart: the maximum relative error of a case, (device, dtype, case). It depends on none of torch's defaults, and
+    leaves the random numbers of the caller as they are.
     """
     try:
-        apart = max(_apart(device, dtype, channels) for channels in (16, 32))
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cuda", enabled=False):
+            far = max(apart(device, dtype, case) for case in cases)
         most = 1e-2 if dtype == torch.float32 else 5e-2
-        problem = "" if apart <= most else f"a small layer's result is {apart:.0e} off"
+        problem = "" if far <= most else f"a small layer's result is {far:.0e} off"
     except Exception as error:  # whatever a compiler raises
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if problem:
@@ -64,33 +77,34 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     return not problem
 
 
+def error(found: Tensor, expected: Tensor) -> float:
+    """The maximum relative error; inf for NaN."""
+    far = float((found.cpu().float() - expected).abs().max() / expected.abs().max())
+    return math.inf if math.isnan(far) else far
+
+
 @torch.no_grad()
 def _apart(device: torch.device, dtype: torch.dtype, channels: int) -> float:
-    """The maximum relative error of all these kernels, on small layers with so many input channels; inf for NaN.
-
-    It depends on none of torch's defaults, and leaves the random numbers of the caller as they are.
-    """
+    """The maximum relative error of all these kernels, on small layers with so many input channels."""
     config = UNetConfig(block_out_channels=(16,), norm_num_groups=8)
     cells, tokens = (2, channels, 9, 7), (2, 5, channels)
+    tried: list[tuple[nn.Module, tuple[int, ...]]] = [
+        (ResBlock(config, channels, 32), cells),
+        (GroupNorm(8, channels, 1e-5), cells),
+        (GroupNormSiLU(8, channels, 1e-5), cells),
+        (LayerNorm(channels), tokens),
+        (GEGLU(channels, 24), tokens),
+    ]
     apart = 0.0
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cuda", enabled=False):
-        tried: list[tuple[nn.Module, tuple[int, ...]]] = [
-            (ResBlock(config, channels, 32), cells),
-            (GroupNorm(8, channels, 1e-5), cells),
-            (GroupNormSiLU(8, channels, 1e-5), cells),
-            (LayerNorm(channels), tokens),
-            (GEGLU(channels, 24), tokens),
-        ]
-        for layer, size in tried:
-            layer = layer.to(torch.float32)
-            given = [torch.randn(size, dtype=torch.float32)]
-            given += [torch.randn(2, 64, dtype=torch.float32)] if isinstance(layer, ResBlock) else []
-            expected = layer(*given)
-            layer = _fused(layer.to(device, dtype).to(memory_format=_LAST))  # type: ignore[call-overload]
-            there = (one.to(device, dtype) for one in given)
-            found = layer(*(one.contiguous(memory_format=_LAST) if one.ndim == 4 else one for one in there))
-            error = float((found.cpu().float() - expected).abs().max() / expected.abs().max())
-            apart = max(apart, math.inf if math.isnan(error) else error)
+    for layer, size in tried:
+        layer = layer.to(torch.float32)
+        given = [torch.randn(size, dtype=torch.float32)]
+        given += [torch.randn(2, 64, dtype=torch.float32)] if isinstance(layer, ResBlock) else []
+        expected = layer(*given)
+        layer = _fused(layer.to(device, dtype).to(memory_format=_LAST))  # type: ignore[call-overload]
+        there = (one.to(device, dtype) for one in given)
+        found = layer(*(one.contiguous(memory_format=_LAST) if one.ndim == 4 else one for one in there))
+        apart = max(apart, error(found, expected))
     return apart
 
 
@@ -218,10 +232,14 @@ def _bare(layer: nn.Module) -> bool:
 
 
 def _usable(layer: Any, x: Tensor) -> bool:
+    return x.dtype == layer.weight.dtype and usable(x)
+
+
+def usable(x: Tensor) -> bool:
+    """Whether these kernels take a tensor."""
     return (
         not torch.is_grad_enabled()
         and x.is_cuda
-        and x.dtype == layer.weight.dtype
         and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and x.numel() > 0
         and not torch.is_autocast_enabled("cuda")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...checks import choice, number, shown
-from ...networks.attention import ALL, BOX_MASS, Inputs, Keep, Maps, Record, converted
+from ...networks.attention import ALL, BOX_MASS, Inputs, Keep, Maps, Record
 from ...networks.sites import SECOND_COARSEST, Position, Site, Where, choose, read_sites
 from ...vocabulary import own_keywords
 from ._maps import TINY, own_shares
@@ -165,7 +165,7 @@ class Objective:
     def _views(self, maps: Maps, inputs: Inputs, more: Sequence[tuple[Site, Keep]] = ()) -> _Views:
         """What the terms read, and more, each computed once."""
         wanted = [(site, term.keep) for term in self.terms for site in term.reads(maps)]
-        return converted(maps, self.record.kinds or dict.fromkeys(maps, self.keep), [*wanted, *more], inputs)
+        return _converted(maps, self.record.kinds or dict.fromkeys(maps, self.keep), [*wanted, *more], inputs)
 
     def _losses(self, maps: Maps, views: _Views, layout: Layout) -> tuple[Tensor, Tensor]:
         weights = layout.weights
@@ -198,6 +198,15 @@ def _reduced(loss: Tensor, weights: Tensor, reduce: Reduction) -> Tensor:
         return torch.where(none, 0.0, there.amax(dim=1)) if loss.shape[1] else loss.sum(dim=1)
     whole = (weights * loss).sum(dim=1)
     return whole if reduce == "sum" else whole / weights.sum(dim=1).clamp_min(TINY)
+
+
+def _converted(maps: Maps, kinds: Mapping[Site, Keep], wanted: Iterable[tuple[Site, Keep]], inputs: Inputs) -> _Views:
+    """What each keep keeps of its site, from what `kinds` kept there: the same, all, or the mean over heads."""
+    found = {}
+    for site, keep in dict.fromkeys(wanted):
+        kept, kind = maps[site], kinds[site]
+        found[site, keep] = kept if kind == keep else keep(site, kept if kind.heads else kept[:, None], inputs)
+    return found
 
 
 @overload
