@@ -40,7 +40,7 @@ class Found:
         names = {"masks": ("1 - IoU of masks", 0.4), "boxes": ("1 - IoU of boxes", 1.0)}
         names["missed"] = ("largest attention beside the object", 0.05)
         names["absent"] = ("absent phrase scores above a present one", 0.05)
-        names["alike"] = ("the same, sharing colour or shape", 1.0)
+        names["alike"] = ("the same, sharing colour or shape", 0.05)
         for name, (part, bound) in names.items():
             values = getattr(self, name)
             yield Row(part, f"{len(values)}", float(np.mean(values)), bound, "mean", note)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from io import BytesIO
@@ -119,11 +119,31 @@ class Attention:
         return float(left), float(top), float(right) / width, float(bottom) / height
 
     def score(self, phrase: str, image: int = 0, grid: Grid | None = None, occurrence: int | None = None) -> float:
-        """How much the picture holds of the phrase: the mean of the largest twentieth of its map, to compare phrases
-        that were asked for alike.
+        """How much of a phrase the picture holds, in [0,1]: above a half, it is what is seen most where it is seen.
+
+        The mean of p / (p + r) over the twentieth of the picture with the largest p: p is the attention to the phrase,
+        r that to whichever other word gets most there, of the prompt's and of `words`; 1 if there is no other.
         """
-        values = self._mean(phrase, image, grid, occurrence).flatten()
-        return float(values.topk(max(1, len(values) // 20)).values.mean())
+        own = self._mean(phrase, image, grid, occurrence)
+        others = list(self._others(phrase, image, grid, occurrence))
+        most = torch.stack(others).amax(dim=0) if others else torch.zeros_like(own)
+        best = own.flatten().topk(max(1, own.numel() // 20)).indices
+        return float((own / (own + most).clamp_min(1e-12)).flatten()[best].mean())
+
+    def _others(self, phrase: str, image: int, grid: Grid | None, occurrence: int | None) -> Iterator[Tensor]:
+        """[h,w] for each token of the prompt that is not the phrase's, and for each of the other `words`."""
+        own = set(self._tokens(image, phrase, occurrence))
+        places: Sequence[int] = ()
+        if self.prompts is not None:
+            places = self.text.read(self.prompts[image]).places
+            with suppress(ValueError):  # not in the prompt, or lost by truncation
+                own |= set(self.text.all_spans(self.prompts[image], phrase))
+        for token in places:
+            if token not in own:
+                yield self._mean(f"tokens:{token}", image, grid, None)
+        for word in self.words:
+            if word != phrase:
+                yield self._mean(word, image, grid, None)
 
     def _mean(self, phrase: str, image: int, grid: Grid | None, occurrence: int | None) -> Tensor:
         """[h,w], over steps too."""

@@ -85,7 +85,27 @@ def test_masks_boxes_and_scores_of_a_map() -> None:
     assert mask[78, 1] == 1
     assert mask[60:70, 30:].max() == 0
     torch.testing.assert_close(torch.tensor(maps.box("ball")), torch.tensor([0.3, 0.2, 0.9, 0.6]), atol=0.02, rtol=0)
-    assert maps.score("ball") == pytest.approx(0.7)
+    assert maps.score("ball") == 1  # there is no other word
+
+
+def test_a_score_compares_with_the_other_words_where_the_word_is_seen(tiny_model: Model) -> None:
+    """Against loops over the cells of random maps, for a word of the prompt, one besides, and one that is both."""
+    length, side = tiny_model.text.length, 10
+    kept = torch.rand(1, side, side, length + 2, generator=torch.Generator().manual_seed(2))
+    site = minidiff.Site.named("mid.0.0.cross")
+    words = {"dog": (length,), "ball": (length + 1,)}
+    maps = Attention(SiteMaps({site: kept}), {site: minidiff.HEAD_MEAN}, 1, tiny_model.text, (PROMPT,), words=words)
+    prompt = range(1, tiny_model.text.num_tokens(PROMPT) + 1)  # neither markers nor padding
+    for phrase in ("red ball", "dog", "ball"):
+        named = tiny_model.text.all_spans(PROMPT, phrase) if phrase in PROMPT else ()
+        own = words.get(phrase, named)
+        others = [i for i in prompt if i not in named] + [
+            one for word in words if word != phrase for one in words[word]
+        ]
+        cells = kept[0].flatten(0, 1).tolist()
+        seen = sorted(((sum(cell[i] for i in own) / len(own), cell) for cell in cells), reverse=True)[:5]
+        expected = sum(p / (p + max(cell[i] for i in others)) for p, cell in seen) / 5
+        assert maps.score(phrase) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_mask_of_a_generated_picture_places_an_object(tiny_model: Model) -> None:
