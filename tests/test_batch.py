@@ -19,7 +19,7 @@ from minidiff.cli import batch as command
 from minidiff.cli.batch import Draw
 from minidiff.cli.lines import read_lines
 from minidiff.cli.main import main
-from minidiff.cli.manifest import COLUMNS, Done
+from minidiff.cli.manifest import COLUMNS, Done, only
 from minidiff.cli.plan import OWN, WINDOW, Job, batches, jobs, together
 from minidiff.request import Request
 
@@ -185,7 +185,8 @@ def test_a_log_cut_anywhere_is_taken_up_from_its_last_whole_row(tmp_path: Path, 
         kept = text[:end].splitlines(keepends=True)
         whole_ones = [row for row in kept if row.endswith(b"\n") and b'"error"' not in row]
         assert sum(one.images for one in drawn) == 9 - len(whole_ones)
-        assert len(log.read_bytes().splitlines()) == 10
+        logged = log.read_bytes().splitlines()
+        assert sum(b'"error"' not in row for row in logged) == 9
     assert len(list(out.glob("*.png"))) == 9 and not list(out.glob(".*"))
 
 
@@ -199,8 +200,73 @@ def test_a_changed_line_is_made_anew_and_other_flags_are_refused(
     lines[1] = {"prompt": "mended", **SMALL}
     rows = run(write(file, lines), out)
     assert [one.prompt for one in drawn] == [("mended",)] and [row["error"] for row in rows] == [None] * 3
-    assert main(["batch", str(file), "--out", str(out), "--steps", "3"]) == 2
-    assert "begun with other flags" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["batch", str(file), "--out", str(out), "--steps", "3", "--lora", "a.safetensors=0.5"]) == 2
+    assert capsys.readouterr().err == (
+        f"minidiff: error: {out} was begun with other flags: --steps not given then, 3 now; --lora not given then, "
+        "a.safetensors,0.5 now; expected the same, or another folder\n"
+    )
+    (out / "batch.json").write_text("[3]")
+    assert main(["batch", str(file), "--out", str(out)]) == 2
+    assert "batch.json is not minidiff batch's" in capsys.readouterr().err
+
+
+def test_a_line_with_an_error_is_tried_again(tmp_path: Path, drawn: list[Request]) -> None:
+    start = tmp_path / "start.png"
+    file = write(tmp_path / "r.jsonl", [{"prompt": "a", **SMALL}, {"prompt": "b", "image": str(start), **SMALL}])
+    assert [row["error"] is None for row in run(file, tmp_path / "out")] == [True, False]
+    Image.new("RGB", (8, 8)).save(start)
+    assert [row["error"] for row in run(file, tmp_path / "out")] == [None, None]
+    assert [one.prompt for one in drawn] == [("a",), ("b",)]
+
+
+def test_what_is_wrong_with_flags_is_no_line_s_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = write(tmp_path / "r.jsonl", [{"prompt": "a red circle", **SMALL}]), tmp_path / "out"
+    for flags, said in (
+        (["--steps", "0"], "steps is 0"),
+        (["--ip-adapter", "a.safetensors"], "expected both"),
+        (["--model", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--lora", "nowhere.safetensors"], "nowhere.safetensors"),
+    ):
+        where = out / flags[0]
+        assert main(["batch", str(file), "--out", str(where), *flags]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and said in told
+        assert not list(where.glob("*.png"))
+    assert len(run(file, where)) == 1  # there, too: a folder without pictures is begun anew
+
+
+def test_two_at_work_in_one_folder_are_told(
+    tmp_path: Path, drawn: list[Request], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = write(tmp_path / "r.jsonl", [{"prompt": "a", **SMALL}]), tmp_path / "out"
+    out.mkdir()
+    with only(out / "rows-1-of-2.jsonl"):
+        (out / "batch.json").write_text("{}")
+        run(file, out, "--shard", "2/2")
+        assert main(["batch", str(file), "--out", str(out), "--shard", "1/2"]) == 2
+    assert "another minidiff batch is at work in" in capsys.readouterr().err and not drawn
+    run(file, out, "--shard", "1/2")
+    assert len(drawn) == 1
+
+
+def test_a_folder_s_number_of_threads_is_kept(
+    tmp_path: Path, drawn: list[Request], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, counted, draw = torch.get_num_threads(), [], command._generate
+
+    def counting(batch: list[Job], model: minidiff.Model) -> minidiff.Result:
+        counted.append(torch.get_num_threads())
+        return draw(batch, model)
+
+    monkeypatch.setattr(command, "_generate", counting)
+    file = write(tmp_path / "r.jsonl", lines := [{"prompt": "a", **SMALL}])
+    run(file, tmp_path / "usual")
+    run(file, tmp_path / "told", "--threads", "3")
+    run(write(file, [*lines, {"prompt": "b", **SMALL}]), tmp_path / "told")  # goes on as it was begun
+    assert counted == [there, 3, 3] and torch.get_num_threads() == there
+    assert main(["batch", str(file), "--out", str(tmp_path / "told"), "--threads", "2"]) == 2
+    assert "--threads 3 then, 2 now" in capsys.readouterr().err
 
 
 def test_shards_make_together_what_one_makes(tmp_path: Path, drawn: list[Request]) -> None:
@@ -330,7 +396,7 @@ def test_five_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
     assert {path.name for path in out.glob("*.png")} == {row["file"] for row in good} and len(good) == 490
     assert not list(out.glob(".*"))
     logged = [line for log in out.glob("rows-*.jsonl") for line in log.read_bytes().splitlines()]
-    assert len(logged) == 500
+    assert sum(b'"error"' not in row for row in logged) == 490
     model = minidiff.load(dtype="float32")
     chance.shuffle(good)
     for start in range(0, 490, 35):
@@ -366,7 +432,8 @@ def test_ray_makes_the_same_with_a_worker_killed(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
     ray.shutdown()
     assert rows == alone and len(killed) == 1
-    assert sum(len(log.read_bytes().splitlines()) for log in out.glob("rows-*.jsonl")) == 600
+    logged = [row for log in out.glob("rows-*.jsonl") for row in log.read_bytes().splitlines()]
+    assert sum(b'"error"' not in row for row in logged) == 599
     assert {path.name for path in out.glob("*.png")} == {row["file"] for row in rows if row["file"]}
     for row in rows[6::100]:
         assert_same(out, row, Image.open(tmp_path / "alone" / row["file"]))

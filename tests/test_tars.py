@@ -47,7 +47,10 @@ def test_pictures_are_pairs_in_shards(tmp_path: Path) -> None:
     found = pairs(out)
     assert len(found) == 4 and len(rows) == 5
     for row in rows:
+        assert (row["tar"] is None) == (row["error"] is not None)
         if row["error"] is None:
+            with tarfile.open(out / row["tar"]) as tar:
+                assert row["file"] in tar.getnames()
             picture, facts = found[row["file"].removesuffix(".png")]
             assert facts == {
                 **{name: row[name] for name in ("line", "image", "seed", "prompt", "flagged")},
@@ -88,7 +91,11 @@ def test_a_kill_at_any_place_loses_and_repeats_nothing(
             for owner, name in ((tarfile.TarFile, "addfile"), (os, "fsync"), (os, "replace"), (Path, "unlink")):
                 patch.setattr(owner, name, dying(name, getattr(owner, name)))
             code = main(["batch", str(file), "--out", str(out), *flags, "--batch-size", "3"])
-        assert run(file, out, *flags, "--batch-size", "3") == whole
+        rows = run(file, out, *flags, "--batch-size", "3")
+        assert [row | {"tar": None} for row in rows] == [row | {"tar": None} for row in whole]
+        for row in rows:
+            with tarfile.open(out / row["tar"]) as tar:
+                assert row["file"] in tar.getnames()
         again = pairs(out)
         assert again.keys() == expected.keys()
         assert all(again[key][1] == expected[key][1] for key in again)
@@ -106,7 +113,7 @@ def test_shards_of_a_part_have_its_name_and_other_lines_need_another_folder(
     assert len(pairs(out)) == 5
     write(file, [*lines, {"prompt": "more", **SMALL}])
     assert main(["batch", str(file), "--out", str(out), "--tar", "--shard", "1/2"]) == 2
-    assert "begun with other flags" in capsys.readouterr().err
+    assert "--tar of a file with the digest" in capsys.readouterr().err
     (tmp_path / "pictures-000000.tar").write_bytes(b"no tar")
     with pytest.raises(ValueError, match="is no shard of minidiff batch"):
         tars.remove_packed(tmp_path, "pictures")

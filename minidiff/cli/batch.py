@@ -8,12 +8,14 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..request import BUNDLED
 from .lines import as_text, import_parquet, read_lines
-from .manifest import COLUMNS, Done, Row, append, begin, write_manifest, write_whole
+from .manifest import COLUMNS, Done, Row, append, begin, only, write_manifest, write_whole
 from .plan import Job, batches, jobs, together
 
 if TYPE_CHECKING:
@@ -37,14 +39,16 @@ class Draw:
     out: the folder for pictures, which are then not made again by another call, after a kill either; None: each row
     holds its PNG, in the column "png". fields: of a Request, which replace the rows' own. loading: the arguments of
     minidiff.load. adapters: the arguments of minidiff.with_image_prompt, for each. batch_size: images per call of
-    minidiff.generate; default: at most 32, as many as gain time and there is memory for, and guided ones alone. log:
-    the name of this process in the folder.
+    minidiff.generate; default: at most 32, as many as gain time and there is memory for, and guided ones alone.
+    threads: that torch computes with on a CPU; None: as many as it has. log: the name of this process in the folder.
+
+    ValueError, when called, where the model of `fields` and `loading` cannot be loaded: no row is to blame.
 
     Each picture equals generate's within 1/255 in float32, whatever its batch. Guided ones only where batch_size is 1
     or None: matrix kernels round in another order for another batch, by 1e-7, and where a loss does not come down below
     its threshold each step of guidance multiplies such a difference by up to ten (in 4 of 32 small pictures it was seen
-    at the end). Another kind of processor and another number of threads round otherwise, too: workers make the same
-    guided pictures where they have the same of both (OMP_NUM_THREADS).
+    at the end). Another kind of processor and another number of threads round otherwise, too: guided pictures are
+    equal, whatever the number of workers, on one kind of processor with the same `threads`.
     """
 
     def __init__(
@@ -55,11 +59,12 @@ class Draw:
         loading: Mapping[str, object] | None = None,
         adapters: Sequence[tuple[str, str]] = (),
         batch_size: int | None = None,
+        threads: int | None = None,
         log: str | None = None,
     ) -> None:
         self._out = None if out is None else Path(out)
         self._fields, self._loading, self._adapters = dict(fields or {}), dict(loading or {}), adapters
-        self._size = batch_size
+        self._size, self._threads = batch_size, threads
         self._log = log or f"{socket.gethostname()}-{os.getpid()}"
         self._loaded: tuple[str, Model] | None = None
         self._done = None if self._out is None else Done.read(self._out)
@@ -105,11 +110,19 @@ class Draw:
             return
         try:
             model = self._model(batch[0].request)
+        except (ValueError, OSError) as error:
+            if str(batch[0].request.model) == str(self._fields.get("model", BUNDLED)):
+                raise
+            yield [_row(job, error=str(error)) for job in batch]
+            return
+        try:
             size = self._size or _fitting(batch[0].request, model)
             if len(batch) > size:
                 half = size
             else:
-                yield _rows(batch, _generate(batch, model))
+                with _computing(self._threads):
+                    rows = _rows(batch, _generate(batch, model))
+                yield rows
                 return
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
             if len(batch) == 1:
@@ -132,6 +145,18 @@ class Draw:
                 model = with_image_prompt(model, file, encoder)
             self._loaded = source, model
         return self._loaded[1]
+
+
+@contextmanager
+def _computing(threads: int | None) -> Iterator[None]:
+    import torch
+
+    there = torch.get_num_threads()
+    torch.set_num_threads(threads or there)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(there)
 
 
 def _generate(batch: list[Job], model: Model) -> Result:
@@ -196,56 +221,76 @@ def _number(text: str) -> int:
 
 def batch(args: argparse.Namespace) -> int:
     """Make the pictures of a file of requests, and its manifest. Returns the exit code."""
-    from tqdm import tqdm
+    import torch
 
     from ..png.chunk import plain
+    from ..request import Request
     from ..speed.accelerate import keep_memory
-    from .main import LOADING, given_fields, lora_values, note
-    from .tars import pack, packing, remove_packed, waiting
+    from .main import LOADING, check_adapters, given_fields, lora_values, note
 
     keep_memory()
     source, out, shard = Path(args.requests), Path(args.out), args.shard or (1, 1)
     import_parquet("to write the manifest")
-    mine = sum(number % shard[1] == shard[0] % shard[1] for number, _ in read_lines(source))
-    loading = {name: getattr(args, name) for name in LOADING}
-    loading["loras"] = lora_values(args.loras)
+    check_adapters(args)
     fields, adapters = given_fields(args), [(file, args.image_encoder) for file in args.ip_adapter or ()]
+    Request("any", **fields)  # type: ignore[arg-type]  # a wrong flag is no line's error
+    loading = {name: getattr(args, name) for name in LOADING}
     settings = {"fields": plain(fields), "loading": plain(loading), "adapters": plain(adapters)}
-    begin(out, settings if args.tar is None else settings | {"tar_of": _digest(source)})
+    settings |= {"threads": args.threads} | ({} if args.tar is None else {"tar_of": _digest(source)})
+    mine = sum(number % shard[1] == shard[0] % shard[1] for number, _ in read_lines(source))
+    if not mine:
+        note(f"there is no line to make in {source}")
+    cluster, threads = None, torch.get_num_threads()
+    if args.ray is not None:
+        from .cluster import connect
+
+        cluster = connect(args.ray, args.workers)
+        threads = cluster.threads
+    options: dict[str, Any] = {
+        "fields": fields,
+        "loading": loading | {"loras": lora_values(args.loras)},
+        "adapters": adapters,
+    }
+    options |= {"batch_size": args.batch_size, "threads": begin(out, settings, {"threads": threads})["threads"]}
     name = f"{shard[0]}-of-{shard[1]}"
-    stem = "pictures" if shard[1] == 1 else f"pictures-{name}"
-    if args.tar is not None:
-        remove_packed(out, stem)
-    options = {"fields": fields, "loading": loading, "adapters": adapters, "batch_size": args.batch_size}
-    done = sum(row["image"] == 0 for row in Done.read(out).rows(shard))
-    with tqdm(total=mine, initial=done, unit="line", disable=None) as bar:
+    with only(out / f"rows-{name}.jsonl"):
         lines = ((number, text) for number, text in read_lines(source) if number % shard[1] == shard[0] % shard[1])
-        batches = _made(args, out, lines, options, name)
-        for rows in batches if args.tar is None else packing(batches, out, stem, args.tar):
-            bar.update(sum(row["image"] == 0 for row in rows))
-    manifest = out / ("manifest.parquet" if shard[1] == 1 else f"manifest-{name}.parquet")
-    made = Done.read(out)
-    left = waiting(made.rows(shard), out) if args.tar is not None else iter(())
-    while some := list(islice(left, args.tar)):
-        pack(some, out, stem)
-    write_manifest(made, manifest, shard)
-    errors = len({row["line"] for row in made.rows(shard) if row.get("error") is not None})
+        if cluster is None:
+            made = Draw(out, log=name, **options).rows(lines)
+        else:
+            made = cluster.draw(out / f"requests-{name}.parquet", lines, options)
+        manifest, errors = _written(made, out, shard, mine, args.tar)
     if errors:
-        note(f"{errors} of {mine} lines have an error, in the column error of {manifest}")
+        note(
+            f"{errors} of {mine} lines have an error, in the column error of {manifest}; they are tried again next time"
+        )
     print(manifest)
     return 0
 
 
-def _made(
-    args: argparse.Namespace, out: Path, lines: Iterable[tuple[int, str]], options: dict[str, Any], name: str
-) -> Iterator[list[Row]]:
-    """Make the pictures, here or on Ray: the rows of each batch."""
-    if args.ray is None:
-        yield from Draw(out, log=name, **options).rows(lines)
-    else:
-        from .cluster import draw_on_ray
+def _written(
+    made: Iterator[list[Row]], out: Path, shard: tuple[int, int], mine: int, tar: int | None
+) -> tuple[Path, int]:
+    """Make the pictures, of which `mine` lines tell. Returns the manifest, and how many have an error."""
+    from tqdm import tqdm
 
-        yield from draw_on_ray(args.ray, args.workers, out / f"requests-{name}.parquet", lines, options)
+    from .tars import pack, packing, remove_packed, shards, waiting
+
+    part = "" if shard[1] == 1 else f"-{shard[0]}-of-{shard[1]}"
+    stem = f"pictures{part}"
+    if tar is not None:
+        remove_packed(out, stem)
+    done = sum(row["image"] == 0 and row.get("error") is None for row in Done.read(out).rows(shard))
+    with tqdm(total=mine, initial=done, unit="line", disable=None) as bar:
+        for rows in made if tar is None else packing(made, out, stem, tar):
+            bar.update(sum(row["image"] == 0 for row in rows))
+    known = Done.read(out)
+    left = waiting(known.rows(shard), out) if tar is not None else iter(())
+    while some := list(islice(left, tar)):
+        pack(some, out, stem)
+    manifest = out / f"manifest{part}.parquet"
+    write_manifest(known.rows(shard), manifest, shards(out, stem))
+    return manifest, len({row["line"] for row in known.rows(shard) if row.get("error") is not None})
 
 
 def _digest(path: Path) -> str:

@@ -127,6 +127,12 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--ray", metavar="ADDRESS", help="on the machines of a Ray cluster that see the folder; local begins one here")
     add("--workers", type=read_positive, metavar="N", help="of --ray (default: one per GPU, or else one per machine)")
+    add(
+        "--threads",
+        type=read_positive,
+        metavar="N",
+        help="of each worker (default: those of the folder, or else all of the CPU's): another number rounds otherwise",
+    )
     add("--shard", type=read_shard, metavar="I/N", help="make part I of N, counted from 1: for schedulers")
     add("--width", type=int, metavar="PIXELS", help="a multiple of 8 in SD 1.5 (default: the model's training size)")
     add("--height", type=int, metavar="PIXELS", help="see --width")

@@ -108,7 +108,7 @@ def _generate(args: argparse.Namespace) -> int:
         of_file = args.layout is not None and str(error).startswith("boxes")
         raise ValueError(f"{args.layout[0]}: {error}" if of_file else error) from error
     _note_unquoted(args.prompt)
-    _check_adapters(args)
+    check_adapters(args)
 
     from ..png.write import check_output_path
 
@@ -176,10 +176,10 @@ def given_fields(args: argparse.Namespace) -> dict[str, object]:
     return {name: value for name, value in values.items() if value is not None and value != []}
 
 
-def _check_adapters(args: argparse.Namespace) -> None:
+def check_adapters(args: argparse.Namespace) -> None:
     """ValueError, before anything is loaded, for pictures without an adapter and adapters that are none."""
     flags = "--ip-adapter FILE --image-encoder FOLDER"
-    if args.image_prompt and not args.ip_adapter:
+    if getattr(args, "image_prompt", None) and not args.ip_adapter:
         raise ValueError(f"--image-prompt needs an IP-Adapter that reads it; expected {flags} too")
     if bool(args.ip_adapter) != bool(args.image_encoder):
         raise ValueError(f"got one of --ip-adapter and --image-encoder; expected both: {flags}")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ..png.chunk import Plain
 from ..request_checks import MOST_IMAGES
 from .lines import import_parquet
 from .plan import Job
@@ -34,7 +36,8 @@ COLUMNS = {
     "flagged": "bool_",
     "error": "string",
 }
-"""The columns of a manifest, with pyarrow's types: parameters and report are JSON."""
+"""The columns of rows, with pyarrow's types: parameters and report are JSON. A manifest has one more, "tar": the shard
+of --tar that holds the file."""
 
 
 def write_whole(path: Path, data: bytes, mark: str = "") -> None:
@@ -75,30 +78,34 @@ class Done:
     keys: NDArray[np.int64]
     digests: NDArray[np.uint64]
     where: NDArray[np.int64]  # [rows, 2]: the log, and the place in it
+    made: NDArray[np.bool_]  # False for errors, which are tried again
 
     @classmethod
     def read(cls, folder: Path) -> Done:
         """ValueError for a log that is none."""
         logs = tuple(sorted(folder.glob("rows-*.jsonl")))
-        keys, digests, where = array("q"), array("Q"), array("q")
+        keys, digests, where, made = array("q"), array("Q"), array("q"), array("b")
         for i, log in enumerate(logs):
             try:
                 for place, row in _read(log):
                     keys.append(int(row["line"]) * MOST_IMAGES + int(row["image"]))
                     digests.append(int(row["digest"], 16))
                     where.extend((i, place))
+                    made.append(row.get("error") is None)
             except (ValueError, KeyError, TypeError, OverflowError) as error:
                 raise ValueError(f"{log} is not a log of minidiff batch: {error}; move it away") from error
         own = np.array(keys, dtype=np.int64)
         unique, last = np.unique(own[::-1], return_index=True)
         last = len(own) - 1 - last
+        places = np.array(where, dtype=np.int64).reshape(-1, 2)
         return cls(
-            logs, unique, np.array(digests, dtype=np.uint64)[last], np.array(where, dtype=np.int64).reshape(-1, 2)[last]
+            logs, unique, np.array(digests, dtype=np.uint64)[last], places[last], np.array(made, dtype=bool)[last]
         )
 
     def __contains__(self, job: Job) -> bool:
         i = int(np.searchsorted(self.keys, job.key))
-        return i < len(self.keys) and self.keys[i] == job.key and self.digests[i] == job.digest
+        there = i < len(self.keys) and self.keys[i] == job.key and self.digests[i] == job.digest
+        return bool(there and self.made[i])
 
     def rows(self, shard: tuple[int, int]) -> Iterator[Row]:
         """The rows of a shard's lines, in the order of the lines."""
@@ -114,17 +121,17 @@ class Done:
                 file.close()
 
 
-def write_manifest(done: Done, path: Path, shard: tuple[int, int]) -> None:
-    """The rows of a shard as Parquet, whole or not at all."""
+def write_manifest(rows: Iterable[Row], path: Path, tar: Callable[[Row], str | None]) -> None:
+    """Rows as Parquet, whole or not at all. tar: the name of the shard that holds a row's file."""
     parquet = import_parquet("to write the manifest")
     import pyarrow
 
-    schema = pyarrow.schema([(name, getattr(pyarrow, kind)()) for name, kind in COLUMNS.items()])
+    schema = pyarrow.schema([(name, getattr(pyarrow, kind)()) for name, kind in {**COLUMNS, "tar": "string"}.items()])
     unfinished = path.with_name(f".{path.name}.tmp")
     with parquet.ParquetWriter(unfinished, schema) as writer:
         some: list[Row] = []
-        for row in done.rows(shard):
-            some.append(row)
+        for row in rows:
+            some.append(row | {"tar": tar(row)})
             if len(some) == 1024:
                 writer.write_table(pyarrow.Table.from_pylist(some, schema))
                 some = []
@@ -132,18 +139,70 @@ def write_manifest(done: Done, path: Path, shard: tuple[int, int]) -> None:
     os.replace(unfinished, path)
 
 
-def begin(folder: Path, settings: Mapping[str, object]) -> None:
-    """Make the folder, and note what all of its pictures have in common. ValueError where it was begun otherwise."""
+def begin(folder: Path, asked: Mapping[str, Plain], usual: Mapping[str, Plain]) -> Mapping[str, Plain]:
+    """Make the folder, and note what all of its pictures have in common: what was asked, or else, where it is begun,
+    what is usual. Returns what is noted. ValueError where pictures were made with other flags.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path, text = folder / "batch.json", json.dumps(settings, indent=1, sort_keys=True)
+    path, made = folder / "batch.json", any(log.stat().st_size for log in folder.glob("rows-*.jsonl"))
     if path.exists():
-        there = path.read_text(encoding="utf-8")
-        if there != text:
-            raise ValueError(
-                f"{folder} was begun with other flags, {' '.join(there.split())[:300]}; expected the same ones, or "
-                "another folder"
-            )
-    elif any(folder.glob("rows-*.jsonl")):
+        try:
+            there = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not minidiff batch's: {error}; expected another folder") from error
+        kept = {name: there.get(name) for name in usual}
+        wanted = {**asked, **{name: asked[name] if asked[name] is not None else kept[name] for name in usual}}
+        different = [f"{name} {_said(then)} then, {_said(now)} now" for name, then, now in _changes(there, wanted)]
+        if not different:
+            return kept | wanted
+        if made:
+            listed = "; ".join(different)
+            raise ValueError(f"{folder} was begun with other flags: {listed}; expected the same, or another folder")
+    elif made:
         raise ValueError(f"{path} is missing beside its logs; expected the folder of a batch, or another folder")
-    else:
-        write_whole(path, text.encode(), f".{os.getpid()}")
+    chosen = {**asked, **{name: value for name, value in usual.items() if asked[name] is None}}
+    write_whole(path, json.dumps(chosen, indent=1, sort_keys=True).encode(), f".{os.getpid()}")
+    return chosen
+
+
+_WORDS = {"loras": "--lora", "words": "--word", "adapters": "--ip-adapter", "tar_of": "--tar of a file with the digest"}
+
+
+def _changes(then: Mapping[str, Plain], now: Mapping[str, Plain]) -> Iterator[tuple[str, Plain, Plain]]:
+    """The flags that differ, each with its two values."""
+
+    def flat(settings: Mapping[str, Plain]) -> dict[str, Plain]:
+        inner = [dict(settings.get(group) or {}) for group in ("fields", "loading")]  # type: ignore[arg-type]
+        others = {name: value for name, value in settings.items() if name not in ("fields", "loading")}
+        return {
+            name: value for part in (*inner, others) for name, value in part.items() if value not in (None, False, [])
+        }
+
+    before, after = flat(then), flat(now)
+    for name in dict.fromkeys([*before, *after]):
+        if before.get(name) != after.get(name):
+            yield _WORDS.get(name, f"--{name.replace('_', '-')}"), before.get(name), after.get(name)
+
+
+def _said(value: Plain) -> str:
+    if isinstance(value, list):
+        return ",".join(_said(one) for one in value if one is not None)
+    return "not given" if value is None else str(value)
+
+
+@contextmanager
+def only(log: Path) -> Iterator[None]:
+    """Hold a log. ValueError where another process does: each would cut what the other appends."""
+    with log.open("ab") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another minidiff batch is at work in {log.parent}; expected another folder, or --shard 1/2 here and "
+                "2/2 there from the start"
+            ) from error
+        except (ImportError, OSError):
+            pass  # a system without such locks
+        yield

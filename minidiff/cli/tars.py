@@ -10,9 +10,13 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from ..request_checks import MOST_IMAGES
 from .manifest import COLUMNS, Row
 
 _JSON = ("parameters", "report")
@@ -53,17 +57,44 @@ def waiting(rows: Iterable[Row], folder: Path) -> Iterator[Row]:
     return (row for row in rows if row.get("file") is not None and (folder / row["file"]).exists())
 
 
+def shards(folder: Path, stem: str) -> Callable[[Row], str | None]:
+    """A function that names the shard which holds a row's file."""
+    keys, numbers = array("q"), array("i")
+    for number, path in enumerate(_names(folder, stem)):
+        if not path.exists():
+            break
+        for name in _members(path):
+            if name.endswith(".png") and "/" not in name:
+                line, _, image = name.removesuffix(".png").partition("-")
+                keys.append(int(line) * MOST_IMAGES + int(image or 0))
+                numbers.append(number)
+    order = np.argsort(keys, kind="stable")
+    ordered, held = np.array(keys, dtype=np.int64)[order], np.array(numbers)[order]
+
+    def shard(row: Row) -> str | None:
+        key = row["line"] * MOST_IMAGES + row["image"]
+        i = int(np.searchsorted(ordered, key))
+        there = row.get("file") is not None and i < len(ordered) and ordered[i] == key
+        return f"{stem}-{held[i]:06d}.tar" if there else None
+
+    return shard
+
+
+def _members(path: Path) -> list[str]:
+    """The names in a shard. ValueError for a file that is none."""
+    try:
+        with tarfile.open(path) as tar:
+            return tar.getnames()
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is no shard of minidiff batch: {error}; move it away") from error
+
+
 def remove_packed(folder: Path, stem: str) -> None:
     """Remove the files of pictures that are in a shard, which a kill left. ValueError for a file that is no shard."""
     for path in _names(folder, stem):
         if not path.exists():
             return
-        try:
-            with tarfile.open(path) as tar:
-                names = tar.getnames()
-        except tarfile.TarError as error:
-            raise ValueError(f"{path} is no shard of minidiff batch: {error}; move it away") from error
-        for name in names:
+        for name in _members(path):
             if "/" not in name:
                 (folder / name).unlink(missing_ok=True)
 
