@@ -44,7 +44,7 @@ Cell: TypeAlias = tuple[str, int | None, int]  # method, passes, seed
 
 @dataclass(frozen=True)
 class Method:
-    """A way of following boxes; guidance None is the model's default. Each of the tries counts as a pass."""
+    """A way of following boxes; guidance None is the model's default. The passes of all tries count."""
 
     guidance: str | Mapping[str, object] | None
     edits: tuple[minidiff.Edit, ...] = ()
@@ -56,6 +56,19 @@ class Method:
         if self.guidance == "none":
             return (None,)
         return PASSES if self.tries == 1 else tuple(n for n in PASSES if n is not None and n > 2 * self.tries)
+
+    def passes(self, how: Guidance, steps: int, most: int | None) -> int | None:
+        """Of the try that is taken, so that all tries together take at most so many."""
+        if most is None or self.tries == 1:
+            return most
+        guided = how.steps if isinstance(how.steps, int) else round((how.steps or 0) * steps)
+        tried, left = [], self.tries  # in each step
+        for _ in range(guided):
+            tried.append(left)
+            left = (left + 1) // 2
+        each = lambda n: [n // guided + (i < n % guided) for i in range(guided)]  # noqa: E731  # as Guidance has them
+        fits = (n for n in range(most, 0, -1) if sum(a * b for a, b in zip(tried, each(n), strict=True)) <= most)
+        return next(fits)
 
 
 NOT_OF_BOXES = ("relation", "reweight", "prompt_to_prompt", "masactrl")
@@ -101,11 +114,13 @@ def _model(name: str) -> minidiff.Model:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Pictures [B,3,128,128] in [0,1], each one's evaluations by guided step, and seconds of CPU for each."""
+    """Pictures [B,3,128,128] in [0,1], each one's evaluations by guided step, and seconds of CPU for each. tried:
+    passes of tries that were not taken."""
 
     images: Tensor
     looks: dict[int, Sequence[Evaluation]] = field(default_factory=dict)
     seconds: float = 0.0
+    tried: int = 0
 
 
 def draw(model: minidiff.Model, some: Sequence[Scene], method: Method, passes: int | None, seed: int) -> Drawn:
@@ -113,8 +128,8 @@ def draw(model: minidiff.Model, some: Sequence[Scene], method: Method, passes: i
     guidance = method.guidance
     if guidance != "none":
         read = Guidance.read(model.defaults.guidance if guidance is None else guidance)  # type: ignore[arg-type]
-        passes = passes if passes is None or method.tries == 1 else passes - method.tries
-        guidance = replace(Guidance(relation_loss) if some[0].relation else read, passes=passes)
+        how = Guidance(relation_loss) if some[0].relation else read
+        guidance = replace(how, passes=method.passes(how, model.defaults.steps, passes))
     before = time.process_time()
     run = minidiff.sample_steps(
         [one.prompt.text for one in some],
@@ -128,9 +143,10 @@ def draw(model: minidiff.Model, some: Sequence[Scene], method: Method, passes: i
         output="tensor",
     )
     looks = {step.index: step.report for step in run if isinstance(step.report, tuple) and step.report}
-    images = run.result().images
-    assert isinstance(images, Tensor)
-    return Drawn(images, looks, (time.process_time() - before) / len(some))
+    result = run.result()
+    assert isinstance(result.images, Tensor)
+    tried = result.info.get("tries", {"passes": 0})["passes"]
+    return Drawn(result.images, looks, (time.process_time() - before) / len(some), tried)
 
 
 @lru_cache(maxsize=4)
@@ -146,18 +162,20 @@ def rows(model: str, cell: Cell, some: Sequence[Scene]) -> list[Row]:
     tries, found = methods()[name].tries, []
     boxed = [one for one in some if one.relation is None]
     related = [one for one in some if one.relation is not None]
-    for batch in (tuple(boxed), tuple(related)):
+    batches = [tuple(boxed), tuple(related)] if tries == 1 else [(one,) for one in some]  # those do better alone
+    for batch in batches:
         if batch:
-            plain = _plain(model, batch, seed)
+            plain = _plain(model, batch, seed) if tries == 1 else None  # another noise is another picture
             drawn = plain if name == "none" else draw(_model(model), batch, methods()[name], passes, seed)
-            drift = (drawn.images - plain.images).square().mean(dim=(1, 2, 3)).sqrt().tolist()
+            apart = drawn.images - (drawn if plain is None else plain).images
+            drift = apart.square().mean(dim=(1, 2, 3)).sqrt().tolist()
             for i, scene in enumerate(batch):
                 row: Row = {"method": name, "passes": passes, "seed": seed, "split": scene.split}
                 row |= {"scenes": scene.seed, "number": scene.number, "seconds": round(drawn.seconds, 3)}
-                row["drift"] = round(drift[i], 4) if tries == 1 else None  # another noise is another picture
+                row["drift"] = round(drift[i], 4) if tries == 1 else None
                 row |= measured(scene, measure((drawn.images[i] * 255).round().to(torch.uint8)))
                 row |= looked(drawn.looks, i, len(scene.things))
-                row["used"] += tries if tries > 1 else 0
+                row["used"] += drawn.tried
                 found.append(row)
     return found
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from importlib.metadata import version
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from .guidance.guide import Guidance, Guide
 from .guidance.layout import Layout, PlacedObject
 from .guidance.placed import CALIBRATIONS
 from .guidance.regions import share_edits
+from .guidance.report import Report
 from .model import Model
 from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
 from .networks.sites import SECOND_COARSEST, Position, Site, choose, cross
@@ -37,7 +39,7 @@ from .speed.accelerate import compile_whole, is_compiled
 from .speed.capture import captured
 from .speed.replace import changed_weights
 from .texts import Texts
-from .tries import Seeds, best_seeds
+from .tries import best_run
 from .weights.load import load
 
 _version = cache(version)  # which reads a file each time, in 10 ms
@@ -83,6 +85,9 @@ def _run(given_request: Request, model: Model, timings: Mapping[str, float]) -> 
     """The run, with its texts encoded; with `tries`, that of each image's best seed."""
     loaded = time.perf_counter()
     request, sampler, how = resolve(given_request, model)
+    if request.tries > 1 and how is not None:
+        run_of = lambda seeds: _run(given_request.filled({"seed": seeds, "tries": 1}), model, timings)  # noqa: E731
+        return best_run(run_of, _seeds(request), request.tries)
     every_step = sampler.schedule(model.noise, request.steps, timesteps=request.timesteps, sigmas=request.sigmas)
     shape = latent_shape(request, model)
     noise = Noise.of(request, shape)
@@ -90,15 +95,6 @@ def _run(given_request: Request, model: Model, timings: Mapping[str, float]) -> 
     schedule, texts = begun.schedule, Texts.of(request, model, begun.schedule.steps)
     there = model.unet.positions(*shape[1:])
     told = _tell(request, model, sampler, how, texts, there, begun)
-    if request.tries > 1 and told.guide is not None:
-
-        def start(seeds: Seeds) -> Tensor:
-            of_try = Noise.of(request.filled({"seed": seeds}), shape)
-            return begin(request, model, sampler, every_step, of_try).latents.to(model.device)
-
-        best = best_seeds(_seeds(request), request.tries, start, told.guide, schedule)
-        spent = {**timings, "tries": time.perf_counter() - loaded}
-        return _run(given_request.filled({"seed": best, "tries": 1}), model, spent)
     warn_unused(request, schedule.steps, 0 if told.apart is None else told.apart.steps)
     refine, fresh = None if told.guide is None else told.guide.refine, noise if sampler.stochastic else None
     denoise = _denoise(request, model, sampler, told)
@@ -215,6 +211,7 @@ class Run(Iterator[Step]):
         self._steps, self._guide, self._record, self._timings = steps, told.guide, told.record, dict(timings)
         self._canvas, self._remake = canvas if request.paste else None, remake
         self._reduce = request.reduce if callable(request.reduce) else _REDUCTIONS[request.reduce]
+        self._tried: dict[str, Plain] = {}
         self._last: Step | None = None
         self._kept: Maps | None = None
 
@@ -241,6 +238,25 @@ class Run(Iterator[Step]):
         self._kept = self._reduce(self._kept, found.maps, found.index) if found.maps else None
         return step
 
+    def ahead(self, steps: int) -> None:
+        """Take the first steps now, to be yielded later."""
+        taken = list(islice(self._steps, steps))
+        self._steps = chain(taken, self._steps)
+
+    def was_best(self, tried: Mapping[str, Plain], seconds: float) -> None:
+        """Note among how many tries it was chosen, and what they took."""
+        self._tried, self._timings["tries"] = {"tries": dict(tried)}, seconds
+
+    @property
+    def passes(self) -> int:
+        """The passes of the network that guidance has taken."""
+        return 0 if self._guide is None else sum(map(len, self._guide.seen.values()))
+
+    def reports(self) -> tuple[Report, ...] | None:
+        """What guidance did to each image, up to the last step taken; None without guidance."""
+        seeds = _seeds(self.request)
+        return None if self._guide is None else tuple(self._guide.report(i) for i in range(len(seeds)))
+
     def result(self) -> Result:
         """The decoded images after the last step taken.
 
@@ -260,19 +276,16 @@ class Run(Iterator[Step]):
             output = self.request.output
             images = pixels if output == "tensor" else to_numpy(pixels) if output == "numpy" else to_pil(pixels)
             flagged = None if self._model.safety is None else self._model.safety(to_pil(pixels))
-        reports = None if self._guide is None else tuple(self._guide.report(i) for i in range(len(latents)))
-        seeds = self.request.seed
-        assert isinstance(seeds, tuple)  # resolved
         stopped: dict[str, Plain] = {} if done == len(self) else {"stopped_after": done}
         return Result(
             images=images,
             latents=latents,
-            seeds=seeds,
+            seeds=_seeds(self.request),
             parameters=tuple(self.request.alone(i).plain() for i in range(len(latents))),
             timings={**self._timings, "decode": time.perf_counter() - before},
-            info=_info(self._model) | stopped,
+            info=_info(self._model) | self._tried | stopped,
             attention=None if self._kept is None else self._attention(self._kept),
-            reports=reports,
+            reports=self.reports(),
             flagged=flagged,
             request=self._remake,
             generate=generate,
