@@ -36,7 +36,7 @@ from .resolve import check_places, image_inputs, latent_shape, resolve, warn_unu
 from .result import Images, Result, to_numpy, to_pil
 from .sampling import Sampler, SamplerStep, Schedule, sample
 from .speed.accelerate import compile_whole, is_compiled
-from .speed.capture import captured
+from .speed.capture import captured, spared
 from .speed.replace import changed_weights
 from .texts import Texts
 from .tries import best_run
@@ -366,7 +366,7 @@ def _pixels(model: Model, latents: Tensor) -> Tensor:
 
     Decoded one at a time, so memory does not grow with the batch.
     """
-    images = torch.cat([model.decode(one).cpu() for one in torch.split(latents, 1)])
+    images = torch.cat([spared(model.unet, model.decode, one).cpu() for one in torch.split(latents, 1)])
     broken = [i for i, image in enumerate(images) if not image.isfinite().all()]
     if broken:
         warn(

@@ -258,6 +258,71 @@ def test_kinds_that_came_once_push_no_graph_out(model: Model, monkeypatch: pytes
     assert (len(CAPTURED), len(REPLAYED), len(graphs.graphs)) == (1, 2, 4)
 
 
+@torch.no_grad()
+def test_graphs_are_given_up_where_memory_runs_out(model: Model) -> None:
+    """The call that found no memory runs again, from where it was; after a few times there are no more graphs."""
+    graphs, given = captured(model.unet), inputs(model, 1)
+    assert graphs is not None
+    expected, calls = model.unet.forward(*given)[0], []
+
+    def full() -> bool:
+        return any(graph is not None for graph in graphs.graphs.values())
+
+    def stages(x: Tensor) -> Iterator[Tensor]:
+        yield x + 1
+        calls.append(full())
+        if full() or not x:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield x + 2
+
+    for lost in range(1, 4):
+        for _ in range(2):
+            assert torch.equal(model.unet(*given)[0], expected)  # type: ignore[arg-type]
+        assert full() and len(CAPTURED) == lost
+        with pytest.warns(UserWarning, match="memory ran out beside captured graphs"):
+            if lost == 2:
+                (found,) = capture.spared(model.unet, lambda: [list(stages(torch.ones(())))])
+            else:
+                found = list(graphs.run(stages, torch.ones(())))
+        assert [float(one) for one in found] == [2, 3] and calls == [True, False]
+        assert not graphs.graphs and not graphs.pools
+        calls.clear()
+    for _ in range(3):
+        assert torch.equal(model.unet(*given)[0], expected)  # type: ignore[arg-type]
+    assert len(CAPTURED) == 3
+    for call in (lambda: list(graphs.run(stages, torch.zeros(()))), lambda: capture.spared(model.unet, full_card)):
+        with pytest.raises(torch.OutOfMemoryError):  # no graph holds what is missing
+            call()
+
+
+def full_card() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@torch.no_grad()
+def test_a_networks_new_modules_and_weights_are_noticed(model: Model) -> None:
+    unet = model.unet
+    watched = capture.Watched(unet)
+    before = watched.weights(unet)
+    assert before == capture.Watched(unet).weights(unet) and watched.holds()
+    unet.conv_out.weight.data = unet.conv_out.weight.data.clone()
+    assert before != watched.weights(unet) is not None and watched.holds()
+    unet.conv_out.register_buffer("more", torch.ones(1))
+    assert len(watched.weights(unet) or ()) == len(before or ()) + 1
+    unet.conv_out.bias.requires_grad_(True)
+    assert watched.weights(unet) is None
+    unet.conv_out = torch.nn.Sequential(unet.conv_out.requires_grad_(False))  # type: ignore[assignment]
+    assert not watched.holds()
+    for leaf in (unet.conv_in, unet):
+        watched = capture.Watched(unet)
+        leaf.forward = leaf.forward  # type: ignore[method-assign]
+        assert watched.weights(unet) is None
+        del leaf.forward
+        assert watched.holds() and watched.weights(unet) is not None
+    unet.conv_in.add_module("inner", torch.nn.Identity())
+    assert not watched.holds()
+
+
 def test_torchs_settings_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("backends.cudnn.benchmark", "are_deterministic_algorithms_enabled", "backends.no.such.setting")
     assert [capture._setting(name) for name in names] == [False, False, None]
