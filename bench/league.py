@@ -24,7 +24,6 @@ import minidiff
 from minidiff import Guidance
 from minidiff.guidance import edits as edits_module
 from minidiff.guidance.lines import distances
-from minidiff.guidance.objectives.relation import relation_loss
 from minidiff.guidance.report import Evaluation
 from minidiff.shapes.measure import Measured, iou, matched, measure
 from minidiff.shapes.world import Thing
@@ -128,8 +127,7 @@ def draw(model: minidiff.Model, some: Sequence[Scene], method: Method, passes: i
     guidance = method.guidance
     if guidance != "none":
         read = Guidance.read(model.defaults.guidance if guidance is None else guidance)  # type: ignore[arg-type]
-        how = Guidance(relation_loss) if some[0].relation else read
-        guidance = replace(how, passes=method.passes(how, model.defaults.steps, passes))
+        guidance = replace(read, passes=method.passes(read, model.defaults.steps, passes))
     before = time.process_time()
     run = minidiff.sample_steps(
         [one.prompt.text for one in some],

@@ -114,7 +114,8 @@ class Request:
         objects of that phrase. Token positions may replace the phrase.
     relations: how things relate, without boxes: [("cat", "left of", "ball"), "ball smaller than cat"], between
         phrases of the prompt; "left of", "right of", "above", "below", "smaller than" or "larger than". One list for
-        all prompts, or one (or None) per prompt. With boxes, every phrase needs one.
+        all prompts, or one (or None) per prompt. With boxes, every phrase needs one; without any, each gets one where
+        the relations hold, unless guidance reads none (guidance="relation" moves things by their relations alone).
     guidance: how to follow boxes: a Guidance, an objective, the name of a published one ("layout",
         "attend_and_excite", "boxdiff", "bounded_attention", "conform", "ilgd", "refocusing", "rnb", "self_cross",
         "self_refocusing", "tradiffusion", "winwinlay"), or "none" (for edits that follow boxes themselves).

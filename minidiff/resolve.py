@@ -17,6 +17,7 @@ from .guidance.guide import Guidance
 from .guidance.image_prompt import ImagePrompt
 from .guidance.layout import PlacedObject
 from .guidance.objectives import OBJECTIVES
+from .guidance.relations import planned
 from .model import Model
 from .networks.sites import Position, Site, picture_name
 from .request import Request
@@ -34,6 +35,7 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
     if model.unet.config.inpaints and request.mask is None:
         raise ValueError(f"{model.name} is an inpainting model, which paints inside a mask; expected image= and mask=")
     defaults = model.defaults
+    guidance, request = _guidance(request, model)
     sampler = choose_sampler(
         model.noise, defaults.sampler, request.sampler, request.schedule, request.spacing, request.eta
     )
@@ -52,22 +54,25 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
         **({} if not any(request.areas) else {"regions_apart": _apart(request, model)}),
         **sampler_fields(sampler),
     }
-    return request.filled(values), sampler, _guidance(request, model)
+    return request.filled(values), sampler, guidance
 
 
-def _guidance(request: Request, model: Model) -> Guidance | None:
-    """As given or the model's; relations add their objective, and without boxes it is the only one."""
+def _guidance(request: Request, model: Model) -> tuple[Guidance | None, Request]:
+    """As given or the model's, and the request. Relations add their objective; a prompt that has them but no boxes
+    gets some if guidance reads any.
+    """
     guidance = model.defaults.guidance if request.guidance is None else request.guidance
     if isinstance(guidance, str) and guidance == "none":
-        return None
-    if not any(request.related):
-        return Guidance.read(guidance)
-    relation = OBJECTIVES["relation"]
-    if request.guidance is None and not any(request.layouts):
-        return Guidance(relation)
+        return None, request
     how = Guidance.read(guidance)
+    if not any(request.related):
+        return how, request
+    if how.objective.needs_boxes:
+        pairs = zip(request.layouts, request.related, strict=True)
+        request = request.filled({"boxes": tuple(boxes or planned(own) or None for boxes, own in pairs)})
+    relation = OBJECTIVES["relation"]
     has = relation.terms[0].name in {term.name for term in how.objective.terms}
-    return how if has else replace(how, objective=how.objective + relation)
+    return (how if has else replace(how, objective=how.objective + relation)), request
 
 
 def _apart(request: Request, model: Model) -> float:

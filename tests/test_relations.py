@@ -1,13 +1,15 @@
 """Relations are read from all forms, become a tensor, and steer where things go without any box."""
 
+import itertools
 import json
 
 import pytest
 import torch
+from hypothesis import given, strategies as st
 
 import minidiff
 from minidiff.guidance.layout import PlacedObject, make_layout
-from minidiff.guidance.relations import Relation, read_relations, relation_tensor
+from minidiff.guidance.relations import Relation, planned, read_relations, relation_tensor
 from minidiff.request import Request
 from minidiff.vocabulary import RELATIONS
 
@@ -45,13 +47,65 @@ def test_a_phrase_that_the_text_lacks_has_no_relation() -> None:
     assert make_layout(some, [3], 5, [(2, 2)], relations=[[LEFT]]).relations.count_nonzero() == 0
 
 
-def test_relations_move_an_image_and_are_recorded(tiny_model: minidiff.Model) -> None:
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(list(RELATIONS)), st.sampled_from("abcd"))))
+def test_planned_boxes_hold_every_relation_that_can_hold(triples: list[tuple[str, str, str]]) -> None:
+    """Against each relation by itself, where no chain of one kind leads back to its start."""
+    relations = [Relation(*triple) for triple in triples if triple[0] != triple[2]]
+    boxes = planned(relations)
+    assert boxes.keys() == {name for first, _, second in relations for name in (first, second)}
+    for x0, y0, x1, y1 in boxes.values():
+        assert 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
+    for one, other in itertools.combinations(boxes.values(), 2):
+        assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+    for quantity in range(3):
+        own = [one for one in relations if RELATIONS[one.relation][0] == quantity]
+        above = {(a, b) if RELATIONS[name][1] > 0 else (b, a) for a, name, b in own}
+        for _ in "abcd":
+            above |= {(a, d) for a, b in above for c, d in above if b == c}
+        if not any(a == b for a, b in above):
+            assert all(_holds(boxes, one) for one in own)
+
+
+def _holds(boxes: dict[str, tuple[float, float, float, float]], relation: Relation) -> bool:
+    quantity, sign = RELATIONS[relation.relation]
+    first, second = (
+        (x0 + x1, y0 + y1, (x1 - x0) * (y1 - y0))[quantity]
+        for x0, y0, x1, y1 in (boxes[relation.first], boxes[relation.second])
+    )
+    return sign * (first - second) > 0
+
+
+def test_a_prompt_without_boxes_gets_those_of_its_relations(tiny_model: minidiff.Model) -> None:
+    asked = Request("a cat and a hat", model=tiny_model, relations=[LEFT], seed=1, steps=2, output="latents")
+    found = minidiff.generate(asked)
+    assert found.reports is not None and sum(found.reports[0].iterations) > 0
+    recipe = json.loads(json.dumps(found.parameters[0]))
+    assert {name: one["boxes"] for name, one in recipe["boxes"].items()} == {
+        name: [list(box)] for name, box in planned([LEFT]).items()
+    }
+    assert recipe["relations"] == [list(LEFT)]
+    again = minidiff.generate(Request.from_plain(recipe), model=tiny_model, output="latents")
+    assert torch.equal(again.latents, found.latents)
+    box = {"cat": (0.0, 0.0, 0.5, 0.5)}
+    both = minidiff.sample_steps(
+        ["a cat", "a cat and a hat"], model=tiny_model, boxes=[box, None], relations=[None, [LEFT]]
+    )
+    assert both.request.boxes == (box, planned([LEFT]))
+
+
+def test_without_boxes_relations_alone_move_an_image(tiny_model: minidiff.Model) -> None:
     asked = Request(
-        "a cat and a hat", model=tiny_model, relations=["cat left of hat"], seed=1, steps=2, output="latents"
+        "a cat and a hat",
+        model=tiny_model,
+        relations=["cat left of hat"],
+        guidance="relation",
+        seed=1,
+        steps=2,
+        output="latents",
     )
     found = minidiff.generate(asked)
     assert found.reports is not None and sum(found.reports[0].iterations) > 0
-    assert not torch.equal(found.latents, minidiff.generate(asked, relations=None).latents)
+    assert not torch.equal(found.latents, minidiff.generate(asked, relations=None, guidance=None).latents)
     recipe = json.loads(json.dumps(found.parameters[0]))
     assert recipe["relations"] == [["cat", "left of", "hat"]] and "boxes" not in recipe
     again = minidiff.generate(Request.from_plain(recipe), model=tiny_model, output="latents")

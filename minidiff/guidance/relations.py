@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,13 @@ from torch import Tensor
 from ..checks import shown
 from ..vocabulary import RELATIONS
 
+if TYPE_CHECKING:
+    from .layout import Box
+
 _MOST = 256  # relations of a prompt
+_FULL, _LARGEST, _SMALLEST = 0.85, 0.45, 0.6
+"""A planned box's edge: of its cell's, at most so much of the picture's; that of the smallest of several sizes, of the
+largest's."""
 
 
 class Relation(NamedTuple):
@@ -29,6 +35,44 @@ def read_relations(value: Any) -> tuple[Relation, ...] | tuple[tuple[Relation, .
     if value and all(own is None or (isinstance(own, list | tuple) and not _is_triple(own)) for own in value):
         return tuple(_relations(own or ()) for own in value)
     return _relations(value)
+
+
+def planned(relations: Sequence[Relation]) -> dict[str, Box]:
+    """A box for each phrase, where all relations hold unless they contradict each other.
+
+    Columns and rows hold the ranks of x and y; those of one cell stand side by side along its longer edge.
+    """
+    names = list(dict.fromkeys(name for first, _, second in relations for name in (first, second)))
+    x, y, size = (_ranks(names, relations, quantity) for quantity in range(3))
+    cells: dict[tuple[int, int], list[str]] = {}
+    for name in names:
+        cells.setdefault((x[name], y[name]), []).append(name)
+    columns, rows, sizes = (max(ranks.values(), default=0) + 1 for ranks in (x, y, size))
+    most = max(map(len, cells.values()), default=1)
+    across, down = (most, 1) if rows >= columns else (1, most)
+    width, height = 1 / (columns * across), 1 / (rows * down)
+    edge = min(_FULL * width, _FULL * height, _LARGEST)
+    found: dict[str, Box] = {}
+    for (column, row), some in cells.items():
+        for i, name in enumerate(some):
+            middle = (i + 0.5) * most / len(some)
+            at_x = (column * across + (middle if across > 1 else 0.5)) * width
+            at_y = (row * down + (middle if down > 1 else 0.5)) * height
+            half = edge / 2 * (1 - (1 - _SMALLEST) * (sizes - 1 - size[name]) / max(sizes - 1, 1))
+            found[name] = (at_x - half, at_y - half, at_x + half, at_y + half)
+    return found
+
+
+def _ranks(names: Sequence[str], relations: Sequence[Relation], quantity: int) -> dict[str, int]:
+    """By one of x, y and size: the length of the longest chain of smaller ones."""
+    ranks = dict.fromkeys(names, 0)
+    for _ in names:
+        for first, relation, second in relations:
+            asked, sign = RELATIONS[relation]
+            low, high = (second, first) if sign > 0 else (first, second)
+            if asked == quantity:
+                ranks[high] = min(max(ranks[high], ranks[low] + 1), len(names) - 1)
+    return ranks
 
 
 def relation_tensor(names: Sequence[Sequence[str]], relations: Sequence[Sequence[Relation]]) -> Tensor:
