@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .apart import Apart
 from .guidance.guide import some_rows
+from .guidance.updates import Updates
 from .model import Model
 from .networks.attention import Edit, Inputs, Maps, Record
 from .networks.unet import DEEP
@@ -27,7 +28,8 @@ class Denoise:
     every: the deep layers run in every n-th call, and their last result is reused in the others.
     apart: what takes regions apart in the first steps; maps are then those of a pass beside it.
     halves: return the unconditional output before the guided one, [2B,C,h,w], where the scale acts.
-    watch: what is recorded for guidance, of which no maps are returned; not together with record, weights or every.
+    watch: what is recorded for guidance, of which no maps are returned; not together with record, weights or every;
+        nothing where edits have `update`. told: who else reads the inputs that those replace.
     """
 
     def __init__(
@@ -45,9 +47,17 @@ class Denoise:
         watch: Watch | None = None,
         halves: bool = False,
         apart: Apart | None = None,
+        told: Callable[[Inputs], None] | None = None,
     ) -> None:
         self.both = halves or scale != 1 or weights is not None
-        self.watch = watch
+        self.updates = Updates(edits, told)
+        self.watch = None if self.updates.edits else watch
+        edits = tuple(edit for edit in edits if edit.update is None)
+        if self.updates.edits and (weights is not None or (self.both and record is not None and record.rows != "cond")):
+            raise ValueError(
+                "an edit with `update`, as of bounded_attention(refine=...), reads the conditional rows of one text an "
+                'image; expected no texts joined by AND, and attention.rows "cond"'
+            )
         if self.both and interval is not None and record is not None and record.rows != "cond":
             raise ValueError(
                 f'attention.rows is "{record.rows}", but outside guidance_interval no unconditional rows run; expected '
@@ -70,11 +80,13 @@ class Denoise:
         if context is not self._context:
             self._context = context
             self._reused.clear()
+        inputs = {**inputs, **self.updates.found}
         edits = tuple(edit for edit in self.edits if edit.acts_in(index))
         watch = self.watch if self.watch is not None and index < self.watch.steps else None
-        record = self.record if watch is None else watch.record
+        own = self.record if watch is None else watch.record
+        record = self.updates.record(own, index)
         if record is not None or edits:
-            inputs = {"t": t, "sigma": torch.full_like(t, sigma), **inputs}
+            inputs = {"t": t, "sigma": torch.full_like(t, sigma), "step": torch.full_like(t, index), **inputs}
         inside = self.interval is None or self.interval[0] < sigma <= self.interval[1]
         if self.weights is not None:
             uncond, cond, maps = self._composed(x, t, context, edits, inputs)
@@ -91,6 +103,8 @@ class Denoise:
         if apart is not None:
             maps = {} if record is None else maps
             output = apart(partial(self._window, t), x, context, inputs)
+        if record is not None and self.updates.edits:
+            maps = self.updates.take(maps, record, own, inputs, index)
         if watch is not None:
             watch.take(maps, inputs)
             maps = {}

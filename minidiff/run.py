@@ -185,6 +185,7 @@ def _denoise(request: Request, model: Model, sampler: Sampler, told: _Told) -> D
         _watch(told.guide) if told.guide is not None and alone else None,
         sampler.cfg_pp,
         told.apart,
+        None if told.guide is None else told.guide.update,
     )
 
 

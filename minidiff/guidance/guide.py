@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..checks import Check, checked, choice, is_number, number, one_or_each, shown, switch, whole
-from ..networks.attention import GUIDED, Edit, Inputs, Maps
+from ..networks.attention import GUIDED, Edit, Inputs, Maps, mask_name
 from ..networks.sites import Position, Site, Where, read_sites
 from ..vocabulary import OBJECTIVES as NAMES, own_keywords
 from .evaluate import Evaluated, Forward, Looked, evaluate, look_loss, plainly
@@ -210,7 +210,9 @@ class Guide:
         self.each_step, self.run = each_step, run
         self.guidance, self.forward, self.context, self.layout, self.names = guidance, forward, context, layout, names
         self.record = guidance.objective.record
-        self.edits = tuple(replace(edit, rows="all") for edit in edits if edit.rows != "uncond")
+        acting = [edit for edit in edits if edit.rows != "uncond" and edit.update is None]
+        self.edits = tuple(replace(edit, rows="all") for edit in acting)
+        self.updated: Inputs = {}
         self.inputs = layout.inputs() if inputs is None else inputs
         self.whole_batch, self.loss = whole_batch, loss
         self.seen: dict[int, list[Evaluation]] = {}
@@ -228,6 +230,10 @@ class Guide:
         if self.each_step:
             self.context, self.layout, self.inputs = self.each_step[index]
             self._guided = _with_objects(self.layout)
+        if self.updated:
+            self.inputs = {**self.inputs, **self.updated}
+            masks = {grid: self.inputs[mask_name(grid)] for grid in self.layout.masks}
+            self.layout = self.layout._replace(masks=masks)
         left = [row for row in self._guided if self._ahead is None or self._ahead[row] > threshold]
         moved = x
         done = 0 if self.guidance.passes is None else len(self.seen.get(index, ()))  # PNDM's first step has two calls
@@ -257,13 +263,18 @@ class Guide:
         total, _, _ = self.guidance.objective.look(maps, self.layout, inputs)
         self._ahead = total.tolist()
 
+    def update(self, inputs: Inputs) -> None:
+        """Take inputs that replace its own, masks included, from now on."""
+        self.updated = inputs
+
     def look(
         self, x: Tensor, t: Tensor, abar: float, rows: Sequence[int], index: int, limits: Tensor | None
     ) -> Evaluated:
         """The gradient, where a loss is above its limit, and the evaluation for some of the images."""
         batch = len(self.context)
         own = {name: some_rows(value, rows, batch) for name, value in self.inputs.items()}
-        inputs = {"t": t, "sigma": torch.full_like(t, math.sqrt((1 - abar) / abar)), GUIDED: torch.ones_like(t), **own}
+        inputs = {"t": t, "sigma": torch.full_like(t, math.sqrt((1 - abar) / abar)), "step": torch.full_like(t, index)}
+        inputs = {**inputs, GUIDED: torch.ones_like(t), **own}
         edits = tuple(edit for edit in self.edits if edit.acts_in(index))
         look = (
             self.forward,

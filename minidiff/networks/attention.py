@@ -183,7 +183,7 @@ class Edit:
     """How to change the attention of some sites.
 
     Static and hashable; everything that depends on the prompt or the step comes through `inputs`, which also hold the
-    step's `t` and `sigma` (float32 []).
+    step's number, `step`, its `t` and `sigma` (float32 []).
     `kv(site, k, v, inputs)` returns new keys and values [B,H,L',D], L' >= L.
     `bias(site, (h, w), inputs)` returns a term to add to the logits (q k^T / sqrt(D)), broadcastable to [B,H,h,w,L];
     with only these two, the fused kernel still runs.
@@ -191,6 +191,7 @@ class Edit:
     same shape; the site is then computed explicitly.
     Order at a site: keys and values, logits + bias, `logits`, softmax, `probs`, record; several edits apply in the
     order given. `sites` and `rows` as in `Record`.
+    `update(maps, inputs)`, in sampling, makes inputs for the next calls of conditional maps {site: [B,h,w,L]}.
     `steps`, for sampling: None is all steps of a run, n the first n, or, in (0,1), the first so large a part of them,
     (start, stop) those from start up to stop - 1.
     """
@@ -202,16 +203,17 @@ class Edit:
     steps: int | float | tuple[int, int] | None = None
     logits: Callable[[Site, Tensor, Inputs], Tensor] | None = None
     kv: Callable[[Site, Tensor, Tensor, Inputs], tuple[Tensor, Tensor]] | None = None
+    update: Callable[[Maps, Inputs], Inputs] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", read_sites("sites", self.sites))
         choice("rows", self.rows, ROWS)
-        functions = {name: getattr(self, name) for name in ("bias", "logits", "probs", "kv")}
+        functions = {name: getattr(self, name) for name in ("bias", "logits", "probs", "kv", "update")}
         for name, function in functions.items():
             if function is not None and not callable(function):
                 raise ValueError(f"{name} is {shown(function)}; expected a function")
-        if not any(functions.values()):
-            raise ValueError("an Edit has none of bias, logits, probs and kv; expected at least one of them")
+        if any((self.bias, self.probs, self.logits, self.kv)) == (self.update is not None):
+            raise ValueError("an Edit has none of bias, logits, probs and kv, or update beside; expected either")
         if isinstance(self.steps, tuple | list) and len(self.steps) == 2:
             first = whole("steps", self.steps[0], 0)
             expected = f"(start, stop) with stop at least start, {first}"

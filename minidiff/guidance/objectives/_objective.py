@@ -165,7 +165,7 @@ class Objective:
     def _views(self, maps: Maps, inputs: Inputs, more: Sequence[tuple[Site, Keep]] = ()) -> _Views:
         """What the terms read, and more, each computed once."""
         wanted = [(site, term.keep) for term in self.terms for site in term.reads(maps)]
-        return _converted(maps, self.record.kinds or dict.fromkeys(maps, self.keep), [*wanted, *more], inputs)
+        return converted(maps, self.record.kinds or dict.fromkeys(maps, self.keep), [*wanted, *more], inputs)
 
     def _losses(self, maps: Maps, views: _Views, layout: Layout) -> tuple[Tensor, Tensor]:
         weights = layout.weights
@@ -200,7 +200,7 @@ def _reduced(loss: Tensor, weights: Tensor, reduce: Reduction) -> Tensor:
     return whole if reduce == "sum" else whole / weights.sum(dim=1).clamp_min(TINY)
 
 
-def _converted(maps: Maps, kinds: Mapping[Site, Keep], wanted: Iterable[tuple[Site, Keep]], inputs: Inputs) -> _Views:
+def converted(maps: Maps, kinds: Mapping[Site, Keep], wanted: Iterable[tuple[Site, Keep]], inputs: Inputs) -> _Views:
     """What each keep keeps of its site, from what `kinds` kept there: the same, all, or the mean over heads."""
     found = {}
     for site, keep in dict.fromkeys(wanted):
