@@ -244,14 +244,15 @@ def _distance(thing: Thing, stroke: minidiff.Stroke) -> float:
 
 
 def looked(looks: Mapping[int, Sequence[Evaluation]], i: int, objects: int) -> Row:
-    """The passes of image i, and each object's loss and mass inside at the first look and at the last of each step,
-    [1+S,O]."""
+    """The passes of image i, each object's loss and mass inside at the first look and at the last of each step,
+    [1+S,O], and the mass at the first of each, [S,O]."""
     own = [[look for look in some if not look.loss[i].isnan()] for some in looks.values()]
     own = [some for some in own if some]
     row: Row = {"used": sum(map(len, own))}
     if own:
         ends = [own[0][0], *(some[-1] for some in own)]
         row |= {name: [_rounded(getattr(one, name)[i, :objects]) for one in ends] for name in ("object_loss", "mass")}
+        row["first_mass"] = [_rounded(some[0].mass[i, :objects]) for some in own]
     return row
 
 

@@ -47,12 +47,19 @@ def objects(rows: Sequence[Row]) -> Objects:
     found, hits, prompts = [], [], []
     for row in rows:
         scene = known[row["split"], row["scenes"], row["number"]]
-        mass = torch.tensor(row["mass"], dtype=torch.float64)[1:]
+        mass = torch.tensor(_firsts(row), dtype=torch.float64)
         mask = torch.stack([one.coverage(GRID) for one in read_objects(scene.layout or {})])
         found.append(features(mass, mask))
         hits += [value >= IN_BOX for value in row["ious"]]
         prompts += [(scene.split, scene.seed, scene.number)] * len(row["ious"])
     return Objects(torch.cat(found), torch.tensor(hits, dtype=torch.float64), prompts)
+
+
+def _firsts(row: Row) -> list[list[float | None]]:
+    """The mass at the first look of each guided step, as far as it is read; older files say it where there is one."""
+    once = row["mass"][1:] if "mass" in row and row["used"] == len(row["mass"]) - 1 else []
+    found: list[list[float | None]] = row.get("first_mass", once)
+    return found[: LOOKS.stop]
 
 
 def fit(some: Objects, ridge: float = 1.0) -> Calibration:
@@ -116,9 +123,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fit, test, print."""
     every = [row for file in args.results for row in read(file)]
-    rows = [
-        row for row in every if "ious" in row and len(row.get("mass", ())) > LOOKS and None not in row["mass"][LOOKS]
-    ]
+    there = [row for row in every if "ious" in row and len(_firsts(row)) > LOOKS.start]
+    rows = [row for row in there if not any(None in mass for mass in _firsts(row))]  # without mass, no boxes were read
     rows = [row for row in rows if args.methods is None or row["method"] in args.methods]
     if len({(row["split"], row["number"]) for row in rows}) < FOLDS:
         files = ", ".join(map(str, args.results))

@@ -23,16 +23,20 @@ MASK = torch.stack([one.coverage((16, 16)) for one in read_objects(BOXES)])
 
 
 def test_the_chance_is_a_logistic_function_of_attention_and_box() -> None:
-    mass = torch.tensor([[0.1, 0.2], [0.1, 0.3], [0.4, 0.8], [0.9, 0.0]], dtype=torch.float64)
+    seen = [[0.1, 0.2]] * 3 + [[0.4, 0.8], [0.2, 0.8], [0.4, 0.7], [0.4, 0.8], [0.5, 0.8]] + [[0.9, 0.1]]
+    mass = torch.tensor(seen, dtype=torch.float64)
     weights, bias = (0.5, -1.0, -20.0, -10.0, -0.3), 0.7
     found = Calibration(weights, bias)(mass, MASK)
-    for inside, (x0, y0, x1, y1), chance in zip((0.4, 0.8), BOXES.values(), found.tolist(), strict=True):
+    for o, ((x0, y0, x1, y1), chance) in enumerate(zip(BOXES.values(), found.tolist(), strict=True)):
         short, long = sorted((x1 - x0, y1 - y0))
-        terms = [math.log(inside / (1 - inside)), math.log(short * long)]
+        odds = [math.log(own[o] / (1 - own[o])) for own in seen[3:8]]
+        terms = [sum(odds) / 5, math.log(short * long)]
         terms += [max(0.22 - short, 0), max(long - 0.62, 0), max(long / short - 2, 0)]
-        odds = sum(w * term for w, term in zip(weights, terms, strict=True)) + bias
-        assert chance == pytest.approx(1 / (1 + math.exp(-odds)))
-    assert Calibration(weights, bias)(mass[: LOOKS - 1], MASK).isnan().all()
+        logit = sum(w * term for w, term in zip(weights, terms, strict=True)) + bias
+        assert chance == pytest.approx(1 / (1 + math.exp(-logit)))
+    assert Calibration(weights, bias)(mass[: LOOKS.start], MASK).isnan().all()
+    once = Calibration(weights, bias)(mass[: LOOKS.start + 1], MASK)
+    assert not once.isnan().any() and once[1] > found[1]  # what there is of the steps
     free = Calibration(weights, bias)(mass, MASK * torch.tensor([1, 0])[:, None, None])
     assert free[0] == found[0] and free[1].isnan()
 
@@ -55,9 +59,12 @@ def test_a_fit_finds_the_weights_and_says_what_comes() -> None:
 def test_what_was_fitted_is_what_a_report_reads() -> None:
     scene = next(one for one in scenes(1) if one.split == "2 objects")
     row = {"split": scene.split, "scenes": SEED, "number": 0, "ious": [0.6, 0.4]}
-    found = objects([row | {"mass": [[0.0, 0.0], [0.1, 0.1], [0.2, 0.2], [0.3, 0.6], [1.0, 1.0]]}])
+    mass = [[0.1, 0.1]] * 3 + [[0.3, 0.6], [0.5, 0.7]]
+    found = objects([row | {"first_mass": mass}])
+    older = objects([row | {"mass": [[0.0, 0.0], *mass], "used": 5}])
+    torch.testing.assert_close(found.features, older.features)
     mask = torch.stack([one.coverage((16, 16)) for one in read_objects(scene.layout)])
-    torch.testing.assert_close(found.features, features(torch.tensor([[0.0, 0.0]] * 2 + [[0.3, 0.6]]), mask))
+    torch.testing.assert_close(found.features, features(torch.tensor(mass).double(), mask))
     assert found.hits.tolist() == [1, 0]
 
 

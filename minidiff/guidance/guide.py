@@ -309,35 +309,34 @@ class Guide:
 
     def report(self, image: int) -> Report:
         """The report of one image, up to the current step."""
-        steps, iterations, ends = [], [], []
+        names = tuple(self.names[image])
+        objects = len(names)
+        steps, iterations, firsts, ends = [], [], [], []
         for index, looks in self.seen.items():
             own = [look for look in looks if not look.loss[image].isnan()]
             if own:
                 steps.append(index)
                 iterations.append(sum(bool(look.moved[image]) for look in own))
+                firsts.append(own[0].mass[image, :objects])
                 ends.append(own[-1])
-        names = tuple(self.names[image])
-        objects = len(names)
         if not ends:
             none = torch.zeros(0, objects, dtype=torch.float32, device="cpu")
             return Report(names, (), (), none.sum(dim=1), none, none, none.sum(dim=0), self._why_not(names))
-        first = next(look for look in self.seen[steps[0]] if not look.loss[image].isnan())
         loss = torch.stack([look.loss[image] for look in ends])
         why_not = None
         if sum(iterations) == 0:
             limits = [self.guidance.at(index)[1] for index in steps]
             why_not = f"its loss was at most {float(loss.max()):.3g}, its threshold at least {min(limits):g}"
-        mass = torch.stack([look.mass[image, :objects] for look in ends])
         return Report(
             names,
             tuple(steps),
             tuple(iterations),
             loss,
             torch.stack([look.object_loss[image, :objects] for look in ends]),
-            mass,
-            first.mass[image, :objects],
+            torch.stack([look.mass[image, :objects] for look in ends]),
+            firsts[0],
             why_not,
-            None if self.calibration is None else self.calibration(mass, self._finest[image, :objects]),
+            None if self.calibration is None else self.calibration(torch.stack(firsts), self._finest[image, :objects]),
         )
 
     def _why_not(self, names: Sequence[str]) -> str:

@@ -1,7 +1,9 @@
 """How likely an object is to come out in its box, from what guidance saw in its first steps.
 
-A logistic regression, fitted to pictures of one model by seven ways of guidance: what a map says of the finished
-picture is another thing in every network, so other models have no numbers. `python -m bench placed` fits and tests it.
+The first look of a step tells what the network made of the updates before: where it pulls an object out of its box
+again, the picture will too, while the last look tells only that updates work. A logistic regression, fitted to pictures
+of one model by several ways of guidance: what a map says of the finished picture is another thing in every network, so
+other models have no numbers. `python -m bench placed` fits and tests it.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-LOOKS = 3
-"""The guided step whose last look is read, counted from 1."""
+LOOKS = slice(3, 8)
+"""The guided steps whose first looks are read: all that there are of them."""
 
 
 @dataclass(frozen=True)
@@ -28,25 +30,25 @@ class Calibration:
     def __call__(self, mass: Tensor, mask: Tensor) -> Tensor:
         """Probabilities [O] of an IoU of at least 0.5 with the box; mass [S,O] and mask [O,h,w] as in `features`.
 
-        NaN for objects without a mask, and for all where fewer than LOOKS steps were guided.
+        NaN for objects without a mask, and for all where none of LOOKS was guided.
         """
-        if len(mass) < LOOKS:
+        if len(mass) <= LOOKS.start:
             return mask.new_full(mask.shape[:1], math.nan)
         found = (features(mass, mask) @ mask.new_tensor(self.weights) + self.bias).sigmoid()
         return found.masked_fill(mask.flatten(1).amax(dim=1) == 0, math.nan)
 
 
 def features(mass: Tensor, mask: Tensor) -> Tensor:
-    """[O,5], from each object's fraction of attention inside its mask, at the last look of each guided step [S,O], and
-    its mask [O,h,w] in [0,1]: the log odds of the one, the log of the other's area, and how far its edges are below,
-    above and their ratio beyond those that the model has seen in training.
+    """[O,5], from each object's fraction of attention inside its mask, at the first look of each guided step [S,O], and
+    its mask [O,h,w] in [0,1]: the mean log odds of the one, the log of the other's area, and how far its edges are
+    below, above and their ratio beyond those that the model has seen in training.
     """
-    inside = mass[LOOKS - 1].to(mask).clamp(1e-6, 1 - 1e-3)
+    inside = mass[LOOKS].to(mask).clamp(1e-6, 1 - 1e-3)
     area = mask.mean(dim=(1, 2)).clamp_min(1e-6)
     edges = torch.stack([mask.amax(dim=axis).sum(dim=1) / mask.shape[axis] for axis in (1, 2)], dim=1)  # [O,2]
     short, long = edges.amin(dim=1).clamp_min(1e-3), edges.amax(dim=1).clamp_min(1e-3)
     unlike = [(0.22 - short).clamp_min(0), (long - 0.62).clamp_min(0), (long / short - 2).clamp_min(0)]
-    return torch.stack([inside.logit(), area.log(), *unlike], dim=1)
+    return torch.stack([inside.logit().mean(dim=0), area.log(), *unlike], dim=1)
 
 
 CALIBRATIONS: Mapping[str, Calibration] = MappingProxyType(
