@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .checks import Check, checked, choice, listed, number, numbers, one_or_more, shown, switch, tensor, whole
-from .vocabulary import EMPHASES, SPACINGS, SYNTAXES, read_sampler, read_schedule
+from .vocabulary import EMPHASES, OBJECTIVES, PRESETS, SPACINGS, SYNTAXES, read_sampler, read_schedule
 
 if TYPE_CHECKING:
     from .request import Request
@@ -146,10 +146,10 @@ def _numbers(request: Request) -> None:
         _vary(request)
     if request.tries > 1 and request.latents is not None:
         raise ValueError("got both tries and latents; expected one of them, since tries chooses the noise of a seed")
-    if request.tries > 1 and (not (request.boxes or request.relations) or request.guidance in ("none", False)):
+    if request.tries > 1 and (not (request.boxes or request.relations) or request.guidance in ("none", "fast", False)):
         raise ValueError(
             f"tries is {request.tries} but nothing is guided; expected boxes or relations, and a guidance other than "
-            '"none", whose first steps choose the noise'
+            '"none" and "fast", whose first steps choose the noise'
         )
 
 
@@ -241,9 +241,12 @@ def _guidance(request: Request) -> None:
         _set(request, "guidance", "none")
     if request.guidance is None or request.guidance == "none":
         return
-    from .guidance.guide import Guidance
+    if isinstance(request.guidance, str):
+        choice("guidance", request.guidance, (*OBJECTIVES, *PRESETS, "none"))
+    else:
+        from .guidance.guide import Guidance
 
-    Guidance.read(request.guidance)
+        Guidance.read(request.guidance)
     if not any(request.layouts) and not any(request.related):
         raise ValueError(
             f"guidance is {shown(request.guidance)} but there are no boxes to follow; expected "

@@ -17,11 +17,13 @@ from .guidance.guide import Guidance
 from .guidance.image_prompt import ImagePrompt
 from .guidance.layout import PlacedObject
 from .guidance.objectives import OBJECTIVES
+from .guidance.presets import preset
 from .guidance.relations import planned
 from .model import Model
 from .networks.sites import Position, Site, picture_name
 from .request import Request
 from .sampling import Sampler, choose_sampler, sampler_fields
+from .vocabulary import PRESETS
 
 CFG_PP_SCALE = 0.6
 """The default of CFG++, which Chung et al. 2024 compare with a plain scale of 7.5."""
@@ -34,7 +36,7 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
     """
     if model.unet.config.inpaints and request.mask is None:
         raise ValueError(f"{model.name} is an inpainting model, which paints inside a mask; expected image= and mask=")
-    defaults = model.defaults
+    request, defaults = request.filled(_preset(request, model)), model.defaults
     guidance, request = _guidance(request, model)
     sampler = choose_sampler(
         model.noise, defaults.sampler, request.sampler, request.schedule, request.spacing, request.eta
@@ -55,6 +57,22 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
         **sampler_fields(sampler),
     }
     return request.filled(values), sampler, guidance
+
+
+def _preset(request: Request, model: Model) -> Mapping[str, object]:
+    """The fields that a preset stands for, beside the request's own; "fast" follows no relations, so that it is none."""
+    if not isinstance(request.guidance, str) or request.guidance not in PRESETS:
+        return {}
+    own = preset("balanced" if any(request.related) and request.guidance == "fast" else request.guidance, model.name)
+    assert isinstance(request.edits, tuple)
+    tries = own.tries if request.tries == 1 and request.latents is None else request.tries
+    return {"guidance": own.guidance, "edits": (*request.edits, *own.edits), "tries": tries}
+
+
+def as_asked(given: Request, request: Request) -> dict[str, object]:
+    """A preset that stands for edits: the file of a picture has its name, since it cannot have those."""
+    assert isinstance(given.edits, tuple) and isinstance(request.edits, tuple)
+    return {} if len(given.edits) == len(request.edits) else {"guidance": given.guidance, "edits": given.edits}
 
 
 def _guidance(request: Request, model: Model) -> tuple[Guidance | None, Request]:

@@ -32,7 +32,7 @@ from .noise import Noise
 from .png.chunk import Plain, plain
 from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
 from .request import BUNDLED, Request
-from .resolve import check_places, image_inputs, latent_shape, resolve, warn_unused
+from .resolve import as_asked, check_places, image_inputs, latent_shape, resolve, warn_unused
 from .result import Images, Result, to_numpy, to_pil
 from .sampling import Sampler, SamplerStep, Schedule, sample
 from .speed.accelerate import compile_whole, is_compiled
@@ -86,7 +86,8 @@ def _run(given_request: Request, model: Model, timings: Mapping[str, float]) -> 
     loaded = time.perf_counter()
     request, sampler, how = resolve(given_request, model)
     if request.tries > 1 and how is not None:
-        run_of = lambda seeds: _run(given_request.filled({"seed": seeds, "tries": 1}), model, timings)  # noqa: E731
+        once = given_request.filled({"tries": 1, "guidance": request.guidance})  # what a preset stands for
+        run_of = lambda seeds: _run(once.filled({"seed": seeds}), model, timings)  # noqa: E731
         return best_run(run_of, _seeds(request), request.tries)
     every_step = sampler.schedule(model.noise, request.steps, timesteps=request.timesteps, sigmas=request.sigmas)
     shape = latent_shape(request, model)
@@ -103,6 +104,7 @@ def _run(given_request: Request, model: Model, timings: Mapping[str, float]) -> 
         "seed": tuple(s if request.latents is None or sampler.stochastic else None for s in _seeds(request)),
         "negative_prompt": None if request.negative_context is not None else texts.negatives,
         "guidance": None if told.guide is None and request.guidance is None else "none" if how is None else how,
+        **as_asked(given_request, request),
         "attention": _recorded(model, told.record, there),
     }
     drawn = {name: getattr(request, name) for name in ("width", "height", "seed", "vary")}
@@ -255,8 +257,7 @@ class Run(Iterator[Step]):
 
     def reports(self) -> tuple[Report, ...] | None:
         """What guidance did to each image, up to the last step taken; None without guidance."""
-        seeds = _seeds(self.request)
-        return None if self._guide is None else tuple(self._guide.report(i) for i in range(len(seeds)))
+        return None if self._guide is None else tuple(map(self._guide.report, range(self.request.images)))
 
     def result(self) -> Result:
         """The decoded images after the last step taken.

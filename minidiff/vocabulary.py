@@ -45,6 +45,8 @@ OBJECTIVES = _stems(_HERE / "guidance" / "objectives") or (
         "winwinlay",
     ),
 )
+PRESETS = ("fast", "balanced", "best")
+"""Names that `guidance` takes besides those of objectives: guidance/presets.py."""
 RELATIONS: Mapping[str, tuple[int, int]] = MappingProxyType(
     {
         "left of": (0, -1),

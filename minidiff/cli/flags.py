@@ -4,7 +4,7 @@ import argparse
 from importlib.metadata import version
 from typing import NoReturn
 
-from ..vocabulary import EMPHASES, OBJECTIVES, RELATIONS, SAMPLERS, SCHEDULES, SYNTAXES
+from ..vocabulary import EMPHASES, OBJECTIVES, PRESETS, RELATIONS, SAMPLERS, SCHEDULES, SYNTAXES
 from .values import (
     read_again,
     read_box,
@@ -281,7 +281,7 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
         metavar='"PHRASE RELATION PHRASE"',
         help=f'such as "cat left of ball", without boxes: {", ".join(RELATIONS)}; repeatable',
     )
-    add("--guidance", metavar="NAME", help=f"{', '.join(OBJECTIVES)} or none (default: the model's)")
+    add("--guidance", metavar="NAME", help=f"{', '.join((*PRESETS, *OBJECTIVES))} or none (default: the model's)")
     add(
         "--attention",
         action="store_true",

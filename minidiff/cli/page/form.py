@@ -14,7 +14,7 @@ from ...guidance.layout import Box, read_objects
 from ...prompts.named import phrases as phrases, words as words
 from ...request import Plain, Request
 from ...request_checks import FITS
-from ...vocabulary import EMPHASES, OBJECTIVES, SAMPLERS, SCHEDULES, SPACINGS, SYNTAXES
+from ...vocabulary import EMPHASES, OBJECTIVES, PRESETS, SAMPLERS, SCHEDULES, SPACINGS, SYNTAXES
 from ..flags import parser
 
 Values: TypeAlias = "dict[str, Plain]"
@@ -28,7 +28,7 @@ Size: TypeAlias = "tuple[int, int]"
 CONTROLS: Mapping[str, tuple[str, ...] | type] = {
     "prompt": str,
     "negative_prompt": str,
-    "guidance": (*OBJECTIVES, "none"),
+    "guidance": (*PRESETS, *OBJECTIVES, "none"),
     "seed": int,
     "steps": int,
     "sampler": SAMPLERS,

@@ -1,0 +1,58 @@
+"""Presets: each makes what it stands for, and its file makes the picture again."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import minidiff
+from minidiff import Model
+from minidiff.guidance.presets import preset
+from minidiff.request import BUNDLED
+from minidiff.vocabulary import PRESETS
+
+BOXES = {"cat": (0.0, 0.0, 0.5, 0.5), "ball": (0.5, 0.3, 1.0, 0.9)}
+
+
+def made(model: Model, guidance: object, **options: object) -> minidiff.Result:
+    given = {"boxes": BOXES, "steps": 2, "guidance_scale": 2, "seed": 1, "output": "latents", **options}
+    return minidiff.generate("a cat and a ball", model=model, guidance=guidance, **given)  # type: ignore[arg-type]
+
+
+def test_each_stands_for_what_it_says_and_is_made_again_from_its_file(tiny_model: Model) -> None:
+    dense = minidiff.dense_diffusion()
+    bundled = replace(tiny_model, name=BUNDLED)
+    asked = [
+        (tiny_model, "fast", {"guidance": "none", "edits": dense}),
+        (tiny_model, "balanced", {"guidance": "layout"}),
+        (tiny_model, "best", {"guidance": "rnb"}),
+        (bundled, "best", {"guidance": None, "tries": 8}),
+    ]
+    for model, name, same in asked:
+        steps = 2 if name == "fast" else 1
+        found = made(model, name, steps=steps)
+        assert torch.equal(found.latents, made(model, **same, steps=steps).latents), name
+        written = minidiff.Request.from_plain(found.parameters[0]).filled({"model": model})
+        for again in (found.request, written) if name == "fast" or "tries" in same else ():
+            assert torch.equal(minidiff.generate(again).latents, found.latents)
+        assert ("tries" in found.info) == ("tries" in same) and found.request.tries == 1
+    assert {preset(name, BUNDLED) for name in PRESETS} != {preset(name, "x") for name in PRESETS}
+
+
+def test_beside_edits_relations_tries_and_latents(tiny_model: Model) -> None:
+    bundled, none = replace(tiny_model, name=BUNDLED), {"boxes": None, "relations": ["cat left of ball"]}
+    edits = (minidiff.regional_prompting(), minidiff.dense_diffusion())
+    both = made(tiny_model, "none", edits=edits).latents
+    assert torch.equal(made(tiny_model, "fast", edits=edits[0]).latents, both)
+    assert not torch.equal(made(tiny_model, "none", edits=edits[0]).latents, both)
+    assert torch.equal(made(tiny_model, "best", **none).latents, made(tiny_model, "rnb", **none).latents)
+    assert torch.equal(made(tiny_model, "fast", **none).latents, made(tiny_model, "layout", **none).latents)
+    assert made(bundled, "best", tries=2, steps=1).info["tries"]["of"] == 2
+    assert "tries" not in made(bundled, "best", latents=torch.zeros(1, 4, 8, 8), seed=None, steps=1).info
+
+
+def test_their_names_are_among_those_of_an_error() -> None:
+    with pytest.raises(ValueError, match="guidance is 'bets'; expected one of .*fast, balanced, best, none"):
+        minidiff.Request("a cat", boxes={"cat": BOXES["cat"]}, guidance="bets")
+    with pytest.raises(ValueError, match="nothing is guided"):
+        minidiff.Request("a cat", boxes={"cat": BOXES["cat"]}, guidance="fast", tries=2)
