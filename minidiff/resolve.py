@@ -60,7 +60,7 @@ def resolve(request: Request, model: Model) -> tuple[Request, Sampler, Guidance 
 
 
 def _preset(request: Request, model: Model) -> Mapping[str, object]:
-    """The fields that a preset stands for, beside the request's own; "fast" follows no relations, so that it is none."""
+    """The fields that a preset stands for, beside own ones; "fast" follows no relations: there it is "balanced"."""
     if not isinstance(request.guidance, str) or request.guidance not in PRESETS:
         return {}
     own = preset("balanced" if any(request.related) and request.guidance == "fast" else request.guidance, model.name)
