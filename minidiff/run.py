@@ -243,8 +243,7 @@ class Run(Iterator[Step]):
 
     def ahead(self, steps: int) -> None:
         """Take the first steps now, to be yielded later."""
-        taken = list(islice(self._steps, steps))
-        self._steps = chain(taken, self._steps)
+        self._steps = chain(list(islice(self._steps, steps)), self._steps)
 
     def was_best(self, tried: Mapping[str, Plain], seconds: float) -> None:
         """Note among how many tries it was chosen, and what they took."""
