@@ -13,9 +13,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +23,24 @@ from torch import Tensor
 
 import minidiff
 from minidiff.guidance.evaluate import plainly
-from minidiff.networks.unet import UNet
 from minidiff.vocabulary import OBJECTIVES
 
 from .device_compiled import Compiled, floor_row
+from .device_rows import (
+    CUDA,
+    HALF,
+    IMAGES,
+    Check,
+    as_graph,
+    error_of,
+    memory_rows,
+    plain_step,
+    ratio_row,
+    rms_of,
+    same_rows,
+    waits_in,
+)
+from .device_variants import recorded, variants
 from .guided import PUBLISHED
 from .kernels import ATTENTIONS, WORST
 from .machine import print_header
@@ -36,7 +49,6 @@ from .networks import (
     PLACES,
     SIZES,
     Inputs,
-    Weights,
     device,
     guided_pass,
     layout_guide,
@@ -48,14 +60,10 @@ from .networks import (
     unet_weights,
 )
 from .published import Published
-from .reference import relative_error
 from .table import LEVELS, RELATIVE, Row, finish, print_head, print_row, write
 from .throughput import LOADED, OURS, ours, theirs
-from .timing import Timing, gemm_rate, in_a_row
+from .timing import gemm_rate
 
-CUDA = torch.cuda.is_available()
-HALF = ("bfloat16", "float16") if CUDA else ("bfloat16",)  # a CPU emulates float16
-IMAGES = (1, 4, 16) if CUDA else (1,)
 EAGER = f"{OURS}, eager"
 EXACT, DECODED = 1e-5, 2e-5  # a decoder's sums run over more pixels
 CAPTURED = 0.6
@@ -67,30 +75,6 @@ GRADIENT = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
 LOOKS = 5
 PROMPT = "a red circle and a blue square"
 BOXES = {"red circle": (0.05, 0.1, 0.45, 0.5), "blue square": (0.55, 0.5, 0.95, 0.9)}
-
-
-@dataclass
-class Check:
-    """What the stages share: size and weights of the networks, and what was measured."""
-
-    size: str
-    edge: int
-    weights: Weights
-    timings: dict[str, dict[str, Timing]] = field(default_factory=dict)
-    rate: float = math.nan
-    """Of the card's own matrix product in bfloat16, TFLOP/s."""
-
-    def cast(self, dtype: str) -> Weights:
-        return {name: value.to(DTYPES[dtype]) for name, value in self.weights.items()}
-
-    def inputs(self, dtype: str, rows: int) -> Inputs:
-        return Inputs.random(SIZES[self.size], DTYPES[dtype], rows, self.edge, self.edge)
-
-    def time(self, table: str, name: str, call: Callable[[], object], count: int = 20) -> float:
-        """Seconds of a call among `count` in a row."""
-        timing = in_a_row(name, call, count)
-        self.timings.setdefault(table, {})[name] = timing
-        return timing.median
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     print_header("on a card" if CUDA else "dry run without a card", {"size": args.size, "latents": str(args.latents)})
     print_head()
     check = Check(args.size, args.latents, unet_weights(SIZES[args.size], torch.float32))
-    only = [*TIMED, *BESIDE, "compiled"] if args.only is None else args.only
+    only = {*TIMED, *BESIDE, "compiled"} - ASKED if args.only is None else args.only
     rows: list[Row] = []
 
     def stage(name: str, make: Callable[[], Iterator[Row]]) -> None:
@@ -168,13 +152,13 @@ def steps(check: Check) -> Iterator[Row]:
         for images in IMAGES:
             table, count, where = f"step, {dtype}, {images} images", 20 // images + 1, f"{dtype}, {images}"
             inputs = check.inputs(dtype, 2 * images)
-            call, plain, reference = ours(own, inputs), _plain(own, inputs), theirs(other, inputs)
+            call, plain, reference = ours(own, inputs), plain_step(own, inputs), theirs(other, inputs)
             loaded, eager = check.time(table, LOADED, reference, count), check.time(table, EAGER, plain, count)
-            yield _ratio("step, eager", where, eager, loaded, 1.0, "diffusers'")
-            yield from _memory("step, eager", where, plain, reference)
-            yield from _same("step, captured: bits", where, call, plain)
+            yield ratio_row("step, eager", where, eager, loaded, 1.0, "diffusers'")
+            yield from memory_rows("step, eager", where, plain, reference)
+            yield from same_rows("step, captured: bits", where, call, plain)
             seconds = check.time(table, OURS, call, count)
-            yield _ratio("step, captured", where, seconds, loaded, CAPTURED, "diffusers'")
+            yield ratio_row("step, captured", where, seconds, loaded, CAPTURED, "diffusers'")
             if check.size == "full":
                 yield floor_row("step, captured", where, seconds, images, check.rate)
 
@@ -194,17 +178,18 @@ def guided(check: Check) -> Iterator[Row]:
         published = partial(way.gradient, one.x, one.t, one.context, PLACES[:2], tokens(2))
         found, expected = plain()[0], published()[0]
         exact = expected if exact is None else exact
-        yield Row("guided pass: gradient", f"{dtype}, to float32", _error(found, exact), GRADIENT[dtype])
-        yield from _same("guided pass, captured: bits", dtype, lambda look=look: look()[0], lambda way=plain: way()[0])
+        yield Row("guided pass: gradient", f"{dtype}, to float32", error_of(found, exact), GRADIENT[dtype])
+        gradients = (lambda way=way: way()[0] for way in (look, plain))
+        yield from same_rows("guided pass, captured: bits", dtype, *gradients)
         table = f"guided, {dtype}"
         own, eager, other = (
             check.time(table, *one, 5) for one in ((OURS, look), (EAGER, plain), (PUBLISHED, published))
         )
-        yield _ratio("guided pass, eager", dtype, eager, other, 1.0, "the published way's")
-        yield from _memory("guided pass, eager", dtype, plain, published)
-        yield _ratio("guided pass, captured", dtype, own, other, GUIDED, "the published way's")
+        yield ratio_row("guided pass, eager", dtype, eager, other, 1.0, "the published way's")
+        yield from memory_rows("guided pass, eager", dtype, plain, published)
+        yield ratio_row("guided pass, captured", dtype, own, other, GUIDED, "the published way's")
         if CUDA:
-            places = _waits(partial(guide.refine, one.x.float(), one.t, 0.5, 0))
+            places = waits_in(partial(guide.refine, one.x.float(), one.t, 0.5, 0))
             waits = LOOKS * (2 if dtype == "float16" else 1)  # whose gradient may be too large
             note = ", ".join(sorted(set(places)))
             yield Row("waits for the device", f"{LOOKS} looks, {dtype}", len(places), waits, "waits", note)
@@ -221,10 +206,10 @@ def decode(check: Check) -> Iterator[Row]:
                 torch.no_grad()(lambda network=network, z=z: network.decode(z)) for network in (own, other)
             )
             where = f"{dtype}, {8 * edge} pixels"
-            yield Row("decode", where, _error(call(), reference().sample), DECODED if dtype == "float32" else 0.1)
+            yield Row("decode", where, error_of(call(), reference().sample), DECODED if dtype == "float32" else 0.1)
             seconds = [check.time(f"decode, {where}", *one, 3) for one in ((OURS, call), (LOADED, reference))]
-            yield _ratio("decode", where, seconds[0], seconds[1], 1.0, "diffusers'")
-            yield from _memory("decode", where, call, reference)
+            yield ratio_row("decode", where, seconds[0], seconds[1], 1.0, "diffusers'")
+            yield from memory_rows("decode", where, call, reference)
 
 
 def attention(check: Check) -> Iterator[Row]:
@@ -241,13 +226,13 @@ def attention(check: Check) -> Iterator[Row]:
         for name in ("default", "FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
             try:
                 with nullcontext() if name == "default" else sdpa_kernel(getattr(SDPBackend, name)):
-                    call = _captured(partial(F.scaled_dot_product_attention, q, k, v))
+                    call = as_graph(partial(F.scaled_dot_product_attention, q, k, v))
                     seconds[name] = check.time(f"attention, {pixels}x{length}x{channels}", name, call)
             except RuntimeError:
                 continue  # not for this shape or machine
         quickest = min(seconds, key=lambda name: seconds[name])
         where = f"{pixels} to {length} x {channels}"
-        yield _ratio("attention", where, seconds["default"], seconds[quickest], WORST, f"{quickest}'s")
+        yield ratio_row("attention", where, seconds["default"], seconds[quickest], WORST, f"{quickest}'s")
 
 
 def parity(check: Check) -> Iterator[Row]:
@@ -263,9 +248,9 @@ def parity(check: Check) -> Iterator[Row]:
             where = f"{dtype}, {grid[0]}x{grid[1]}"
             exact.setdefault(grid, expected)
             if dtype == "float32":
-                yield Row("unet", where, _error(found, expected), EXACT)
+                yield Row("unet", where, error_of(found, expected), EXACT)
             else:
-                far, further = (_rms(one, exact[grid]) for one in (found, expected))
+                far, further = (rms_of(one, exact[grid]) for one in (found, expected))
                 unit, note = f"of diffusers' {dtype} error", f"{far:.1e} and {further:.1e}"
                 yield Row("unet", where, far / further, 1.05, unit, note)
 
@@ -278,7 +263,7 @@ def pictures(check: Check) -> Iterator[Row]:
         for what, given in asked.items():
             found = _picture(device().type, dtype, given)
             far = float((found - drawn[what]).abs().max()) * 255
-            note = f"RMS {_rms(found, drawn[what]) * 255:.2f}"
+            note = f"RMS {rms_of(found, drawn[what]) * 255:.2f}"
             bound = 2.0 if dtype == "float32" else math.inf  # a trained network amplifies rounding with boxes
             yield Row(f"picture, {what}", dtype, far, bound, LEVELS, note)
     model = minidiff.load(device=device())
@@ -293,33 +278,19 @@ def pictures(check: Check) -> Iterator[Row]:
         yield Row(f"runs: {name}", device().type, 0.0, 0.0)
 
 
-TIMED = {"rate": rate, "steps": steps, "guided": guided, "decode": decode, "attention": attention, "pictures": pictures}
+TIMED = {
+    "rate": rate,
+    "steps": steps,
+    "recorded": recorded,
+    "guided": guided,
+    "decode": decode,
+    "attention": attention,
+    "pictures": pictures,
+    "variants": variants,
+}
 BESIDE = {"parity": parity}
-
-
-# --- measurements
-
-
-def _plain(unet: UNet, inputs: Inputs) -> Callable[[], Tensor]:
-    """A step without graphs."""
-
-    @torch.no_grad()
-    def call() -> Tensor:
-        eps, _ = unet.forward(inputs.x, inputs.t, inputs.context)
-        assert eps is not None
-        return eps
-
-    return call
-
-
-def _same(part: str, where: str, call: Callable[[], Tensor], plain: Callable[[], Tensor]) -> Iterator[Row]:
-    """Whether a captured call returns the plain call's bits, as far as the plain call itself does each time."""
-    first = plain()
-    apart = max(relative_error(plain(), first) for _ in range(3))
-    for _ in range(2):  # as it is, then captured
-        call()
-    note = "" if apart == 0 else "the plain call's own spread"
-    yield Row(part, where, relative_error(call(), first), 2 * apart, note=note)
+ASKED = {"variants"}
+"""Stages that run when `--only` names them."""
 
 
 def _picture(at: str, dtype: str, given: dict[str, Any]) -> Tensor:
@@ -327,60 +298,3 @@ def _picture(at: str, dtype: str, given: dict[str, Any]) -> Tensor:
     images = minidiff.generate(PROMPT, model=model, seed=3, output="tensor", steps=10 if CUDA else 2, **given).images
     assert isinstance(images, Tensor)
     return images
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    return relative_error(found.float().cpu(), expected.float().cpu())
-
-
-def _rms(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).square().mean().sqrt())
-
-
-def _ratio(part: str, where: str, own: float, other: float, bound: float, of: str) -> Row:
-    return Row(part, where, own / other, bound, f"of {of} seconds", f"{own * 1e3:.2f} ms and {other * 1e3:.2f} ms")
-
-
-def _memory(part: str, where: str, call: Callable[[], object], reference: Callable[[], object]) -> Iterator[Row]:
-    if CUDA:
-        own, other = (_extra(one) for one in (call, reference))
-        note = f"{own / 1e6:.0f} MB and {other / 1e6:.0f} MB"
-        yield Row(f"{part}: extra memory", where, own / other, 1.0, "of the reference's bytes", note)
-
-
-def _extra(call: Callable[[], object]) -> int:
-    """Peak bytes of a call above what is allocated before it."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _captured(call: Callable[[], Tensor]) -> Callable[[], object]:
-    """The call as a replayed graph, so that its time is the card's; itself without a card."""
-    if not CUDA:
-        return call
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def _waits(call: Callable[[], object]) -> list[str]:
-    """Where the host waits for the device in a call: "file:line", once per wait."""
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    waits = [one for one in seen if "called a synchronizing" in str(one.message)]
-    return [f"{Path(one.filename).name}:{one.lineno}" for one in waits]

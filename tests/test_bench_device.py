@@ -12,8 +12,8 @@ pytest.importorskip("diffusers")
 
 import bench.device
 from bench.__main__ import main
-from bench.device import Check
 from bench.device_compiled import CASES, Compiled
+from bench.device_rows import Check
 from bench.guided import PUBLISHED
 from bench.models import TINY, Size, unet_dict
 from bench.networks import SIZES
@@ -96,7 +96,7 @@ def test_the_dry_run_holds_its_bounds(
 ) -> None:
     file = tmp_path / "rows.json"
     monkeypatch.setitem(SIZES, "tiny", Size(unet_dict([32, 64], [True, False], layers=1), TINY.vae, TINY.text))
-    stages = ["rate", "steps", "guided", "attention", "parity", "pictures"]
+    stages = ["rate", "steps", "recorded", "guided", "attention", "parity", "pictures", "variants"]
     assert main(["device", "--only", *stages, "--json", str(file)]) == 0
     printed, found = capsys.readouterr().out, json.loads(file.read_text())
     assert all(f"  {name}: " in printed for name in stages)
@@ -104,6 +104,9 @@ def test_the_dry_run_holds_its_bounds(
     assert parts >= {
         "unet",
         "step, captured: bits",
+        "recorded: 4 sites, box mass",
+        "variants, step",
+        "variants, decode",
         "guided pass: gradient",
         "picture, boxes",
         "runs: rnb",

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import minidiff
 from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.model import Model
+from minidiff.networks import vae
 from minidiff.networks.attention import attention_probs, mask_name
 from minidiff.networks.norm import GroupNorm, GroupNormSiLU, LayerNorm
 from minidiff.networks.unet import GEGLU, ResBlock
-from minidiff.speed import fused
+from minidiff.speed import fused, strips
 from minidiff.speed.capture import captured
 from minidiff.speed.keeps import kept
 from minidiff.speed.replace import with_weights
@@ -126,6 +127,18 @@ def test_recording_leaves_a_picture_as_it_is() -> None:
         minidiff.Record(minidiff.cross | minidiff.self_, minidiff.HEAD_MEAN),
     ):
         torch.testing.assert_close(picture(half, attention=record), expected, rtol=0, atol=1 / 255)
+
+
+@torch.no_grad()
+def test_float32_is_decoded_by_strips(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = torch.randn(1, 4, 24, 20, device="cuda")
+    expected, seen = model.vae.decode(latents), list[int]()
+    monkeypatch.setattr(vae, "LARGE", 2**12)
+    monkeypatch.setattr(strips, "AT_ONCE", 2**11)
+    by_strips = strips._by_strips
+    monkeypatch.setattr(strips, "_by_strips", lambda *given: seen.append(1) or by_strips(*given))
+    torch.testing.assert_close(model.vae.decode(latents), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    assert len(seen) > 4
 
 
 @minidiff.objective

@@ -248,7 +248,7 @@ def _call(network: Callable[..., Any], args: Any, kwargs: Any) -> Generator[Any]
 
 class Watched:
     """The modules of a network, and where they keep what a graph has frozen: read again at each call, without a walk
-    over the modules, which takes 1.3 ms for a UNet where this takes 0.2.
+    over the modules, which takes 1.3 ms for a UNet where this takes 0.3.
     """
 
     def __init__(self, network: nn.Module) -> None:
