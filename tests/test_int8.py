@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 import minidiff
 from minidiff.cli.main import main
-from minidiff.speed import device as devices
+from minidiff.networks.attention import attention
+from minidiff.networks.config import UNetConfig
+from minidiff.networks.unet import FeedForward, UNet
+from minidiff.speed import device as devices, int8
 from minidiff.speed.accelerate import compile_unet
-from minidiff.speed.int8 import Int8Conv2d, Int8Linear, quantise, quantise_weight, to_int8
+from minidiff.speed.int8 import Int8Conv2d, Int8Linear, attend, quantise, quantise_weight, to_int8
 from minidiff.speed.packed import Packed
 from minidiff.speed.replace import with_weights
 
@@ -131,6 +134,49 @@ def test_a_transformed_input_takes_the_int8_layer_too() -> None:
     _, layer = pair("linear")
     x = given("linear", 3)
     assert apart(torch.vmap(layer)(x), layer(x)) == 0
+
+
+# ---- attention and feed-forward layers
+
+
+def heads(tokens: int, channels: int, rows: int = 1) -> list[Tensor]:
+    """q, k and v as an attention layer splits them."""
+    return [torch.randn(rows, tokens, 2, channels).transpose(1, 2) for _ in range(3)]
+
+
+@pytest.mark.parametrize(("tokens", "channels"), [(1024, 40), (1100, 24)])
+def test_large_attention_in_bfloat16(tokens: int, channels: int) -> None:
+    q, k, v = heads(tokens, channels, 2)
+    with torch.no_grad():
+        found = attend(q, k, v)
+    assert found.dtype == torch.float32 and found.shape == q.shape
+    exact = (q.double() @ k.double().mT / channels**0.5).softmax(-1) @ v.double()
+    assert 1e-3 < apart(found, exact) < 0.02
+
+
+def test_small_attention_and_gradients_are_torchs_own() -> None:
+    q, k, v = heads(1023, 8)
+    assert torch.equal(attend(q, k, v), attention(q, k, v))
+    q, k, v = (one.requires_grad_() for one in heads(1024, 8))
+    found, expected = (torch.autograd.grad(f(q, k, v).square().sum(), (q, k, v)) for f in (attend, attention))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_feed_forward_layer_has_scales_for_each_512_rows() -> None:
+    layer = FeedForward(64).requires_grad_(False)
+    x = torch.randn(2, 400, 64)
+    x[0, 7] *= 100  # whose scale is no matter of the rows from 512 on
+    expected = layer(x)
+    found = to_int8(nn.Sequential(copy.deepcopy(layer)))(x)
+    assert found.shape == x.shape
+    assert apart(found[1, 112:], expected[1, 112:]) < 0.05 < apart(found[1, :112], expected[1, :112])
+
+
+def test_where_a_unet_attends_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for pays in (True, False):
+        monkeypatch.setattr(int8, "_halves_pay", lambda pays=pays: pays)
+        unet = to_int8(UNet(UNetConfig(block_out_channels=(16,), norm_num_groups=8)))
+        assert (unet.attend is attend) == pays
 
 
 # ---- networks

@@ -235,6 +235,11 @@ class Edit:
         return first <= step < last
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v, fused; q [B,H,N,D], k and v [B,H,L,D], bias broadcastable to [B,H,N,L]."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
 class Hooks(NamedTuple):
     """What one forward pass of the UNet gives its attention layers. stop: the site after which the pass ends."""
 
@@ -243,13 +248,7 @@ class Hooks(NamedTuple):
     edits: tuple[Edit, ...]
     inputs: Inputs
     stop: Site | None = None
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v by the fused kernel; q [B,H,N,D], k and v [B,H,L,D], bias broadcastable to
-    [B,H,N,L].
-    """
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attention  # where no record and no edit is
 
 
 def attention_logits(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -307,7 +306,7 @@ def hooked_attention(
     keep, rows = hooks.kinds.get(site), hooks.rows
     edits = tuple(edit for edit in hooks.edits if site in edit.sites)  # type: ignore[operator]  # chosen
     if keep is None and not edits:
-        return attention(q, k, v), None
+        return hooks.attend(q, k, v), None
     if keep is not None and not edits and fused is not None:
         part = dict(_halves(len(q), {rows}))[rows]
         found = fused(site, q[part], k[part], grid, keep, hooks.inputs)

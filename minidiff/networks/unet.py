@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import AttentionLayer, Edit, Hooks, Inputs, Maps, Record
+from .attention import AttentionLayer, Edit, Hooks, Inputs, Maps, Record, attention
 from .config import UNetConfig
 from .norm import Fused, GroupNorm, GroupNormSiLU, LayerNorm
 from .sites import Place, Position, Site, Where
@@ -29,6 +29,8 @@ SHALLOW = 2
 
 class UNet(nn.Module):
     """`eps, maps = unet(x, t, context)`. `unet.sites` lists the attention layers in execution order."""
+
+    attend = staticmethod(attention)
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -162,7 +164,7 @@ class UNet(nn.Module):
         stop = None
         if record is not None and record.stop:
             stop = [site for site in self.sites if site in kinds][-1]
-        return Hooks(kinds, "all" if record is None else record.rows, tuple(edits), inputs or {}, stop)
+        return Hooks(kinds, "all" if record is None else record.rows, tuple(edits), inputs or {}, stop, self.attend)
 
     def _check_sites(self, name: str, sites: frozenset[Site] | Where) -> None:
         if isinstance(sites, Where):

@@ -7,13 +7,19 @@ results float. Gradients pass straight through: they are those of the float weig
 
 from __future__ import annotations
 
+import itertools
 import math
+from functools import cache
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .packed import Packed, PackedConv2d, PackedLinear, is_plain
+from ..networks.attention import attention
+from ..networks.unet import FeedForward, UNet
+from .device import machine
+from .packed import Packed, PackedConv2d, PackedLinear, is_plain, transformed
 
 Network = TypeVar("Network", bound=nn.Module)
 _FLOAT = ("conv_in", "conv_out", "time_embedding", "time_emb_proj", "attn2.to_k", "attn2.to_v")
@@ -23,10 +29,17 @@ texts have outliers.
 _LARGE = 2**12
 """Weights from which a layer is quantised."""
 _ONES = [1, 1]
+_ROWS = 512
+"""Rows of a feed-forward layer at a time: what is between its linear maps stays in the cache, and has own scales."""
+_KEYS = 1024
+"""Keys from which attention's products are computed in bfloat16."""
+_QUERIES = 256
+"""Queries at a time: their probabilities stay in the cache."""
 
 
 def to_int8(unet: Network) -> Network:
-    """Quantise, in place, the convolutions and linear layers of a UNet. Attention products and norms stay float.
+    """Quantise, in place, the convolutions and linear layers of a UNet. Norms stay float, as do attention's products:
+    bfloat16 where they are large and that is faster.
 
     The float weights are kept for gradients and adapters; those mapped from a file leave memory when it is needed.
     """
@@ -37,7 +50,45 @@ def to_int8(unet: Network) -> Network:
             unet.set_submodule(path, Int8Linear(layer))
         elif is_plain(layer) and layer.weight.numel() >= _LARGE:
             unet.set_submodule(path, Int8Conv2d(layer))
+        elif type(layer) is FeedForward:
+            layer.__class__ = FeedForwardByRows
+    if isinstance(unet, UNet) and _halves_pay():
+        setattr(unet, "attend", attend)  # noqa: B010  # a function of the instance is no method
     return unet
+
+
+class FeedForwardByRows(FeedForward):
+    """A feed-forward layer, some rows at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,N,C] -> [B,N,C]."""
+        rows = x.flatten(0, -2)
+        if torch.compiler.is_compiling() or len(rows) <= _ROWS:
+            return super().forward(x)
+        return torch.cat([super(FeedForwardByRows, self).forward(some) for some in rows.split(_ROWS)]).view_as(x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention`, where it is large and no gradient is asked for with products and probabilities in bfloat16."""
+    tracked = torch.is_grad_enabled() and any(one.requires_grad for one in (q, k, v))
+    if tracked or k.shape[2] < _KEYS or q.dtype != torch.float32 or torch.compiler.is_compiling() or transformed():
+        return attention(q, k, v)
+    keys = (k * k.shape[-1] ** -0.5).bfloat16().mT.contiguous()
+    queries, values = q.bfloat16(), F.pad(v.bfloat16(), (0, -v.shape[-1] % 16)).contiguous()  # whole vectors
+    logits = keys.new_empty(min(_QUERIES, q.shape[2]), k.shape[2])
+    out = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[-1])  # [B,N,H,D], as the next layer reads it
+    for i, j in itertools.product(*map(range, q.shape[:2])):
+        for into, some in zip(out[i, :, j].split(_QUERIES), queries[i, j].split(_QUERIES), strict=True):
+            probs = torch.mm(some, keys[i, j], out=logits[: len(some)]).softmax(1)
+            into.copy_((probs @ values[i, j])[:, : v.shape[-1]])
+    return out.transpose(1, 2)
+
+
+@cache
+def _halves_pay() -> bool:
+    """Whether a product in bfloat16 is faster than one in float32 here; torch's own kernel is not without AMX."""
+    rates = machine().rates
+    return bool(rates) and rates["bfloat16 product"] > 1.3 * rates["float32 product"]
 
 
 def quantise(x: Tensor) -> tuple[Tensor, float, int] | None:

@@ -57,7 +57,7 @@ class Packed(nn.Module):
         own = weight is self.made_with[0] and bias is self.made_with[1]
         if not own or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
             return self.plain(x, self._unpack(), bias)
-        if weight.is_mkldnn and not torch.is_grad_enabled() and not _transformed():
+        if weight.is_mkldnn and not torch.is_grad_enabled() and not transformed():
             return self.run(x, bias)  # fast path: in small networks each microsecond counts
         if not self._may_pack():
             return self.plain(x, self._unpack(), bias)
@@ -203,7 +203,7 @@ def _state(weight: Tensor) -> _State:
     return version, 0 if weight.is_mkldnn else weight.untyped_storage()._cdata
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """True if tensors may carry more than their values: a vmap dimension or a tangent."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
