@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -86,29 +87,43 @@ def _recording(unet: UNet, inputs: Inputs, record: Record, masks: dict[str, Tens
 
 
 def variants(check: Check) -> Iterator[Row]:
-    """Steps and decoding as loaded, against the same without one thing that a card gets. (Channels first and
-    cudnn.benchmark were no better for a step on an H200: bench/LOG.md.)
-    """
-    size, dtype = SIZES[check.size], HALF[-1]
-    weights = check.cast(dtype)
-    for images in EDGES:
-        seconds, table = {}, f"variants of a step, {dtype}, {images} images"
+    """Steps and decoding as loaded, against the same without one thing that a card gets."""
+    size = SIZES[check.size]
+    for dtype, images in ((HALF[-1], EDGES[0]), (HALF[-1], EDGES[-1]), ("float32", EDGES[0])):
+        seconds, table, weights = {}, f"variants of a step, {dtype}, {images} images", check.cast(dtype)
         inputs = check.inputs(dtype, 2 * images)
         for name, change in STEPS.items():
             unet = our_unet(size, weights)
             change(unet)
             seconds[name] = check.time(table, name, ours(unet, inputs), 20 // images + 1)
         yield from _best("variants, step", f"{dtype}, {images}", seconds)
-    z, extra, seconds = Inputs.random(size, torch.float32, 1, check.edge, check.edge).x, {}, {}
+    for rounded in (False, True):
+        with _tf32(rounded):
+            yield from _decoders(check, "TF32" if rounded else "float32")
+
+
+def _decoders(check: Check, where: str) -> Iterator[Row]:
+    z = Inputs.random(SIZES[check.size], torch.float32, 1, check.edge, check.edge).x
+    seconds, extra = {}, {}
     for name, change in DECODERS.items():
-        vae = our_vae(size, torch.float32)
+        vae = our_vae(SIZES[check.size], torch.float32)
         change(vae)
         call = torch.no_grad()(partial(vae.decode, z))
-        seconds[name] = check.time("variants of decoding, float32", name, call, 3)
+        seconds[name] = check.time(f"variants of decoding, {where}", name, call, 3)
         extra[name] = extra_bytes(call) / 1e9 if CUDA else 0.0
-    yield from _best("variants, decode", "float32", seconds)
+    yield from _best("variants, decode", where, seconds)
     if CUDA:
-        yield from _best("variants, decode: GB", "float32", extra)
+        yield from _best("variants, decode: GB", where, extra)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Convolutions in float32 with factors of 10 bits, as torch does by default, or exact."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _best(part: str, where: str, found: Mapping[str, float]) -> Iterator[Row]:
@@ -160,6 +175,7 @@ STEPS: dict[str, Change] = {
     "residual blocks by layers": _without(ResBlock),
     "1x1 as convolutions": _without(PointConv2d),
     "torch's group norm": _without(GroupNorm, ResBlock),
+    "channels first": _channels_first,
 }
 DECODERS: dict[str, Change] = {
     "as loaded": _leave,

@@ -4,6 +4,7 @@ tests/test_fake_device.py cover what needs none)."""
 import gc
 import warnings
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -188,6 +189,34 @@ def test_every_objective_is_captured(model: Model, name: str) -> None:
         warnings.simplefilter("error")
         found = picture(model, **given)
     torch.testing.assert_close(found, picture(without_graphs(model), **given), rtol=0, atol=2 / 255)
+
+
+def test_graphs_are_given_up_where_memory_runs_out() -> None:
+    """A call that needs half of their memory gets it, and what comes then is as before."""
+    other = minidiff.load(device="cuda", dtype="float32")
+    expected, graphs = picture(without_graphs(other)), captured(other.unet)
+    assert graphs is not None
+
+    def reserved() -> int:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    def stages(x: Tensor, size: int) -> Iterator[Tensor]:
+        yield torch.empty(size, dtype=torch.uint8, device=x.device)
+
+    before = reserved()
+    picture(other)
+    after = reserved()
+    assert after > before
+    torch.cuda.set_per_process_memory_fraction(after / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with pytest.warns(UserWarning, match="memory ran out beside captured graphs"):
+            (found,) = graphs.run(stages, torch.zeros(1, device="cuda"), (after - before) // 2)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert found.numel() == (after - before) // 2 and graphs.given_up == 1
+    torch.testing.assert_close(picture(other), expected, rtol=0, atol=0)
 
 
 def test_models_in_threads_are_captured_one_by_one() -> None:
