@@ -113,7 +113,7 @@ def heatmap(picture: Picture, heat: Heat, caption: str = "", vmax: float | None 
     smooth = np.asarray(Image.fromarray(share).resize(whole.size, Image.Resampling.BICUBIC)).clip(0, 1)
     grey = np.asarray(whole.convert("L"), dtype=np.float32)[..., None]
     cover = 0.25 + 0.6 * smooth[..., None]
-    mixed = Image.fromarray(((1 - cover) * grey + cover * _colours(smooth)).round().astype(np.uint8))
+    mixed = Image.fromarray(((1 - cover) * grey + cover * heat_colours(smooth)).round().astype(np.uint8))
     if caption:
         _label(mixed, 0, 0, caption, "black")
     _bar(mixed, top if values.max() > 0 or vmax is not None else 0.0)
@@ -142,7 +142,7 @@ def _heat(heat: Heat) -> NDArray[np.float32]:
     return values
 
 
-def _colours(share: NDArray[np.float32]) -> NDArray[np.float64]:
+def heat_colours(share: NDArray[np.float32]) -> NDArray[np.float64]:
     """[...] in [0,1] -> [...,3] in [0,255]."""
     points = np.linspace(0, 1, len(_HEAT))
     return np.stack([np.interp(share, points, channel) for channel in zip(*_HEAT, strict=True)], axis=-1)
@@ -159,7 +159,7 @@ def _bar(whole: Image.Image, top: float) -> None:
     pen.rectangle((left, y, whole.width, whole.height), fill="black")
     steps = np.broadcast_to(np.linspace(0, 1, max(width, 1), dtype=np.float32), (height, max(width, 1)))
     middle = (y + whole.height) // 2
-    whole.paste(Image.fromarray(_colours(steps).round().astype(np.uint8)), (x, middle - height // 2))
+    whole.paste(Image.fromarray(heat_colours(steps).round().astype(np.uint8)), (x, middle - height // 2))
     for at, (text, _) in zip((left + 4, x + width + 4), names, strict=True):
         pen.text((at, middle), text, fill="white", font=font, anchor="lm")
 

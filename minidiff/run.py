@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from importlib.metadata import version
@@ -258,8 +258,10 @@ class Run(Iterator[Step]):
         """What guidance did to each image, up to the last step taken; None without guidance."""
         return None if self._guide is None else tuple(map(self._guide.report, range(self.request.images)))
 
-    def result(self) -> Result:
+    def result(self, decode: Callable[[Tensor], Tensor] | None = None) -> Result:
         """The decoded images after the last step taken.
+
+        decode: latents [1,4,h,w] to pixels [1,3,H,W] in [-1,1], in place of the autoencoder, for cheap previews.
 
         Before the end, they are the network's estimate of the finished images, and `info["stopped_after"]` is the
         number of steps taken. ValueError before the first step.
@@ -272,7 +274,7 @@ class Run(Iterator[Step]):
         images: Images = latents
         flagged: tuple[bool, ...] | None = None
         if self.request.output != "latents":
-            pixels = _pixels(self._model, latents)
+            pixels = _pixels(self._model, latents, decode)
             pixels = pixels if self._canvas is None else self._canvas.pasted(pixels)
             output = self.request.output
             images = pixels if output == "tensor" else to_numpy(pixels) if output == "numpy" else to_pil(pixels)
@@ -362,12 +364,9 @@ def _with_progress(run: Run, shown: bool | None) -> Iterator[Step]:
     return bar
 
 
-def _pixels(model: Model, latents: Tensor) -> Tensor:
-    """Latents [B,4,h,w] -> images [B,3,H,W] in [0,1] on the CPU.
-
-    Decoded one at a time, so memory does not grow with the batch.
-    """
-    images = torch.cat([spared(model.unet, model.decode, one).cpu() for one in torch.split(latents, 1)])
+def _pixels(model: Model, latents: Tensor, decode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Latents [B,4,h,w] -> images [B,3,H,W] in [0,1] on the CPU, one at a time: memory does not grow with the batch."""
+    images = torch.cat([spared(model.unet, decode or model.decode, one).cpu() for one in torch.split(latents, 1)])
     broken = [i for i, image in enumerate(images) if not image.isfinite().all()]
     if broken:
         warn(

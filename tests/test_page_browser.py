@@ -57,9 +57,9 @@ def address(tmp_path_factory: pytest.TempPathFactory, steps: list) -> Iterator[s
     page = Page([Source()], tmp_path_factory.mktemp("made"))
     run = page.studio.run
 
-    def watched(values: object, source: Source, stop: object, every: int) -> Iterator:
+    def watched(values: object, source: Source, stop: object, *more: object) -> Iterator:
         steps.clear()
-        for now in run(values, source, stop, every):
+        for now in run(values, source, stop, *more):
             steps.append((now, stop.is_set()))
             yield now
 
@@ -175,9 +175,12 @@ def test_two_boxes_are_drawn_and_the_picture_is_made_again(tab: object, steps: l
         tab.locator("#words").get_by_text(word, exact=True).hover()
         over = tab.locator("#view .heat")
         data = over.get_attribute("src").partition(",")[2]
-        laid = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), dtype=float)
-        wanted = minidiff.draw.heatmap(heat.image, heat.attention[word][0], word)
-        assert abs(laid - np.asarray(wanted.resize(laid.shape[1::-1]))).mean() < 8
+        laid = Image.open(io.BytesIO(base64.b64decode(data)))
+        under = heat.image.convert("L").convert("RGB").resize(laid.size)
+        under.paste(laid, mask=laid)
+        wanted = minidiff.draw.heatmap(heat.image, heat.attention[word][0]).resize(laid.size)
+        assert abs(np.asarray(under, dtype=float) - np.asarray(wanted)).mean() < 8
+        assert "grayscale" in view.get_attribute("style")
         assert over.bounding_box() == pytest.approx(view.first.bounding_box(), abs=1)
     tab.locator("#status").hover()
     assert over.count() == 0

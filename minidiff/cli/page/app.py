@@ -17,7 +17,7 @@ from ..main import LOADING
 from ..take import take
 from ..values import LoraFlag
 from . import form, hover
-from .studio import BOXES, PICTURE, Made, Progress, Source, Studio, differences, sheet, weighted
+from .studio import BOXES, PICTURE, Look, Made, Progress, Source, Studio, differences, sheet, weighted
 
 Given: TypeAlias = "dict[Any, Any]"
 """What the page holds, or what is to change in it, by component."""
@@ -197,18 +197,25 @@ class Page:
     def _run(self, given: Given) -> Iterator[Given]:
         part = self.parts
         try:
-            values, source = self._values(given), self._source(given)
-            for now in self.studio.run(values, source, given[part["stop"]], given[part["every"]]):
+            values, source, what = self._values(given), self._source(given), given[part["what"]]
+            for now in self.studio.run(values, source, given[part["stop"]], given[part["every"]], what):
                 made = [*reversed(now.made), *given[part["made"]]]
                 new: Given = {part["status"]: _said(_progress(now))}
                 if now.looks:
-                    new[part["view"]] = sheet(now.looks, given[part["what"]])
+                    new[part["view"]] = sheet(now.looks, what) if now.made else self._preview(now.looks, what)
                 if now.made:
                     tiles = [(str(one.file), f"seed {one.seed}") for one in made]
                     new |= self._links(now.made[0]) | {part["made"]: made, part["gallery"]: tiles}
                 yield new
         except (ValueError, OSError, RuntimeError) as error:
             yield {part["status"]: _said(str(error), wrong=True)}
+
+    def _preview(self, looks: Sequence[Look], what: str) -> str:
+        """A preview as a file: a JPEG is made in a fiftieth of a PNG's time."""
+        path, picture = self.folder / "preview.jpg", sheet(looks, what)
+        assert picture is not None
+        picture.save(path, quality=90)
+        return str(path)
 
     def _links(self, made: Made) -> Given:
         """A chosen picture as a file and as code."""

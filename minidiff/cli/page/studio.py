@@ -31,6 +31,7 @@ from ..take import Taken
 from ..values import LoraFlag
 from .copied import command, python
 from .form import Values, phrases, words
+from .preview import Preview, fit_preview
 
 PICTURE, BOXES = "picture", "boxes"
 """What to show of a picture, beside the words with a heat map."""
@@ -117,18 +118,22 @@ class Studio:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._loaded: tuple[Source, Model] | None = None
+        self._loaded: tuple[Source, Model, Preview] | None = None
 
     def model(self, source: Source) -> Model:
         """The model of a source. There is one in memory: another source replaces it."""
         if self._loaded is None or self._loaded[0] != source:
             self._loaded = None  # its memory is free before the next is read
-            self._loaded = (source, source.load())
+            model = source.load()
+            self._loaded = (source, model, fit_preview(model))
         return self._loaded[1]
 
-    def run(self, values: Values, source: Source, stop: threading.Event, every: int = 1) -> Iterator[Progress]:
-        """The steps of a request, until it ends or `stop` is set, which is looked at before each. every: steps between
-        previews.
+    def run(
+        self, values: Values, source: Source, stop: threading.Event, every: int = 1, what: str = BOXES
+    ) -> Iterator[Progress]:
+        """The steps of a request, until it ends or `stop` is set, which is looked at before each.
+
+        every: steps between previews, which are of `what`, and not decoded: see preview.py.
 
         ValueError for a request that cannot be; the pictures of a finished one are written to the folder.
         """
@@ -136,11 +141,15 @@ class Studio:
         yield Progress(0, 0)
         with _noted() as notes:
             run = sample_steps(request.filled({"model": self.model(source)}))
+            assert self._loaded is not None
+            preview = self._loaded[2]
         taken = 0
         while taken < len(run) and not stop.is_set():
             with _noted() as more:
                 taken = next(run).index + 1
-                seen = looks(_clean(run.result()), run.request) if taken % every == 0 and taken < len(run) else ()
+                seen: tuple[Look, ...] = ()
+                if taken % every == 0 and taken < len(run):
+                    seen = looks(_clean(run.result(preview)), run.request, [what])
             notes = list(dict.fromkeys(notes + more))
             yield Progress(taken, len(run), seen, notes=tuple(notes))
         if taken < len(run):
@@ -159,17 +168,17 @@ class Studio:
             yield Made(file, look, one.seeds[0], report, python(values, source), command(values, source, str(file)))
 
 
-def looks(result: Result, request: Request) -> tuple[Look, ...]:
-    """What can be shown of each image. request: the run's, as resolved."""
+def looks(result: Result, request: Request, names: Sequence[str] | None = None) -> tuple[Look, ...]:
+    """What can be shown of each image. request: the run's, as resolved. names: to have maps of; default: all words."""
     layouts = [layout or {} for layout in request.layouts for _ in range(request.images_per_prompt)]
-    return tuple(_look(one, layout) for one, layout in zip(result, layouts, strict=True))
+    return tuple(_look(one, layout, names) for one, layout in zip(result, layouts, strict=True))
 
 
-def _look(one: Result, layout: Mapping[Any, object]) -> Look:
-    prompt = one.parameters[0].get("prompt")
-    names = [*layout, *words(str(prompt)), *phrases(str(prompt))] if one.attention is not None else []
+def _look(one: Result, layout: Mapping[Any, object], asked: Sequence[str] | None) -> Look:
+    prompt = str(one.parameters[0].get("prompt"))
+    names = [*layout, *([*words(prompt), *phrases(prompt)] if asked is None else asked)]
     maps = {}
-    for name in map(str, names):
+    for name in map(str, names if one.attention is not None else ()):
         with suppress(ValueError):  # a word beyond the encoder's length
             assert one.attention is not None
             maps[name] = one.attention.of(0, name).numpy()
