@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checks import shown
 from .draw import Picture, to_image
+from .guidance.labels import Labelled, from_labels, to_labels
 from .guidance.layout import Box, read_objects
 from .pictures import read_picture
 from .png.write import png_bytes
@@ -27,10 +28,12 @@ class Boxes:
         minidiff.generate("a red circle and a blue square", boxes=editor.value)
 
     image: what is drawn on: a PIL image, an array [H,W,3], a tensor [3,H,W] or a file; or a Result of one image, with
-    its phrases and boxes. phrases: what boxes can be named, or a prompt, whose phrases they are then. boxes: to begin
-    with, as generate() takes them. Choose a phrase below the picture, and draw; drag a box, its edges or its corners to
-    change it, Delete removes it, C gives it the phrase chosen. `widget` is the BBoxWidget itself, to observe().
-    ValueError for a Result of several images, no phrases, boxes that are no rectangles, and a missing package.
+    its phrases and boxes. phrases: what boxes can be named, or a prompt, whose phrases they are then; "cat #2" is a
+    second object of the phrase "cat", and "cat x1.5" has the weight 1.5. boxes: to begin with, as generate() takes
+    them; masks, strokes and objects without a place are not shown, and stay in `value`. Choose a phrase below the
+    picture, and draw; drag a box, its edges or its corners to change it, Delete removes it, C gives it the phrase
+    chosen. `widget` is the BBoxWidget itself, to observe(). ValueError for a Result of several images, no phrases, and
+    a missing package.
     """
 
     def __init__(
@@ -45,9 +48,10 @@ class Boxes:
             image = image.image
         if phrases is not None and not isinstance(phrases, str | list | tuple):
             raise ValueError(f"phrases is {shown(phrases)}; expected a prompt, or a list of phrases")
-        places = _places(boxes or {})
+        self._known = read_objects(boxes or {})
+        places = to_labels(self._known)
         found = [
-            *(phrase for phrase, _ in places),
+            *(label for label, _ in places),
             *(phrases_of(phrases) if isinstance(phrases, str) else phrases or ()),
         ]
         if not found or not all(isinstance(one, str) for one in found):
@@ -61,20 +65,24 @@ class Boxes:
         self._size = picture.size
         self.widget = _widget(classes=list(dict.fromkeys(found)), hide_buttons=True)
         self.widget.image_bytes = png_bytes(picture)
-        self.widget.bboxes = [_drawn(phrase, box, picture.size) for phrase, box in places]
+        self.widget.bboxes = [_drawn(label, box, picture.size) for label, box in places]
+        self._exact = dict(zip(map(_key, self.widget.bboxes), places, strict=True))
 
     @property
-    def value(self) -> dict[str, list[Box]]:
+    def value(self) -> dict[str, Any]:
         """The boxes drawn so far, from the left and top in [0,1]; several of a phrase are one object in any of them."""
-        found: dict[str, list[Box]] = {}
+        found: list[Labelled] = []
         width, height = self._size
         for one in self.widget.bboxes:
+            if _key(one) in self._exact:
+                found.append(self._exact[_key(one)])
+                continue
             x, y = one["x"], one["y"]
             pairs = ((x, width), (y, height), (x + one["width"], width), (y + one["height"], height))
             x0, y0, x1, y1 = (min(1.0, max(0.0, round(at / edge, 4))) for at, edge in pairs)
             if x0 < x1 and y0 < y1:  # a click leaves a box without area
-                found.setdefault(one["label"], []).append((x0, y0, x1, y1))
-        return found
+                found.append((one["label"], (x0, y0, x1, y1)))
+        return from_labels(found, self._known)
 
     def __repr__(self) -> str:
         return f"<Boxes: {self.value}>"
@@ -84,17 +92,13 @@ class Boxes:
         return self.widget._repr_mimebundle_(include=include, exclude=exclude)
 
 
-def _places(boxes: Layout) -> list[tuple[str, Box]]:
-    objects = read_objects(boxes)
-    for one in objects:
-        if not one.boxes:
-            raise ValueError(f"boxes holds no rectangle for {one.name!r}; expected (x0, y0, x1, y1), or leave it out")
-    return [(one.name, box) for one in objects for box in one.boxes]
+def _key(drawn: dict[str, Any]) -> tuple[object, ...]:
+    return tuple(drawn[name] for name in ("label", "x", "y", "width", "height"))
 
 
-def _drawn(phrase: str, box: Box, size: tuple[int, int]) -> dict[str, object]:
+def _drawn(label: str, box: Box, size: tuple[int, int]) -> dict[str, Any]:
     x0, y0, x1, y1 = (at * size[i % 2] for i, at in enumerate(box))
-    return {"x": x0, "y": y0, "width": x1 - x0, "height": y1 - y0, "label": phrase}
+    return {"x": x0, "y": y0, "width": x1 - x0, "height": y1 - y0, "label": label}
 
 
 def _widget(**options: object) -> Any:

@@ -28,6 +28,30 @@ def test_boxes_come_back_as_they_went_in() -> None:
     minidiff.Request(PROMPT, boxes=editor.value)
 
 
+def test_weights_objects_of_one_phrase_and_what_is_no_box_come_back() -> None:
+    third = 1 / 3
+    boxes = {
+        "cat": [{"box": (0, 0, third, 1)}, {"boxes": [(0.5, 0, 1, 0.5), (0.5, 0.6, 1, 1)], "weight": 1.5}],
+        "red hat": {"box": (0.1, 0.2, third, 0.4), "weight": 0.1 + 0.2},
+        "player #2": (0, 0, 0.5, 0.5),
+        "dog": None,
+        "ball": minidiff.Stroke([(0.2, 0.2), (0.8, 0.8)], width=0.2),
+        "sky": np.eye(8),
+    }
+    editor = minidiff.Boxes(PICTURE, ["cat"], boxes)
+    assert editor.widget.classes == ["cat", "cat #2 x1.5", f"red hat x{0.1 + 0.2!r}", "player #2"]
+
+    def plain(layout: object) -> object:
+        return minidiff.Request("a", boxes=layout).plain()["boxes"]
+
+    value = editor.value
+    assert plain(value) == plain(boxes)
+    assert value["player #2"] == [(0, 0, 0.5, 0.5)] and value["cat"][0]["boxes"] == ((0, 0, third, 1),)
+    drawn = {"x": 0, "y": 0, "width": 256, "height": 256, "label": "cat #3 x2"}
+    editor.widget.bboxes = [*editor.widget.bboxes, drawn]
+    assert editor.value["cat"][2] == {"weight": 2.0, "boxes": ((0.0, 0.0, 0.5, 1.0),)}
+
+
 def test_a_drawn_box_is_in_parts_of_the_picture() -> None:
     """As the front end writes it: pixels of the enlarged picture, beyond its edges too."""
     editor = minidiff.Boxes(np.asarray(PICTURE), ["ball"])
@@ -46,8 +70,6 @@ def test_a_result_brings_its_phrases_and_boxes() -> None:
 def test_what_cannot_be_drawn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="phrases is None; expected what boxes can be named"):
         minidiff.Boxes(PICTURE)
-    with pytest.raises(ValueError, match="boxes holds no rectangle for 'ball'"):
-        minidiff.Boxes(PICTURE, PROMPT, {"ball": minidiff.Point(0.5, 0.5)})
     with pytest.raises(ValueError, match="image cannot be read"):
         minidiff.Boxes("none.png", PROMPT)
     monkeypatch.setitem(sys.modules, "jupyter_bbox_widget", None)

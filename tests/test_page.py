@@ -72,11 +72,25 @@ def test_what_a_picture_says_fills_the_form_that_made_it() -> None:
 
 
 def test_what_has_no_control_is_kept_as_json() -> None:
-    fields = {"prompt": PROMPT, "boxes": {"red": {"boxes": [[0, 0, 1, 1]], "weight": 2}}, "timesteps": [900, 500]}
+    fields = {"prompt": PROMPT, "boxes": {"red": {"stroke": [[0, 0], [1, 1]]}}, "timesteps": [900, 500]}
     guidance = {"objective": {"layout": 1.0, "boxdiff": 0.5}, "steps": 3}
     filled, places, more = form.fill({**fields, "guidance": guidance})
     assert not places and form.read(filled, places, more) == {**fields, "guidance": guidance}
     assert form.preset(Guidance.read("rnb").plain()) == "rnb"
+
+
+def test_weights_and_objects_of_one_phrase_are_labels_of_the_board() -> None:
+    boxes = {
+        "cat": [{"weight": 1.0, "boxes": [[0, 0, 0.5, 1]]}, {"weight": 1.5, "boxes": [[0.5, 0, 1, 1], [0, 0, 0.1, 1]]}],
+        "red hat": {"weight": 0.5, "boxes": [[0, 0, 1 / 3, 1]]},
+    }
+    _, places, more = form.fill({"boxes": boxes})
+    assert [label for label, _ in places] == ["cat", "cat #2 x1.5", "cat #2 x1.5", "red hat x0.5"] and not more
+    board = form.to_annotations(places, (1000, 1000))
+    assert form.read({}, form.from_annotations(board, (1000, 1000), places), "") == {"boxes": boxes}
+    for other in ({"cat #2": [0, 0, 1, 1]}, {"cat": None}, {"tokens:2": [0, 0, 1, 1]}):
+        _, places, more = form.fill({"boxes": other})
+        assert not places and json.loads(more) == {"boxes": other}
 
 
 @pytest.mark.parametrize(
@@ -315,6 +329,11 @@ def test_bad_input_is_a_message_of_the_page(page: object, tmp_path: Path) -> Non
         assert list(last) == [page.parts["status"]] and 'role="alert"' in (text := last[page.parts["status"]])
         assert said in text
     Image.new("RGB", (8, 8)).save(tmp_path / "<other>.png")
+    (made,) = minidiff.generate(
+        "a red circle", boxes={"red circle": minidiff.Point(0.5, 0.5)}, steps=1, guidance="none"
+    ).save(tmp_path / "stroke.png")
+    taken = page._take(holds(page, dropped=str(made)))
+    assert "its boxes are in Further settings" in taken[page.parts["status"]] and not taken[page.parts["places"]]
     text, _ = page._take(holds(page, dropped=str(tmp_path / "<other>.png"))).values()
     assert "&lt;other&gt;.png has no parameters" in text and str(tmp_path) not in text
 

@@ -273,6 +273,8 @@ class Page:
         new = {part[field]: value for field, value in values.items()}
         new |= dict(zip(self._loras(), weights, strict=True))
         prompt = str(values["prompt"] or "")
+        if '"boxes"' in more:
+            notes.append("its boxes are in Further settings, since the board cannot show all that they hold")
         text = "; ".join([f"these are the settings of {name}", *notes]).replace(file, name)
         return new | {
             part["places"]: places,

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ...guidance.guide import Guidance
-from ...guidance.layout import Box, read_objects
+from ...guidance.labels import Labelled, from_labels, to_labels
+from ...guidance.layout import plain_boxes, read_objects
 from ...prompts.named import phrases as phrases, words as words
 from ...request import Plain, Request
 from ...request_checks import FITS
@@ -19,8 +20,7 @@ from ..flags import parser
 
 Values: TypeAlias = "dict[str, Plain]"
 """Fields of a request as JSON values; pictures as paths."""
-Place: TypeAlias = "tuple[str, Box]"
-"""A phrase and its box, from the left and top in [0,1]."""
+Place: TypeAlias = Labelled
 Size: TypeAlias = "tuple[int, int]"
 
 # The fields that have a control, in the page's order: its choices, or the type of its value. All others are JSON.
@@ -74,10 +74,10 @@ def read(entered: Mapping[str, object], places: Sequence[Place], more: str) -> V
             continue
         numbers = kind in (int, float) or name == "seed"
         values[name] = _number(name, str(value), float if kind is float else int) if numbers else value
-    for phrase, box in places:
-        if not phrase:
-            raise ValueError("a box has no phrase; double-click it and choose one, or delete it")
-        values.setdefault("boxes", {}).setdefault(phrase, []).append(list(box))
+    if not all(label for label, _ in places):
+        raise ValueError("a box has no phrase; double-click it and choose one, or delete it")
+    if places:
+        values["boxes"] = json.loads(json.dumps(from_labels(places)))  # with lists
     further = _further(more)
     for name in further:
         if name in values or name in _ELSEWHERE:
@@ -142,15 +142,15 @@ def preset(guidance: object) -> object:
 
 
 def drawn(boxes: object) -> list[Place]:
-    """The boxes of a layout, each with its phrase; none where it has what cannot be drawn as boxes alone."""
+    """The boxes of a layout, each with its label; none where they would not say all of it."""
     if not isinstance(boxes, Mapping):
         return []
-    regions = read_objects(boxes)
-    if not all(one.boxes and one.weight == 1 and not one.name.startswith("tokens:") for one in regions):
+    objects = read_objects(boxes)
+    if not all(one.boxes for one in objects):
         return []
-    if len({one.name for one in regions}) < len(regions):  # objects of one phrase: the board makes them one
-        return []
-    return [(one.name, box) for one in regions for box in one.boxes]
+    places = to_labels(objects)
+    same = plain_boxes(read_objects(from_labels(places))) == plain_boxes(objects)
+    return places if same and not any(one.name.startswith("tokens:") for one in objects) else []
 
 
 # ---- the board that boxes are drawn on

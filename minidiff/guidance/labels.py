@@ -1,0 +1,52 @@
+"""Boxes as editors draw them, each with a label, and as generate() takes them: one to the other and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+from .layout import Box, PlacedObject, plain_boxes
+
+Labelled: TypeAlias = "tuple[str, Box]"
+"""A box with its label: a phrase, then "#2" for the second object of that phrase, and "x1.5" for a weight of 1.5."""
+
+_MARKS = re.compile(r"(?P<phrase>.+?)(?: #(?P<which>\d{1,3}))?(?: x(?P<weight>\d+(?:\.\d+)?(?:e[-+]\d+)?))?", re.DOTALL)
+
+
+def to_labels(objects: Iterable[PlacedObject]) -> list[Labelled]:
+    """Each box of objects; those without boxes have none."""
+    return [(label, box) for label, one in _named(objects) for box in one.boxes]
+
+
+def from_labels(drawn: Iterable[Labelled], known: Sequence[PlacedObject] = ()) -> dict[str, Any]:
+    """The layout of boxes that were drawn. Boxes of one label are one object.
+
+    known: objects that were there before, whose names may look like labels; those without boxes stay in the layout.
+    """
+    names = {one.name for one in known}
+    found: dict[str, list[Box]] = {}
+    for label, box in drawn:
+        found.setdefault(label, []).append(box)
+    objects = [_read(label, tuple(boxes), names) for label, boxes in found.items()]
+    objects.sort(key=lambda one: one[0])  # by number; those of one number stay in the order of drawing
+    layout = plain_boxes([*(one for _, one in objects), *(one for one in known if not one.boxes)])
+    for name, value in layout.items():
+        if isinstance(value, dict) and value["weight"] == 1 and value.keys() == {"weight", "boxes"}:
+            layout[name] = value["boxes"] and list(value["boxes"])
+    return layout
+
+
+def _named(objects: Iterable[PlacedObject]) -> Iterator[tuple[str, PlacedObject]]:
+    counts: dict[str, int] = {}
+    for one in objects:
+        counts[one.name] = which = counts.get(one.name, 0) + 1
+        number = f" #{which}" if which > 1 else ""
+        weight = f" x{one.weight:g}" if float(f"{one.weight:g}") == one.weight else f" x{one.weight!r}"
+        yield f"{one.name}{number}{weight if one.weight != 1 else ''}", one
+
+
+def _read(label: str, boxes: tuple[Box, ...], names: Container[str]) -> tuple[int, PlacedObject]:
+    marks = None if label in names else _MARKS.fullmatch(label)
+    phrase, which, weight = (label, None, None) if marks is None else marks.group("phrase", "which", "weight")
+    return int(which or 1), PlacedObject(phrase, (), boxes, weight=float(weight or 1))
