@@ -2,7 +2,7 @@
 attention maps out.
 
 Rombach et al. 2022, section 3.3. Module names are those of the folder format, so its weights load as they are.
-Shapes: x [B,C,h,w] latents, emb [B,4*C0] time embedding, context [B,L,D] text.
+Shapes: x [B,C,h,w] latents, emb [B,4*C0] activated time embedding, context [B,L,D] text.
 """
 
 import math
@@ -253,7 +253,7 @@ class ResBlock(nn.Module):
     def plain(self, x: Tensor, emb: Tensor) -> Tensor:
         """The same, layer by layer."""
         y = self.conv1(self.norm1(x))
-        y = y + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        y = y + self.time_emb_proj(emb)[:, :, None, None]
         y = self.conv2(self.norm2(y))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -373,7 +373,7 @@ class Upsample(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Turn sinusoids into the embedding that every resnet gets."""
+    """Turn sinusoids into the embedding that every resnet gets, already activated."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
@@ -382,7 +382,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C0] -> [B,4*C0]."""
-        return self.linear_2(F.silu(self.linear_1(x)))
+        return F.silu(self.linear_2(F.silu(self.linear_1(x))))
 
 
 def sinusoids(t: Tensor, channels: int, cos_first: bool = True, freq_shift: float = 0) -> Tensor:

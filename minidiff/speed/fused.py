@@ -128,7 +128,7 @@ def res_block(block: ResBlock, x: Tensor, emb: Tensor) -> Tensor:
     from . import triton_kernels as kernels
 
     y = _convolved(first, block.norm1(x))
-    y = _group_norm(block.norm2, y, block.time_emb_proj(F.silu(emb)), first.bias)
+    y = _group_norm(block.norm2, y, block.time_emb_proj(emb), first.bias)
     y = _convolved(second, y)
     skip = x if shortcut is None else _pointwise(shortcut, x)
     more = None if shortcut is None else shortcut.bias
