@@ -29,6 +29,7 @@ from .guidance.objectives.boxdiff import boxdiff_loss as boxdiff_loss
 from .guidance.objectives.conform import conform_loss as conform_loss
 from .guidance.objectives.extent import extent_loss as extent_loss
 from .guidance.objectives.ilgd import ilgd_loss as ilgd_loss
+from .guidance.objectives.initno import initno_loss as initno_loss
 from .guidance.objectives.inside import inside_loss as inside_loss
 from .guidance.objectives.layout import layout_loss as layout_loss
 from .guidance.objectives.refocusing import refocusing_loss as refocusing_loss
@@ -100,6 +101,7 @@ from .sampling import (
     EulerAncestral as EulerAncestral,
     UniPC as UniPC,
 )
+from .start_noise import initno as initno
 from .weights.image_prompt import with_image_prompt as with_image_prompt
 from .weights.load import load as load
 from .weights.lora import (

@@ -117,9 +117,10 @@ class Request:
         all prompts, or one (or None) per prompt. With boxes, every phrase needs one; without any, each gets one where
         the relations hold, unless guidance reads none (guidance="relation" moves things by their relations alone).
     guidance: how to follow boxes: a Guidance, an objective, the name of a published one ("layout",
-        "attend_and_excite", "boxdiff", "bounded_attention", "conform", "ilgd", "refocusing", "rnb", "self_cross",
-        "self_refocusing", "tradiffusion", "winwinlay"), or "none" (for edits that follow boxes themselves); or "fast",
-        "balanced" or "best": as guidance.presets says for the model. Relations add the objective "relation".
+        "attend_and_excite", "boxdiff", "bounded_attention", "conform", "ilgd", "initno", "refocusing", "rnb",
+        "self_cross", "self_refocusing", "tradiffusion", "winwinlay"), or "none" (for edits that follow boxes
+        themselves); or "fast", "balanced" or "best": as guidance.presets says for the model. Relations add the
+        objective "relation".
     regions: parts of the image that read texts of their own: a list of Region(text, box, negative=..., weight=...) for
         all prompts, or one list (or None) per prompt. The prompt rules where no region is. Phrases of boxes and of
         attention are found in the regions' texts too: a box says where a region's object is, the region what is read.

@@ -210,8 +210,8 @@ class Run(Iterator[Step]):
         canvas: Canvas | None,
         remake: Request,
     ) -> None:
-        self.request, self._model, self._texts, self._schedule = request, model, texts, schedule
-        self._steps, self._guide, self._record, self._timings = steps, told.guide, told.record, dict(timings)
+        self.request, self._model, self._texts, self.schedule = request, model, texts, schedule
+        self._steps, self.guide, self._record, self._timings = steps, told.guide, told.record, dict(timings)
         self._canvas, self._remake = canvas if request.paste else None, remake
         self._reduce = request.reduce if callable(request.reduce) else _REDUCTIONS[request.reduce]
         self._tried: dict[str, Plain] = {}
@@ -227,14 +227,14 @@ class Run(Iterator[Step]):
 
     def __len__(self) -> int:
         """The total number of steps, including those already taken."""
-        return self._schedule.steps
+        return self.schedule.steps
 
     def __next__(self) -> Step:
         before = time.perf_counter()
         found = next(self._steps)
         # time the caller spends between steps is not sampling
         self._timings["sampling"] = self._timings.get("sampling", 0.0) + time.perf_counter() - before
-        looks = () if self._guide is None else tuple(self._guide.seen.get(found.index, ()))
+        looks = () if self.guide is None else tuple(self.guide.seen.get(found.index, ()))
         maps = SiteMaps(found.maps)
         step = Step(found.index, found.t, found.sigma, found.latents, found.denoised, maps, looks, self._model)
         self._last = replace(step, maps=SiteMaps({}))  # maps are large, and the next step has its own
@@ -252,11 +252,11 @@ class Run(Iterator[Step]):
     @property
     def passes(self) -> int:
         """The passes of the network that guidance has taken."""
-        return 0 if self._guide is None else sum(map(len, self._guide.seen.values()))
+        return 0 if self.guide is None else sum(map(len, self.guide.seen.values()))
 
     def reports(self) -> tuple[Report, ...] | None:
         """What guidance did to each image, up to the last step taken; None without guidance."""
-        return None if self._guide is None else tuple(map(self._guide.report, range(self.request.images)))
+        return None if self.guide is None else tuple(map(self.guide.report, range(self.request.images)))
 
     def result(self, decode: Callable[[Tensor], Tensor] | None = None) -> Result:
         """The decoded images after the last step taken.

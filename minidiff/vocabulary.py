@@ -36,6 +36,7 @@ OBJECTIVES = _stems(_HERE / "guidance" / "objectives") or (
         "boxdiff",
         "conform",
         "ilgd",
+        "initno",
         "refocusing",
         "relation",
         "rnb",

@@ -442,6 +442,26 @@ def slow_self_cross(maps: Maps, objects: Objects) -> float:
     return whole / sum(weight for _, _, weight in objects)
 
 
+def slow_initno(maps: Maps, objects: Objects) -> float:
+    looking, losses = by_grid(of_kind(maps, "self")), []
+    found = [excited(of_kind(maps, "cross"), tokens) for _, tokens, _ in objects]
+    for grid, mean in looking.items():
+        inner, share, seen = cells(*grid), looks(mean), []
+        response = 1 - min(max(map(max, one[grid])) for one in found)
+        for one in found:
+            peak = max(inner, key=lambda u, heat=one[grid]: heat[u[0]][u[1]])
+            seen.append(
+                filtered([[share[peak, (r, c)] for c in range(grid[1])] for r in range(grid[0])], gaussian(0.5))
+            )
+        conflicts = [
+            sum(min(one[r][c], other[r][c]) for r, c in inner) / sum(one[r][c] + other[r][c] for r, c in inner)
+            for i, one in enumerate(seen)
+            for other in seen[:i]
+        ]
+        losses.append(response + (sum(conflicts) / len(conflicts) if conflicts and response <= 0.5 else 0))
+    return sum(losses) / len(losses)
+
+
 def otsu(values: list[float]) -> float:
     """The least value of the brighter class."""
 
@@ -554,6 +574,7 @@ SLOW: dict[str, Callable[[Maps, Objects], float]] = {
     "rnb": slow_rnb,
     "tradiffusion": slow_tradiffusion,
     "self_refocusing": slow_self_refocusing,
+    "initno": slow_initno,
     "self_cross": slow_self_cross,
     "conform": slow_conform,
     "bounded_attention": slow_bounded_attention,
@@ -955,7 +976,10 @@ def test_objectives_are_values() -> None:
         a.settings = b.settings  # type: ignore[misc]
 
 
-PLAIN = ("attend_and_excite", "boxdiff", "refocusing", "rnb", "self_refocusing", "self_cross", "bounded_attention")
+PLAIN = (
+    *("attend_and_excite", "boxdiff", "bounded_attention", "initno", "refocusing", "rnb", "self_cross"),
+    "self_refocusing",
+)
 
 
 def test_published_settings() -> None:

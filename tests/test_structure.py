@@ -20,7 +20,7 @@ FLOORS = [
     {"resolve", "texts", "denoise", "noise", "tries"},
     {"canvas"},
     {"run"},
-    {"looking", "inversion", "editor"},
+    {"looking", "inversion", "editor", "start_noise"},
     {"cli", "__init__"},
     {"__main__"},
 ]
