@@ -65,8 +65,8 @@ class Method:
         for _ in range(guided):
             tried.append(left)
             left = (left + 1) // 2
-        each = lambda n: [n // guided + (i < n % guided) for i in range(guided)]  # noqa: E731  # as Guidance has them
-        fits = (n for n in range(most, 0, -1) if sum(a * b for a, b in zip(tried, each(n), strict=True)) <= most)
+        cost = lambda n: sum(a * b for a, b in zip(tried, how.spread(n, guided), strict=True))  # noqa: E731
+        fits = (n for n in range(most, 0, -1) if cost(n) <= most)
         return next(fits)
 
 
@@ -127,7 +127,8 @@ def draw(model: minidiff.Model, some: Sequence[Scene], method: Method, passes: i
     guidance = method.guidance
     if guidance != "none":
         read = Guidance.read(model.defaults.guidance if guidance is None else guidance)  # type: ignore[arg-type]
-        guidance = replace(read, passes=method.passes(read, model.defaults.steps, passes))
+        most = read.passes if passes is None else passes
+        guidance = replace(read, passes=method.passes(read, model.defaults.steps, most))
     before = time.process_time()
     run = minidiff.sample_steps(
         [one.prompt.text for one in some],

@@ -147,7 +147,7 @@ def my_own(maps: Maps, layout: Layout) -> Tensor:
     [
         *[Guidance(objective) for objective in OBJECTIVES.values()],
         Guidance(minidiff.boxdiff_loss * 3.0, scale=(3.0, 2.0), steps=2, iterations=7),
-        Guidance(minidiff.inside_loss, passes=25, watch=True),
+        Guidance(minidiff.inside_loss, passes=25, early=True, watch=True),
         Guidance(minidiff.rnb_loss + 0.25 * minidiff.layout_loss, threshold=0.5, step_rule="unit"),
     ],
     ids=lambda given: "+".join(term.name for term in given.objective.terms),
@@ -164,6 +164,18 @@ def test_passes_are_spread_over_the_guided_steps(name: str, passes: int, first: 
     assert max(found) - min(found[: how.steps]) <= 1
     with pytest.raises(ValueError, match="passes is 0"):
         Guidance(passes=0)
+
+
+@pytest.mark.parametrize(("passes", "steps"), [(25, 20), (7, 50), (100, 3)])
+def test_early_passes_decline_linearly(passes: int, steps: int) -> None:
+    how = Guidance(minidiff.inside_loss, passes=passes, early=True, sites={SITE}).of_run(steps, {})
+    found = [how.at(i)[2] for i in range(steps)]
+    guided = round(0.6 * steps)
+    weights = [2 * (guided - i) - 1 if i < guided else 0 for i in range(steps)]
+    assert sum(found) == passes
+    assert all(abs(n - passes * weight / sum(weights)) <= 1 for n, weight in zip(found, weights, strict=True))
+    with pytest.raises(ValueError, match="early is True without passes"):
+        Guidance(early=True)
 
 
 def test_what_plain_values_cannot_say_stays_as_it_is() -> None:

@@ -16,7 +16,7 @@ import minidiff
 from minidiff.guidance.evaluate import evaluate
 from minidiff.guidance.layout import Layout, PlacedObject, make_layout
 from minidiff.guidance.objectives import OBJECTIVES, Objective
-from minidiff.guidance.objectives.extent import SPREAD
+from minidiff.guidance.objectives.extent import COVER, SPREAD
 from minidiff.guidance.objectives.relation import APART
 from minidiff.guidance.relations import Relation, relation_tensor
 from minidiff.networks.attention import ALL, BOX_MASS, COLUMNS, HEAD_MEAN, Inputs, Keep, Maps, Record, mask_name
@@ -360,6 +360,9 @@ def slow_extent(maps: Maps, objects: Objects) -> float:
                 (centre, spread), (wanted, size) = lines
                 width = math.sqrt(12) * size  # std of a uniform bar
                 loss += 3 * ((centre - wanted) / width) ** 2 + math.log(spread / (SPREAD * size)) ** 2
+            values = [value for row in found for value in row]
+            entropy = -sum(value / sum(values) * math.log(value / sum(values)) for value in values)
+            loss += max(0.0, math.log(COVER * sum(map(sum, mask))) - entropy) ** 2
             losses.append(loss)
         whole += weight * sum(losses) / len(losses)
     return whole / sum(weight for _, _, weight in objects)
@@ -1081,6 +1084,17 @@ def test_loss_and_gradient_are_finite_and_move_what_can_be_moved(
     assert all(gradient.isfinite().all() for gradient in gradients)
     if can_move(name, layout.masks[grid][0], probs, regions, loss.item()):
         assert max(gradient.abs().max() for gradient in gradients) > 0
+
+
+def test_two_small_maps_are_not_one_large_one() -> None:
+    """All are centred, and within an eighth as widely spread as the box asks for."""
+    layout = make_layout([[PlacedObject("a", (1,), ((0.1, 0.1, 0.9, 0.9),))]], [1], 2, [(20, 20)])
+    one, two = torch.full((2, 20, 20), 1e-9)
+    one[5:15, 5:15] = two[5:9, 5:9] = two[11:15, 11:15] = 1
+    losses = [
+        minidiff.extent_loss({SITE: torch.stack([some, some], dim=2)[None]}, layout).item() for some in (one, two)
+    ]
+    assert losses[0] < 0.01 and losses[1] > 1
 
 
 def test_nothing_is_to_be_won_where_the_box_is_the_whole_picture() -> None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial, reduce as fold
+from itertools import pairwise
 from operator import add
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ _CHECKS: Mapping[str, Check] = MappingProxyType(
         "step_rule": partial(choice, choices=STEP_RULES),
         "watch": switch,
         "passes": partial(whole, least=1, most=MOST_STEPS * MOST_ITERATIONS),
+        "early": switch,
     }
 )
 _SETTINGS = tuple(field.name for field in fields(Settings))
@@ -71,7 +73,7 @@ class Guidance:
         images whose loss there is above the threshold: no pass of the network to find that nothing is to be done. Not
         with recorded attention, reused layers (cache_interval), texts that change or AND, where all looks are made.
     passes: at most so many updates of an image in the run, in place of `iterations`: spread over the guided steps, of
-        which the first take the remainder.
+        which the first take the remainder; with `early` in linear decline, since places are settled before sizes.
     """
 
     objective: Objective = layout_loss
@@ -83,6 +85,7 @@ class Guidance:
     step_rule: StepRule | None = None
     watch: bool = False
     passes: int | None = None
+    early: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.objective, Objective):
@@ -93,6 +96,8 @@ class Guidance:
         for name in _SETTINGS:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self.objective.settings, name))
+        if self.early and self.passes is None:
+            raise ValueError("early is True without passes; expected passes=25, say, which it spreads")
         fraction = isinstance(self.steps, float) and 0 < self.steps < 1
         there = [name for name in _FIELDS if getattr(self, name) is not None]
         given = {name: getattr(self, name) for name in there if not (fraction and name == "steps")}
@@ -110,9 +115,16 @@ class Guidance:
         iterations = self.iterations
         if self.passes is not None and number > 0:
             number = min(number, steps)
-            iterations = tuple(self.passes // number + (i < self.passes % number) for i in range(number))
+            iterations = self.spread(self.passes, number)
         objective = self.objective.bound(there, self.sites)
         return replace(self, steps=number, iterations=iterations, objective=objective)
+
+    def spread(self, passes: int, steps: int) -> tuple[int, ...]:
+        """The passes of each of the guided steps."""
+        if not self.early:
+            return tuple(passes // steps + (i < passes % steps) for i in range(steps))
+        left = [round(passes * (1 - i / steps) ** 2) for i in range(steps + 1)]
+        return tuple(before - after for before, after in pairwise(left))
 
     def at(self, index: int) -> tuple[float, float, int]:
         """Scale, threshold and iterations of a step; 0 iterations after the last guided one."""
