@@ -13,11 +13,13 @@ from minidiff.networks.config import UNetConfig
 from minidiff.networks.norm import GroupNorm
 from minidiff.networks.unet import UNet
 from minidiff.speed import fused
+from minidiff.speed.capture import _NoWaits
 from minidiff.speed.fused import PointConv2d
 
 CODE = """
 import contextlib, torch
 from minidiff.speed import fused
+from minidiff.speed.capture import _NoWaits
 torch.cuda.device_of = lambda x: contextlib.nullcontext()
 fused._usable = lambda norm, x: True
 for channels in (16, 32, 40):
@@ -60,6 +62,11 @@ def test_a_broken_compiler_is_told_of_and_costs_speed_alone(monkeypatch: pytest.
     with pytest.warns(UserWarning, match="a small layer's result is 5e-01 off"):
         assert not fused.works(fused._apart, torch.device("cpu"), torch.float32, 16)
     fused.works.cache_clear()
+
+
+def test_kernels_are_tried_where_nothing_may_wait() -> None:
+    with _NoWaits():
+        assert fused.works(lambda *_: float(torch.zeros(3).sum()), torch.device("cpu"), torch.float32, 0)
 
 
 def test_layers_with_hooks_are_called() -> None:

@@ -41,11 +41,12 @@ _Kept: TypeAlias = Callable[[_Read, Grid, Inputs], Tensor | None]
 
 def kept(site: Site, q: Tensor, k: Tensor, grid: Grid, keep: Keep, inputs: Inputs) -> Tensor | None:
     """What `keep` keeps of the attention of q [B,H,N,D] to k [B,H,L,D], in float32; None if these kernels cannot."""
-    function = _KEPT.get(keep)
-    half = q.element_size() == k.element_size() == 2  # in float32 they take 5 s each to build
-    if function is None or not half or not usable(q) or q.shape[3] > 256 or not q.stride(3) == k.stride(3) == 1:
+    if not usable(q) or not (q.element_size() == k.element_size() == 2):  # in float32 they take 5 s each to build
         return None
-    if k.dtype != q.dtype or not works(_apart, q.device, q.dtype, (keep, q.shape[3])):
+    function = _KEPT.get(keep)
+    if function is None or q.shape[3] > 256 or not q.stride(3) == k.stride(3) == 1 or k.dtype != q.dtype:
+        return None
+    if not works(_apart, q.device, q.dtype, (keep, q.shape[3])):
         return None
     return _kept(function, q, k, grid, inputs)
 
