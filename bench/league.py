@@ -43,7 +43,7 @@ Cell: TypeAlias = tuple[str, int | None, int]  # method, passes, seed
 
 @dataclass(frozen=True)
 class Method:
-    """A way of following boxes; guidance None is the model's default. The passes of all tries count."""
+    """A way of following boxes; guidance None is the model's default. Each of the tries counts as a pass."""
 
     guidance: str | Mapping[str, object] | None
     edits: tuple[minidiff.Edit, ...] = ()
@@ -54,20 +54,7 @@ class Method:
         """The numbers of passes at which it is compared."""
         if self.guidance == "none":
             return (None,)
-        return PASSES if self.tries == 1 else tuple(n for n in PASSES if n is not None and n > 2 * self.tries)
-
-    def passes(self, how: Guidance, steps: int, most: int | None) -> int | None:
-        """Of the try that is taken, so that all tries together take at most so many."""
-        if most is None or self.tries == 1:
-            return most
-        guided = how.steps if isinstance(how.steps, int) else round((how.steps or 0) * steps)
-        tried, left = [], self.tries  # in each step
-        for _ in range(guided):
-            tried.append(left)
-            left = (left + 1) // 2
-        cost = lambda n: sum(a * b for a, b in zip(tried, how.spread(n, guided), strict=True))  # noqa: E731
-        fits = (n for n in range(most, 0, -1) if cost(n) <= most)
-        return next(fits)
+        return PASSES if self.tries == 1 else tuple(n for n in PASSES if n is None or n > 2 * self.tries)
 
 
 NOT_OF_BOXES = ("relation", "reweight", "prompt_to_prompt", "masactrl")
@@ -113,13 +100,11 @@ def _model(name: str) -> minidiff.Model:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Pictures [B,3,128,128] in [0,1], each one's evaluations by guided step, and seconds of CPU for each. tried:
-    passes of tries that were not taken."""
+    """Pictures [B,3,128,128] in [0,1], each one's evaluations by guided step, and seconds of CPU for each."""
 
     images: Tensor
     looks: dict[int, Sequence[Evaluation]] = field(default_factory=dict)
     seconds: float = 0.0
-    tried: int = 0
 
 
 def draw(model: minidiff.Model, some: Sequence[Scene], method: Method, passes: int | None, seed: int) -> Drawn:
@@ -127,8 +112,8 @@ def draw(model: minidiff.Model, some: Sequence[Scene], method: Method, passes: i
     guidance = method.guidance
     if guidance != "none":
         read = Guidance.read(model.defaults.guidance if guidance is None else guidance)  # type: ignore[arg-type]
-        most = read.passes if passes is None else passes
-        guidance = replace(read, passes=method.passes(read, model.defaults.steps, most))
+        most = read.passes if passes is None else passes - (method.tries if method.tries > 1 else 0)
+        guidance = replace(read, passes=most)
     before = time.process_time()
     run = minidiff.sample_steps(
         [one.prompt.text for one in some],
@@ -142,10 +127,9 @@ def draw(model: minidiff.Model, some: Sequence[Scene], method: Method, passes: i
         output="tensor",
     )
     looks = {step.index: step.report for step in run if isinstance(step.report, tuple) and step.report}
-    result = run.result()
-    assert isinstance(result.images, Tensor)
-    tried = result.info.get("tries", {"passes": 0})["passes"]
-    return Drawn(result.images, looks, (time.process_time() - before) / len(some), tried)
+    images = run.result().images
+    assert isinstance(images, Tensor)
+    return Drawn(images, looks, (time.process_time() - before) / len(some))
 
 
 @lru_cache(maxsize=4)
@@ -161,20 +145,18 @@ def rows(model: str, cell: Cell, some: Sequence[Scene]) -> list[Row]:
     tries, found = methods()[name].tries, []
     boxed = [one for one in some if one.relation is None]
     related = [one for one in some if one.relation is not None]
-    batches = [tuple(boxed), tuple(related)] if tries == 1 else [(one,) for one in some]  # those do better alone
-    for batch in batches:
+    for batch in (tuple(boxed), tuple(related)):
         if batch:
-            plain = _plain(model, batch, seed) if tries == 1 else None  # another noise is another picture
+            plain = _plain(model, batch, seed)
             drawn = plain if name == "none" else draw(_model(model), batch, methods()[name], passes, seed)
-            apart = drawn.images - (drawn if plain is None else plain).images
-            drift = apart.square().mean(dim=(1, 2, 3)).sqrt().tolist()
+            drift = (drawn.images - plain.images).square().mean(dim=(1, 2, 3)).sqrt().tolist()
             for i, scene in enumerate(batch):
                 row: Row = {"method": name, "passes": passes, "seed": seed, "split": scene.split}
                 row |= {"scenes": scene.seed, "number": scene.number, "seconds": round(drawn.seconds, 3)}
-                row["drift"] = round(drift[i], 4) if tries == 1 else None
+                row["drift"] = round(drift[i], 4) if tries == 1 else None  # another noise is another picture
                 row |= measured(scene, measure((drawn.images[i] * 255).round().to(torch.uint8)))
                 row |= looked(drawn.looks, i, len(scene.things))
-                row["used"] += drawn.tried
+                row["used"] += tries if tries > 1 else 0
                 found.append(row)
     return found
 

@@ -90,11 +90,10 @@ class Request:
     seed: of the first image, counting up for the rest; or one per image. None draws one, which the result reports.
     vary: (seed, strength in [0,1]) moves the starting noise towards another seed's, which counts up while `seed` then
         stays: images much alike, as by A1111's variation seed. Or one such seed per image.
-    tries: of so many start noises, each image takes the one that guidance gets along with best; 1 (default) takes that
-        of its seed. The others are those of its seed + 10,000, + 20,000, ...; the result has the seed that was taken,
-        which makes the image again without a search. All are guided through a step, the better half of them through
-        another one, until one is left: 8 take 14 steps instead of 3. More than one image at once cost more: each is
-        drawn from its best seed anew. Passes spent on other tries: result.info["tries"].
+    tries: of so many start noises, each image takes the one in which guidance's first look finds the least loss; 1
+        (default) takes that of its seed. The others are those of its seed + 10,000, + 20,000, ...; the result has the
+        seed that was taken, which makes the image again without a search, and its info the number of tries. Each costs
+        a third of a step.
     images_per_prompt: images of the same prompt are adjacent. Image i of a batch equals, within 1/255 in float32, the
         image made alone from its seed; a guided one may not, where guidance magnifies how a batch rounds (cli.batch).
     latents: initial latents instead of noise, [images,4,h,w] of unit variance.

@@ -149,7 +149,7 @@ def _numbers(request: Request) -> None:
     if request.tries > 1 and (not (request.boxes or request.relations) or request.guidance in ("none", "fast", False)):
         raise ValueError(
             f"tries is {request.tries} but nothing is guided; expected boxes or relations, and a guidance other than "
-            '"none" and "fast", whose first steps choose the noise'
+            '"none" and "fast", whose first look chooses the noise'
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from importlib.metadata import version
-from itertools import chain, islice
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from .guidance.guide import Guidance, Guide
 from .guidance.layout import Layout, PlacedObject
 from .guidance.placed import CALIBRATIONS
 from .guidance.regions import share_edits
-from .guidance.report import Report
 from .model import Model
 from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
 from .networks.sites import SECOND_COARSEST, Position, Site, choose, cross
@@ -39,7 +38,7 @@ from .speed.accelerate import compile_whole, is_compiled
 from .speed.capture import captured, spared
 from .speed.replace import changed_weights
 from .texts import Texts
-from .tries import best_run
+from .tries import Seeds, best_seeds
 from .weights.load import load
 
 _version = cache(version)  # which reads a file each time, in 10 ms
@@ -81,14 +80,12 @@ def sample_steps(request: Request) -> Run:
     return _run(request, model, {"load": time.perf_counter() - started})
 
 
-def _run(given_request: Request, model: Model, timings: Mapping[str, float]) -> Run:
+def _run(
+    given_request: Request, model: Model, timings: Mapping[str, float], info: Mapping[str, Plain] = MappingProxyType({})
+) -> Run:
     """The run, with its texts encoded; with `tries`, that of each image's best seed."""
     loaded = time.perf_counter()
     request, sampler, how = resolve(given_request, model)
-    if request.tries > 1 and how is not None:
-        once = given_request.filled({"tries": 1, "guidance": request.guidance})  # what a preset stands for
-        run_of = lambda seeds: _run(once.filled({"seed": seeds}), model, timings)  # noqa: E731
-        return best_run(run_of, _seeds(request), request.tries)
     every_step = sampler.schedule(model.noise, request.steps, timesteps=request.timesteps, sigmas=request.sigmas)
     shape = latent_shape(request, model)
     noise = Noise.of(request, shape)
@@ -96,6 +93,16 @@ def _run(given_request: Request, model: Model, timings: Mapping[str, float]) -> 
     schedule, texts = begun.schedule, Texts.of(request, model, begun.schedule.steps)
     there = model.unet.positions(*shape[1:])
     told = _tell(request, model, sampler, how, texts, there, begun)
+    if request.tries > 1 and told.guide is not None:
+
+        def start(seeds: Seeds) -> Tensor:
+            of_try = Noise.of(request.filled({"seed": seeds}), shape)
+            return begin(request, model, sampler, every_step, of_try).latents.to(model.device)
+
+        best = best_seeds(_seeds(request), request.tries, start, told.guide, schedule)
+        spent = {**timings, "tries": time.perf_counter() - loaded}
+        once = given_request.filled({"seed": best, "tries": 1, "guidance": request.guidance})  # not the preset's tries
+        return _run(once, model, spent, {"tries": request.tries})
     warn_unused(request, schedule.steps, 0 if told.apart is None else told.apart.steps)
     refine, fresh = None if told.guide is None else told.guide.refine, noise if sampler.stochastic else None
     denoise = _denoise(request, model, sampler, told)
@@ -111,7 +118,7 @@ def _run(given_request: Request, model: Model, timings: Mapping[str, float]) -> 
     remake = given_request.filled(drawn).each()
     remake = remake if begun.canvas is None else remake.filled(begun.canvas.fields())
     timings = {**timings, "text": time.perf_counter() - loaded}
-    return Run(request.filled(used), model, texts, schedule, steps, told, timings, begun.canvas, remake)
+    return Run(request.filled(used), model, texts, schedule, steps, told, timings, begun.canvas, remake, info)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,12 +216,13 @@ class Run(Iterator[Step]):
         timings: Mapping[str, float],
         canvas: Canvas | None,
         remake: Request,
+        info: Mapping[str, Plain],
     ) -> None:
         self.request, self._model, self._texts, self.schedule = request, model, texts, schedule
         self._steps, self.guide, self._record, self._timings = steps, told.guide, told.record, dict(timings)
         self._canvas, self._remake = canvas if request.paste else None, remake
         self._reduce = request.reduce if callable(request.reduce) else _REDUCTIONS[request.reduce]
-        self._tried: dict[str, Plain] = {}
+        self._own_info = info
         self._last: Step | None = None
         self._kept: Maps | None = None
 
@@ -240,23 +248,6 @@ class Run(Iterator[Step]):
         self._last = replace(step, maps=SiteMaps({}))  # maps are large, and the next step has its own
         self._kept = self._reduce(self._kept, found.maps, found.index) if found.maps else None
         return step
-
-    def ahead(self, steps: int) -> None:
-        """Take the first steps now, to be yielded later."""
-        self._steps = chain(list(islice(self._steps, steps)), self._steps)
-
-    def was_best(self, tried: Mapping[str, Plain], seconds: float) -> None:
-        """Note among how many tries it was chosen, and what they took."""
-        self._tried, self._timings["tries"] = {"tries": dict(tried)}, seconds
-
-    @property
-    def passes(self) -> int:
-        """The passes of the network that guidance has taken."""
-        return 0 if self.guide is None else sum(map(len, self.guide.seen.values()))
-
-    def reports(self) -> tuple[Report, ...] | None:
-        """What guidance did to each image, up to the last step taken; None without guidance."""
-        return None if self.guide is None else tuple(map(self.guide.report, range(self.request.images)))
 
     def result(self, decode: Callable[[Tensor], Tensor] | None = None) -> Result:
         """The decoded images after the last step taken.
@@ -286,9 +277,9 @@ class Run(Iterator[Step]):
             seeds=_seeds(self.request),
             parameters=tuple(self.request.alone(i).plain() for i in range(len(latents))),
             timings={**self._timings, "decode": time.perf_counter() - before},
-            info=_info(self._model) | self._tried | stopped,
+            info={**_info(self._model), **self._own_info, **stopped},
             attention=None if self._kept is None else self._attention(self._kept),
-            reports=self.reports(),
+            reports=None if self.guide is None else tuple(map(self.guide.report, range(len(latents)))),
             flagged=flagged,
             request=self._remake,
             generate=generate,

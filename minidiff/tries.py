@@ -1,15 +1,16 @@
-"""The best of several start noises, by how far guidance got in the first steps of each: successive halving."""
+"""The best of several start noises, by what guidance sees in them before it moves anything."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable
+from typing import TypeAlias
 
-if TYPE_CHECKING:
-    from .guidance.report import Report
-    from .run import Run
+import torch
+from torch import Tensor
+
+from .guidance.guide import Guide
+from .sampling import Schedule
 
 STRIDE = 10_000
 """From the seed of one try to the next: more than a batch holds, so that its images try different noises."""
@@ -21,37 +22,23 @@ def nth_seeds(seeds: Seeds, n: int) -> Seeds:
     return tuple((seed + n * STRIDE) % 2**64 for seed in seeds)
 
 
-def best_run(run_of: Callable[[Seeds], Run], seeds: Seeds, tries: int) -> Run:
-    """The run of each image's best seed. It goes on where its try stopped, unless images differ in their best one."""
-    before = time.perf_counter()
-    tried = [nth_seeds(seeds, n) for n in range(tries)]
-    runs = [run_of(own) for own in tried]
-    best = _chosen(runs, len(seeds))
-    found = runs[best[0]] if len(set(best)) == 1 else run_of(tuple(tried[n][i] for i, n in enumerate(best)))
-    passes = sum(run.passes for run in runs if run is not found)
-    found.was_best({"of": tries, "passes": passes}, time.perf_counter() - before)
-    return found
+def best_seeds(seeds: Seeds, tries: int, start: Callable[[Seeds], Tensor], guide: Guide, schedule: Schedule) -> Seeds:
+    """Each image's seed among those of its tries whose loss is the least, the first of equal ones.
 
-
-def _chosen(runs: Sequence[Run], images: int) -> Sequence[int]:
-    """Each image's best run: all take a step, the better half of them another one, until one is left; the first one of
-    equal ones. Successive halving (Jamieson and Talwalkar 2016).
+    start: seeds -> the latents of unit variance [B,4,h,w] where the run would begin. Each try is one forward pass of
+    the conditional texts, to the last site that guidance reads, and none back.
     """
-    left, steps = [list(range(len(runs)))] * images, 0
-    while len(left[0]) > 1:
-        steps += 1
-        hopes = {}
-        for n in sorted(set().union(*left)):
-            runs[n].ahead(steps)
-            hopes[n] = [promise(report) for report in runs[n].reports() or [None] * images]
-        left = [sorted(own, key=lambda n: -hopes[n][i])[: (len(own) + 1) // 2] for i, own in enumerate(left)]
-    return [own[0] for own in left]
+    losses = [_first_loss(start(nth_seeds(seeds, n)), guide, schedule) for n in range(tries)]
+    best = [min(range(tries), key=lambda n: losses[n][i]) for i in range(len(seeds))]
+    return tuple(nth_seeds(seeds, n)[i] for i, n in enumerate(best))
 
 
-def promise(report: Report | None) -> float:
-    """How likely all objects are to come out in their boxes; where nothing says so, minus the last loss."""
-    placed = None if report is None else report.placed
-    if placed is not None and len(placed) and not placed.isnan().any():
-        return float(placed.prod())
-    loss = math.nan if report is None or not len(report.loss) else -float(report.loss[-1])
-    return -math.inf if math.isnan(loss) else loss
+def _first_loss(latents: Tensor, guide: Guide, schedule: Schedule) -> list[float]:
+    """Each image's loss at the run's first step; infinite for NaN."""
+    growth = math.sqrt(1 + float(schedule.sigmas[0]) ** 2) if schedule.space == "ve" else 1.0
+    x = latents * (schedule.init_scale / growth)
+    t = torch.full((), float(schedule.timesteps[0]), dtype=torch.float32, device=x.device)
+    nothing = torch.full((len(x),), math.inf, device="cpu")  # no loss is above it: no pass back
+    _, found = guide.look(x, t, schedule.abar(0), range(len(x)), 0, nothing)
+    loss: list[float] = found[0].nan_to_num(math.inf).tolist()
+    return loss

@@ -47,7 +47,7 @@ def test_beside_edits_relations_tries_and_latents(tiny_model: Model) -> None:
     assert not torch.equal(made(tiny_model, "none", edits=edits[0]).latents, both)
     assert torch.equal(made(tiny_model, "best", **none).latents, made(tiny_model, "rnb", **none).latents)
     assert torch.equal(made(tiny_model, "fast", **none).latents, made(tiny_model, "layout", **none).latents)
-    assert made(bundled, "best", tries=2, steps=1).info["tries"]["of"] == 2
+    assert made(bundled, "best", tries=2, steps=1).info["tries"] == 2
     assert "tries" not in made(bundled, "best", latents=torch.zeros(1, 4, 8, 8), seed=None, steps=1).info
 
 

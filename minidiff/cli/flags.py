@@ -182,7 +182,7 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
         "--tries",
         type=read_positive,
         metavar="N",
-        help="of N start noises, take the one that follows the boxes or relations best in its first steps (default: 1)",
+        help="of N start noises, take the one that suits the boxes or relations best before guidance (default: 1)",
     )
     add("--images", dest="images_per_prompt", type=int, metavar="N", help="images per prompt (default: 1)")
     add(
