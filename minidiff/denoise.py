@@ -65,7 +65,8 @@ class Denoise:
             )
         if not self.both:  # there are no unconditional rows to leave out
             record = None if record is None else replace(record, rows=_only_rows("attention", record.rows))
-            edits = tuple(replace(edit, rows=_only_rows("edit", edit.rows)) for edit in edits)
+            left = [edit for edit in edits if not any(_is_half(edit, other) for other in edits)]
+            edits = tuple(replace(edit, rows=_only_rows("edit", edit.rows)) for edit in left)
         self.model, self.contexts, self.scale, self.rescale = model, contexts, scale, rescale
         self.record, self.edits, self.inputs, self.weights = record, edits, inputs, weights
         self.interval, self.every, self.halves, self.apart = interval, every, halves, apart
@@ -208,6 +209,15 @@ _OF_TOKENS = ("token_weights", "words", "unread")
 def _alone(edits: Sequence[Edit]) -> Iterator[Edit]:
     """The edits of a batch without unconditional rows."""
     return (replace(edit, rows="all") for edit in edits if edit.rows != "uncond")
+
+
+def _is_half(edit: Edit, other: Edit) -> bool:
+    """Whether it does to unconditional rows what another does to the conditional ones."""
+    if edit.rows != "uncond" or other.rows == "uncond":
+        return False
+    assert isinstance(edit.sites, frozenset) and isinstance(other.sites, frozenset)  # chosen
+    same = (edit.bias, edit.probs, edit.logits, edit.kv) == (other.bias, other.probs, other.logits, other.kv)
+    return same and edit.sites <= other.sites
 
 
 def _in_rows(found: Tensor, rows: Tensor, batch: int) -> Tensor:

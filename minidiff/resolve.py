@@ -12,11 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .checks import number, warn
+from .checks import number, shown, warn
 from .guidance.guide import Guidance
 from .guidance.image_prompt import ImagePrompt
 from .guidance.layout import PlacedObject
 from .guidance.objectives import OBJECTIVES
+from .guidance.pairs import takes_from_first
 from .guidance.presets import preset
 from .guidance.relations import planned
 from .model import Model
@@ -245,17 +246,32 @@ def warn_unused(request: Request, steps: int, apart: int) -> None:
             there = f"the run's are 0 to {steps - 1}"
             there += f", of which 0 to {apart - 1} have their regions apart (regions_apart)" if apart else ""
             warn(f"edits[{i}] has no effect: its steps are {first} to {last - 1}, and {there}")
+    if any(map(takes_from_first, request.edits)):
+        what = "prompt_to_prompt and masactrl take from a call's first picture"
+        if request.images == 1:
+            warn(f"{what}, and there is one only: they change nothing; expected two prompts or more")
+        elif request.latents is None and isinstance(request.seed, tuple) and len(set(request.seed)) > 1:
+            warn(f"{what}, which begins with other noise: seeds {shown(request.seed)}; expected equal ones")
     own = request.edits or request.attention not in (True, False) or request.guidance not in (None, "none")
     if request.inputs and not own:
         names = ", ".join(map(repr, request.inputs))
         warn(f"inputs hold {names}, which nothing reads; expected an edit, a Record or an objective that does")
 
 
-def check_places(how: Guidance, regions: Sequence[Sequence[PlacedObject]]) -> None:
-    """ValueError if guidance needs boxes and a phrase has none."""
+_BETWEEN = ("conform_loss", "self_cross_loss")
+"""Objectives that one phrase gives nothing to do."""
+
+
+def check_places(how: Guidance, regions: Sequence[Sequence[PlacedObject]], related: Sequence[object]) -> None:
+    """ValueError if guidance needs boxes and a phrase has none; a warning if it has nothing to do."""
     for region in (region for some in regions for region in some):
         if how.objective.needs_boxes and region.mask is None and not region.boxes:
             raise ValueError(
                 f"boxes[{region.name!r}] has no box or mask, which guidance needs; give one, or use an objective that "
                 'needs none, such as guidance="attend_and_excite"'
             )
+    for name in sorted({term.name for term in how.objective.terms}):
+        if name in _BETWEEN and all(len(some) < 2 for some in regions):
+            warn(f"{name} acts between phrases, and boxes hold one only: it changes nothing; expected two or more")
+        if name == "relation_loss" and not any(related):
+            warn('relation_loss has no relations, so it changes nothing; expected relations=["cat left of ball"]')

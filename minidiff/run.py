@@ -170,7 +170,7 @@ def _tell(
     inputs = {one: {**layouts[one].inputs(), **own} for one in encoded}
     guide = None
     if how is not None:
-        check_places(how, regions)
+        check_places(how, regions, related)
         seen = [(encoded[one][-len(regions) :], layouts[one], inputs[one]) for one in each_step]
         guide = _guide(model, how.of_run(begun.schedule.steps, there), seen, regions, edits)
     return _Told(contexts, [inputs[one] for one in each_step], edits, record, guide, weights, apart)

@@ -997,3 +997,16 @@ def test_passes_are_the_runs_most_where_a_step_has_two_calls(tiny_model: Model) 
     given = {"model": tiny_model, "boxes": boxes, "guidance": how, "steps": 3, "seed": 1, "sampler": "pndm"}
     (report,) = minidiff.generate("a cat", **given).reports  # type: ignore[arg-type, misc]
     assert report.iterations == (2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("conform", "conform_loss acts between phrases, and boxes hold one only"),
+        (minidiff.layout_loss + minidiff.self_cross_loss, "self_cross_loss acts between phrases"),
+        ("relation", "relation_loss has no relations, so it changes nothing"),
+    ],
+)
+def test_guidance_that_has_nothing_to_do_is_warned_of(tiny_model: Model, how: object, message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        minidiff.sample_steps("a cat", boxes=CAT, guidance=how, model=tiny_model, steps=2)

@@ -1136,7 +1136,11 @@ def test_masks_have_a_name_for_each_grid() -> None:
     ("name", "kind", "message"),
     [
         ("layout", "self", "sites hold self-attention, but .* reads cross-attention"),
-        ("self_cross", "cross", "sites hold cross-attention, but .* reads cross and self-attention"),
+        (
+            "self_cross",
+            "cross",
+            "sites hold cross-attention, but .* reads cross and self-attention; expected such sites. An objective",
+        ),
         ("self_refocusing", "cross", "sites hold cross-attention, but .* reads self-attention"),
     ],
 )

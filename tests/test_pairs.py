@@ -1,5 +1,6 @@
 """Pictures of one call whose attention takes from the first one's."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from compare import relative_error
 import minidiff
 from minidiff.guidance.pairs import masactrl, prompt_to_prompt
 from minidiff.model import Model
-from minidiff.networks.attention import Hooks, hooked_attention
+from minidiff.networks.attention import Edit, Hooks, hooked_attention
 from minidiff.networks.sites import Site
 from minidiff.shapes.measure import iou, measure
 
@@ -72,7 +73,7 @@ def test_the_unconditional_row_takes_the_firsts_keys_too(tiny_model: Model) -> N
         "model": tiny_model,
         "steps": 1,
         "spacing": "trailing",
-        "seed": [1, 2],
+        "seed": [1, 1],
         "output": "latents",
         "negative_prompt": ["a", "hat"],
     }
@@ -109,3 +110,33 @@ def test_what_does_not_fit_is_named(tiny_model: Model) -> None:
     boxes = {"ball": (0.1, 0.1, 0.7, 0.6)}
     with pytest.raises(ValueError, match='which guidance may leave out; expected guidance="none"'):
         minidiff.generate(PAIR, edits=masactrl(steps=None), boxes=boxes, guidance="layout", **shared)
+
+
+@pytest.mark.parametrize(
+    "edits", [minidiff.masactrl(steps=None), minidiff.bounded_attention()], ids=["masactrl", "bounded"]
+)
+def test_what_is_done_to_both_rows_is_done_to_the_one_at_guidance_scale_1(
+    tiny_model: Model, edits: tuple[Edit, ...]
+) -> None:
+    shared = {"model": tiny_model, "steps": 2, "seed": [1, 1], "guidance_scale": 1, "output": "latents"}
+    shared |= {"boxes": {"cat": (0, 0, 0.5, 0.5)}, "guidance": "none"}
+    found = minidiff.generate(["a cat", "a red cat"], edits=edits, **shared)
+    alone = minidiff.generate(["a cat", "a red cat"], edits=edits[0], **shared)
+    assert torch.equal(found.latents, alone.latents)
+    with pytest.raises(ValueError, match='edit.rows is "uncond", but guidance_scale 1 runs no unconditional rows'):
+        minidiff.generate(["a cat", "a red cat"], edits=edits[1], **shared)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "seed", "message"),
+    [
+        ("a cat", 1, "take from a call's first picture, and there is one only: they change nothing; expected two"),
+        (["a cat", "a dog"], [1, 2], r"which begins with other noise: seeds \(1, 2\); expected equal ones"),
+    ],
+)
+def test_a_pair_that_is_none_is_warned_of(tiny_model: Model, prompt: object, seed: object, message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        minidiff.sample_steps(prompt, seed=seed, model=tiny_model, steps=2, edits=minidiff.masactrl(steps=None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        minidiff.sample_steps(["a cat", "a dog"], seed=[1, 1], model=tiny_model, edits=minidiff.masactrl(steps=None))

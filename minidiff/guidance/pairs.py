@@ -81,3 +81,8 @@ def _check(inputs: Inputs) -> None:
             "prompt_to_prompt and masactrl take from the first picture of the batch, which guidance may leave out; "
             'expected guidance="none"'
         )
+
+
+def takes_from_first(edit: Edit) -> bool:
+    """Whether it is one of these edits."""
+    return edit.kv is _of_first or edit.probs in (_words_of_first, _pixels_of_first)

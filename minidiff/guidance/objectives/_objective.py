@@ -140,7 +140,8 @@ class Objective:
             if kinds != expected:
                 raise ValueError(
                     f"sites hold {' and '.join(sorted(kinds))}-attention, but {own.name} reads "
-                    f"{' and '.join(sorted(expected))}-attention; expected such sites"
+                    f"{' and '.join(sorted(expected))}-attention; expected such sites. An objective "
+                    "of your own reads what it was made for: @minidiff.objective(sites=...)"
                 )
         return replace(self, terms=terms)
 
