@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,39 @@ for shape in ((1, 24, 33, 130), (3, 24, 1, 1)):
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_kernels_equal_torchs_layers() -> None:
     subprocess.run([sys.executable, "-c", CODE], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+
+
+BUILD = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from minidiff.speed import triton_keeps, triton_kernels
+SIZES = {"STEPS": 2, "TILE": 32, "DEPTH": 64, "EACH": 8, "OBJECTS": 16, "ROWS": 64, "BLOCK": 128, "STRIPS": 64}
+SIZES |= {"WIDTH": 16, "SHIFT": True, "SILU": True, "MORE": True}
+FLOATS, NUMBERS = ("parts", "scales", "sums", "out", "weights", "masks"), ("scale", "eps")
+GIVEN = ("q", "k", "x", "y", "both", "shift", "bias", "weight", "other", "more", *FLOATS)
+built = 0
+for kernels in (triton_keeps, triton_kernels):
+    for name, kernel in vars(kernels).items():
+        if not isinstance(kernel, triton.JITFunction) or name.startswith("_"):
+            continue
+        types = {
+            one: "constexpr" if one in SIZES else "*fp32" if one in FLOATS
+            else "*fp16" if one in GIVEN else "fp32" if one in NUMBERS else "i32"
+            for one in kernel.arg_names
+        }
+        sizes = {(i,): SIZES[one] for i, one in enumerate(kernel.arg_names) if one in SIZES}
+        source = ASTSource(kernel, types, constexprs=sizes)
+        assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).metadata.shared <= 48 * 2**10, name
+        built += 1
+assert built == 10, built
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_are_built_for_a_card_that_is_not_there(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", BUILD], check=True, env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)})
 
 
 def test_a_point_convolution_keeps_its_weights_and_result() -> None:
