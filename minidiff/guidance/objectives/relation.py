@@ -23,7 +23,8 @@ def relation_loss(maps: Maps, layout: Layout) -> Tensor:
 
     An object's loss is the sum over the relations of which it is the first. Centre and size are those of its map, as in
     Epstein et al. 2023 ("Diffusion self-guidance"), eq. 5 and 6, but the size is the standard deviation, which needs no
-    threshold. It reads no boxes. Positions come true far more often than sizes (bench/LOG.md).
+    threshold. It reads no boxes. Positions come true far more often than sizes, and boxes planned from relations, which
+    guidance gets that reads any, more often than either (bench/LOG.md).
     """
     losses = []
     for centre, spread in moments(maps, layout).values():
