@@ -323,6 +323,15 @@ def test_a_networks_new_modules_and_weights_are_noticed(model: Model) -> None:
     assert not watched.holds()
 
 
+@torch.no_grad()
+def test_a_captured_call_walks_no_modules(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        model.unet(*inputs(model, 1))
+    monkeypatch.setattr(torch.nn.Module, "named_modules", lambda *_: 1 / 0)
+    model.unet(*inputs(model, 2))
+    assert len(REPLAYED) == 2
+
+
 def test_torchs_settings_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("backends.cudnn.benchmark", "are_deterministic_algorithms_enabled", "backends.no.such.setting")
     assert [capture._setting(name) for name in names] == [False, False, None]
