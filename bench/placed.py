@@ -48,8 +48,9 @@ def objects(rows: Sequence[Row]) -> Objects:
     for row in rows:
         scene = known[row["split"], row["scenes"], row["number"]]
         mass = torch.tensor(_firsts(row), dtype=torch.float64)
-        mask = torch.stack([one.coverage(GRID) for one in read_objects(scene.layout or {})])
-        found.append(features(mass, mask))
+        placed = read_objects(scene.layout or {})
+        mask = torch.stack([one.coverage(GRID) for one in placed])
+        found.append(features(mass, mask, [one.name for one in placed]))
         hits += [value >= IN_BOX for value in row["ious"]]
         prompts += [(scene.split, scene.seed, scene.number)] * len(row["ious"])
     return Objects(torch.cat(found), torch.tensor(hits, dtype=torch.float64), prompts)

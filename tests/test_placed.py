@@ -25,20 +25,28 @@ MASK = torch.stack([one.coverage((16, 16)) for one in read_objects(BOXES)])
 def test_the_chance_is_a_logistic_function_of_attention_and_box() -> None:
     seen = [[0.1, 0.2]] * 3 + [[0.4, 0.8], [0.2, 0.8], [0.4, 0.7], [0.4, 0.8], [0.5, 0.8]] + [[0.9, 0.1]]
     mass = torch.tensor(seen, dtype=torch.float64)
-    weights, bias = (0.5, -1.0, -20.0, -10.0, -0.3), 0.7
-    found = Calibration(weights, bias)(mass, MASK)
+    weights, bias, names = (0.5, 0.2, -1.0, -20.0, -10.0, -0.3, -0.9), 0.7, tuple(BOXES)
+    found = Calibration(weights, bias)(mass, MASK, names)
     for o, ((x0, y0, x1, y1), chance) in enumerate(zip(BOXES.values(), found.tolist(), strict=True)):
         short, long = sorted((x1 - x0, y1 - y0))
         odds = [math.log(own[o] / (1 - own[o])) for own in seen[3:8]]
-        terms = [sum(odds) / 5, math.log(short * long)]
-        terms += [max(0.22 - short, 0), max(long - 0.62, 0), max(long / short - 2, 0)]
+        everything = sum(map(sum, seen[3:8])) / 10
+        terms = [sum(odds) / 5, everything, math.log(short * long)]
+        terms += [max(0.22 - short, 0), max(long - 0.62, 0), max(long / short - 2, 0), 0]
         logit = sum(w * term for w, term in zip(weights, terms, strict=True)) + bias
         assert chance == pytest.approx(1 / (1 + math.exp(-logit)))
-    assert Calibration(weights, bias)(mass[: LOOKS.start], MASK).isnan().all()
-    once = Calibration(weights, bias)(mass[: LOOKS.start + 1], MASK)
+    assert Calibration(weights, bias)(mass[: LOOKS.start], MASK, names).isnan().all()
+    once = Calibration(weights, bias)(mass[: LOOKS.start + 1], MASK, names)
     assert not once.isnan().any() and once[1] > found[1]  # what there is of the steps
-    free = Calibration(weights, bias)(mass, MASK * torch.tensor([1, 0])[:, None, None])
+    free = Calibration(weights, bias)(mass, MASK * torch.tensor([1, 0])[:, None, None], names)
     assert free[0] == found[0] and free[1].isnan()
+    twice = Calibration(weights, bias)(mass, MASK, ("cat", "cat"))
+    torch.testing.assert_close(twice.logit(), found.logit() - 0.9)
+    lost = mass.clone()
+    lost[:, 1] = math.nan  # of an object without a mask
+    alone = Calibration(weights, bias)(lost, MASK, names)
+    expected = Calibration(weights, bias)(mass[:, :1], MASK[:1], ("cat",))
+    assert alone[0] == expected[0]
 
 
 def test_a_fit_finds_the_weights_and_says_what_comes() -> None:
@@ -64,7 +72,7 @@ def test_what_was_fitted_is_what_a_report_reads() -> None:
     older = objects([row | {"mass": [[0.0, 0.0], *mass], "used": 5}])
     torch.testing.assert_close(found.features, older.features)
     mask = torch.stack([one.coverage((16, 16)) for one in read_objects(scene.layout)])
-    torch.testing.assert_close(found.features, features(torch.tensor(mass).double(), mask))
+    torch.testing.assert_close(found.features, features(torch.tensor(mass).double(), mask, list(scene.layout)))
     assert found.hits.tolist() == [1, 0]
 
 
@@ -76,7 +84,7 @@ def test_reports_of_the_bundled_model_say_it_and_others_do_not(tiny_model: Model
 
     named = replace(tiny_model, name=BUNDLED)
     found = report(named)
-    expected = CALIBRATIONS[BUNDLED](found.mass, MASK.float())
+    expected = CALIBRATIONS[BUNDLED](found.mass, MASK.float(), found.names)
     torch.testing.assert_close(found.placed, expected, rtol=1e-4, atol=1e-6)
     assert found.plain()["placed"] == found.placed.tolist()
     for name, chance in zip(found.names, found.placed.tolist(), strict=True):

@@ -335,7 +335,7 @@ class Guide:
             none = torch.zeros(0, objects, dtype=torch.float32, device="cpu")
             return Report(names, (), (), none.sum(dim=1), none, none, none.sum(dim=0), self._why_not(names))
         loss = torch.stack([look.loss[image] for look in ends])
-        why_not = None
+        why_not, measured = None, self.calibration
         if sum(iterations) == 0:
             limits = [self.guidance.at(index)[1] for index in steps]
             why_not = f"its loss was at most {float(loss.max()):.3g}, its threshold at least {min(limits):g}"
@@ -348,7 +348,7 @@ class Guide:
             torch.stack([look.mass[image, :objects] for look in ends]),
             firsts[0],
             why_not,
-            None if self.calibration is None else self.calibration(torch.stack(firsts), self._finest[image, :objects]),
+            None if measured is None else measured(torch.stack(firsts), self._finest[image, :objects], names),
         )
 
     def _why_not(self, names: Sequence[str]) -> str:

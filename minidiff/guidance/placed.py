@@ -9,7 +9,7 @@ other models have no numbers. `python -m bench placed` fits and tests it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -27,31 +27,35 @@ class Calibration:
     weights: tuple[float, ...]
     bias: float
 
-    def __call__(self, mass: Tensor, mask: Tensor) -> Tensor:
-        """Probabilities [O] of an IoU of at least 0.5 with the box; mass [S,O] and mask [O,h,w] as in `features`.
+    def __call__(self, mass: Tensor, mask: Tensor, names: Sequence[str]) -> Tensor:
+        """Probabilities [O] of an IoU of at least 0.5 with the box; the others as in `features`.
 
         NaN for objects without a mask, and for all where none of LOOKS was guided.
         """
         if len(mass) <= LOOKS.start:
             return mask.new_full(mask.shape[:1], math.nan)
-        found = (features(mass, mask) @ mask.new_tensor(self.weights) + self.bias).sigmoid()
+        found = (features(mass, mask, names) @ mask.new_tensor(self.weights) + self.bias).sigmoid()
         return found.masked_fill(mask.flatten(1).amax(dim=1) == 0, math.nan)
 
 
-def features(mass: Tensor, mask: Tensor) -> Tensor:
-    """[O,5], from each object's fraction of attention inside its mask, at the first look of each guided step [S,O], and
-    its mask [O,h,w] in [0,1]: the mean log odds of the one, the log of the other's area, and how far its edges are
-    below, above and their ratio beyond those that the model has seen in training.
+def features(mass: Tensor, mask: Tensor, names: Sequence[str]) -> Tensor:
+    """[O,7], from each object's fraction of attention inside its mask, at the first look of each guided step [S,O], its
+    mask [O,h,w] in [0,1] and its phrase: the mean log odds of the first, and the mean of all objects; the log of the
+    mask's area, and how far its edges are below, above and their ratio beyond those that the model has seen in
+    training; whether the phrase stands for other objects, too.
     """
     inside = mass[LOOKS].to(mask).clamp(1e-6, 1 - 1e-3)
     area = mask.mean(dim=(1, 2)).clamp_min(1e-6)
     edges = torch.stack([mask.amax(dim=axis).sum(dim=1) / mask.shape[axis] for axis in (1, 2)], dim=1)  # [O,2]
     short, long = edges.amin(dim=1).clamp_min(1e-3), edges.amax(dim=1).clamp_min(1e-3)
+    shared = mask.new_tensor([names.count(name) > 1 for name in names])
     unlike = [(0.22 - short).clamp_min(0), (long - 0.62).clamp_min(0), (long / short - 2).clamp_min(0)]
-    return torch.stack([inside.logit().mean(dim=0), area.log(), *unlike], dim=1)
+    return torch.stack(
+        [inside.logit().mean(dim=0), inside.nanmean().expand_as(area), area.log(), *unlike, shared], dim=1
+    )
 
 
 CALIBRATIONS: Mapping[str, Calibration] = MappingProxyType(
-    {"minidiff/shapes": Calibration((1.339, -1.369, -82.8, -21.6, 0.465), -5.476)}
+    {"minidiff/shapes": Calibration((0.657, 2.631, -1.628, -39.1, -12.9, -0.179, -1.58), -6.811)}
 )
 """A model's name -> its calibration. Tested: bench/RESULTS.md."""
