@@ -30,6 +30,7 @@ from .share import Share, print_share
 BATCH = 20
 BOUNDS = {1: 0.95, 2: 0.85, 3: 0.65}  # objects -> minimum fraction of pictures with all of them right
 HELD = 0.8  # bound for held-out pairs, relative to the fraction for seen pairs
+APART = 0.03  # maximum loss of int8 to float32
 COLD = 10.0  # maximum seconds for a picture in a cold process
 READABLE = 2.0  # minimum ratio of a word's attention per pixel inside its object's box to that outside
 
@@ -58,15 +59,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="minidiff/shapes", metavar="SOURCE", help="a model of coloured shapes")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="write 24 of the pictures to PNG")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture")
+    parser.add_argument("--int8", action="store_true", help="compare int8 with float32 instead")
     parser.add_argument("--boxes", action="store_true", help="give the objects boxes, and compare all guidance methods")
     parser.add_argument("--pareto", type=Path, metavar="PNG", help="with --boxes: plot quality against cost")
-    parser.add_argument("--prompts", type=int, metavar="N", help="with --boxes: use only N of the prompts")
+    parser.add_argument("--prompts", type=int, metavar="N", help="with --boxes or --int8: use only N of the prompts")
 
 
 def run(args: argparse.Namespace) -> int:
     """Draw, measure, print. Returns 1 if a bound is violated."""
     if args.boxes:
         return run_boxes(args)
+    if args.int8:
+        return run_int8(args)
     model, asked = minidiff.load(args.model), prompts()
     facts = {"model": model.name, "dtype": str(model.dtype).removeprefix("torch."), "prompts": str(len(asked))}
     facts |= {"seed": str(args.seed), **{name: str(value) for name, value in asdict(model.defaults).items()}}
@@ -91,6 +95,27 @@ def run(args: argparse.Namespace) -> int:
         every = range(0, len(asked), max(1, len(asked) // 24))[:24]
         sheet([to_pil(images[i : i + 1])[0] for i in every], [asked[i].text for i in every], 6).save(args.sheet)
     return 0 if all(share.ok for share in shares) and statistics.median(cold) <= COLD else 1
+
+
+def run_int8(args: argparse.Namespace) -> int:
+    """The same pictures in float32 and in int8. Returns 1 if int8 loses more than APART of what is right."""
+    asked = prompts()
+    asked = asked if args.prompts is None else asked[:: max(1, len(asked) // args.prompts)]
+    print_header("bench layout --int8", {"model": args.model, "prompts": str(len(asked)), "seed": str(args.seed)})
+    found: dict[str, list[Share]] = {}
+    for dtype in ("float32", "int8"):
+        images, _, seconds = _draw(minidiff.load(args.model, dtype=dtype, device="cpu"), asked, args.seed)
+        drawn = [_measured(prompt, image) for prompt, image in zip(asked, images, strict=True)]
+        things = [thing is not None for one in drawn for thing in one.found]
+        least = [one.value - APART for one in found.get("float32", [])] or [None, None]
+        found[dtype] = [
+            Share(f"{dtype}: objects of the right colour and shape", sum(things), len(things), least[0]),
+            Share(f"{dtype}: pictures with every fact true", sum(one.facts for one in drawn), len(drawn), least[1]),
+        ]
+        for share in found[dtype]:
+            print_share(share)
+        print(f"seconds per image: {_spread(seconds)}", flush=True)
+    return 0 if all(share.ok for share in found["int8"]) else 1
 
 
 def _cold(model: str) -> list[float]:

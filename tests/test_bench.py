@@ -377,6 +377,23 @@ def test_layout_prints_measures_and_returns(
     assert (tmp_path / "sheet.png").is_file()
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_layout_compares_int8_with_float32(
+    lost: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four pictures int8 loses none, or one."""
+    ring, prompt = Found("ring", "red", (0.1, 0.1, 0.4, 0.4)), Prompt((("ring", "red"),), None)
+    right, black = Drawn(prompt, Measured((ring,), "navy"), (ring,)), Drawn(prompt, Measured((), "navy"), (None,))
+    made = iter([right] * (8 - lost) + [black] * lost)
+    monkeypatch.setattr(minidiff, "load", lambda *_, **__: None)
+    monkeypatch.setattr(bench.layout, "prompts", lambda: [prompt] * 4)
+    monkeypatch.setattr(bench.layout, "_draw", lambda *_: ([None] * 4, {}, [1.0]))
+    monkeypatch.setattr(bench.layout, "_measured", lambda *_: next(made))
+    assert main(["layout", "--int8"]) == lost
+    printed = capsys.readouterr().out
+    assert printed.count(" OUT") == 2 * lost and "int8: pictures with every fact true" in printed
+
+
 # --- layout --boxes
 
 

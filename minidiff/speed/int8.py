@@ -33,7 +33,7 @@ _ROWS = 512
 """Rows of a feed-forward layer at a time: what is between its linear maps stays in the cache, and has own scales."""
 _KEYS = 1024
 """Keys from which attention's products are computed in bfloat16."""
-_QUERIES = 256
+_QUERIES = 128
 """Queries at a time: their probabilities stay in the cache."""
 
 
@@ -79,7 +79,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[-1])  # [B,N,H,D], as the next layer reads it
     for i, j in itertools.product(*map(range, q.shape[:2])):
         for into, some in zip(out[i, :, j].split(_QUERIES), queries[i, j].split(_QUERIES), strict=True):
-            probs = torch.mm(some, keys[i, j], out=logits[: len(some)]).softmax(1)
+            probs = torch.mm(some, keys[i, j], out=logits[: len(some)])
+            torch.softmax(probs, 1, out=probs)  # in place: each row is read before it is written
             into.copy_((probs @ values[i, j])[:, : v.shape[-1]])
     return out.transpose(1, 2)
 
