@@ -92,7 +92,7 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
     """None selects the fast dtype: float16 on CUDA, what `machine` measured on the CPU, float32 elsewhere.
 
-    For int8: float32, for what stays float; bfloat16 is no faster there, as attention products are not.
+    For int8: float32, for what stays float (but large attention, see int8.py); bfloat16 was no faster there.
     """
     if is_int8(dtype, device):
         return torch.float32
