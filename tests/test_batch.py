@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -236,6 +237,28 @@ def test_what_is_wrong_with_flags_is_no_line_s_error(tmp_path: Path, capsys: pyt
     assert len(run(file, where)) == 1  # there, too: a folder without pictures is begun anew
 
 
+def test_a_full_disk_loses_nothing(
+    tmp_path: Path, drawn: list[Request], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = write(tmp_path / "r.jsonl", [{"prompt": f"a {i}", **SMALL} for i in range(20)]), tmp_path / "out"
+    written = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if path.name == ".0000013.png.tmp":
+            written(path, data[:9])
+            raise OSError(28, "No space left on device")
+        return written(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        assert main(["batch", str(file), "--out", str(out)]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "No space left on device" in told and "the same command goes on" in told
+    assert sum(one.images for one in drawn) == 16
+    assert len(run(file, out)) == 20 and not list(out.glob(".*"))
+    assert sum(one.images for one in drawn) == 16 + 12  # the batch that was not logged, and the rest
+
+
 def test_two_at_work_in_one_folder_are_told(
     tmp_path: Path, drawn: list[Request], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,6 +335,14 @@ def test_the_formats_hold_the_same_lines(tmp_path: Path) -> None:
         assert [(number, json.loads(text)) for number, text in lines] == [(1, rows[0]), (2, rows[1])], ending
     with pytest.raises(ValueError, match=r"a\.txt ends in '\.txt'; expected one of \.jsonl"):
         next(read_lines(tmp_path / "a.txt"))
+    for text, said in (
+        ("prompt\na rés".encode("latin1"), "expected UTF-8"),
+        ("prompt\na".encode("utf-16"), "its text is UTF-16"),
+        (b"prompt,seed,prompt\na,1,b", "'prompt' more than once"),
+    ):
+        (tmp_path / "b.csv").write_bytes(text)
+        with pytest.raises(ValueError, match=f"cannot read the requests in .*{said}"):
+            list(read_lines(tmp_path / "b.csv"))
     with pytest.raises(ValueError, match="cannot read the requests"):
         next(read_lines(tmp_path / "none.csv"))
 
@@ -412,8 +443,9 @@ def test_ray_makes_the_same_with_a_worker_killed(tmp_path: Path) -> None:
     pytest.importorskip("ray.data", reason="Ray is not installed (the extra [ray])")
     lines: list[object] = [{"prompt": "a red circle", **SMALL} for _ in range(600)]
     lines[5] = "{"
+    lines[6] = {"prompt": "a red circle", "boxes": {"red circle": [0, 0, 0.5, 1]}, **SMALL}
     file, flags = write(tmp_path / "r.jsonl", lines), ("--dtype", "float32", "--batch-size", "16")
-    alone = run(file, tmp_path / "alone", *flags)
+    alone = run(file, tmp_path / "alone", *flags, "--threads", "1")
     out = tmp_path / "out"
     killed: list[int] = []
 
@@ -427,13 +459,22 @@ def test_ray_makes_the_same_with_a_worker_killed(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=kill)
     thread.start()
-    rows = run(file, out, *flags, "--ray", "local", "--workers", "2")
+    rows = run(file, out, *flags, "--ray", "local", "--workers", "2", "--tar", "100")
     thread.join()
     ray = pytest.importorskip("ray")
     ray.shutdown()
-    assert rows == alone and len(killed) == 1
+    assert [row | {"tar": None} for row in rows] == alone and len(killed) == 1
     logged = [row for log in out.glob("rows-*.jsonl") for row in log.read_bytes().splitlines()]
     assert sum(b'"error"' not in row for row in logged) == 599
-    assert {path.name for path in out.glob("*.png")} == {row["file"] for row in rows if row["file"]}
+    assert len(list(out.glob("*.tar"))) == 6 and not list(out.glob("*.png"))
+    found: list[str] = []
+    for path in out.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            names = [name for name in tar.getnames() if name.endswith(".png")]
+            assert {row["file"] for row in rows if row["tar"] == path.name} == set(names)
+            tar.extractall(out, filter="data")
+            found += names
+    assert sorted(found) == [row["file"] for row in rows if row["error"] is None]
+    assert (out / "0000007.png").read_bytes() == (tmp_path / "alone" / "0000007.png").read_bytes()  # a guided one
     for row in rows[6::100]:
         assert_same(out, row, Image.open(tmp_path / "alone" / row["file"]))

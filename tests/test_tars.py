@@ -120,24 +120,34 @@ def test_shards_of_a_part_have_its_name_and_other_lines_need_another_folder(
 
 
 @pytest.mark.slow
-def test_three_kills_of_a_process(tmp_path: Path) -> None:
-    lines: list[object] = [{"prompt": "a red circle", "steps": 1, "width": 8, "height": 8} for _ in range(150)]
+def test_five_kills_of_a_process(tmp_path: Path) -> None:
+    lines: list[object] = [{"prompt": "a red circle", "steps": 1, "width": 8, "height": 8} for _ in range(200)]
+    for i in range(9, 200, 20):
+        lines[i] = "{"
     file, out = write(tmp_path / "r.jsonl", lines), tmp_path / "out"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["minidiff.run", "minidiff.cli.batch", "minidiff.weights.load"])
     flags = ["batch", str(file), "--out", str(out), "--batch-size", "8", "--tar", "16"]
     chance = random.Random(0)
-    for kills in range(4):
+    for kills in range(6):
         process = context.Process(target=main, args=(flags,))
         process.start()
-        there = kills + 1 + 2 * kills  # shards
-        while kills < 3 and process.is_alive() and len(list(out.glob("*.tar"))) < there:
+        there = 1 + 2 * kills  # shards
+        while kills < 5 and process.is_alive() and len(list(out.glob("*.tar"))) < there:
             time.sleep(0.001)
-        if kills < 3:
+        if kills < 5:
             time.sleep(chance.random() / 100)
             process.kill()
         process.join()
     assert process.exitcode == 0
     rows = parquet.read_table(out / "manifest.parquet").to_pylist()
-    assert [row["line"] for row in rows] == list(range(1, 151))
-    assert {f"{key}.png" for key in pairs(out)} == {row["file"] for row in rows}
+    assert [row["line"] for row in rows] == list(range(1, 201))
+    assert [row["line"] for row in rows if row["error"] is not None] == list(range(10, 201, 20))
+    made = pairs(out)
+    assert len(made) == 190 and {f"{key}.png" for key in made} | {None} == {row["file"] for row in rows}
+    for row in rows:
+        if row["tar"] is not None:
+            with tarfile.open(out / row["tar"]) as tar:
+                assert tar.extractfile(row["file"]).read() == made[row["file"].removesuffix(".png")][0]  # type: ignore[union-attr]
+        else:
+            assert row["error"] is not None

@@ -259,7 +259,10 @@ def batch(args: argparse.Namespace) -> int:
             made = Draw(out, log=name, **options).rows(lines)
         else:
             made = cluster.draw(out / f"requests-{name}.parquet", lines, options)
-        manifest, errors = _written(made, out, shard, mine, args.tar)
+        try:
+            manifest, errors = _written(made, out, shard, mine, args.tar)
+        except OSError as error:
+            raise OSError(f"{error}; {out} keeps what is made, and the same command goes on from there") from error
     if errors:
         note(
             f"{errors} of {mine} lines have an error, in the column error of {manifest}; they are tried again next time"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from ..checks import shown
 
 _TEXTS = ("prompt", "negative_prompt")  # always as they are: a prompt may be "2024" or "[a|b]"
 
@@ -21,7 +24,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     if reader is None:
         raise ValueError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(_READERS)}")
     try:
+        with path.open("rb") as file:
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise ValueError("its text is UTF-16; expected UTF-8: save it so")
         yield from enumerate_texts(reader(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read the requests in {path}: {error}; expected UTF-8: save it so") from error
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"cannot read the requests in {path}: {error}") from error
 
@@ -63,8 +71,12 @@ def _json(path: Path) -> Iterator[str]:
 
 def _csv(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file, restkey="more cells than the header has"):
-            yield as_text(row)
+        reader = csv.DictReader(file, restkey="more cells than the header has")
+        names = reader.fieldnames or ()
+        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"its header holds {shown(twice[0])} more than once")
+        yield from map(as_text, reader)
 
 
 def _parquet(path: Path) -> Iterator[str]:
