@@ -29,6 +29,7 @@ ENTERED = {
     "prompt": PROMPT,
     "negative_prompt": "grey",
     "guidance": "boxdiff",
+    "tries": "2",
     "seed": "18446744073709551615",
     "steps": "4",
     "sampler": "dpmpp_2m",
@@ -211,6 +212,18 @@ def test_a_run_shows_each_step_and_writes_what_generate_makes(progress: list, st
     assert made.look.shares["red circle"] == pytest.approx(wanted.reports[0].mass[-1].item())
     torch.testing.assert_close(torch.from_numpy(made.look.maps["blue"]), wanted.attention["blue"][0])
     assert "red circle" in made.report and "--seed 3" in made.command
+
+
+def test_the_best_of_several_tries_is_made_again_without_the_others(studio: Studio) -> None:
+    values = {**RUN, "seed": 3, "tries": 3, "steps": 4, "width": 32, "height": 32, "attention": False}
+    for more in ({}, {"tries": 1, "guidance": "best"}):
+        *_, last = studio.run({**values, **more}, Source(), threading.Event())
+        (made,) = last.made
+        code = made.python.splitlines()[-1].removesuffix('.save("picture.png")')
+        assert "tries=" not in code and f"seed=[{made.seed}]" in code
+        assert ("--from" if more else f"--seed {made.seed}") in made.command
+        again = eval(code, {"minidiff": minidiff})
+        assert again.image.tobytes() == made.look.image.tobytes()
 
 
 def test_a_look_shows_the_picture_its_boxes_and_words(progress: list) -> None:

@@ -130,7 +130,7 @@ class Page:
             with gr.Row():
                 self._fields([name for name in form.CONTROLS if name not in add])
             add["every"] = gr.Slider(1, 20, 1, step=1, label="Preview every ... steps")
-            info = 'Other fields of a request as JSON: {"guidance_rescale": 0.7}'
+            info = f'Other fields of a request as JSON, such as {{"eta": 0.5}}: {", ".join(form.others())}'
             add["more"] = gr.Textbox("", label="Further settings", info=info, elem_id="more")
 
     def _files(self) -> None:

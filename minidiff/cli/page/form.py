@@ -13,7 +13,7 @@ from ...guidance.guide import Guidance
 from ...guidance.labels import Labelled, from_labels, to_labels
 from ...guidance.layout import plain_boxes, read_objects
 from ...prompts.named import phrases as phrases, words as words
-from ...request import Plain, Request
+from ...request import FIELDS, Plain, Request
 from ...request_checks import FITS
 from ...vocabulary import EMPHASES, OBJECTIVES, PRESETS, SAMPLERS, SCHEDULES, SPACINGS, SYNTAXES
 from ..flags import parser
@@ -29,6 +29,7 @@ CONTROLS: Mapping[str, tuple[str, ...] | type] = {
     "prompt": str,
     "negative_prompt": str,
     "guidance": (*PRESETS, *OBJECTIVES, "none"),
+    "tries": int,
     "seed": int,
     "steps": int,
     "sampler": SAMPLERS,
@@ -46,6 +47,7 @@ CONTROLS: Mapping[str, tuple[str, ...] | type] = {
     "attention": bool,
 }
 PICTURES = ("image", "mask", "image_prompt")
+_CODE = ("context", "negative_context", "latents", "attention", "edits", "inputs")  # no JSON says them
 _ELSEWHERE = ("model", "output", "reduce", "progress", *PICTURES)  # no text of the page names a file or a model
 _BOARD = 1000  # pixels of the longer edge of what boxes are drawn on: they are whole pixels there
 _COLOURS = ((230, 25, 75), (42, 111, 240), (26, 138, 60), (217, 96, 10), (123, 44, 191), (0, 131, 143))  # as in draw
@@ -57,6 +59,11 @@ def default(field: str) -> str:
     flags = {action.dest: action.help for action in commands.choices["generate"]._actions}
     found = re.search(r"default: ([^);]+)", flags.get(field) or "")
     return found[1] if found else ""
+
+
+def others() -> list[str]:
+    """The fields of a request that have no control and can be given as JSON."""
+    return [name for name in FIELDS if name not in (*CONTROLS, *_CODE, *_ELSEWHERE)]
 
 
 # ---- from the controls to a request

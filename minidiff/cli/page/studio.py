@@ -23,6 +23,7 @@ from ...model import Model
 from ...request import BUNDLED, Request
 from ...result import Result
 from ...run import sample_steps
+from ...vocabulary import PRESETS
 from ...weights.image_prompt import with_image_prompt
 from ...weights.load import load
 from ...weights.lora import LoRA
@@ -33,6 +34,7 @@ from .copied import command, python
 from .form import Values, phrases, words
 from .preview import Preview, fit_preview
 
+_TRIES = "where several start noises are tried first, Cancel waits for them"
 PICTURE, BOXES = "picture", "boxes"
 """What to show of a picture, beside the words with a heat map."""
 
@@ -138,7 +140,8 @@ class Studio:
         ValueError for a request that cannot be; the pictures of a finished one are written to the folder.
         """
         request = Request.from_plain(values)
-        yield Progress(0, 0)
+        tried = request.tries > 1 or request.guidance in PRESETS
+        yield Progress(0, 0, notes=(_TRIES,) if tried else ())
         with _noted() as notes:
             run = sample_steps(request.filled({"model": self.model(source)}))
             assert self._loaded is not None
@@ -160,8 +163,11 @@ class Studio:
         yield Progress(taken, taken, tuple(one.look for one in made), made, tuple(notes))
 
     def _made(self, result: Result, request: Request, values: Values, source: Source) -> Iterator[Made]:
-        seed = values.get("seed", result.seeds[0])
-        values = {**values, "seed": seed}
+        if "tries" in result.info:  # the seeds that were best make the same without the others
+            own: Values = {"seed": list(result.seeds)}
+            own |= {"guidance": result.parameters[0]["guidance"]} if values.get("guidance") in PRESETS else {}
+            values = {name: value for name, value in values.items() if name != "tries"} | own
+        values = {"seed": result.seeds[0], **values}
         for one, look in zip(result, looks(result, request), strict=True):
             (file,) = one.save(self.folder)
             report = "" if one.reports is None else str(one.reports[0])
