@@ -582,5 +582,9 @@ def test_threads_share_a_model(tiny_folder: Path) -> None:
     shared = minidiff.load(tiny_folder, dtype="float32", device="cpu")
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda seed: picture(shared, seed), range(4)))
+        left = pool.submit(lambda: next(minidiff.sample_steps("a dog", model=shared, steps=4, seed=7)).index)
+        several = list(pool.map(picture, (shared, alone) * 2, range(4)))  # beside a run that is left after a step
+    assert left.result() == 0
     for seed, one in enumerate(found):
         torch.testing.assert_close(one, picture(alone, seed), rtol=0, atol=0)
+        torch.testing.assert_close(several[seed], one, rtol=0, atol=0)

@@ -217,6 +217,24 @@ def test_cancel_stops_before_the_next_step_and_bad_input_is_a_message(tab: objec
     assert Image.open(generate(tab, 8)).size == (128, 128)
 
 
+def test_a_second_tab_waits_for_its_turn(tab: object, browser: object, address: str) -> None:
+    other = browser.new_page()
+    other.goto(address)
+    other.wait_for_selector("#board canvas")
+    for one, steps in ((tab, "300"), (other, "3")):
+        enter(one, steps=steps)
+    tab.locator("#go").click()
+    tab.wait_for_function("document.querySelector('#status').innerText.startsWith('step')")
+    other.locator("#go").click()
+    other.wait_for_function("document.querySelector('#status').innerText == 'waiting for its turn'")
+    other.wait_for_timeout(500)
+    assert other.locator("#status").inner_text() == "waiting for its turn"
+    tab.locator("#cancel").click()
+    other.wait_for_function("document.querySelector('#status').innerText.startsWith('made in 3 steps')")
+    assert tab.locator("#status").inner_text().startswith("stopped after")
+    other.close()
+
+
 @pytest.mark.parametrize("tab", [1280, 390], indirect=True)
 def test_nothing_overlaps(tab: object, tmp_path: Path) -> None:
     """Blocks that stand beside or below one another do not overlap, and nothing is wider than the page."""
