@@ -61,6 +61,7 @@ from .networks.attention import (
     Keep as Keep,
     Record as Record,
 )
+from .networks.region_sums import REGION_SUMS as REGION_SUMS
 from .networks.sites import (
     Site as Site,
     at_most as at_most,

@@ -109,8 +109,8 @@ class Request:
     paste: with a mask, give finished images the picture's own pixels outside it.
     boxes: where to place things: {phrase of the prompt: (x0, y0, x1, y1)}, from the left and top in [0,1]; one mapping
         for all prompts, or a list with one (or None) per prompt. A phrase may have several boxes, a mask ([H,W] or an
-        image), a Point, Stroke or Curve, or {"boxes": ..., "weight": 2.0}; [{"box": ...}, {"box": ...}] are two
-        objects of that phrase. Token positions may replace the phrase.
+        image), a Point, Stroke or Curve, or {"boxes": ..., "weight": 2.0, "order": 1}, in front of lower orders;
+        [{"box": ...}, {"box": ...}] are two objects of that phrase. Token positions may replace the phrase.
     relations: how things relate, without boxes: [("cat", "left of", "ball"), "ball smaller than cat"], between
         phrases of the prompt; "left of", "right of", "above", "below", "smaller than" or "larger than". One list for
         all prompts, or one (or None) per prompt. With boxes, every phrase needs one; without any, each gets one where

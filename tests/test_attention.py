@@ -155,7 +155,19 @@ def test_keeps(unet: UNet, batch: tuple[Tensor, float, Tensor]) -> None:
                 torch.testing.assert_close(columns[site][b, ..., o], expected)
 
 
-@pytest.mark.parametrize("keep", [ALL, HEAD_MEAN, COLUMNS, BOX_MASS])
+@pytest.mark.parametrize("kind", ["cross", "self"])
+def test_region_sums_equal_loops(kind: str) -> None:
+    probs, masks = torch.rand(2, 3, 2, 4, 8).double(), torch.rand(2, 2, 2, 4).double()
+    found = minidiff.REGION_SUMS(Site("mid", 0, 0, kind), probs, {mask_name((2, 4)): masks})
+    assert found.shape == (2, 3, 4, 8)
+    for b in range(2):
+        fields = [*masks[b], 1 - torch.maximum(*masks[b]), torch.ones(2, 4)]
+        for o, field in enumerate(fields):
+            expected = sum(float(field[y, x]) * probs[b, :, y, x] for y in range(2) for x in range(4))
+            torch.testing.assert_close(found[b, :, o], expected)
+
+
+@pytest.mark.parametrize("keep", [ALL, HEAD_MEAN, COLUMNS, BOX_MASS, minidiff.REGION_SUMS])
 @pytest.mark.parametrize("at_once", [1, 250])
 def test_a_large_site_goes_by_rows_of_its_grid(
     keep: Keep, at_once: int, unet: UNet, batch: tuple[Tensor, float, Tensor], monkeypatch: pytest.MonkeyPatch

@@ -452,3 +452,41 @@ def test_two_of_a_kind_are_guided_recorded_and_made_again(tiny_model: Model) -> 
     assert [one["boxes"] for one in recipe["boxes"]["cat"]] == [[list(LEFT)], [list(RIGHT)]]
     again = minidiff.generate(minidiff.Request.from_plain(recipe), model=tiny_model, output="latents")
     assert torch.equal(torch.as_tensor(again.latents), found.latents)
+
+
+def test_where_objects_overlap_only_the_highest_order_is() -> None:
+    boxes = {
+        "a": {"box": (0.0, 0.0, 0.75, 1.0)},
+        "b": {"box": (0.5, 0.0, 1.0, 1.0), "order": 2},
+        "c": [{"box": (0.5, 0.0, 1.0, 1.0), "order": 2}, {"mask": np.ones((1, 4)), "order": -1.5}],
+    }
+    regions = read_objects({"a": boxes["a"], "b": boxes["b"]})
+    assert make_layout([regions], [3], 5, [(1, 4)]).masks[1, 4][0, :, 0].tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    regions = read_objects(boxes | {"a": {"box": (0.0, 0.0, 0.25, 1.0)}})
+    masks = make_layout([regions], [3], 5, [(1, 4)]).masks[1, 4][0, :, 0]
+    assert masks.tolist() == [[1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1], [0, 1, 0, 0]]  # equal orders share
+    assert [one.order for one in read_objects(plain_boxes(regions))] == [0, 2, 2, -1.5]
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ("1", r"boxes\['b'\]: order is '1'; expected a number"),
+        (-1, r"boxes\['b'\] lies wholly behind what has a higher order than -1"),
+    ],
+)
+def test_an_order_that_cannot_be_is_named(order: object, message: str) -> None:
+    boxes = {"a": (0.0, 0.0, 1.0, 1.0), "b": {"box": (0.1, 0.1, 0.5, 0.5), "order": order}}
+    with pytest.raises(ValueError, match=message):
+        make_layout([read_objects(boxes)], [3], 5, [(2, 2)])
+
+
+def test_an_edit_reads_the_order(tiny_model: Model) -> None:
+    """What is behind is a mask without what is in front."""
+    shared = {"model": tiny_model, "steps": 2, "seed": 1, "guidance": "none", "output": "latents", "progress": False}
+    shared["edits"] = minidiff.regional_prompting(20.0)
+    front = {"box": (0.5, 0.0, 1.0, 1.0), "order": 1}
+    boxes = {"cat": (0.0, 0.0, 1.0, 1.0), "ball": front}
+    found = minidiff.generate("a cat and a ball", boxes=boxes, **shared)
+    same = minidiff.generate("a cat and a ball", boxes={"cat": (0.0, 0.0, 0.5, 1.0), "ball": front["box"]}, **shared)
+    torch.testing.assert_close(found.latents, same.latents)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checks import is_number, shown, whole
+from ..checks import is_number, number, shown, whole
 from ..networks.attention import mask_inputs
 from .lines import Stroke, read_line
 from .relations import Relation, relation_tensor
@@ -32,6 +32,7 @@ boxes (a list, or an array [n,4]), a mask (an image, or an array [H,W] in [0,1])
 None for a phrase without a position,
 or one of these in {"boxes": ..., "weight": 2.0} or {"mask": ..., "weight": ...}. Several boxes are one object that may
 lie in any of them; a list of such mappings, [{"box": ...}, {"box": ...}], is as many objects of that phrase.
+{"box": ..., "order": 1} lies in front of what has a lower order (0 unless given): where they overlap, it alone is.
 """
 
 _LINES = ("stroke", "curve")
@@ -44,7 +45,7 @@ class PlacedObject:
     """One object: its token positions, and its boxes or its mask [H,W] in [0,1]; with neither, its position is free.
 
     `name` is the phrase, or e.g. "tokens:2,3". `weight` is its weight in an objective relative to other objects.
-    `line`: what the mask was drawn from.
+    `line`: what the mask was drawn from. `order`: where objects overlap, only those of the highest one are.
     """
 
     name: str
@@ -53,6 +54,7 @@ class PlacedObject:
     mask: Tensor | None = None
     weight: float = 1.0
     line: Stroke | None = None
+    order: float = 0.0
 
     def coverage(self, grid: Grid) -> Tensor:
         """The exact fraction of each cell that is inside, [h,w] in [0,1], nonzero somewhere however small the box;
@@ -124,7 +126,7 @@ def make_layout(
             token_weights[i, o, list(region.tokens)] = 1 / len(region.tokens)
             weights[i, o] = region.weight
             for grid, mask in masks.items():
-                mask[i, o] = region.coverage(grid)
+                mask[i, o] = _seen(region, some, grid)
     on_device = {grid: mask.to(device) for grid, mask in masks.items()}
     names = [[region.name for region in some] for some in regions]
     related = relation_tensor(names, [()] * len(regions) if relations is None else relations)
@@ -135,6 +137,21 @@ def make_layout(
     )
     tensors = token_weights, words, weights, related * both[..., None], same * both
     return Layout(on_device, *(one.to(device) for one in tensors))
+
+
+def _seen(region: PlacedObject, some: Sequence[PlacedObject], grid: Grid) -> Tensor:
+    """What of its place [h,w] no object of a higher order lies in front of."""
+    own = region.coverage(grid)
+    left = own.clone()
+    for other in some:
+        if other.order > region.order and other.tokens:
+            left *= 1 - other.coverage(grid)
+    if own.any() and not left.any():
+        raise ValueError(
+            f"boxes[{region.name!r}] lies wholly behind what has a higher order than {region.order:g}; expected a part "
+            "that is seen"
+        )
+    return left
 
 
 def read_objects(
@@ -185,25 +202,27 @@ def read_place(name: str, value: object) -> PlacedObject:
 
 
 def _placed(where: str, value: object, name: str, tokens: tuple[int, ...]) -> PlacedObject:
-    weight, masked = 1.0, False
+    weight, masked, order = 1.0, False, 0.0
     if isinstance(value, Mapping):
         places = value.keys() & {"box", "boxes", "mask", *_LINES}
         lines = {"width"} if places & set(_LINES) else set()
-        if len(places) != 1 or not value.keys() <= {*places, *lines, "weight"}:
+        if len(places) != 1 or not value.keys() <= {*places, *lines, "weight", "order"}:
             raise ValueError(f'{where} is {shown(value)}; expected {{"boxes": ..., "weight": 1.0}} or {{"mask": ...}}')
+        order = number(f"{where}: order", value.get("order", 0.0))
         weight, masked = value.get("weight", 1.0), "mask" in value
         if not is_number(weight) or not float(weight) > 0:
             raise ValueError(f"{where} has the weight {shown(weight)}; expected a number above 0")
         (place,) = places
         value = read_line(place, value[place], value.get("width")) if lines else value[place]
+    made = partial(PlacedObject, name, tokens, weight=float(weight), order=order)
     if isinstance(value, Stroke):
-        return PlacedObject(name, tokens, mask=value.mask(), weight=float(weight), line=value)
-    value, weight = to_array(where, value), float(weight)
+        return made(mask=value.mask(), line=value)
+    value = to_array(where, value)
     if value is None and not masked:
-        return PlacedObject(name, tokens, weight=weight)
+        return made()
     if masked or _is_mask(value):
-        return PlacedObject(name, tokens, mask=_mask(where, value), weight=weight)
-    return PlacedObject(name, tokens, boxes=_boxes(where, value), weight=weight)
+        return made(mask=_mask(where, value))
+    return made(boxes=_boxes(where, value))
 
 
 def to_array(name: str, value: Any) -> Any:
@@ -305,5 +324,6 @@ def plain_boxes(regions: Sequence[PlacedObject]) -> dict[str, object]:
     for region in regions:
         place: dict[str, object] = {"boxes": region.boxes or None} if region.mask is None else {"mask": region.mask}
         place = place if region.line is None else region.line.plain()
-        found.setdefault(region.name, []).append({"weight": region.weight, **place})
+        order = {"order": region.order} if region.order else {}
+        found.setdefault(region.name, []).append({"weight": region.weight, **order, **place})
     return {name: several[0] if len(several) == 1 else several for name, several in found.items()}

@@ -69,7 +69,7 @@ class Term:
     @property
     def kept(self) -> Keep:
         """What to record for it; this also suffices to compute the mass inside the masks, for the report."""
-        return self.keep if self.keep.heads is not None or self.keep.sums is not None else ALL
+        return self.keep if self.keep.heads is not None or self.keep == BOX_MASS else ALL
 
     def reads(self, maps: Maps) -> list[Site]:
         """Its sites among those recorded; all while none are chosen."""
