@@ -902,9 +902,9 @@ def test_bad_boxes_and_guidance_are_named_before_the_network_runs(tiny_model: Mo
     for options, message in (
         ({"boxes": {"dog": (0, 0, 1, 1)}}, "phrase 'dog' is not in the prompt 'a cat'.* The prompt's words: a, cat"),
         ({"boxes": [CAT, CAT]}, "boxes holds 2 layouts for 1 prompts; expected one for all, or one per prompt"),
-        ({"boxes": CAT, "guidance": "best"}, "guidance is 'best'; expected one of .*layout"),
+        ({"boxes": CAT, "guidance": "worst"}, "guidance is 'worst'; expected one of .*layout"),
         ({"boxes": CAT, "guidance": {"scale": -1}}, "scale is -1"),
-        ({"guidance": "best"}, "guidance is 'best'"),  # without boxes too
+        ({"guidance": "worst"}, "guidance is 'worst'"),  # without boxes too
     ):
         with pytest.raises(ValueError, match=message):
             minidiff.generate("a cat", model=tiny_model, steps=2, **options)
