@@ -66,8 +66,7 @@ def _preset(request: Request, model: Model) -> Mapping[str, object]:
         return {}
     own = preset("balanced" if any(request.related) and request.guidance == "fast" else request.guidance, model.name)
     assert isinstance(request.edits, tuple)
-    tries = own.tries if request.tries == 1 and request.latents is None else request.tries
-    return {"guidance": own.guidance, "edits": (*request.edits, *own.edits), "tries": tries}
+    return {"guidance": own.guidance, "edits": (*request.edits, *own.edits)}
 
 
 def as_asked(given: Request, request: Request) -> dict[str, object]:

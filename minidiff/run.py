@@ -101,8 +101,7 @@ def _run(
 
         best = best_seeds(_seeds(request), request.tries, start, told.guide, schedule)
         spent = {**timings, "tries": time.perf_counter() - loaded}
-        once = given_request.filled({"seed": best, "tries": 1, "guidance": request.guidance})  # not the preset's tries
-        return _run(once, model, spent, {"tries": request.tries})
+        return _run(given_request.filled({"seed": best, "tries": 1}), model, spent, {"tries": request.tries})
     warn_unused(request, schedule.steps, 0 if told.apart is None else told.apart.steps)
     refine, fresh = None if told.guide is None else told.guide.refine, noise if sampler.stochastic else None
     denoise = _denoise(request, model, sampler, told)
