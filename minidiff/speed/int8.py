@@ -33,8 +33,8 @@ _ROWS = 512
 """Rows of a feed-forward layer at a time: what is between its linear maps stays in the cache, and has own scales."""
 _KEYS = 1024
 """Keys from which attention's products are computed in bfloat16."""
-_PROBABILITIES = 2**22
-"""At a time: few enough for the last cache. Four times as many for several threads, which then seldom wait."""
+_PROBABILITIES = 2**20
+"""At a time: they stay in the cache. Several threads take 16 times as many, since they wait after each product."""
 
 
 def to_int8(unet: Network) -> Network:
@@ -75,7 +75,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v)
     keys = (k * k.shape[-1] ** -0.5).bfloat16().mT.contiguous()
     queries, values = q.bfloat16(), F.pad(v.bfloat16(), (0, -v.shape[-1] % 16)).contiguous()  # whole vectors
-    rows = max(1, _PROBABILITIES * (1 if torch.get_num_threads() == 1 else 4) // k.shape[2])
+    rows = max(1, _PROBABILITIES * (1 if torch.get_num_threads() == 1 else 16) // k.shape[2])
     logits = keys.new_empty(min(rows, q.shape[2]), k.shape[2])
     out = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[-1])  # [B,N,H,D], as the next layer reads it
     for i, j in itertools.product(*map(range, q.shape[:2])):
