@@ -243,9 +243,19 @@ def _otsu(values: Tensor) -> Tensor:
 
 def _largest_piece(mask: Tensor) -> Tensor:
     """The largest connected component (8 neighbours) of a mask [h,w] that is not empty everywhere."""
-    labels = torch.arange(1, mask.numel() + 1, dtype=torch.float32).reshape(mask.shape) * mask
+    inside = (mask > 0).long()
+    labels = torch.arange(1, mask.numel() + 1).reshape(mask.shape) * inside
     while True:
-        spread = F.max_pool2d(labels[None, None], 3, 1, 1)[0, 0] * mask
+        spread = labels
+        for dim in (0, 1):  # whole runs of cells at once
+            spread = _run_maximum(_run_maximum(spread, inside, dim).flip(dim), inside.flip(dim), dim).flip(dim)
+        spread = F.max_pool2d(spread[None, None].double(), 3, 1, 1)[0, 0].long() * inside
         if torch.equal(spread, labels):
             return labels == labels[mask > 0].mode().values if mask.any() else torch.ones_like(mask)
         labels = spread
+
+
+def _run_maximum(labels: Tensor, inside: Tensor, dim: int) -> Tensor:
+    """The largest label so far in each run of cells that are inside, along a dimension."""
+    before = (1 - inside).cumsum(dim) * (labels.numel() + 1)  # grows from run to run
+    return ((labels + before).cummax(dim).values - before) * inside

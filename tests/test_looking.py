@@ -10,7 +10,7 @@ from PIL import Image
 import minidiff
 from minidiff import Model, Record
 from minidiff.cli.main import main
-from minidiff.recorded import Attention, SiteMaps
+from minidiff.recorded import Attention, SiteMaps, _largest_piece
 
 PROMPT = "a cat and a red ball"
 
@@ -145,3 +145,20 @@ def test_the_command_line_writes_heat_maps_and_masks(
     names = {path.name for path in tmp_path.iterdir()} - {"scene.png"}
     assert names == {f"scene-{kind}-{word}.png" for kind in ("heat", "mask") for word in ("blue-star", "circle")}
     assert Image.open(tmp_path / "scene-mask-circle.png").size == (32, 32)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_largest_piece_is_a_flood_fills(seed: int) -> None:
+    mask = (torch.rand(9, 13, generator=torch.Generator().manual_seed(seed)) > 0.6).float()
+    left, pieces = {(r, c) for r, c in mask.nonzero().tolist()}, []
+    while left:
+        piece, new = set[tuple[int, int]](), [left.pop()]
+        while new:
+            r, c = new.pop()
+            piece.add((r, c))
+            near = {(r + i, c + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+            left -= near
+            new += near
+        pieces.append(piece)
+    found = {(r, c) for r, c in _largest_piece(mask).nonzero().tolist()}
+    assert found in pieces and len(found) == max(map(len, pieces))
