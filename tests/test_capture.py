@@ -26,6 +26,7 @@ from minidiff.speed.replace import with_weights
 
 CAPTURED: list[str] = []
 REPLAYED: list[int] = []
+SETTINGS = capture._settings
 
 
 class Part:
@@ -338,3 +339,11 @@ def test_torchs_settings_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     assert capture._setting(names[0]) is True
     assert sum(capture._setting(name) is not None for name in capture._SETTINGS) >= 9
+    monkeypatch.setattr(torch.cuda, "current_stream", torch.cpu.current_stream)
+    monkeypatch.setattr(torch.cpu.Stream, "cuda_stream", 0, raising=False)
+    found = []
+    for on, dtype in ((True, torch.float16), (True, torch.bfloat16), (False, torch.float16), (False, torch.bfloat16)):
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda _, on=on: on)
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda _, dtype=dtype: dtype)
+        found.append(SETTINGS())
+    assert len(set(found)) == 3

@@ -20,7 +20,6 @@ from minidiff.speed.fused import PointConv2d
 CODE = """
 import contextlib, torch
 from minidiff.speed import fused
-from minidiff.speed.capture import _NoWaits
 torch.cuda.device_of = lambda x: contextlib.nullcontext()
 fused._usable = lambda norm, x: True
 for channels in (16, 32, 40):

@@ -31,6 +31,8 @@ for (h, w), tokens, channels in (((5, 7), 81, 72), ((30, 21), 5, 16), ((1, 1), 1
     many = {name: value.repeat(1, 4, *[1] * (value.ndim - 2)) for name, value in inputs.items()}
     for keep in (keeps.COLUMNS, keeps.BOX_MASS):
         assert keeps._kept(keeps._KEPT[keep], q, k, (h, w), many) is None
+        wrong = {"token_weights": torch.rand(1, 3, tokens + 2), mask_name((h, w)): torch.rand(1, 3, h, w + 2)}
+        assert keeps._kept(keeps._KEPT[keep], q, k, (h, w), wrong) is None  # which the explicit way tells of
 """
 
 

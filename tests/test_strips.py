@@ -50,6 +50,18 @@ def test_equals_the_whole(height: int, batch: int, layout: torch.memory_format) 
 
 
 @torch.no_grad()
+def test_a_card_gets_its_own_order_of_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's operator for the statistics refuses channels_last there; the meta device stands for a card."""
+    monkeypatch.setattr(strips, "_can_divide", lambda x: True)
+    whole, seen = torch.native_group_norm, list[bool]()
+    monkeypatch.setattr(torch, "native_group_norm", lambda x, *_: seen.append(x.is_contiguous()) or whole(x, *_))
+    norm, conv = (layer.to("meta") for layer in layers(torch.float32))
+    x = grid(11, 2).to("meta", torch.float32, memory_format=torch.channels_last)
+    assert norm_silu_conv(norm, conv, x).shape == (2, 6, 11, 7)
+    assert len(seen) == 8 and all(seen)
+
+
+@torch.no_grad()
 def test_half_precision_rounds_once_a_layer() -> None:
     """Statistics are in float32: for values around 100, bfloat16 ones give 3 to 20 times the error."""
     norm, conv = layers(torch.bfloat16)

@@ -304,7 +304,8 @@ def _static(leaf: object, network: nn.Module | None) -> Hashable:
 def _settings() -> Hashable:
     """Settings of torch that choose kernels."""
     found = (_setting(name) for name in _SETTINGS)
-    return (torch.cuda.current_stream().cuda_stream, torch.is_autocast_enabled("cuda"), *found)
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    return (torch.cuda.current_stream().cuda_stream, autocast, *found)
 
 
 def _setting(name: str) -> Hashable:

@@ -91,8 +91,8 @@ def _columns(read: _Read, grid: Grid, inputs: Inputs) -> Tensor | None:
     from . import triton_keeps as kernels
 
     (images, heads, pixels, _), weights = read.q.shape, read_input(inputs, "token_weights")
-    weights, objects = weights.float().expand(images, -1, -1).contiguous(), weights.shape[1]
-    if objects > _OBJECTS:
+    weights, objects = weights.to(read.sums).expand(images, -1, -1).contiguous(), weights.shape[1]
+    if objects > _OBJECTS or weights.shape[2] != read.k.shape[2]:
         return None
     out = read.sums.new_empty(images, heads, pixels, objects)
     kernels.columns[-(-pixels // read.tile), images * heads](
@@ -116,8 +116,8 @@ def _box_mass(read: _Read, grid: Grid, inputs: Inputs) -> Tensor | None:
     from . import triton_keeps as kernels
 
     (images, heads, pixels, _), tokens, masks = read.q.shape, read.k.shape[2], read_input(inputs, mask_name(grid))
-    masks, objects = masks.float().expand(images, -1, -1, -1).contiguous(), masks.shape[1]
-    if objects >= _OBJECTS:
+    masks, objects = masks.to(read.sums).expand(images, -1, -1, -1).contiguous(), masks.shape[1]
+    if objects >= _OBJECTS or masks.shape[2:] != grid:
         return None
     steps = min(_STRIP // read.tile, -(-pixels // read.tile))
     strips = -(-pixels // (steps * read.tile))

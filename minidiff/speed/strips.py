@@ -88,7 +88,9 @@ def _statistics(norm: nn.GroupNorm, x: Tensor, weight: Tensor, bias: Tensor) -> 
     """Mean and variance [C] of each channel's group, for one image, in the dtype of `weight` and `bias`."""
     found: list[Tensor] = []
     for top, end in _strips(x, 1):
-        part = x[:, :, top:end].contiguous(memory_format=torch.channels_last)
+        # on a card this operator takes no other order
+        order = torch.channels_last if x.device.type == "cpu" else torch.contiguous_format
+        part = x[:, :, top:end].contiguous(memory_format=order)
         channels, cells, groups = part.shape[1], part[0, 0].numel(), norm.num_groups
         _, mean, rstd = torch.native_group_norm(part, weight, bias, 1, channels, cells, groups, norm.eps)
         share = mean.new_full(mean.shape, (end - top) / x.shape[2])
