@@ -305,8 +305,8 @@ def _record(request: Request, there: Mapping[Site, Position]) -> Record | None:
 
 
 def _recorded(model: Model, record: Record | None, there: Mapping[Site, Position]) -> bool | Record | None:
-    """The record to store among the reproducing arguments: below float32, recorded sites bypass the fused kernel and
-    round differently.
+    """The record to store among the reproducing arguments: below float32, sites recorded without kernels for it
+    (speed/keeps.py) bypass the fused attention and round differently.
     """
     if record is None or model.dtype_name == "float32":
         return None

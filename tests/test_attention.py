@@ -318,7 +318,7 @@ def test_records_unite_and_each_site_is_recorded_once(unet: UNet, batch: tuple[T
         (lambda: Record(minidiff.cross, 3), "keep is 3; expected a Keep such as minidiff.HEAD_MEAN, or a function"),
         (lambda: Record(minidiff.cross, rows="both"), "rows is 'both'; expected one of cond, uncond, all"),
         (lambda: Record(minidiff.cross, stop=1), "stop is 1"),
-        (lambda: Edit(minidiff.cross), "none of bias, logits, probs and kv"),
+        (lambda: Edit(minidiff.cross), "some of bias, logits, probs and kv; this one has neither"),
         (lambda: Edit(minidiff.cross, bias=2.0), "bias is 2.0; expected a function"),
         (lambda: Edit(minidiff.cross, bias=add_bias, steps=-1), "steps is -1"),
         (lambda: Edit(minidiff.cross, bias=add_bias, steps=(1, 2, 3)), "steps is .*; expected None, a number"),

@@ -7,11 +7,12 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import minidiff
 from minidiff.guidance.evaluate import plainly
@@ -26,7 +27,7 @@ from minidiff.speed.replace import with_weights
 
 CAPTURED: list[str] = []
 REPLAYED: list[int] = []
-SETTINGS = capture._settings
+SETTINGS, CAPTURE = capture._settings, capture.capture
 
 
 class Part:
@@ -296,8 +297,58 @@ def test_graphs_are_given_up_where_memory_runs_out(model: Model) -> None:
             call()
 
 
-def full_card() -> None:
+def full_card(*_: object) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_capture_without_memory_is_tried_again_where_other_graphs_had_it(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, x = captured(model.unet), torch.ones(())
+    assert graphs is not None
+
+    def stages(x: Tensor, number: int) -> Iterator[Tensor]:
+        yield x + number
+
+    def run(number: int, times: int = 1) -> None:
+        for _ in range(times):
+            assert [float(one) for one in graphs.run(stages, x, number)] == [1 + number]
+
+    def crowded(stages: Any, leaves: list[Any], *more: Any) -> Graph | None:
+        if leaves[1] == 3:
+            return Graph([], [])
+        return None if leaves[1] == 2 and (graphs.any_left() or alone) else stand_in(stages, leaves, *more)
+
+    alone = False
+    monkeypatch.setattr(capture, "capture", crowded)
+    run(3, 3)  # cannot be captured, which stays known
+    run(1, 2)
+    run(2)
+    with pytest.warns(UserWarning, match="memory ran out beside captured graphs"):
+        run(2)
+    assert len(graphs.graphs) == 2 and not graphs.any_left() and len(CAPTURED) == 1
+    run(2, 2)
+    run(3)
+    assert graphs.any_left() and len(CAPTURED) == 2
+    with pytest.warns(UserWarning, match="memory ran out beside captured graphs"):
+        graphs.give_up()
+    alone = True
+    run(2)
+    with pytest.warns(UserWarning, match="no memory for a CUDA graph of this call"):
+        run(2)
+    run(2, 3)  # is not tried again
+    assert len(CAPTURED) == 2
+
+
+def test_a_capture_tells_missing_memory_from_what_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("current_stream", "graph_pool_handle", "current_device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(capture, "_stream", MagicMock())
+    leaves, spec = tree_flatten((torch.ones(()),))
+    assert CAPTURE(full_card, leaves, spec, {}) is None
+    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph.*waits for the device"):
+        graph = CAPTURE(lambda x: iter([float(x)]), leaves, spec, {})
+    assert graph is not None and not graph.parts
 
 
 @torch.no_grad()

@@ -153,7 +153,7 @@ def test_an_update_needs_conditional_rows_of_one_text(tiny_model: Model) -> None
         minidiff.sample_steps("a cat AND a ball", model=tiny_model, edits=edit, syntax="a1111")
     with pytest.raises(ValueError, match=r"update is 3; expected a function"):
         Edit(minidiff.cross, update=3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"or update beside; expected either"):
+    with pytest.raises(ValueError, match="either update, or some of bias.*; this one has both"):
         Edit(minidiff.cross, update=all_over, bias=all_over)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"refine is 2; expected a number from 0 to 1"):
         minidiff.bounded_attention(refine=2)

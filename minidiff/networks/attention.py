@@ -213,7 +213,8 @@ class Edit:
             if function is not None and not callable(function):
                 raise ValueError(f"{name} is {shown(function)}; expected a function")
         if any((self.bias, self.probs, self.logits, self.kv)) == (self.update is not None):
-            raise ValueError("an Edit has none of bias, logits, probs and kv, or update beside; expected either")
+            has = "neither" if self.update is None else "both"
+            raise ValueError(f"an Edit has either update, or some of bias, logits, probs and kv; this one has {has}")
         if isinstance(self.steps, tuple | list) and len(self.steps) == 2:
             first = whole("steps", self.steps[0], 0)
             expected = f"(start, stop) with stop at least start, {first}"

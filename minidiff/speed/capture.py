@@ -48,13 +48,14 @@ def capture_calls(network: Network) -> Network:
 
 def spared(network: nn.Module, call: Callable[..., T], *args: Any) -> T:
     """call(*args), and once more without the graphs of a network where the card has no memory beside them."""
+    graphs = captured(network)
     try:
         return call(*args)
     except torch.OutOfMemoryError:
-        graphs = captured(network)
-        if graphs is None or not graphs.give_up():
+        if graphs is None or not graphs.any_left():
             raise
-    return call(*args)  # here, where nothing holds what the first one had allocated
+    graphs.give_up()  # here, where nothing holds what the first call had allocated
+    return call(*args)
 
 
 def captured(network: nn.Module) -> Captured | None:
@@ -94,23 +95,30 @@ class Captured:
             for part in self._parts(stages, args):
                 yield part
                 count += 1
+                del part
             return
         except torch.OutOfMemoryError:
-            if not self.give_up():
+            if not self.any_left():
                 raise
-        yield from islice(stages(*args), count, None)  # here, where nothing holds what the first try had allocated
+        self.give_up()  # here, where nothing holds what the first try had allocated
+        yield from islice(stages(*args), count, None)
 
-    def give_up(self) -> bool:
-        """Drop all graphs and free their memory. False if there were none."""
+    def any_left(self) -> bool:
+        """Whether there are graphs to give up."""
         with self.lock:
-            any_left = any(graph is not None and graph.parts for graph in self.graphs.values())
-            self.graphs.clear()
+            return any(graph is not None and graph.parts for graph in self.graphs.values())
+
+    def give_up(self) -> None:
+        """Drop all graphs and free their memory. What cannot be captured stays known."""
+        with self.lock:
+            if not self.any_left():  # another thread was first
+                return
+            for key in [key for key, graph in self.graphs.items() if graph is None or graph.parts]:
+                del self.graphs[key]
             self.pools.clear()
-            self.given_up += any_left
-        if any_left:
-            torch.cuda.empty_cache()
-            warn("the card's memory ran out beside captured graphs; they were dropped, and calls take longer without")
-        return any_left
+            self.given_up += 1
+        torch.cuda.empty_cache()
+        warn("the card's memory ran out beside captured graphs; they were dropped, and calls take longer without")
 
     def _parts(self, stages: Stages, args: Any) -> Generator[Any]:
         leaves, spec = tree_flatten(args)
@@ -132,10 +140,16 @@ class Captured:
         self.graphs.move_to_end(key)
         graph = self.graphs[key]
         if graph is None:
-            if not any(one is not None and one.parts for one in self.graphs.values()):
+            if not self.any_left():
                 self.pools.clear()  # memory that no graph uses any more is gone
             with _CAPTURING:
-                graph = self.graphs[key] = capture(stages, leaves, spec, self.pools)
+                graph = capture(stages, leaves, spec, self.pools)
+            if graph is None and self.given_up < _GIVEN_UP - 1 and self.any_left():
+                self.give_up()  # the next call of this kind tries again
+                return None
+            if graph is None:
+                warn("the card has no memory for a CUDA graph of this call, which takes up to 3 times as long without")
+            self.graphs[key] = graph = graph or Graph([], [])
             self._forget()
         return graph if graph.parts else None
 
@@ -192,8 +206,9 @@ class Graph:
             yield found
 
 
-def capture(stages: Stages, leaves: list[Any], spec: Any, pools: dict[int, Any]) -> Graph:
-    """Capture stages for inputs of these shapes. A Graph without parts, and a warning, if that is impossible.
+def capture(stages: Stages, leaves: list[Any], spec: Any, pools: dict[int, Any]) -> Graph | None:
+    """Capture stages for inputs of these shapes. A Graph without parts, and a warning, if that is impossible; None if
+    the card's memory ran out.
 
     pools: the memory that a stream's graphs share, since one replays at a time.
     """
@@ -205,6 +220,7 @@ def capture(stages: Stages, leaves: list[Any], spec: Any, pools: dict[int, Any])
         stream = _stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         parts: list[tuple[Any, PyTree]] = []
+        full = False
         try:
             with torch.cuda.stream(stream):
                 with _NoWaits():  # a wait during the capture would break more than the capture
@@ -215,12 +231,14 @@ def capture(stages: Stages, leaves: list[Any], spec: Any, pools: dict[int, Any])
                 running = stages(*args)
                 parts += [_part(running, pool) for _ in range(count)]
                 torch._C._cuda_clearCublasWorkspaces()
+        except torch.OutOfMemoryError:
+            full = True
         except RuntimeError as problem:
             parts = []
             why = str(problem).strip().splitlines()[0]
             warn(f"this call cannot be captured as a CUDA graph, and takes up to 3 times as long without: {why}")
         torch.cuda.current_stream().wait_stream(stream)
-    return Graph(buffers if parts else [], parts)
+    return None if full else Graph(buffers if parts else [], parts)
 
 
 @cache

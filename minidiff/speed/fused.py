@@ -38,11 +38,13 @@ def fuse(network: Network) -> Network:
         return network
     from .keeps import kept
 
+    one = next(network.parameters())
+    if not works(_apart, one.device, one.dtype, 16, 32):
+        return network
     for module in network.modules():
         if isinstance(module, AttentionLayer):
             module.fused = kept
-    one = next(network.parameters())
-    return _fused(network) if works(_apart, one.device, one.dtype, 16, 32) else network
+    return _fused(network)
 
 
 def _fused(network: Network) -> Network:
@@ -72,6 +74,8 @@ def works(apart: Callable[..., float], device: torch.device, dtype: torch.dtype,
             far = max(apart(device, dtype, case) for case in cases)
         most = 1e-2 if dtype == torch.float32 else 5e-2
         problem = "" if far <= most else f"a small layer's result is {far:.0e} off"
+    except torch.OutOfMemoryError:  # of this moment alone, and an exception is not cached
+        raise
     except Exception as error:  # whatever a compiler raises
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if problem:

@@ -14,14 +14,25 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ..networks.attention import ALL, BOX_MASS, COLUMNS, HEAD_MEAN, Inputs, Keep, attention_probs, mask_name, read_input
+from ..networks.attention import (
+    ALL,
+    AT_ONCE,
+    BOX_MASS,
+    COLUMNS,
+    HEAD_MEAN,
+    Inputs,
+    Keep,
+    attention_probs,
+    mask_name,
+    read_input,
+)
 from ..networks.sites import Grid, Site
 from .fused import error, usable, works
 
 _OBJECTS = 64
 """The most objects at once."""
 _STRIP = 512
-"""Pixels that one program sums."""
+"""Pixels that one program sums, or more where all programs' sums would be more than AT_ONCE."""
 _SITE = Site("mid", 0, 0, "cross")
 
 
@@ -36,7 +47,7 @@ class _Read(NamedTuple):
     depth: int
 
 
-_Kept: TypeAlias = Callable[[_Read, Grid, Inputs], Tensor | None]
+_Kept: TypeAlias = Callable[[_Read, Grid, Inputs], Tensor]
 
 
 def kept(site: Site, q: Tensor, k: Tensor, grid: Grid, keep: Keep, inputs: Inputs) -> Tensor | None:
@@ -46,12 +57,23 @@ def kept(site: Site, q: Tensor, k: Tensor, grid: Grid, keep: Keep, inputs: Input
     function = _KEPT.get(keep)
     if function is None or q.shape[3] > 256 or not q.stride(3) == k.stride(3) == 1 or k.dtype != q.dtype:
         return None
-    if not works(_apart, q.device, q.dtype, (keep, q.shape[3])):
+    if not _fits(keep, k.shape[2], grid, inputs) or not works(_apart, q.device, q.dtype, (keep, q.shape[3])):
         return None
     return _kept(function, q, k, grid, inputs)
 
 
-def _kept(function: _Kept, q: Tensor, k: Tensor, grid: Grid, inputs: Inputs) -> Tensor | None:
+def _fits(keep: Keep, tokens: int, grid: Grid, inputs: Inputs) -> bool:
+    """Whether there are few enough objects, and of the right size; the explicit way tells of another."""
+    if keep == COLUMNS:
+        weights = read_input(inputs, "token_weights")
+        return weights.shape[1] <= _OBJECTS and weights.shape[2] == tokens
+    if keep == BOX_MASS:
+        masks = read_input(inputs, mask_name(grid))
+        return masks.shape[1] < _OBJECTS and masks.shape[2:] == grid
+    return True
+
+
+def _kept(function: _Kept, q: Tensor, k: Tensor, grid: Grid, inputs: Inputs) -> Tensor:
     from . import triton_keeps as kernels
 
     (images, heads, pixels, channels), tokens = q.shape, k.shape[2]
@@ -60,9 +82,7 @@ def _kept(function: _Kept, q: Tensor, k: Tensor, grid: Grid, inputs: Inputs) -> 
     sums = torch.empty(images, heads, pixels, dtype=torch.float32, device=q.device)
     sizes = (pixels, tokens, channels, heads, *q.stride()[:3], *k.stride()[:3], channels**-0.5)
     with torch.cuda.device_of(q):
-        kernels.log_sums[-(-pixels // tile), images * heads](
-            q, k, sums, *sizes, STEPS=-(-tokens // tile), TILE=tile, DEPTH=depth, num_stages=1
-        )
+        kernels.log_sums[-(-pixels // tile), images * heads](q, k, sums, *sizes, TILE=tile, DEPTH=depth, num_stages=1)
         return function(_Read(q, k, sums, sizes, tile, depth), grid, inputs)
 
 
@@ -87,13 +107,11 @@ def _means(read: _Read, grid: Grid, each: int) -> Tensor:
     return out.unflatten(2, grid)
 
 
-def _columns(read: _Read, grid: Grid, inputs: Inputs) -> Tensor | None:
+def _columns(read: _Read, grid: Grid, inputs: Inputs) -> Tensor:
     from . import triton_keeps as kernels
 
     (images, heads, pixels, _), weights = read.q.shape, read_input(inputs, "token_weights")
     weights, objects = weights.to(read.sums).expand(images, -1, -1).contiguous(), weights.shape[1]
-    if objects > _OBJECTS or weights.shape[2] != read.k.shape[2]:
-        return None
     out = read.sums.new_empty(images, heads, pixels, objects)
     kernels.columns[-(-pixels // read.tile), images * heads](
         read.q,
@@ -104,7 +122,6 @@ def _columns(read: _Read, grid: Grid, inputs: Inputs) -> Tensor | None:
         objects,
         *read.sizes,
         OBJECTS=_padded(objects),
-        STEPS=-(-read.k.shape[2] // read.tile),
         TILE=read.tile,
         DEPTH=read.depth,
         num_stages=1,
@@ -112,15 +129,12 @@ def _columns(read: _Read, grid: Grid, inputs: Inputs) -> Tensor | None:
     return out.unflatten(2, grid)
 
 
-def _box_mass(read: _Read, grid: Grid, inputs: Inputs) -> Tensor | None:
+def _box_mass(read: _Read, grid: Grid, inputs: Inputs) -> Tensor:
     from . import triton_keeps as kernels
 
     (images, heads, pixels, _), tokens, masks = read.q.shape, read.k.shape[2], read_input(inputs, mask_name(grid))
     masks, objects = masks.to(read.sums).expand(images, -1, -1, -1).contiguous(), masks.shape[1]
-    if objects >= _OBJECTS or masks.shape[2:] != grid:
-        return None
-    steps = min(_STRIP // read.tile, -(-pixels // read.tile))
-    strips = -(-pixels // (steps * read.tile))
+    steps, strips = _strips(-(-pixels // read.tile), read.tile, images * heads * (objects + 1) * tokens)
     out = read.sums.new_empty(strips, images, heads, objects + 1, tokens)
     kernels.mask_sums[-(-tokens // read.tile), images * heads, strips](
         read.q,
@@ -130,14 +144,20 @@ def _box_mass(read: _Read, grid: Grid, inputs: Inputs) -> Tensor | None:
         out,
         objects,
         *read.sizes,
+        steps,
         OBJECTS=_padded(objects + 1),
-        STEPS=steps,
         TILE=read.tile,
         DEPTH=read.depth,
         num_stages=1,
     )
     assert BOX_MASS.finish is not None
     return BOX_MASS.finish(out.sum(dim=0) if strips > 1 else out[0])
+
+
+def _strips(tiles: int, tile: int, each: int) -> tuple[int, int]:
+    """How many tiles of pixels one program sums, and the number of such strips, with `each` sums."""
+    steps = min(tiles, max(_STRIP // tile, -(-tiles // max(1, AT_ONCE // each))))
+    return steps, -(-tiles // steps)
 
 
 def _padded(objects: int) -> int:
@@ -159,5 +179,4 @@ def _apart(device: torch.device, dtype: torch.dtype, case: tuple[Keep, int]) -> 
     expected = keep(_SITE, attention_probs(q, k).unflatten(2, grid), inputs)
     there = {name: value.to(device) for name, value in inputs.items()}
     found = _kept(_KEPT[keep], q.to(device, dtype), k.to(device, dtype), grid, there)
-    assert found is not None
     return error(found, expected)

@@ -37,7 +37,6 @@ def log_sums(
     k_head,
     k_row,
     scale,
-    STEPS: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
@@ -49,8 +48,7 @@ def log_sums(
     keys = k + pair // heads * k_image + pair % heads * k_head
     most = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
-    for step in range(STEPS):
-        start = step * TILE
+    for start in range(0, tokens, TILE):
         right = _rows(keys, start, tokens, k_row, channels, TILE, DEPTH)
         logits = _logits(left, right, start, tokens, scale, TILE)
         higher = tl.maximum(most, tl.max(logits, axis=1))
@@ -115,7 +113,6 @@ def columns(
     k_row,
     scale,
     OBJECTS: tl.constexpr,
-    STEPS: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
@@ -127,8 +124,7 @@ def columns(
     total = tl.load(sums + pair * pixels + row, mask=row < pixels, other=0.0)
     own = weights + pair // heads * objects * tokens
     found = tl.zeros([TILE, OBJECTS], tl.float32)
-    for step in range(STEPS):
-        start = step * TILE
+    for start in range(0, tokens, TILE):
         right = _rows(keys, start, tokens, k_row, channels, TILE, DEPTH)
         probs = tl.exp(_logits(left, right, start, tokens, scale, TILE) - total[:, None])
         column = start + tl.arange(0, TILE)
@@ -158,12 +154,12 @@ def mask_sums(
     k_head,
     k_row,
     scale,
+    steps,
     OBJECTS: tl.constexpr,
-    STEPS: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """The probabilities' sums over each strip of STEPS tiles of pixels, by masks [images,objects,pixels] and then
+    """The probabilities' sums over each strip of `steps` tiles of pixels, by masks [images,objects,pixels] and then
     without a mask -> out [strips,images,heads,objects+1,tokens].
     """
     start, pair, part = tl.program_id(0) * TILE, tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -172,8 +168,8 @@ def mask_sums(
     right = _rows(k + pair // heads * k_image + pair % heads * k_head, start, tokens, k_row, channels, TILE, DEPTH)
     own = masks + pair // heads * objects * pixels
     found = tl.zeros([OBJECTS, TILE], tl.float32)
-    for step in range(STEPS):
-        first = (part * STEPS + step) * TILE
+    for step in range(steps):
+        first = (part * steps + step) * TILE
         row = first + tl.arange(0, TILE)
         left = _rows(queries, first, pixels, q_row, channels, TILE, DEPTH)
         total = tl.load(sums + pair * pixels + row, mask=row < pixels, other=0.0)
