@@ -49,11 +49,9 @@ class Boxes:
         if phrases is not None and not isinstance(phrases, str | list | tuple):
             raise ValueError(f"phrases is {shown(phrases)}; expected a prompt, or a list of phrases")
         self._known = read_objects(boxes or {})
+        self._phrases = phrases_of(phrases) if isinstance(phrases, str) else ()
         places = to_labels(self._known)
-        found = [
-            *(label for label, _ in places),
-            *(phrases_of(phrases) if isinstance(phrases, str) else phrases or ()),
-        ]
+        found = [*(label for label, _ in places), *(self._phrases if isinstance(phrases, str) else phrases or ())]
         if not found or not all(isinstance(one, str) for one in found):
             raise ValueError(
                 f"phrases is {shown(phrases)}; expected what boxes can be named, such as a prompt, or "
@@ -82,7 +80,7 @@ class Boxes:
             x0, y0, x1, y1 = (min(1.0, max(0.0, round(at / edge, 4))) for at, edge in pairs)
             if x0 < x1 and y0 < y1:  # a click leaves a box without area
                 found.append((one["label"], (x0, y0, x1, y1)))
-        return from_labels(found, self._known)
+        return from_labels(found, self._known, self._phrases)
 
     def __repr__(self) -> str:
         return f"<Boxes: {self.value}>"

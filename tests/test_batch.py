@@ -135,6 +135,7 @@ def test_a_bad_line_is_a_row_with_its_error(tmp_path: Path, capsys: pytest.Captu
     bad: list[object] = [
         "{",
         "[1]",
+        json.dumps({**good, "prompt": "a rés"}, ensure_ascii=False).encode("latin1").decode(errors="replace"),
         "\ud800".encode(errors="surrogatepass").decode(errors="replace"),
         {**good, "widht": 8},
         {**good, "boxes": {"a hat": [0, 0, 1, 1]}},  # found when it is made, in a batch with others
@@ -146,9 +147,10 @@ def test_a_bad_line_is_a_row_with_its_error(tmp_path: Path, capsys: pytest.Captu
     box = {**good, "boxes": {"red circle": [0, 0, 1, 1]}}
     rows = run(write(tmp_path / "r.jsonl", [box, *bad, "", box]), tmp_path / "out")
     assert [row["error"] is None for row in rows] == [True, *[False] * len(bad), True]
-    assert "did you mean 'width'" in rows[4]["error"] and "'a hat'" in rows[5]["error"]
-    assert [row["line"] for row in rows] == [*range(1, 11), 12]
-    assert "9 of 11 lines have an error" in capsys.readouterr().err
+    assert "is not UTF-8" in rows[3]["error"]
+    assert "did you mean 'width'" in rows[5]["error"] and "'a hat'" in rows[6]["error"]
+    assert [row["line"] for row in rows] == [*range(1, 12), 13]
+    assert "10 of 12 lines have an error" in capsys.readouterr().err
 
 
 def test_what_is_the_same_but_for_texts_seeds_and_places_is_one_batch(tmp_path: Path, drawn: list[Request]) -> None:
@@ -221,6 +223,18 @@ def test_a_line_with_an_error_is_tried_again(tmp_path: Path, drawn: list[Request
     assert [one.prompt for one in drawn] == [("a",), ("b",)]
 
 
+def test_the_newest_row_counts_whatever_its_log_is_called(tmp_path: Path, drawn: list[Request]) -> None:
+    start, lines = (
+        tmp_path / "start.png",
+        [(1, json.dumps({"prompt": "a", "image": str(tmp_path / "start.png"), **SMALL}))],
+    )
+    assert [row["error"] is None for (row,) in Draw(tmp_path, log="9").rows(lines)] == [False]
+    Image.new("RGB", (8, 8)).save(start)
+    assert [row.get("error") for (row,) in Draw(tmp_path, log="10").rows(lines)] == [None]
+    assert [row.get("error") for row in Done.read(tmp_path).rows((1, 1))] == [None]
+    assert not list(Draw(tmp_path, log="9").rows(lines)) and len(drawn) == 1
+
+
 def test_what_is_wrong_with_flags_is_no_line_s_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = write(tmp_path / "r.jsonl", [{"prompt": "a red circle", **SMALL}]), tmp_path / "out"
     for flags, said in (
@@ -290,6 +304,19 @@ def test_a_folder_s_number_of_threads_is_kept(
     assert counted == [there, 3, 3] and torch.get_num_threads() == there
     assert main(["batch", str(file), "--out", str(tmp_path / "told"), "--threads", "2"]) == 2
     assert "--threads 3 then, 2 now" in capsys.readouterr().err
+
+
+def test_flags_of_zero_and_of_one_that_has_made_nothing_yet_count(
+    tmp_path: Path, drawn: list[Request], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = write(tmp_path / "r.jsonl", [{"prompt": "a", **SMALL}] * 2), tmp_path / "out"
+    run(file, out, "--shard", "1/2", "--eta", "0")
+    assert main(["batch", str(file), "--out", str(out), "--shard", "2/2"]) == 2
+    assert "--eta 0.0 then, not given now" in capsys.readouterr().err
+    (out / "rows-1-of-2.jsonl").write_text("")
+    with only(out / "rows-1-of-2.jsonl"):
+        assert main(["batch", str(file), "--out", str(out), "--shard", "2/2"]) == 2
+    run(file, out, "--shard", "2/2")
 
 
 def test_shards_make_together_what_one_makes(tmp_path: Path, drawn: list[Request]) -> None:

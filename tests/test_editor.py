@@ -50,6 +50,10 @@ def test_weights_objects_of_one_phrase_and_what_is_no_box_come_back() -> None:
     drawn = {"x": 0, "y": 0, "width": 256, "height": 256, "label": "cat #3 x2"}
     editor.widget.bboxes = [*editor.widget.bboxes, drawn]
     assert editor.value["cat"][2] == {"weight": 2.0, "boxes": ((0.0, 0.0, 0.5, 1.0),)}
+    for boxes, expected in ((None, [(0.0, 0.0, 0.5, 1.0)]), ({"bmw": {"box": (0, 0, 1, 1), "weight": 5}}, None)):
+        editor = minidiff.Boxes(PICTURE, "a BMW X5", boxes)
+        editor.widget.bboxes = [*editor.widget.bboxes, {**drawn, "label": "bmw x5"}]
+        assert editor.value.get("bmw x5") == expected  # a phrase of the prompt, or a label that was there
 
 
 def test_a_drawn_box_is_in_parts_of_the_picture() -> None:

@@ -110,7 +110,7 @@ class Draw:
             return
         try:
             model = self._model(batch[0].request)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
             if str(batch[0].request.model) == str(self._fields.get("model", BUNDLED)):
                 raise
             yield [_row(job, error=str(error)) for job in batch]
@@ -251,9 +251,10 @@ def batch(args: argparse.Namespace) -> int:
         "loading": loading | {"loras": lora_values(args.loras)},
         "adapters": adapters,
     }
-    options |= {"batch_size": args.batch_size, "threads": begin(out, settings, {"threads": threads})["threads"]}
     name = f"{shard[0]}-of-{shard[1]}"
-    with only(out / f"rows-{name}.jsonl"):
+    log = out / f"rows-{name}.jsonl"
+    with only(log):
+        options |= {"batch_size": args.batch_size, "threads": begin(log, settings, {"threads": threads})["threads"]}
         lines = ((number, text) for number, text in read_lines(source) if number % shard[1] == shard[0] % shard[1])
         if cluster is None:
             made = Draw(out, log=name, **options).rows(lines)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,8 +50,8 @@ def write_whole(path: Path, data: bytes, mark: str = "") -> None:
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a log, after cutting off what a kill left unfinished."""
-    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    """Add rows to a log, with the time, after cutting off what a kill left unfinished."""
+    data = "".join(json.dumps(row | {"time": time.time()}) + "\n" for row in rows).encode()
     with path.open("ab+") as file:
         end = file.tell()
         if end:
@@ -73,7 +74,7 @@ def _read(log: Path) -> Iterator[tuple[int, Row]]:
 
 @dataclass(frozen=True, eq=False)
 class Done:
-    """The pictures and errors in the logs of a folder: the last row of each, in the order of the file of requests."""
+    """The pictures and errors in the logs of a folder: the newest row of each, in the order of the file of requests."""
 
     logs: tuple[Path, ...]
     keys: NDArray[np.int64]
@@ -85,19 +86,22 @@ class Done:
     def read(cls, folder: Path) -> Done:
         """ValueError for a log that is none."""
         logs = tuple(sorted(folder.glob("rows-*.jsonl")))
-        keys, digests, where, made = array("q"), array("Q"), array("q"), array("b")
+        keys, digests, where, made, times = array("q"), array("Q"), array("q"), array("b"), array("d")
         for i, log in enumerate(logs):
+            newest = 0.0  # the order in a log is sure, whatever its clock says
             try:
                 for place, row in _read(log):
                     keys.append(int(row["line"]) * MOST_IMAGES + int(row["image"]))
                     digests.append(int(row["digest"], 16))
                     where.extend((i, place))
                     made.append(row.get("error") is None)
+                    times.append(newest := max(newest, float(row.get("time", 0.0))))
             except (ValueError, KeyError, TypeError, OverflowError) as error:
                 raise ValueError(f"{log} is not a log of minidiff batch: {error}; move it away") from error
-        own = np.array(keys, dtype=np.int64)
-        unique, last = np.unique(own[::-1], return_index=True)
-        last = len(own) - 1 - last
+        own, order = np.array(keys, dtype=np.int64), np.argsort(-np.array(times)[::-1], kind="stable")
+        latest = len(own) - 1 - order
+        unique, first = np.unique(own[latest], return_index=True)
+        last = latest[first]
         places = np.array(where, dtype=np.int64).reshape(-1, 2)
         return cls(
             logs, unique, np.array(digests, dtype=np.uint64)[last], places[last], np.array(made, dtype=bool)[last]
@@ -141,12 +145,15 @@ def write_manifest(rows: Iterable[Row], path: Path, tar: Callable[[Row], str | N
     os.replace(unfinished, path)
 
 
-def begin(folder: Path, asked: Mapping[str, Plain], usual: Mapping[str, Plain]) -> Mapping[str, Plain]:
-    """Make the folder, and note what all of its pictures have in common: what was asked, or else, where it is begun,
-    what is usual. Returns what is noted. ValueError where pictures were made with other flags.
+def begin(own: Path, asked: Mapping[str, Plain], usual: Mapping[str, Plain]) -> Mapping[str, Plain]:
+    """Note what all of a folder's pictures have in common: what was asked, or else, where it is begun, what is usual.
+
+    own: the log that this process holds there. Returns what is noted. ValueError where pictures were made, or another
+    process is about to make some, with other flags.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path, made = folder / "batch.json", any(log.stat().st_size for log in folder.glob("rows-*.jsonl"))
+    folder = own.parent
+    logs = list(folder.glob("rows-*.jsonl"))
+    path, made = folder / "batch.json", any(log.stat().st_size for log in logs)
     if path.exists():
         try:
             there = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -157,7 +164,7 @@ def begin(folder: Path, asked: Mapping[str, Plain], usual: Mapping[str, Plain]) 
         different = [f"{name} {_said(then)} then, {_said(now)} now" for name, then, now in _changes(there, wanted)]
         if not different:
             return kept | wanted
-        if made:
+        if made or any(_held(log) for log in logs if log != own):
             listed = "; ".join(different)
             raise ValueError(f"{folder} was begun with other flags: {listed}; expected the same, or another folder")
     elif made:
@@ -176,9 +183,8 @@ def _changes(then: Mapping[str, Plain], now: Mapping[str, Plain]) -> Iterator[tu
     def flat(settings: Mapping[str, Plain]) -> dict[str, Plain]:
         inner = [dict(settings.get(group) or {}) for group in ("fields", "loading")]  # type: ignore[arg-type]
         others = {name: value for name, value in settings.items() if name not in ("fields", "loading")}
-        return {
-            name: value for part in (*inner, others) for name, value in part.items() if value not in (None, False, [])
-        }
+        together = {name: value for part in (*inner, others) for name, value in part.items()}
+        return {name: value for name, value in together.items() if not (value is None or value is False or value == [])}
 
     before, after = flat(then), flat(now)
     for name in dict.fromkeys([*before, *after]):
@@ -194,17 +200,32 @@ def _said(value: Plain) -> str:
 
 @contextmanager
 def only(log: Path) -> Iterator[None]:
-    """Hold a log. ValueError where another process does: each would cut what the other appends."""
+    """Hold a log, in a folder that is made. ValueError where another process does: each would cut what the other
+    appends.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _locked(file):
             raise ValueError(
                 f"another minidiff batch is at work in {log.parent}; expected another folder, or --shard 1/2 here and "
                 "2/2 there from the start"
-            ) from error
-        except (ImportError, OSError):
-            pass  # a system without such locks
+            )
         yield
+
+
+def _held(log: Path) -> bool:
+    with log.open("ab") as file:
+        return not _locked(file)
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Lock a file until it is closed. False where another process has; True, too, on a system without such locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True

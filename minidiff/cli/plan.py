@@ -52,6 +52,8 @@ def jobs(line: int, text: str, changes: Mapping[str, object]) -> list[Job]:
     A line without a seed gets one of its number, so that any worker, and a restart, makes the same picture.
     """
     digest = int.from_bytes(hashlib.blake2b(text.strip().encode(errors="replace"), digest_size=8).digest(), "little")
+    if "\ufffd" in text:  # as read_lines() shows bytes that are none
+        return [Job(line, 0, digest, error="the line is not UTF-8; expected UTF-8: save the file so")]
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:

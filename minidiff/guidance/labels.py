@@ -19,12 +19,15 @@ def to_labels(objects: Iterable[PlacedObject]) -> list[Labelled]:
     return [(label, box) for label, one in _named(objects) for box in one.boxes]
 
 
-def from_labels(drawn: Iterable[Labelled], known: Sequence[PlacedObject] = ()) -> dict[str, Any]:
+def from_labels(
+    drawn: Iterable[Labelled], known: Sequence[PlacedObject] = (), phrases: Iterable[str] = ()
+) -> dict[str, Any]:
     """The layout of boxes that were drawn. Boxes of one label are one object.
 
-    known: objects that were there before, whose names may look like labels; those without boxes stay in the layout.
+    known: objects that were there before; those without boxes stay in the layout. phrases: of the prompt. The names of
+    both may look like labels, such as "bmw x5".
     """
-    names = {one.name for one in known}
+    names = {one.name for one in known} | {*phrases} - {label for label, _ in to_labels(known)}
     found: dict[str, list[Box]] = {}
     for label, box in drawn:
         found.setdefault(label, []).append(box)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ class Page:
         self.first = sources[0]
         self.folder = folder
         self.studio = Studio(folder)
+        self._previews = Path(tempfile.mkdtemp(prefix="minidiff-preview-"))  # not among the user's pictures
         self.parts: dict[str, Any] = {}
 
     # ---- the page from top to bottom
@@ -212,7 +214,7 @@ class Page:
 
     def _preview(self, looks: Sequence[Look], what: str) -> str:
         """A preview as a file: a JPEG is made in a fiftieth of a PNG's time."""
-        path, picture = self.folder / "preview.jpg", sheet(looks, what)
+        path, picture = self._previews / "preview.jpg", sheet(looks, what)
         assert picture is not None
         picture.save(path, quality=90)
         return str(path)

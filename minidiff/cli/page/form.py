@@ -84,7 +84,8 @@ def read(entered: Mapping[str, object], places: Sequence[Place], more: str) -> V
     if not all(label for label, _ in places):
         raise ValueError("a box has no phrase; double-click it and choose one, or delete it")
     if places:
-        values["boxes"] = json.loads(json.dumps(from_labels(places)))  # with lists
+        layout = from_labels(places, phrases=phrases(str(entered.get("prompt") or "")))
+        values["boxes"] = json.loads(json.dumps(layout))  # with lists
     further = _further(more)
     for name in further:
         if name in values or name in _ELSEWHERE:
@@ -121,7 +122,7 @@ def fill(fields: Mapping[str, object]) -> tuple[dict[str, object], list[Place], 
     rest = {name: value for name, value in fields.items() if value != usual[name] and name not in _ELSEWHERE}
     boxes, places = rest.pop("boxes", None), []
     if boxes is not None:
-        places = drawn(boxes)
+        places = drawn(boxes, str(fields.get("prompt") or ""))
         rest |= {} if places else {"boxes": boxes}
     if "guidance" in rest:
         rest["guidance"] = preset(rest["guidance"])
@@ -148,15 +149,15 @@ def preset(guidance: object) -> object:
     return next((name for name in OBJECTIVES if Guidance.read(name).plain() == given), dict(guidance))
 
 
-def drawn(boxes: object) -> list[Place]:
-    """The boxes of a layout, each with its label; none where they would not say all of it."""
+def drawn(boxes: object, prompt: str) -> list[Place]:
+    """The boxes of a layout, each with its label; none where they would not say all of it, with this prompt."""
     if not isinstance(boxes, Mapping):
         return []
     objects = read_objects(boxes)
     if not all(one.boxes for one in objects):
         return []
     places = to_labels(objects)
-    same = plain_boxes(read_objects(from_labels(places))) == plain_boxes(objects)
+    same = plain_boxes(read_objects(from_labels(places, phrases=phrases(prompt)))) == plain_boxes(objects)
     return places if same and not any(one.name.startswith("tokens:") for one in objects) else []
 
 

@@ -23,7 +23,6 @@ from ...model import Model
 from ...request import BUNDLED, Request
 from ...result import Result
 from ...run import sample_steps
-from ...vocabulary import PRESETS
 from ...weights.image_prompt import with_image_prompt
 from ...weights.load import load
 from ...weights.lora import LoRA
@@ -140,8 +139,7 @@ class Studio:
         ValueError for a request that cannot be; the pictures of a finished one are written to the folder.
         """
         request = Request.from_plain(values)
-        tried = request.tries > 1 or request.guidance in PRESETS
-        yield Progress(0, 0, notes=(_TRIES,) if tried else ())
+        yield Progress(0, 0, notes=(_TRIES,) if request.tries > 1 else ())
         with _noted() as notes:
             run = sample_steps(request.filled({"model": self.model(source)}))
             assert self._loaded is not None
@@ -164,9 +162,7 @@ class Studio:
 
     def _made(self, result: Result, request: Request, values: Values, source: Source) -> Iterator[Made]:
         if "tries" in result.info:  # the seeds that were best make the same without the others
-            own: Values = {"seed": list(result.seeds)}
-            own |= {"guidance": result.parameters[0]["guidance"]} if values.get("guidance") in PRESETS else {}
-            values = {name: value for name, value in values.items() if name != "tries"} | own
+            values = {name: value for name, value in values.items() if name != "tries"} | {"seed": list(result.seeds)}
         values = {"seed": result.seeds[0], **values}
         for one, look in zip(result, looks(result, request), strict=True):
             (file,) = one.save(self.folder)
