@@ -22,7 +22,11 @@ def test_ci_runs_the_second_command() -> None:
 EXAMPLES = [block for block in BLOCKS if re.match(r"(import|from) ", block)]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: re.findall(r"(\w+)\(", text)[0])
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(block, marks=[pytest.mark.slow] * ("minidiff.invert(" in block)) for block in EXAMPLES],
+    ids=lambda text: re.findall(r"(\w+)\(", text)[0],
+)
 def test_each_python_example_runs_alone(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the bundled model, as written."""
     monkeypatch.chdir(tmp_path)
