@@ -54,7 +54,6 @@ def test_without_reports_the_png_shows() -> None:
 
 NOTEBOOK = """
 import minidiff
-
 prompt = "a red circle and a blue square"
 editor = minidiff.Boxes(minidiff.generate(prompt, seed=1), boxes={"red circle": (0.05, 0.1, 0.45, 0.5)})
 editor                                                   # draw; in the next cell:
