@@ -41,7 +41,8 @@ def initno(request: Request) -> Request:
     passes, from up to five noises (the seed's and those of `tries`), until one is good enough; if none is, fifty from
     the best of them: 1 to 100 passes an image.
     The loss: `minidiff.initno_loss` until 0.5 (deviation: of the sum, where the code asks 0.2 and 0.3 of its parts), or
-    that of `guidance` until its threshold, which may ask for boxes.
+    that of `guidance` until its threshold, which may ask for boxes. The request has other seeds: with its own,
+    samplers that add noise would first add the one it starts from. `tries` and `vary` are done with.
     """
     if request.image is not None or request.latents is not None:
         raise ValueError("got an image or latents; expected neither, since initno improves the noise of a seed")
@@ -50,13 +51,15 @@ def initno(request: Request) -> Request:
     model = request.model if isinstance(request.model, Model) else load(request.model)
     own = request.guidance in (None, "none")
     run = sample_steps(replace(request, model=model, tries=1, guidance="initno" if own else request.guidance))
-    assert run.guide is not None
+    if run.guide is None:
+        raise ValueError(f"guidance is {request.guidance!r}, which has no loss; expected an objective, or None")
     enough = ENOUGH if own else run.guide.guidance.at(0)[1]
     seeds, shape = run.request.seed, latent_shape(run.request, model)
     assert isinstance(seeds, tuple)  # resolved
     noises = [Noise.of(run.request.filled({"seed": nth_seeds(seeds, n)}), shape).start() for n in range(ROUNDS)]
     found = [_best([one[i : i + 1] for one in noises], _look(run, i), enough) for i in range(len(seeds))]
-    return replace(request, model=model, latents=torch.cat(found), seed=seeds)
+    after = nth_seeds(seeds, ROUNDS)
+    return replace(request, model=model, latents=torch.cat(found), seed=after, tries=1, vary=None)
 
 
 def _look(run: Run, image: int) -> Look:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import minidiff
 from minidiff import Model, Request, start_noise
+from minidiff.noise import slerp
 from minidiff.start_noise import MOST_KL, divergence, improved
 
 PAIR = {"prompt": "a cat and a ball", "boxes": {"cat": None, "ball": None}, "seed": 4, "steps": 3}
@@ -28,7 +29,7 @@ def test_the_loss_of_the_noise_falls_and_seed_and_batch_decide_alone(
         monkeypatch.setattr(start_noise, name, fewer)
     pictures = {**PAIR, "seed": (4, 9), "images_per_prompt": 2}
     better = minidiff.initno(model=tiny_model, **pictures)
-    assert isinstance(better, Request) and better.latents.shape == (2, 4, 8, 8) and better.seed == (4, 9)
+    assert isinstance(better, Request) and better.latents.shape == (2, 4, 8, 8)
     before = losses(tiny_model, seed=(4, 9), images_per_prompt=2)
     after = losses(tiny_model, latents=better.latents, images_per_prompt=2)
     assert all(new < old for old, new in zip(before, after, strict=True))
@@ -65,6 +66,18 @@ def test_a_noise_that_is_good_enough_stays_and_later_rounds_take_other_noises(ti
     assert same.guidance == how
 
 
+def test_what_else_chooses_a_noise_is_done_with(tiny_model: Model) -> None:
+    """And a sampler that adds noise adds none that is there already."""
+    how = minidiff.Guidance(minidiff.attend_and_excite_loss, threshold=9)
+    given = {**PAIR, "model": tiny_model, "guidance": how, "vary": (7, 0.5), "sampler": "euler_ancestral"}
+    found = minidiff.initno(tries=2, **given)
+    assert found.tries == 1 and found.vary is None
+    low, high = (torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (4, 7))
+    assert torch.equal(found.latents, slerp(low, high, 0.5))
+    added = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(found.seed[0]))
+    assert abs(float((added * found.latents[0]).mean())) < 0.2
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -72,6 +85,7 @@ def test_a_noise_that_is_good_enough_stays_and_later_rounds_take_other_noises(ti
         ({"latents": torch.zeros(1, 4, 8, 8)}, "got an image or latents; expected neither"),
         ({"guidance": "layout"}, "has no box or mask, which guidance needs"),
         ({"boxes": {"dog": None}}, "dog"),
+        ({"boxes": {"cat": (0, 0, 1, 1)}, "guidance": "fast"}, "guidance is 'fast', which has no loss"),
     ],
 )
 def test_wrong_requests_are_named(tiny_model: Model, given: dict[str, object], message: str) -> None:
