@@ -32,7 +32,7 @@ def test_weights_objects_of_one_phrase_and_what_is_no_box_come_back() -> None:
     third = 1 / 3
     boxes = {
         "cat": [{"box": (0, 0, third, 1)}, {"boxes": [(0.5, 0, 1, 0.5), (0.5, 0.6, 1, 1)], "weight": 1.5}],
-        "red hat": {"box": (0.1, 0.2, third, 0.4), "weight": 0.1 + 0.2},
+        "red hat": {"box": (0.1, 0.2, third, 0.4), "weight": 0.1 + 0.2, "order": 2},
         "player #2": (0, 0, 0.5, 0.5),
         "dog": None,
         "ball": minidiff.Stroke([(0.2, 0.2), (0.8, 0.8)], width=0.2),

@@ -481,6 +481,16 @@ def test_an_order_that_cannot_be_is_named(order: object, message: str) -> None:
         make_layout([read_objects(boxes)], [3], 5, [(2, 2)])
 
 
+@pytest.mark.parametrize("side", [12, 24, 96])
+def test_what_is_wholly_covered_is_seen_on_no_grid(side: int) -> None:
+    """The fractions of cells that are not powers of two are rounded."""
+    front = {"boxes": [(0.07, 0.11, 0.53, 0.97), (0.4, 0.11, 0.93, 0.97)], "order": 1}
+    with pytest.raises(ValueError, match="lies wholly behind"):
+        make_layout([read_objects({"a": front, "b": (0.31, 0.37, 0.71, 0.61)})], [3], 5, [(side, side)])
+    mask = make_layout([read_objects({"a": front, "b": (0, 0, 1, 1)})], [3], 5, [(side, side)]).masks[side, side]
+    assert mask.min() == 0
+
+
 def test_an_edit_reads_the_order(tiny_model: Model) -> None:
     """What is behind is a mask without what is in front."""
     shared = {"model": tiny_model, "steps": 2, "seed": 1, "guidance": "none", "output": "latents", "progress": False}

@@ -24,14 +24,15 @@ def from_labels(
 ) -> dict[str, Any]:
     """The layout of boxes that were drawn. Boxes of one label are one object.
 
-    known: objects that were there before; those without boxes stay in the layout. phrases: of the prompt. The names of
-    both may look like labels, such as "bmw x5".
+    known: objects that were there before, whose order stays; those without boxes stay in the layout. phrases: of the
+    prompt. The names of both may look like labels, such as "bmw x5".
     """
     names = {one.name for one in known} | {*phrases} - {label for label, _ in to_labels(known)}
+    orders = {label: one.order for label, one in _named(known)}
     found: dict[str, list[Box]] = {}
     for label, box in drawn:
         found.setdefault(label, []).append(box)
-    objects = [_read(label, tuple(boxes), names) for label, boxes in found.items()]
+    objects = [_read(label, tuple(boxes), names, orders.get(label, 0.0)) for label, boxes in found.items()]
     objects.sort(key=lambda one: one[0])  # by number; those of one number stay in the order of drawing
     layout = plain_boxes([*(one for _, one in objects), *(one for one in known if not one.boxes)])
     for name, value in layout.items():
@@ -49,7 +50,7 @@ def _named(objects: Iterable[PlacedObject]) -> Iterator[tuple[str, PlacedObject]
         yield f"{one.name}{number}{weight if one.weight != 1 else ''}", one
 
 
-def _read(label: str, boxes: tuple[Box, ...], names: Container[str]) -> tuple[int, PlacedObject]:
+def _read(label: str, boxes: tuple[Box, ...], names: Container[str], order: float) -> tuple[int, PlacedObject]:
     marks = None if label in names else _MARKS.fullmatch(label)
     phrase, which, weight = (label, None, None) if marks is None else marks.group("phrase", "which", "weight")
-    return int(which or 1), PlacedObject(phrase, (), boxes, weight=float(weight or 1))
+    return int(which or 1), PlacedObject(phrase, (), boxes, weight=float(weight or 1), order=order)

@@ -37,6 +37,7 @@ lie in any of them; a list of such mappings, [{"box": ...}, {"box": ...}], is as
 
 _LINES = ("stroke", "curve")
 _TOKENS = re.compile(r"tokens:(\d{1,9}(?:,\d{1,9})*)")  # token positions where keys must be strings, as in JSON
+_ROUNDING = 1e-9  # of a covered cell, whose parts are sums: the rest of one that is covered whole
 _MOST = 256  # phrases, and boxes per phrase: the union of n boxes takes 4 n^3 bytes, here 67 MB
 
 
@@ -145,7 +146,8 @@ def _seen(region: PlacedObject, some: Sequence[PlacedObject], grid: Grid) -> Ten
     left = own.clone()
     for other in some:
         if other.order > region.order and other.tokens:
-            left *= 1 - other.coverage(grid)
+            free = 1 - other.coverage(grid)
+            left *= torch.where(free > _ROUNDING, free, 0)
     if own.any() and not left.any():
         raise ValueError(
             f"boxes[{region.name!r}] lies wholly behind what has a higher order than {region.order:g}; expected a part "
