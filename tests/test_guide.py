@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import minidiff
 from minidiff.guidance.evaluate import evaluate
 from minidiff.guidance.guide import Guidance, Guide
-from minidiff.guidance.layout import Layout, PlacedObject, make_layout
+from minidiff.guidance.layout import Layout, PlacedObject, make_layout, read_objects
 from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.model import Model
 from minidiff.networks.attention import Inputs, Maps, Record
@@ -997,6 +997,28 @@ def test_passes_are_the_runs_most_where_a_step_has_two_calls(tiny_model: Model) 
     given = {"model": tiny_model, "boxes": boxes, "guidance": how, "steps": 3, "seed": 1, "sampler": "pndm"}
     (report,) = minidiff.generate("a cat", **given).reports  # type: ignore[arg-type, misc]
     assert report.iterations == (2, 1, 1)
+
+
+def test_passes_of_two_calls_are_counted_for_each_image() -> None:
+    """The first image is done in the first call, not in the second; the other one takes all it may in the first."""
+    losses = [[0.0, 1.0, 1.0, 1.0, 1.0], [1.0] * 5]
+
+    def iterations(some: list[list[float]]) -> list[tuple[int, ...]]:
+        layout = make_layout([read_objects({"a": (0, 0, 0.5, 0.5)})] * len(some), [3] * len(some), 5, [(4, 4)])
+        how = Guidance(minidiff.layout_loss, threshold=0.5, passes=4, steps=1, sites={SITE}).of_run(1, {})
+        guide = Guide(how, lambda *_: (None, {}), torch.zeros(len(some), 5, 8), layout, [["a"]] * len(some))
+        left = list(map(iter, some))
+
+        def look(x: Tensor, t: Tensor, abar: float, rows: list[int], index: int, limits: Tensor) -> object:
+            loss = torch.tensor([next(left[row]) for row in rows])
+            return torch.ones_like(x) if (loss > limits).any() else None, (loss, loss[:, None], loss[:, None])
+
+        guide.look = look  # type: ignore[method-assign, assignment]
+        for _ in range(2):
+            guide.refine(torch.zeros(len(some), 4, 2, 2), torch.tensor(1.0), 0.5, 0)
+        return [guide.report(i).iterations for i in range(len(some))]
+
+    assert iterations(losses) == [(3,), (4,)] == [*iterations(losses[:1]), *iterations(losses[1:])]
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ class Guidance:
         image's gradient normalised to a root mean square of 1, so that step sizes do not depend on its magnitude.
     watch: also evaluate the objective on the maps of the sampling step itself, and look before the next step only at
         images whose loss there is above the threshold: no pass of the network to find that nothing is to be done. Not
-        with recorded attention, reused layers (cache_interval), texts that change or AND, where all looks are made.
+        with recorded attention, reused layers (cache_interval), texts that change, AND, or edits with `update`, where
+        all looks are made.
     passes: at most so many updates of an image in the run, in place of `iterations`: spread over the guided steps, of
         which the first take the remainder; with `early` in linear decline, since places are settled before sizes.
     """
@@ -248,8 +249,10 @@ class Guide:
             self.layout = self.layout._replace(masks=masks)
         left = [row for row in self._guided if self._ahead is None or self._ahead[row] > threshold]
         moved = x
-        done = 0 if self.guidance.passes is None else len(self.seen.get(index, ()))  # PNDM's first step has two calls
-        for _ in range(iterations - done):
+        looks = [] if self.guidance.passes is None else self.seen.get(index, [])  # PNDM's first step has two calls
+        done = [sum(not look.loss[row].isnan() for look in looks) for row in range(len(x))]
+        for n in range(iterations):
+            left = [row for row in left if n + done[row] < iterations]
             if not left:
                 break
             rows = range(len(x)) if self.whole_batch else left
