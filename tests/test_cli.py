@@ -382,6 +382,14 @@ def test_from_makes_the_same_image_again(cli: Cli, tiny: tuple[object, ...], tin
     assert Image.open(first).text == Image.open(second).text  # type: ignore[attr-defined]
 
 
+def test_guidance_of_relations_is_taken_and_that_of_nothing_is_not(cli: Cli, asked: Asked, tmp_path: Path) -> None:
+    related = ours(tmp_path / "x.png", relations=[["cat", "left of", "hat"]], guidance="relation")
+    cli("generate", "--from", related, "--model=m")
+    assert (asked.request.guidance, len(asked.request.relations)) == ("relation", 1)
+    cli("generate", "--from", ours(tmp_path / "y.png", guidance="relation"), "--model=m")
+    assert asked.request.guidance is None
+
+
 def test_flags_override_the_file(cli: Cli, asked: Asked, tmp_path: Path) -> None:
     path = ours(
         tmp_path / "x.png",

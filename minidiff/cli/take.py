@@ -110,7 +110,8 @@ def take(picture: str, given: Mapping[str, object], loading: Mapping[str, object
             left += [f"{network[0]} (load such a file with --lora)" for network in NETWORK.finditer(value)]
         else:
             fields[name] = value
-    if "boxes" not in {**fields, **given} and "guidance" in fields and fields["guidance"] != "none":
+    places = {"boxes", "relations"} & {*fields, *given}
+    if not places and "guidance" in fields and fields["guidance"] != "none":
         del fields["guidance"]  # there is nothing to guide
     started = _started(picture, left, given)
     pictures = {"image_prompt": given.get("image_prompt"), "image": started}  # which other fields need
