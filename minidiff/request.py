@@ -242,6 +242,13 @@ class Request:
             )
         return tuple(lists)
 
+    @property
+    def guided(self) -> bool:
+        """False where nothing is asked for that guidance by an objective could follow, or no such guidance."""
+        related = any(self.related)
+        unguided = self.guidance in ("none", False) or (self.guidance == "fast" and not related)
+        return (any(self.layouts) or related) and not unguided
+
     def filled(self, values: Mapping[str, object]) -> Request:
         """A copy with some fields replaced by known-valid values, which are not checked again."""
         found = copy.copy(self)

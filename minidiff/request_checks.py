@@ -146,11 +146,6 @@ def _numbers(request: Request) -> None:
         _vary(request)
     if request.tries > 1 and request.latents is not None:
         raise ValueError("got both tries and latents; expected one of them, since tries chooses the noise of a seed")
-    if request.tries > 1 and (not (request.boxes or request.relations) or request.guidance in ("none", "fast", False)):
-        raise ValueError(
-            f"tries is {request.tries} but nothing is guided; expected boxes or relations, and a guidance other than "
-            '"none" and "fast", whose first look chooses the noise'
-        )
 
 
 def _scale(request: Request) -> None:
@@ -217,6 +212,11 @@ def _values(request: Request) -> None:
 
         _set(request, "relations", read_relations(request.relations))
         _set(request, "relations", request.relations if any(request.related) else None)
+    if request.tries > 1 and not request.guided:
+        raise ValueError(
+            f"tries is {request.tries} but nothing is guided; expected boxes or relations, and a guidance other than "
+            '"none" and "fast", whose first look chooses the noise'
+        )
     _guidance(request)
     _image(request)
     _image_prompt(request)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .checks import number, shown, warn
 from .guidance.guide import Guidance
 from .guidance.image_prompt import ImagePrompt
-from .guidance.layout import PlacedObject
+from .guidance.layout import PlacedObject, read_objects
 from .guidance.objectives import OBJECTIVES
 from .guidance.pairs import takes_from_first
 from .guidance.presets import preset
@@ -65,6 +65,12 @@ def _preset(request: Request, model: Model) -> Mapping[str, object]:
     if not isinstance(request.guidance, str) or request.guidance not in PRESETS:
         return {}
     own = preset("balanced" if any(request.related) and request.guidance == "fast" else request.guidance, model.name)
+    places = (one for boxes in request.layouts for one in read_objects(boxes or {}))
+    if own.edits and not any(one.boxes or one.mask is not None for one in places):
+        raise ValueError(
+            f'guidance is "{request.guidance}", but no phrase of boxes has a box or mask, which it needs; give one, or '
+            'use an objective that needs none, such as guidance="attend_and_excite"'
+        )
     assert isinstance(request.edits, tuple)
     return {"guidance": own.guidance, "edits": (*request.edits, *own.edits)}
 
@@ -231,11 +237,11 @@ def _image_prompts(request: Request, model: Model) -> list[tuple[int, float, Ima
     return found
 
 
-def warn_unused(request: Request, steps: int, apart: int) -> None:
-    """Warn of edits that act in none of the run's steps, and of inputs that nothing reads. apart: in so many first
-    steps regions are pictures of their own, which no edit reaches.
+def warn_unused(given: Request, request: Request, steps: int, apart: int) -> None:
+    """Warn of edits that act in none of the run's steps, and of inputs that nothing reads. given: the request before
+    it was resolved. apart: in so many first steps regions are pictures of their own, which no edit reaches.
     """
-    assert isinstance(request.edits, tuple)  # normalised by Request
+    assert isinstance(given.edits, tuple) and isinstance(request.edits, tuple)  # normalised by Request
     for i, edit in enumerate(request.edits):
         own = (
             steps if edit.steps is None else round(edit.steps * steps) if isinstance(edit.steps, float) else edit.steps
@@ -244,7 +250,8 @@ def warn_unused(request: Request, steps: int, apart: int) -> None:
         if steps <= first < last or first < last <= apart:
             there = f"the run's are 0 to {steps - 1}"
             there += f", of which 0 to {apart - 1} have their regions apart (regions_apart)" if apart else ""
-            warn(f"edits[{i}] has no effect: its steps are {first} to {last - 1}, and {there}")
+            name = f"edits[{i}]" if i < len(given.edits) else f'guidance="{given.guidance}"'
+            warn(f"{name} has no effect: its steps are {first} to {last - 1}, and {there}")
     if any(map(takes_from_first, request.edits)):
         what = "prompt_to_prompt and masactrl take from a call's first picture"
         if request.images == 1:

@@ -102,7 +102,7 @@ def _run(
         best = best_seeds(_seeds(request), request.tries, start, told.guide, schedule)
         spent = {**timings, "tries": time.perf_counter() - loaded}
         return _run(given_request.filled({"seed": best, "tries": 1}), model, spent, {"tries": request.tries})
-    warn_unused(request, schedule.steps, 0 if told.apart is None else told.apart.steps)
+    warn_unused(given_request, request, schedule.steps, 0 if told.apart is None else told.apart.steps)
     refine, fresh = None if told.guide is None else told.guide.refine, noise if sampler.stochastic else None
     denoise = _denoise(request, model, sampler, told)
     steps = sample(denoise, begun.latents.to(model.device), schedule, sampler, refine, fresh, begun.hold)

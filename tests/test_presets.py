@@ -47,6 +47,7 @@ def test_beside_edits_relations_and_tries(tiny_model: Model) -> None:
     assert torch.equal(made(tiny_model, "best", **none).latents, made(tiny_model, "rnb", **none).latents)
     assert torch.equal(made(tiny_model, "fast", **none).latents, made(tiny_model, "layout", **none).latents)
     tried = made(tiny_model, "best", tries=2, steps=1)
+    assert minidiff.Request("a cat", guidance="fast", tries=2, relations=["cat left of ball"]).guided
     assert tried.info["tries"] == 2 and torch.equal(minidiff.generate(tried.request).latents, tried.latents)
 
 
@@ -55,3 +56,20 @@ def test_their_names_are_among_those_of_an_error() -> None:
         minidiff.Request("a cat", boxes={"cat": BOXES["cat"]}, guidance="bets")
     with pytest.raises(ValueError, match="nothing is guided"):
         minidiff.Request("a cat", boxes={"cat": BOXES["cat"]}, guidance="fast", tries=2)
+
+
+def test_fast_that_does_nothing_is_told_of(tiny_model: Model) -> None:
+    with pytest.raises(ValueError, match='guidance is "fast", but no phrase of boxes has a box or mask'):
+        made(tiny_model, "fast", boxes={"cat": None})
+    assert not minidiff.Request("a cat", boxes=BOXES, guidance="fast").guided
+    regions = [minidiff.Region("a dog", (0, 0, 0.5, 1))]
+    with pytest.warns(UserWarning, match='guidance="fast" has no effect: its steps are 0 to 0'):
+        minidiff.sample_steps(
+            "a cat",
+            boxes={"cat": BOXES["cat"]},
+            model=tiny_model,
+            guidance="fast",
+            regions=regions,
+            regions_apart=1,
+            steps=2,
+        )

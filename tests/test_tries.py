@@ -70,6 +70,7 @@ def test_without_places_the_seed_stays_and_seeds_wrap(tiny_model: Model) -> None
         ({"tries": 0}, "tries is 0"),
         ({"tries": 2, "boxes": None}, "nothing is guided"),
         ({"tries": 2, "guidance": "none"}, "nothing is guided"),
+        ({"tries": 2, "boxes": [None], "guidance": None}, "nothing is guided"),
         ({"tries": 2, "latents": torch.zeros(1, 4, 8, 8)}, "both tries and latents"),
     ],
 )

@@ -191,7 +191,7 @@ def _fitting(request: Request, model: Model) -> int:
     """How many images like this one are enough, and fit into half of the memory that is free: from 1."""
     import torch
 
-    if (request.boxes or request.relations) and request.guidance != "none":
+    if request.guided:
         return 1  # see Draw
     width, height = (edge or model.unet.config.sample_size * model.vae.config.factor for edge in _size(request))
     tensor = 2 * width * height // model.vae.config.factor**2 * model.unet.config.block_out_channels[0]
