@@ -27,6 +27,7 @@ from minidiff.cli.main import main
 from minidiff.cli.spoken import spoken
 from minidiff.png.read import read_metadata
 from minidiff.request import Request
+from minidiff.resolve import resolve
 from minidiff.result import Result
 from minidiff.vocabulary import OBJECTIVES, SAMPLERS
 
@@ -388,6 +389,18 @@ def test_guidance_of_relations_is_taken_and_that_of_nothing_is_not(cli: Cli, ask
     assert (asked.request.guidance, len(asked.request.relations)) == ("relation", 1)
     cli("generate", "--from", ours(tmp_path / "y.png", guidance="relation"), "--model=m")
     assert asked.request.guidance is None
+
+
+def test_boxes_of_relations_are_replaced_with_these_and_own_ones_stay(
+    cli: Cli, asked: Asked, tiny_model: minidiff.Model, tmp_path: Path
+) -> None:
+    relations, own = [["cat", "left of", "hat"]], {"cat": (0, 0, 0.4, 1), "hat": (0.5, 0, 1, 1)}
+    for boxes in (None, own):
+        made, _, _ = resolve(Request("a cat and a hat", relations=relations, boxes=boxes, seed=1), tiny_model)
+        path = ours(tmp_path / f"{boxes is None}.png", **made.alone(0).plain())
+        cli("generate", "--from", path, "--model=m", "--relation=cat above hat")
+        assert (asked.request.boxes is None) == (boxes is None)
+        assert asked.request.relations == (("cat", "above", "hat"),)
 
 
 def test_flags_override_the_file(cli: Cli, asked: Asked, tmp_path: Path) -> None:

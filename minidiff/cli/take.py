@@ -110,6 +110,8 @@ def take(picture: str, given: Mapping[str, object], loading: Mapping[str, object
             left += [f"{network[0]} (load such a file with --lora)" for network in NETWORK.finditer(value)]
         else:
             fields[name] = value
+    if "relations" in given and "boxes" in fields and fields["boxes"] == _planned(found.arguments.get("relations")):
+        del fields["boxes"]  # those of the picture's own relations
     places = {"boxes", "relations"} & {*fields, *given}
     if not places and "guidance" in fields and fields["guidance"] != "none":
         del fields["guidance"]  # there is nothing to guide
@@ -139,6 +141,15 @@ def _started(picture: str, left: Sequence[str], given: Mapping[str, object]) -> 
         raise ValueError(f"{picture} was made from a picture that it does not hold: pass {' and '.join(missing)}")
     start = given.get("image")
     return start[0] if isinstance(start, list) else start
+
+
+def _planned(relations: Plain) -> object:
+    """The boxes that a request without any has of its relations, as a picture holds them."""
+    from ..guidance.layout import plain_boxes, read_objects
+    from ..guidance.relations import planned, read_relations
+    from ..png.chunk import plain
+
+    return plain(plain_boxes(read_objects(planned(read_relations(relations or [])))))  # type: ignore[arg-type]
 
 
 def _same_pictures(picture: str, made: Plain, given: object) -> bool:
