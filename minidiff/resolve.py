@@ -238,8 +238,10 @@ def _image_prompts(request: Request, model: Model) -> list[tuple[int, float, Ima
 
 
 def warn_unused(given: Request, request: Request, steps: int, apart: int) -> None:
-    """Warn of edits that act in none of the run's steps, and of inputs that nothing reads. given: the request before
-    it was resolved. apart: in so many first steps regions are pictures of their own, which no edit reaches.
+    """Warn of edits that act in none of the run's steps, and of relations and inputs that nothing reads.
+
+    given: the request before it was resolved. apart: in so many first steps regions are pictures of their own, which no
+    edit reaches.
     """
     assert isinstance(given.edits, tuple) and isinstance(request.edits, tuple)  # normalised by Request
     for i, edit in enumerate(request.edits):
@@ -252,6 +254,8 @@ def warn_unused(given: Request, request: Request, steps: int, apart: int) -> Non
             there += f", of which 0 to {apart - 1} have their regions apart (regions_apart)" if apart else ""
             name = f"edits[{i}]" if i < len(given.edits) else f'guidance="{given.guidance}"'
             warn(f"{name} has no effect: its steps are {first} to {last - 1}, and {there}")
+    if any(request.related) and given.guidance == "none":
+        warn('relations have no effect with guidance="none"; expected another, such as guidance="relation"')
     if any(map(takes_from_first, request.edits)):
         what = "prompt_to_prompt and masactrl take from a call's first picture"
         if request.images == 1:

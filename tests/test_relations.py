@@ -93,6 +93,11 @@ def test_a_prompt_without_boxes_gets_those_of_its_relations(tiny_model: minidiff
     assert both.request.boxes == (box, planned([LEFT]))
 
 
+def test_relations_that_nothing_follows_are_warned_of(tiny_model: minidiff.Model) -> None:
+    with pytest.warns(UserWarning, match='relations have no effect with guidance="none"'):
+        minidiff.sample_steps("a cat and a hat", model=tiny_model, relations=[LEFT], guidance="none", steps=2)
+
+
 def test_without_boxes_relations_alone_move_an_image(tiny_model: minidiff.Model) -> None:
     asked = Request(
         "a cat and a hat",
