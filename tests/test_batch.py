@@ -20,7 +20,7 @@ from minidiff.cli import batch as command
 from minidiff.cli.batch import Draw
 from minidiff.cli.lines import read_lines
 from minidiff.cli.main import main
-from minidiff.cli.manifest import COLUMNS, Done, only
+from minidiff.cli.manifest import COLUMNS, Done, begin, line_digests, only
 from minidiff.cli.plan import OWN, WINDOW, Job, batches, jobs, together
 from minidiff.request import Request
 
@@ -209,9 +209,44 @@ def test_a_changed_line_is_made_anew_and_other_flags_are_refused(
         f"minidiff: error: {out} was begun with other flags: --steps not given then, 3 now; --lora not given then, "
         "a.safetensors,0.5 now; expected the same, or another folder\n"
     )
+    old = {"loading": {"loras": [{"object": "minidiff.LoRA", "fields": {"file": "a.safetensors"}}]}}
+    (out / "batch.json").write_text(json.dumps(old))
+    assert main(["batch", str(file), "--out", str(out), "--lora", "a.safetensors"]) == 2
+    assert "--lora as an older minidiff noted it then, a.safetensors now; expected" in capsys.readouterr().err
     (out / "batch.json").write_text("[3]")
     assert main(["batch", str(file), "--out", str(out)]) == 2
     assert "batch.json is not minidiff batch's" in capsys.readouterr().err
+
+
+def test_the_manifest_tells_of_lines_as_they_are(tmp_path: Path, drawn: list[Request]) -> None:
+    four, one = {"prompt": "a", "images_per_prompt": 4, **SMALL}, {"prompt": "a", **SMALL}
+    file, out = tmp_path / "r.jsonl", tmp_path / "out"
+    rows = run(write(file, [four, four, one, one]), out)
+    assert [row["line"] for row in rows] == [1] * 4 + [2] * 4 + [3, 4]
+    rows = run(write(file, [one, "{", one]), out)  # line 4 is gone, though another has its text
+    assert [(row["line"], row["image"]) for row in rows] == [(1, 0), (2, 0), (3, 0)]
+    assert [row["error"] is None for row in rows] == [True, False, True] and rows[0]["file"] == "0000001.png"
+
+
+def test_shards_that_begin_at_once_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, link = {"threads": None}, os.link
+
+    def late(there: Path, path: Path) -> None:
+        monkeypatch.setattr(os, "link", link)
+        with only(tmp_path / "rows-2-of-2.jsonl"):
+            assert begin(tmp_path / "rows-2-of-2.jsonl", asked, {"threads": 2}) == {"threads": 2}
+        link(there, path)
+
+    monkeypatch.setattr(os, "link", late)
+    with only(tmp_path / "rows-1-of-2.jsonl"):
+        assert begin(tmp_path / "rows-1-of-2.jsonl", asked, {"threads": 1}) == {"threads": 2}
+    assert not list(tmp_path.glob(".*"))
+    monkeypatch.setattr(os, "link", lambda *paths: os.symlink(tmp_path, tmp_path / "nowhere" / "x"))  # an OSError
+    with only(tmp_path / "a" / "rows-1-of-1.jsonl"):
+        assert begin(tmp_path / "a" / "rows-1-of-1.jsonl", asked, {"threads": 1}) == {"threads": 1}
+    assert json.loads((tmp_path / "a" / "batch.json").read_text()) == {"threads": 1}
 
 
 def test_a_line_with_an_error_is_tried_again(tmp_path: Path, drawn: list[Request]) -> None:
@@ -231,7 +266,7 @@ def test_the_newest_row_counts_whatever_its_log_is_called(tmp_path: Path, drawn:
     assert [row["error"] is None for (row,) in Draw(tmp_path, log="9").rows(lines)] == [False]
     Image.new("RGB", (8, 8)).save(start)
     assert [row.get("error") for (row,) in Draw(tmp_path, log="10").rows(lines)] == [None]
-    assert [row.get("error") for row in Done.read(tmp_path).rows((1, 1))] == [None]
+    assert [row.get("error") for row in Done.read(tmp_path).rows(line_digests(lines))] == [None]
     assert not list(Draw(tmp_path, log="9").rows(lines)) and len(drawn) == 1
 
 

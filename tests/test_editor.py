@@ -56,6 +56,20 @@ def test_weights_objects_of_one_phrase_and_what_is_no_box_come_back() -> None:
         assert editor.value.get("bmw x5") == expected  # a phrase of the prompt, or a label that was there
 
 
+def test_objects_whose_names_look_like_labels_of_others_stay_apart() -> None:
+    left, right, low = (0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0, 0.5, 1, 1)
+    heavy = [{"box": left}, {"box": right, "weight": 1.5}]
+    for boxes in (
+        {"cat": [{"box": left}, {"box": right}], "cat #2": low},
+        {"cat": heavy, "cat #2": {"box": low, "weight": 1.5}},
+        {"cat": {"box": left, "weight": 1.5}, "cat x1.5": low},
+    ):
+        editor = minidiff.Boxes(PICTURE, ["cat"], boxes)
+        assert len({drawn["label"] for drawn in editor.widget.bboxes}) == len(editor.widget.bboxes)
+        value, wanted = (minidiff.Request("a", boxes=one).plain()["boxes"] for one in (editor.value, boxes))
+        assert value == wanted
+
+
 def test_a_drawn_box_is_in_parts_of_the_picture() -> None:
     """As the front end writes it: pixels of the enlarged picture, beyond its edges too."""
     editor = minidiff.Boxes(np.asarray(PICTURE), ["ball"])

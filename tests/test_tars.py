@@ -117,6 +117,14 @@ def test_shards_of_a_part_have_its_name_and_other_lines_need_another_folder(
     (tmp_path / "pictures-000000.tar").write_bytes(b"no tar")
     with pytest.raises(ValueError, match="is no shard of minidiff batch"):
         tars.remove_packed(tmp_path, "pictures")
+    mine, cat = write(tmp_path / "m.jsonl", lines), tmp_path / "cat.png"
+    Image.new("RGB", (8, 8)).save(cat)
+    assert [row["tar"] for row in run(mine, tmp_path)] == [None] * 5  # without --tar, no shard is looked at
+    with tarfile.open(tmp_path / "pictures-000000.tar", "w") as tar:
+        for name in ("cat.png", "0000001.json"):
+            tar.add(cat, name)
+    tars.remove_packed(tmp_path, "pictures")
+    assert cat.exists() and tars.shards(tmp_path, "pictures")({"line": 1, "image": 0, "file": "0000001.png"}) is None
 
 
 @pytest.mark.slow

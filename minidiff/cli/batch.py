@@ -13,9 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..request import BUNDLED
 from .lines import as_text, import_parquet, read_lines
-from .manifest import COLUMNS, Done, Row, append, begin, only, write_manifest, write_whole
+from .manifest import COLUMNS, Done, Row, append, begin, line_digests, only, write_manifest, write_whole
 from .plan import Job, batches, jobs, together
 
 if TYPE_CHECKING:
@@ -40,7 +43,8 @@ class Draw:
     holds its PNG, in the column "png". fields: of a Request, which replace the rows' own. loading: the arguments of
     minidiff.load. adapters: the arguments of minidiff.with_image_prompt, for each. batch_size: images per call of
     minidiff.generate; default: at most 32, as many as gain time and there is memory for, and guided ones alone.
-    threads: that torch computes with on a CPU; None: as many as it has. log: the name of this process in the folder.
+    threads: that torch computes with on a CPU; None: as many as it has. The number is the process's: call one Draw at a
+    time in it. log: the name of this process in the folder.
 
     ValueError, when called, where the model of `fields` and `loading` cannot be loaded: no row is to blame.
 
@@ -237,8 +241,8 @@ def batch(args: argparse.Namespace) -> int:
     loading = {name: getattr(args, name) for name in LOADING}
     settings = {"fields": plain(fields), "loading": plain(loading), "adapters": plain(adapters)}
     settings |= {"threads": args.threads} | ({} if args.tar is None else {"tar_of": _digest(source)})
-    mine = sum(number % shard[1] == shard[0] % shard[1] for number, _ in read_lines(source))
-    if not mine:
+    digests = line_digests((n, text) for n, text in read_lines(source) if n % shard[1] == shard[0] % shard[1])
+    if not digests.any():
         note(f"there is no line to make in {source}")
     cluster, threads = None, torch.get_num_threads()
     if args.ray is not None:
@@ -261,21 +265,22 @@ def batch(args: argparse.Namespace) -> int:
         else:
             made = cluster.draw(out / f"requests-{name}.parquet", lines, options)
         try:
-            manifest, errors = _written(made, out, shard, mine, args.tar)
+            manifest, errors = _written(made, out, shard, digests, args.tar)
         except OSError as error:
             raise OSError(f"{error}; {out} keeps what is made, and the same command goes on from there") from error
     if errors:
         note(
-            f"{errors} of {mine} lines have an error, in the column error of {manifest}; they are tried again next time"
+            f"{errors} of {np.count_nonzero(digests)} lines have an error, in the column error of {manifest}; they are "
+            "tried again next time"
         )
     print(manifest)
     return 0
 
 
 def _written(
-    made: Iterator[list[Row]], out: Path, shard: tuple[int, int], mine: int, tar: int | None
+    made: Iterator[list[Row]], out: Path, shard: tuple[int, int], digests: NDArray[np.uint64], tar: int | None
 ) -> tuple[Path, int]:
-    """Make the pictures, of which `mine` lines tell. Returns the manifest, and how many have an error."""
+    """Make the pictures of lines with these digests. Returns the manifest, and how many lines have an error."""
     from tqdm import tqdm
 
     from .tars import pack, packing, remove_packed, shards, waiting
@@ -284,17 +289,17 @@ def _written(
     stem = f"pictures{part}"
     if tar is not None:
         remove_packed(out, stem)
-    done = sum(row["image"] == 0 and row.get("error") is None for row in Done.read(out).rows(shard))
-    with tqdm(total=mine, initial=done, unit="line", disable=None) as bar:
+    done = sum(row["image"] == 0 and row.get("error") is None for row in Done.read(out).rows(digests))
+    with tqdm(total=np.count_nonzero(digests), initial=done, unit="line", disable=None) as bar:
         for rows in made if tar is None else packing(made, out, stem, tar):
             bar.update(sum(row["image"] == 0 for row in rows))
     known = Done.read(out)
-    left = waiting(known.rows(shard), out) if tar is not None else iter(())
+    left = waiting(known.rows(digests), out) if tar is not None else iter(())
     while some := list(islice(left, tar)):
         pack(some, out, stem)
     manifest = out / f"manifest{part}.parquet"
-    write_manifest(known.rows(shard), manifest, shards(out, stem))
-    return manifest, len({row["line"] for row in known.rows(shard) if row.get("error") is not None})
+    write_manifest(known.rows(digests), manifest, (lambda row: None) if tar is None else shards(out, stem))
+    return manifest, len({row["line"] for row in known.rows(digests) if row.get("error") is not None})
 
 
 def _digest(path: Path) -> str:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ..png.chunk import Plain
 from ..request_checks import MOST_IMAGES
 from .lines import import_parquet
-from .plan import Job
+from .plan import Job, digest_of
 
 Row: TypeAlias = "dict[str, Any]"
 COLUMNS = {
@@ -42,9 +42,9 @@ COLUMNS = {
 of --tar that holds the file."""
 
 
-def write_whole(path: Path, data: bytes, mark: str = "") -> None:
-    """Write a file so that it is there wholly or not at all, replacing another. mark: for several writers at once."""
-    unfinished = path.with_name(f".{path.name}{mark}.tmp")
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there wholly or not at all, replacing another."""
+    unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_bytes(data)
     os.replace(unfinished, path)
 
@@ -112,9 +112,11 @@ class Done:
         there = i < len(self.keys) and self.keys[i] == job.key and self.digests[i] == job.digest
         return bool(there and self.made[i])
 
-    def rows(self, shard: tuple[int, int]) -> Iterator[Row]:
-        """The rows of a shard's lines, in the order of the lines."""
-        where = self.where[(self.keys // MOST_IMAGES) % shard[1] == shard[0] % shard[1]]
+    def rows(self, digests: NDArray[np.uint64]) -> Iterator[Row]:
+        """The rows of lines, in their order, not those of what a line was before. digests: see line_digests()."""
+        lines = self.keys // MOST_IMAGES
+        asked = (lines < len(digests)) & (digests.take(lines, mode="clip") == self.digests)
+        where = self.where[asked]
         parts = (where[start : start + 4096].tolist() for start in range(0, len(where), 4096))  # a list takes much more
         files = [log.open("rb") for log in self.logs]
         try:
@@ -125,6 +127,15 @@ class Done:
         finally:
             for file in files:
                 file.close()
+
+
+def line_digests(lines: Iterable[tuple[int, str]]) -> NDArray[np.uint64]:
+    """The digest of each line's text at its number; 0 where there is no line."""
+    found = array("Q", [0])
+    for number, text in lines:
+        found.extend([0] * (number - len(found)))
+        found.append(digest_of(text))
+    return np.array(found, dtype=np.uint64)
 
 
 def write_manifest(rows: Iterable[Row], path: Path, tar: Callable[[Row], str | None]) -> None:
@@ -151,7 +162,8 @@ def begin(own: Path, asked: Mapping[str, Plain], usual: Mapping[str, Plain]) -> 
     own: the log that this process holds there. Returns what is noted. ValueError where pictures were made, or another
     process is about to make some, with other flags.
     """
-    folder = own.parent
+    folder, unfinished = own.parent, own.with_name(f".batch.json.{own.stem}.tmp")
+    unfinished.unlink(missing_ok=True)  # a kill left it
     logs = list(folder.glob("rows-*.jsonl"))
     path, made = folder / "batch.json", any(log.stat().st_size for log in logs)
     if path.exists():
@@ -170,8 +182,27 @@ def begin(own: Path, asked: Mapping[str, Plain], usual: Mapping[str, Plain]) -> 
     elif made:
         raise ValueError(f"{path} is missing beside its logs; expected the folder of a batch, or another folder")
     chosen = {**asked, **{name: value for name, value in usual.items() if asked[name] is None}}
-    write_whole(path, json.dumps(chosen, indent=1, sort_keys=True).encode(), f".{os.getpid()}")
+    unfinished.write_bytes(json.dumps(chosen, indent=1, sort_keys=True).encode())
+    try:
+        if path.exists():
+            os.replace(unfinished, path)
+        else:
+            _linked(unfinished, path)
+    except FileExistsError:  # another process was faster
+        return begin(own, asked, usual)
     return chosen
+
+
+def _linked(unfinished: Path, path: Path) -> None:
+    """Rename a file. FileExistsError where the new name is taken."""
+    try:
+        os.link(unfinished, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        os.replace(unfinished, path)
+    else:
+        unfinished.unlink()
 
 
 _WORDS = {"loras": "--lora", "words": "--word", "adapters": "--ip-adapter", "tar_of": "--tar of a file with the digest"}
@@ -195,6 +226,8 @@ def _changes(then: Mapping[str, Plain], now: Mapping[str, Plain]) -> Iterator[tu
 def _said(value: Plain) -> str:
     if isinstance(value, list):
         return ",".join(_said(one) for one in value if one is not None)
+    if isinstance(value, dict) and "object" in value:
+        return "as an older minidiff noted it"
     return "not given" if value is None else str(value)
 
 

@@ -51,7 +51,7 @@ def jobs(line: int, text: str, changes: Mapping[str, object]) -> list[Job]:
 
     A line without a seed gets one of its number, so that any worker, and a restart, makes the same picture.
     """
-    digest = int.from_bytes(hashlib.blake2b(text.strip().encode(errors="replace"), digest_size=8).digest(), "little")
+    digest = digest_of(text)
     if "\ufffd" in text:  # as read_lines() shows bytes that are none
         return [Job(line, 0, digest, error="the line is not UTF-8; expected UTF-8: save the file so")]
     try:
@@ -70,6 +70,11 @@ def jobs(line: int, text: str, changes: Mapping[str, object]) -> list[Job]:
     request = request.filled(counted_seeds(request))
     alone = [request.alone(i) for i in range(request.images)]
     return [Job(line, i, digest, _kind(values, one), one) for i, one in enumerate(alone)]
+
+
+def digest_of(text: str) -> int:
+    """Of a line: another for another text."""
+    return int.from_bytes(hashlib.blake2b(text.strip().encode(errors="replace"), digest_size=8).digest(), "little")
 
 
 def _kind(values: Mapping[str, object], request: Request) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from ..request_checks import MOST_IMAGES
 from .manifest import COLUMNS, Row
 
 _JSON = ("parameters", "report")
+_PICTURE = re.compile(r"[0-9]{7,12}(-[0-9]{1,9})?\.png")
 
 
 def packing(made: Iterable[list[Row]], folder: Path, stem: str, size: int) -> Iterator[list[Row]]:
@@ -64,10 +66,9 @@ def shards(folder: Path, stem: str) -> Callable[[Row], str | None]:
         if not path.exists():
             break
         for name in _members(path):
-            if name.endswith(".png") and "/" not in name:
-                line, _, image = name.removesuffix(".png").partition("-")
-                keys.append(int(line) * MOST_IMAGES + int(image or 0))
-                numbers.append(number)
+            line, _, image = name.removesuffix(".png").partition("-")
+            keys.append(int(line) * MOST_IMAGES + int(image or 0))
+            numbers.append(number)
     order = np.argsort(keys, kind="stable")
     ordered, held = np.array(keys, dtype=np.int64)[order], np.array(numbers)[order]
 
@@ -81,10 +82,10 @@ def shards(folder: Path, stem: str) -> Callable[[Row], str | None]:
 
 
 def _members(path: Path) -> list[str]:
-    """The names in a shard. ValueError for a file that is none."""
+    """The names of pictures in a shard, not those that others gave. ValueError for a file that is none."""
     try:
         with tarfile.open(path) as tar:
-            return tar.getnames()
+            return [name for name in tar.getnames() if _PICTURE.fullmatch(name)]
     except tarfile.TarError as error:
         raise ValueError(f"{path} is no shard of minidiff batch: {error}; move it away") from error
 
@@ -95,8 +96,7 @@ def remove_packed(folder: Path, stem: str) -> None:
         if not path.exists():
             return
         for name in _members(path):
-            if "/" not in name:
-                (folder / name).unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
 
 
 def _names(folder: Path, stem: str) -> Iterator[Path]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count
 from typing import Any, TypeAlias
 
 from .layout import Box, PlacedObject, plain_boxes
@@ -16,7 +18,7 @@ _MARKS = re.compile(r"(?P<phrase>.+?)(?: #(?P<which>\d{1,3}))?(?: x(?P<weight>\d
 
 def to_labels(objects: Iterable[PlacedObject]) -> list[Labelled]:
     """Each box of objects; those without boxes have none."""
-    return [(label, box) for label, one in _named(objects) for box in one.boxes]
+    return [(label, box) for label, _, one in _named(objects) for box in one.boxes]
 
 
 def from_labels(
@@ -27,12 +29,12 @@ def from_labels(
     known: objects that were there before, whose order stays; those without boxes stay in the layout. phrases: of the
     prompt. The names of both may look like labels, such as "bmw x5".
     """
-    names = {one.name for one in known} | {*phrases} - {label for label, _ in to_labels(known)}
-    orders = {label: one.order for label, one in _named(known)}
+    there = {label: (which, one) for label, which, one in _named(known)}
+    names = {*phrases, *(one.name for one in known)}
     found: dict[str, list[Box]] = {}
     for label, box in drawn:
         found.setdefault(label, []).append(box)
-    objects = [_read(label, tuple(boxes), names, orders.get(label, 0.0)) for label, boxes in found.items()]
+    objects = [_read(label, tuple(boxes), names, there.get(label)) for label, boxes in found.items()]
     objects.sort(key=lambda one: one[0])  # by number; those of one number stay in the order of drawing
     layout = plain_boxes([*(one for _, one in objects), *(one for one in known if not one.boxes)])
     for name, value in layout.items():
@@ -41,16 +43,26 @@ def from_labels(
     return layout
 
 
-def _named(objects: Iterable[PlacedObject]) -> Iterator[tuple[str, PlacedObject]]:
-    counts: dict[str, int] = {}
+def _named(objects: Iterable[PlacedObject]) -> Iterator[tuple[str, int, PlacedObject]]:
+    """Each object with its label, which no other has, and its number among those of its phrase."""
+    objects = tuple(objects)
+    taken, counts = {one.name for one in objects}, dict.fromkeys((one.name for one in objects), 0)
     for one in objects:
-        counts[one.name] = which = counts.get(one.name, 0) + 1
-        number = f" #{which}" if which > 1 else ""
         weight = f" x{one.weight:g}" if float(f"{one.weight:g}") == one.weight else f" x{one.weight!r}"
-        yield f"{one.name}{number}{weight if one.weight != 1 else ''}", one
+        for which in count(counts[one.name] + 1):
+            label = f"{one.name}{f' #{which}' if which > 1 else ''}{weight if one.weight != 1 else ''}"
+            if label == one.name or label not in taken:
+                break
+        counts[one.name] = which
+        taken.add(label)
+        yield label, which, one
 
 
-def _read(label: str, boxes: tuple[Box, ...], names: Container[str], order: float) -> tuple[int, PlacedObject]:
+def _read(
+    label: str, boxes: tuple[Box, ...], names: Container[str], there: tuple[int, PlacedObject] | None
+) -> tuple[int, PlacedObject]:
+    if there is not None:
+        return there[0], replace(there[1], boxes=boxes, mask=None, line=None)
     marks = None if label in names else _MARKS.fullmatch(label)
     phrase, which, weight = (label, None, None) if marks is None else marks.group("phrase", "which", "weight")
-    return int(which or 1), PlacedObject(phrase, (), boxes, weight=float(weight or 1), order=order)
+    return int(which or 1), PlacedObject(phrase, (), boxes, weight=float(weight or 1))
