@@ -251,7 +251,8 @@ class Run(Iterator[Step]):
     def result(self, decode: Callable[[Tensor], Tensor] | None = None) -> Result:
         """The decoded images after the last step taken.
 
-        decode: latents [1,4,h,w] to pixels [1,3,H,W] in [-1,1], in place of the autoencoder, for cheap previews.
+        decode: latents [1,4,h,w] to pixels [1,3,H,W] in [-1,1], in place of the autoencoder, for cheap previews, which
+        the safety checker does not judge.
 
         Before the end, they are the network's estimate of the finished images, and `info["stopped_after"]` is the
         number of steps taken. ValueError before the first step.
@@ -268,7 +269,8 @@ class Run(Iterator[Step]):
             pixels = pixels if self._canvas is None else self._canvas.pasted(pixels)
             output = self.request.output
             images = pixels if output == "tensor" else to_numpy(pixels) if output == "numpy" else to_pil(pixels)
-            flagged = None if self._model.safety is None else self._model.safety(to_pil(pixels))
+            safety = self._model.safety if decode is None else None
+            flagged = None if safety is None else safety(to_pil(pixels))
         stopped: dict[str, Plain] = {} if done == len(self) else {"stopped_after": done}
         return Result(
             images=images,

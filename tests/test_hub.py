@@ -170,7 +170,7 @@ def test_offline_with_an_empty_cache() -> None:
         minidiff.load("nobody/nothing", revision="1")
     with pytest.raises(ValueError, match=message):
         fetch_vae("nobody/nothing", None)
-    with pytest.raises(ValueError, match=r"there is no 'tiny-sd' here; pictures record only the last part"):
+    with pytest.raises(ValueError, match=r"there is no 'tiny-sd' here; if a picture names it, give its path"):
         minidiff.load("tiny-sd")
 
 

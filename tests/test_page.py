@@ -1,6 +1,8 @@
 """The browser page's parts: its form, its runs, the code that it copies, and its handlers, without a browser."""
 
 import argparse
+import dataclasses
+import functools
 import importlib.util
 import json
 import shlex
@@ -221,15 +223,15 @@ def test_a_run_shows_each_step_and_writes_what_generate_makes(progress: list, st
 
 
 def test_the_best_of_several_tries_is_made_again_without_the_others(studio: Studio) -> None:
-    values = {**RUN, "seed": 3, "tries": 3, "steps": 4, "width": 32, "height": 32, "attention": False}
-    for more in ({}, {"guidance": "best"}):
-        *_, last = studio.run({**values, **more}, Source(), threading.Event())
-        (made,) = last.made
-        code = made.python.splitlines()[-1].removesuffix('.save("picture.png")')
-        assert "tries=" not in code and f"seed=[{made.seed}]" in code
-        assert f"--seed {made.seed}" in made.command
-        again = eval(code, {"minidiff": minidiff})
-        assert again.image.tobytes() == made.look.image.tobytes()
+    values = {**RUN, "seed": 3, "tries": 2, "steps": 2, "width": 32, "height": 32, "attention": False}
+    *_, last = studio.run(values, Source(), threading.Event())
+    (made,) = last.made
+    code = made.python.splitlines()[-1].removesuffix('.save("picture.png")')
+    assert "tries=" not in code and f"seed=[{made.seed}]" in code
+    assert f"--seed {made.seed}" in made.command
+    generate = functools.partial(minidiff.generate, model=studio.model(Source()))
+    again = eval(code, {"minidiff": SimpleNamespace(generate=generate)})
+    assert again.image.tobytes() == made.look.image.tobytes()
 
 
 def test_a_look_shows_the_picture_its_boxes_and_words(progress: list) -> None:
@@ -247,6 +249,41 @@ def test_without_guidance_the_share_is_that_of_the_attention(studio: Studio) -> 
     height, width = heat.shape
     box = minidiff.guidance.layout.box_coverage(torch.tensor(RUN["boxes"]["red circle"][0]), height, width).numpy()
     assert last.looks[0].shares["red circle"] == pytest.approx(float((heat * box).sum() / heat.sum()), rel=1e-5)
+
+
+def test_two_objects_of_one_phrase_have_a_share_each(studio: Studio) -> None:
+    places = [{"box": (0.05, 0.1, 0.45, 0.5)}, {"box": (0.5, 0.5, 0.6, 0.6)}]
+    for guidance in ("none", "inside"):
+        asked = {**RUN, "boxes": {"red circle": places}, "guidance": guidance, "steps": 1}
+        *_, last = studio.run(asked, Source(), threading.Event())
+        look = last.looks[0]
+        assert [*look.layout] == [*look.shares] == ["red circle", "red circle #2"]
+        assert look.shares["red circle"] != look.shares["red circle #2"]
+    assert [*look.shares.values()] == pytest.approx(minidiff.generate(Request.from_plain(asked)).reports[0].mass[-1])
+
+
+def test_words_such_as_picture_and_boxes_have_maps() -> None:
+    assert not {PICTURE, BOXES} & {*form.words("a (picture) of (boxes)"), *form.phrases("a (picture) of (boxes)")}
+
+
+def test_where_the_autoencoder_overflows_previews_are_decoded_and_never_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, judged = minidiff.load(), []
+
+    def judge(images: list) -> tuple[bool, ...]:
+        judged.append(images)
+        return (False,) * len(images)
+
+    class Overflowing(minidiff.Model):
+        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+            return super().encode(pixels) * torch.nan
+
+    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    monkeypatch.setattr(Source, "load", lambda source: Overflowing(**{**values, "safety": judge}))
+    asked = {"prompt": PROMPT, "steps": 2, "width": 32, "height": 32}
+    seen = [one.looks[0].image for one in Studio(tmp_path).run(asked, Source(), threading.Event()) if one.looks]
+    assert len(seen) == 2 and seen[0].getextrema() != ((0, 0),) * 3 and len(judged) == 1
 
 
 def test_a_preview_is_near_the_decoded_picture(studio: Studio, progress: list) -> None:
@@ -286,7 +323,7 @@ def test_one_model_is_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         return big
 
     monkeypatch.setattr(Source, "load", load)
-    monkeypatch.setattr("minidiff.cli.page.studio.fit_preview", lambda model: None)
+    monkeypatch.setattr("minidiff.cli.page.studio.fit_preview", lambda model: abs)
     studio = Studio(tmp_path)
     for name in ("a", "a", "b"):
         studio.model(Source(name))
@@ -327,7 +364,9 @@ def test_the_page_makes_shows_and_takes_back_a_picture(page: object) -> None:
     assert (
         "made in 2 steps" in last[part["status"]] and last[part["view"]].tobytes() == made.look.shown("red").tobytes()
     )
-    assert last[part["gallery"]] == [(str(made.file), "seed 3")]
+    ((tile, text),) = last[part["gallery"]]
+    assert text == "seed 3" and Path(tile).read_bytes() == made.file.read_bytes()
+    assert page.folder not in Path(tile).parents  # which may hold what is not the page's: nothing of it is served
     wanted = minidiff.generate(PROMPT, seed=3, steps=2, boxes=dict(PLACES[:1]), attention=True)
     assert Image.open(made.file).tobytes() == wanted.image.tobytes()
 

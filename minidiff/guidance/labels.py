@@ -18,7 +18,7 @@ _MARKS = re.compile(r"(?P<phrase>.+?)(?: #(?P<which>\d{1,3}))?(?: x(?P<weight>\d
 
 def to_labels(objects: Iterable[PlacedObject]) -> list[Labelled]:
     """Each box of objects; those without boxes have none."""
-    return [(label, box) for label, _, one in _named(objects) for box in one.boxes]
+    return [(label, box) for label, _, one in named(objects) for box in one.boxes]
 
 
 def from_labels(
@@ -29,7 +29,7 @@ def from_labels(
     known: objects that were there before, whose order stays; those without boxes stay in the layout. phrases: of the
     prompt. The names of both may look like labels, such as "bmw x5".
     """
-    there = {label: (which, one) for label, which, one in _named(known)}
+    there = {label: (which, one) for label, which, one in named(known)}
     names = {*phrases, *(one.name for one in known)}
     found: dict[str, list[Box]] = {}
     for label, box in drawn:
@@ -43,7 +43,7 @@ def from_labels(
     return layout
 
 
-def _named(objects: Iterable[PlacedObject]) -> Iterator[tuple[str, int, PlacedObject]]:
+def named(objects: Iterable[PlacedObject]) -> Iterator[tuple[str, int, PlacedObject]]:
     """Each object with its label, which no other has, and its number among those of its phrase."""
     objects = tuple(objects)
     taken, counts = {one.name for one in objects}, dict.fromkeys((one.name for one in objects), 0)

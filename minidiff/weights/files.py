@@ -111,6 +111,10 @@ _FORMATS = (
     (b"\x1f\x8b", "a gzip archive; unpack it first"),
     (b"Rar!", "a RAR archive; unpack it first"),
     (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
+    (
+        b"PAR1",
+        "a Parquet table, such as the manifest of minidiff batch, and holds no weights; pandas.read_parquet reads it",
+    ),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
 )
 
@@ -120,13 +124,15 @@ def _damage(path: Path, error: Exception) -> str:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(64)
+            head = file.read(512)
     except OSError:
         return f"{path} cannot be read: {error}"
     kind = next((kind for magic, kind in _FORMATS if head.startswith(magic)), None)
     # A safetensors file begins with the length of its header in 8 bytes; the last four are 0 in any real file.
     if kind is None and len(head) > 8 and any(head[4:8]):
-        if head.startswith(b"PK") and not _holds_pickle(path):
+        if head[257:262] == b"ustar":
+            kind = "a tar archive, such as a shard of pictures of minidiff batch; unpack it first (tar -xf)"
+        elif head.startswith(b"PK") and not _holds_pickle(path):
             kind = "a zip archive; unpack it first"
         elif head.startswith(b"PK") or head[0] == 0x80:
             return _pickle(path)

@@ -138,7 +138,7 @@ def _fetch(repo: str, revision: str | None, files: list[str]) -> Path:
             return staged
         moved = ". It moved to stable-diffusion-v1-5/" + repo.partition("/")[2] if repo.startswith("runwayml/") else ""
         if "/" not in repo:
-            moved = f" (there is no {repo!r} here; pictures record only the last part of a model's path)"
+            moved = f" (there is no {repo!r} here; if a picture names it, give its path: pictures record the last part)"
         raise ValueError(
             f"{at} is not in the hub's cache and the hub cannot be reached (or HF_HUB_OFFLINE is set); "
             f"go online once to fetch it, or give a folder or a .safetensors file{moved}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +50,7 @@ class Page:
         self.first = sources[0]
         self.folder = folder
         self.studio = Studio(folder)
-        self._previews = Path(tempfile.mkdtemp(prefix="minidiff-preview-"))  # not among the user's pictures
+        self._shown = Path(tempfile.mkdtemp(prefix="minidiff-page-"))  # previews and copies: all that is served
         self.parts: dict[str, Any] = {}
 
     # ---- the page from top to bottom
@@ -205,8 +206,10 @@ class Page:
                 new: Given = {part["status"]: _said(_progress(now))}
                 if now.looks:
                     new[part["view"]] = sheet(now.looks, what) if now.made else self._preview(now.looks, what)
+                for one in now.made:
+                    shutil.copyfile(one.file, self._shown / one.file.name)
                 if now.made:
-                    tiles = [(str(one.file), f"seed {one.seed}") for one in made]
+                    tiles = [(str(self._shown / one.file.name), f"seed {one.seed}") for one in made]
                     new |= self._links(now.made[0]) | {part["made"]: made, part["gallery"]: tiles}
                 yield new
         except (ValueError, OSError, RuntimeError) as error:
@@ -214,7 +217,7 @@ class Page:
 
     def _preview(self, looks: Sequence[Look], what: str) -> str:
         """A preview as a file: a JPEG is made in a fiftieth of a PNG's time."""
-        path, picture = self._previews / "preview.jpg", sheet(looks, what)
+        path, picture = self._shown / "preview.jpg", sheet(looks, what)
         assert picture is not None
         picture.save(path, quality=90)
         return str(path)
@@ -225,7 +228,7 @@ class Page:
         return {
             part["chosen"]: made,
             part["words"]: hover.words(made.look),
-            part["file"]: gr.DownloadButton(value=str(made.file), interactive=True),
+            part["file"]: gr.DownloadButton(value=str(self._shown / made.file.name), interactive=True),
             part["python"]: made.python,
             part["command"]: made.command,
         }
@@ -381,7 +384,6 @@ def launch(page: Page, host: str = "127.0.0.1", port: int | None = None, wait: b
         server_port=port,
         theme=theme,
         css=_CSS,
-        allowed_paths=[str(page.folder)],
         prevent_thread_lock=True,
         quiet=True,
         ssr_mode=False,

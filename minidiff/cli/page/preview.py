@@ -30,11 +30,13 @@ class Preview:
         return F.pixel_shuffle(grid, self.factor)
 
 
-def fit_preview(model: Model) -> Preview:
-    """The map that is best for a chart of coloured areas, as the autoencoder encodes it."""
+def fit_preview(model: Model) -> Preview | None:
+    """The map that is best for a chart of coloured areas, as the autoencoder encodes it; None where it overflows."""
     factor = model.vae.config.factor
     pixels = _chart(_EDGE * factor)
     known = _around(model.encode(pixels).cpu())[0]
+    if not known.isfinite().all():
+        return None
     wanted = F.pixel_unshuffle(pixels, factor).flatten(2)[0].T
     gram = known.T @ known
     weights = torch.linalg.solve(gram + _RIDGE * gram.diagonal().mean() * torch.eye(len(gram)), known.T @ wanted)

@@ -5,9 +5,10 @@ Knows no gradio. The page makes one run at a time.
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from ... import draw
-from ...guidance.layout import PlacedObject, read_objects
+from ...guidance.labels import named
+from ...guidance.layout import PlacedObject, plain_boxes, read_objects
 from ...model import Model
 from ...request import BUNDLED, Request
 from ...result import Result
@@ -31,11 +34,11 @@ from ..take import Taken
 from ..values import LoraFlag
 from .copied import command, python
 from .form import Values, phrases, words
-from .preview import Preview, fit_preview
+from .preview import fit_preview
 
 _TRIES = "where several start noises are tried first, Cancel waits for them"
-PICTURE, BOXES = "picture", "boxes"
-"""What to show of a picture, beside the words with a heat map."""
+PICTURE, BOXES = "(picture)", "(boxes)"
+"""What to show of a picture, beside the words with a heat map, of which these are none."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class Source:
 class Look:
     """A picture, finished or not, and what can be shown of it.
 
-    layout: its boxes and masks. shares: the fraction of each phrase's attention inside its own. maps: the attention
-    [h,w] to each word and phrase, if it was recorded.
+    layout: its boxes and masks, by labels that no two objects share. shares: by these, the fraction of the phrase's
+    attention inside. maps: the attention [h,w] to each word and phrase, if it was recorded.
     """
 
     image: Image.Image
@@ -119,14 +122,14 @@ class Studio:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._loaded: tuple[Source, Model, Preview] | None = None
+        self._loaded: tuple[Source, Model, Callable[[Tensor], Tensor]] | None = None
 
     def model(self, source: Source) -> Model:
         """The model of a source. There is one in memory: another source replaces it."""
         if self._loaded is None or self._loaded[0] != source:
             self._loaded = None  # its memory is free before the next is read
             model = source.load()
-            self._loaded = (source, model, fit_preview(model))
+            self._loaded = (source, model, fit_preview(model) or model.decode)
         return self._loaded[1]
 
     def run(
@@ -184,12 +187,19 @@ def _look(one: Result, layout: Mapping[Any, object], asked: Sequence[str] | None
         with suppress(ValueError):  # a word beyond the encoder's length
             assert one.attention is not None
             maps[name] = one.attention.of(0, name).numpy()
-    regions = [region for region in read_objects(layout) if region.boxes or region.mask is not None]
-    shares = {region.name: _share(region, maps[region.name]) for region in regions if region.name in maps}
+    measured: dict[str, list[float]] = {}
     for report in one.reports or ():
-        inside = report.mass[-1].tolist() if len(report.mass) else []
-        shares |= {name: share for name, share in zip(report.names, inside, strict=False) if share == share}
-    return Look(one.image, {region.name: layout[region.name] for region in regions}, shares, maps)
+        for name, share in zip(report.names, report.mass[-1].tolist() if len(report.mass) else (), strict=False):
+            measured.setdefault(name, []).append(share)
+    places: dict[str, object] = {}
+    shares: dict[str, float] = {}
+    for label, _, region in named(read_objects(layout)):
+        inside = measured[region.name].pop(0) if measured.get(region.name) else math.nan
+        if region.boxes or region.mask is not None:
+            places[label] = plain_boxes([region])[region.name]
+            inside = _share(region, maps[region.name]) if math.isnan(inside) and region.name in maps else inside
+            shares |= {} if math.isnan(inside) else {label: inside}
+    return Look(one.image, places, shares, maps)
 
 
 def _share(region: PlacedObject, heat: NDArray[np.float32]) -> float:
