@@ -93,7 +93,7 @@ class Request:
     tries: of so many start noises, each image takes the one in which guidance's first look finds the least loss; 1
         (default) takes that of its seed. The others are those of its seed + 10,000, + 20,000, ...; the result has the
         seed that was taken, which makes the image again without a search, and its info the number of tries. Each costs
-        a third of a step.
+        a third of a step, and with `image` the time to encode it.
     images_per_prompt: images of the same prompt are adjacent. Image i of a batch equals, within 1/255 in float32, the
         image made alone from its seed; a guided one may not, where guidance magnifies how a batch rounds (cli.batch).
     latents: initial latents instead of noise, [images,4,h,w] of unit variance.
@@ -114,7 +114,7 @@ class Request:
     relations: how things relate, without boxes: [("cat", "left of", "ball"), "ball smaller than cat"], between
         phrases of the prompt; "left of", "right of", "above", "below", "smaller than" or "larger than". One list for
         all prompts, or one (or None) per prompt. With boxes, every phrase needs one; without any, each gets one where
-        the relations hold, unless guidance reads none (guidance="relation" moves things by their relations alone).
+        the relations hold, unless guidance and edits read none (guidance="relation" moves things by relations alone).
     guidance: how to follow boxes: a Guidance, an objective, the name of a published one ("layout",
         "attend_and_excite", "boxdiff", "bounded_attention", "conform", "ilgd", "initno", "refocusing", "rnb",
         "self_cross", "self_refocusing", "tradiffusion", "winwinlay"), or "none" (for edits that follow boxes

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import number, shown, warn
+from .guidance.edits import reads_boxes
 from .guidance.guide import Guidance
 from .guidance.image_prompt import ImagePrompt
 from .guidance.layout import PlacedObject, read_objects
@@ -21,6 +22,7 @@ from .guidance.pairs import takes_from_first
 from .guidance.presets import preset
 from .guidance.relations import planned
 from .model import Model
+from .networks.attention import Edit
 from .networks.sites import Position, Site, picture_name
 from .request import Request
 from .sampling import Sampler, choose_sampler, sampler_fields
@@ -64,7 +66,13 @@ def _preset(request: Request, model: Model) -> Mapping[str, object]:
     """The fields that a preset stands for, beside own ones; "fast" follows no relations: there it is "balanced"."""
     if not isinstance(request.guidance, str) or request.guidance not in PRESETS:
         return {}
-    own = preset("balanced" if any(request.related) and request.guidance == "fast" else request.guidance, model.name)
+    related = set(map(bool, request.related))
+    if request.guidance == "fast" and len(related) > 1:
+        raise ValueError(
+            'guidance is "fast", which is "balanced" where relations are, but some prompts only have any; expected '
+            'relations for all prompts or for none, or guidance="balanced"'
+        )
+    own = preset("balanced" if True in related and request.guidance == "fast" else request.guidance, model.name)
     places = (one for boxes in request.layouts for one in read_objects(boxes or {}))
     if own.edits and not any(one.boxes or one.mask is not None for one in places):
         raise ValueError(
@@ -72,7 +80,15 @@ def _preset(request: Request, model: Model) -> Mapping[str, object]:
             'use an objective that needs none, such as guidance="attend_and_excite"'
         )
     assert isinstance(request.edits, tuple)
-    return {"guidance": own.guidance, "edits": (*request.edits, *own.edits)}
+    apart = _apart(request, model) if any(request.areas) else 0.0
+    return {"guidance": own.guidance, "edits": (*request.edits, *(_after(edit, apart) for edit in own.edits))}
+
+
+def _after(edit: Edit, apart: float) -> Edit:
+    """A preset's edit, for as many steps behind the part of them that has its regions apart, which no edit reaches."""
+    assert isinstance(edit.steps, float)
+    last = apart + edit.steps
+    return replace(edit, steps=last if last < 1 else None) if apart else edit
 
 
 def as_asked(given: Request, request: Request) -> dict[str, object]:
@@ -83,17 +99,21 @@ def as_asked(given: Request, request: Request) -> dict[str, object]:
 
 def _guidance(request: Request, model: Model) -> tuple[Guidance | None, Request]:
     """As given or the model's, and the request. Relations add their objective; a prompt that has them but no boxes
-    gets some if guidance reads any.
+    gets some if guidance or one of minidiff's edits reads any.
+
+    For images without relations the objective is 0, and they stay as alone; the mass in their reports is also of its
+    sites, which all published objectives on cross-attention read, too.
     """
     guidance = model.defaults.guidance if request.guidance is None else request.guidance
-    if isinstance(guidance, str) and guidance == "none":
-        return None, request
-    how = Guidance.read(guidance)
+    how = None if isinstance(guidance, str) and guidance == "none" else Guidance.read(guidance)
     if not any(request.related):
         return how, request
-    if how.objective.needs_boxes:
+    assert isinstance(request.edits, tuple)
+    if any(map(reads_boxes, request.edits)) or (how is not None and how.objective.needs_boxes):
         pairs = zip(request.layouts, request.related, strict=True)
         request = request.filled({"boxes": tuple(boxes or planned(own) or None for boxes, own in pairs)})
+    if how is None:
+        return how, request
     relation = OBJECTIVES["relation"]
     has = relation.terms[0].name in {term.name for term in how.objective.terms}
     return (how if has else replace(how, objective=how.objective + relation)), request
@@ -249,12 +269,14 @@ def warn_unused(given: Request, request: Request, steps: int, apart: int) -> Non
             steps if edit.steps is None else round(edit.steps * steps) if isinstance(edit.steps, float) else edit.steps
         )
         first, last = own if isinstance(own, tuple) else (0, own)
-        if steps <= first < last or first < last <= apart:
+        none = isinstance(edit.steps, float) and last == 0
+        if none or steps <= first < last or first < last <= apart:
             there = f"the run's are 0 to {steps - 1}"
             there += f", of which 0 to {apart - 1} have their regions apart (regions_apart)" if apart else ""
             name = f"edits[{i}]" if i < len(given.edits) else f'guidance="{given.guidance}"'
-            warn(f"{name} has no effect: its steps are {first} to {last - 1}, and {there}")
-    if any(request.related) and given.guidance == "none":
+            when = f"{edit.steps} of the run's, which rounds to none" if none else f"{first} to {last - 1}"
+            warn(f"{name} has no effect: its steps are {when}, and {there}")
+    if any(request.related) and given.guidance == "none" and request.layouts == given.layouts:  # none were planned
         warn('relations have no effect with guidance="none"; expected another, such as guidance="relation"')
     if any(map(takes_from_first, request.edits)):
         what = "prompt_to_prompt and masactrl take from a call's first picture"

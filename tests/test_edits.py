@@ -330,6 +330,10 @@ def test_an_edit_after_the_last_step_and_inputs_that_nothing_reads_are_warned_of
     shared = {"model": tiny_model, "steps": 2, "inputs": {"word_weights": torch.ones(1, 7)}}
     with pytest.warns(UserWarning, match=r"edits\[1\] has no effect: its steps are 2 to 8, and the run's are 0 to 1"):
         minidiff.sample_steps(PROMPT, edits=[never, late], **shared)
+    with pytest.warns(
+        UserWarning, match=r"edits\[0\] has no effect: its steps are 0.2 of the run's, which rounds to none"
+    ):
+        minidiff.sample_steps(PROMPT, edits=minidiff.reweight(steps=0.2), **shared)
     with pytest.warns(UserWarning, match="inputs hold 'word_weights', which nothing reads"):
         minidiff.sample_steps(PROMPT, **shared)
     with warnings.catch_warnings():

@@ -51,6 +51,17 @@ def test_beside_edits_relations_and_tries(tiny_model: Model) -> None:
     assert tried.info["tries"] == 2 and torch.equal(minidiff.generate(tried.request).latents, tried.latents)
 
 
+def test_fast_with_relations_is_for_all_prompts_or_none(tiny_model: Model) -> None:
+    mixed = {"relations": [None, ["cat left of ball"]], "boxes": BOXES, "guidance": "fast", "model": tiny_model}
+    with pytest.raises(ValueError, match='guidance is "fast", which is "balanced" where relations are, but some'):
+        minidiff.sample_steps(["a cat and a ball"] * 2, **mixed)
+
+
+def test_fast_acts_behind_the_steps_with_regions_apart(tiny_model: Model) -> None:
+    given = {"regions": [minidiff.Region("a dog", (0, 0, 0.5, 1))], "regions_apart": 0.4, "steps": 4}
+    assert not torch.equal(made(tiny_model, "fast", **given).latents, made(tiny_model, "none", **given).latents)
+
+
 def test_their_names_are_among_those_of_an_error() -> None:
     with pytest.raises(ValueError, match="guidance is 'bets'; expected one of .*fast, balanced, best, none"):
         minidiff.Request("a cat", boxes={"cat": BOXES["cat"]}, guidance="bets")
@@ -63,7 +74,7 @@ def test_fast_that_does_nothing_is_told_of(tiny_model: Model) -> None:
         made(tiny_model, "fast", boxes={"cat": None})
     assert not minidiff.Request("a cat", boxes=BOXES, guidance="fast").guided
     regions = [minidiff.Region("a dog", (0, 0, 0.5, 1))]
-    with pytest.warns(UserWarning, match='guidance="fast" has no effect: its steps are 0 to 0'):
+    with pytest.warns(UserWarning, match='guidance="fast" has no effect: its steps are 0 to 1'):
         minidiff.sample_steps(
             "a cat",
             boxes={"cat": BOXES["cat"]},

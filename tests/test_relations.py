@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import warnings
 
 import pytest
 import torch
@@ -96,6 +97,27 @@ def test_a_prompt_without_boxes_gets_those_of_its_relations(tiny_model: minidiff
 def test_relations_that_nothing_follows_are_warned_of(tiny_model: minidiff.Model) -> None:
     with pytest.warns(UserWarning, match='relations have no effect with guidance="none"'):
         minidiff.sample_steps("a cat and a hat", model=tiny_model, relations=[LEFT], guidance="none", steps=2)
+
+
+@pytest.mark.parametrize("guidance", ["none", "relation"])
+def test_an_edit_that_follows_boxes_gets_those_of_relations(tiny_model: minidiff.Model, guidance: str) -> None:
+    asked = {"model": tiny_model, "relations": [LEFT], "guidance": guidance, "edits": minidiff.dense_diffusion(steps=2)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = minidiff.sample_steps("a cat and a hat", steps=2, **asked)
+    assert run.request.boxes == (planned([LEFT]),)
+
+
+def test_images_without_relations_are_as_alone(tiny_model: minidiff.Model) -> None:
+    boxes = {"cat": (0, 0, 0.5, 1), "hat": (0.5, 0, 1, 1)}
+    shared = {"model": tiny_model, "boxes": boxes, "guidance": "layout", "steps": 2, "output": "latents", "seed": 1}
+    both = minidiff.generate(["a cat and a hat"] * 2, relations=[None, ["hat left of cat"]], **shared)
+    alone = minidiff.generate("a cat and a hat", **shared)
+    torch.testing.assert_close(both.latents[:1], alone.latents, rtol=1e-3, atol=1e-3)
+    for name in ("loss", "object_loss", "mass", "first_mass"):
+        torch.testing.assert_close(
+            getattr(both.reports[0], name), getattr(alone.reports[0], name), rtol=1e-3, atol=1e-4
+        )
 
 
 def test_without_boxes_relations_alone_move_an_image(tiny_model: minidiff.Model) -> None:

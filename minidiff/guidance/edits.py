@@ -139,8 +139,8 @@ def bounded_attention(refine: float | None = None) -> tuple[Edit, ...]:
     Dahary et al. 2024 ("Be Yourself: Bounded attention"), section 4.2: an object's tokens are seen in its mask only,
     while guiding also in the background; the end marker is seen in masks only, while guiding everywhere; a mask's
     pixels see those of other masks nowhere, in the unconditional row too. Made for `guidance="bounded_attention"`.
-    refine: the noise level, in (0,1] of the training's timesteps, from which the masks are made anew in each step, of
-    clusters of the self-attention at `block("up", 1)`; 0.7 is about the paper's step 15 of 50. None: they stay.
+    refine: t / 1000, in (0,1], below which the masks are made anew in each step, of clusters of the self-attention at
+    `block("up", 1)`; 0.7 is about the paper's step 15 of 50, of SD's 1000 timesteps. None: they stay.
     Deviations: function words are not hidden, and refined masks are made in each step, not in every fifth.
     """
     edits = Edit(cross | self_, bias=_bounded), Edit(self_, bias=_bounded, rows="uncond")
@@ -185,6 +185,12 @@ def _reweighted(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
     weights = read_input(inputs, "word_weights", 'inputs={"word_weights": ...}').to(probs)
     rest = probs.shape[-1] - weights.shape[-1]  # tokens of regions
     return probs * F.pad(weights, (0, max(rest, 0)), value=1.0)[:, None, None, None]
+
+
+def reads_boxes(edit: Edit) -> bool:
+    """Whether it is one of these that follow boxes."""
+    parts = edit.bias, edit.logits, edit.probs, edit.update
+    return edit.bias is _bounded or any(isinstance(one, _Forward | _Regional | _Dense | _Injected) for one in parts)
 
 
 def _cells(masks: Tensor) -> Tensor:
