@@ -118,7 +118,8 @@ def draw(model: minidiff.Model, some: Sequence[Scene], method: Method, passes: i
     run = minidiff.sample_steps(
         [one.prompt.text for one in some],
         model=model,
-        seed=[seed * 10_000 + list(SPLITS).index(one.split) * 100 + one.number for one in some],
+        # not a multiple of what tries step by, so that no seed has another's tries
+        seed=[seed * 1_000_003 + list(SPLITS).index(one.split) * 100 + one.number for one in some],
         boxes=None if some[0].relation else [one.layout for one in some],
         relations=[one.relations for one in some],
         guidance=guidance,

@@ -329,6 +329,7 @@ def test_records_unite_and_each_site_is_recorded_once(unet: UNet, batch: tuple[T
         (lambda: Record(minidiff.cross, more=5), "more is 5"),
         (lambda: Record(torch.ones(())), "sites is 1.0; expected a choice"),
         (lambda: Keep(add_bias, "mine"), r"got Keep\(<function add_bias.*, 'mine'\); expected Keep\("),
+        (lambda: Keep("mine", add_bias, sums=add_bias), "mine has one of sums and finish; expected both, or neither"),
     ],
 )
 def test_records_and_edits_check_themselves(make: Callable[[], object], message: str) -> None:

@@ -209,6 +209,13 @@ def toy_guide(guidance: Guidance, regions: list[list[PlacedObject]], **options: 
     return Guide(bound, toy, torch.zeros(len(regions), 4, 8), layout, names, **options)  # type: ignore[arg-type]
 
 
+def test_an_update_replaces_what_guidance_reads_and_adds_nothing() -> None:
+    guide = toy_guide(Guidance(minidiff.layout_loss), [[BOXES[0]]])
+    guide.update({"masks.4x6": torch.ones(1, 1, 4, 6), "segments.self": torch.ones(1, 24, 24)})
+    guide.refine(torch.randn(1, 4, 4, 6), torch.tensor(500.0), 0.4, 0)
+    assert "segments.self" not in guide.inputs and guide.inputs["masks.4x6"].min() == 1
+
+
 def toy_loss(x: Tensor, region: PlacedObject) -> Tensor:
     """layout_loss of one image [4,4,6] with one object of one token."""
     probs = x.softmax(dim=0)[region.tokens[0]]

@@ -11,6 +11,7 @@ import minidiff
 from minidiff import Model, Request, start_noise
 from minidiff.noise import slerp
 from minidiff.start_noise import MOST_KL, divergence, improved
+from minidiff.tries import STRIDE
 
 PAIR = {"prompt": "a cat and a ball", "boxes": {"cat": None, "ball": None}, "seed": 4, "steps": 3}
 
@@ -58,12 +59,21 @@ def test_the_noise_stays_near_the_unit_normal_distribution() -> None:
     assert float(divergence(log_var, mu)) == pytest.approx(sum(each) / 5, rel=1e-5)
 
 
-def test_a_noise_that_is_good_enough_stays_and_later_rounds_take_other_noises(tiny_model: Model) -> None:
+def test_a_noise_that_is_good_enough_stays_and_later_rounds_take_other_noises(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     how = minidiff.Guidance(minidiff.attend_and_excite_loss, threshold=9)
     same = minidiff.initno(model=tiny_model, guidance=how, **PAIR)
     drawn = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(4))
     assert torch.equal(same.latents[0], drawn)
     assert same.guidance == how
+    second = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4 + STRIDE))
+
+    def look(noise: Tensor) -> tuple[Tensor, float]:
+        return torch.ones_like(noise), float(not torch.equal(noise, second))
+
+    monkeypatch.setattr(start_noise, "_look", lambda run, image: look)
+    assert torch.equal(minidiff.initno(model=tiny_model, **PAIR).latents, second)
 
 
 def test_what_else_chooses_a_noise_is_done_with(tiny_model: Model) -> None:

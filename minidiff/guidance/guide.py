@@ -279,8 +279,8 @@ class Guide:
         self._ahead = total.tolist()
 
     def update(self, inputs: Inputs) -> None:
-        """Take inputs that replace its own, masks included, from now on."""
-        self.updated = inputs
+        """Take inputs that replace its own, masks included, from now on; others would make new graphs."""
+        self.updated = {name: value for name, value in inputs.items() if name in self.inputs}
 
     def look(
         self, x: Tensor, t: Tensor, abar: float, rows: Sequence[int], index: int, limits: Tensor | None

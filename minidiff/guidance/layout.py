@@ -141,7 +141,9 @@ def make_layout(
 
 
 def _seen(region: PlacedObject, some: Sequence[PlacedObject], grid: Grid) -> Tensor:
-    """What of its place [h,w] no object of a higher order lies in front of."""
+    """What of its place [h,w] no object of a higher order lies in front of: exact for cells that each covers whole or
+    not at all; in others each covers the same part of what the rest leaves free, wherever in the cell it lies.
+    """
     own = region.coverage(grid)
     left = own.clone()
     for other in some:
@@ -209,7 +211,10 @@ def _placed(where: str, value: object, name: str, tokens: tuple[int, ...]) -> Pl
         places = value.keys() & {"box", "boxes", "mask", *_LINES}
         lines = {"width"} if places & set(_LINES) else set()
         if len(places) != 1 or not value.keys() <= {*places, *lines, "weight", "order"}:
-            raise ValueError(f'{where} is {shown(value)}; expected {{"boxes": ..., "weight": 1.0}} or {{"mask": ...}}')
+            raise ValueError(
+                f'{where} is {shown(value)}; expected one of "box", "boxes", "mask", "stroke" and "curve", such as '
+                '{"box": ...}, beside it at most "weight", "order" and, of a line, "width"'
+            )
         order = number(f"{where}: order", value.get("order", 0.0))
         weight, masked = value.get("weight", 1.0), "mask" in value
         if not is_number(weight) or not float(weight) > 0:

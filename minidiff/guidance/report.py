@@ -32,7 +32,8 @@ class Report:
     each step's last evaluation, which precedes its last update if all iterations were used. first_mass [O] is each
     object's fraction of attention inside its mask before any update, NaN for one without a box or mask. placed [O]: how
     likely each object is to come out in its box (an IoU of at least 0.5), from the first steps, as measured with other
-    pictures; None where nothing was measured: for models other than the bundled one, and with edits.
+    pictures; None where nothing was measured: for models other than the bundled one or with adapters or changed
+    weights, and with edits, texts that change, or a guidance with `watch` or sites of its own.
     """
 
     names: tuple[str, ...]

@@ -23,7 +23,8 @@ _SUMS = "segments.self", "segments.cross"
 
 @dataclass(frozen=True)
 class Refined:
-    """An Edit's `update`: the objects' masks on all grids, from where t is below `start` thousandths.
+    """An Edit's `update`: the objects' masks on all grids, from where t is below 1000 * start, whatever a model's
+    number of timesteps (SD's have 1000).
 
     Each cell's self-attention, the mean of all steps so far, is clustered; each cluster goes to the object whose
     attention overlaps it most, if by at least a fifth of the smaller of the two.

@@ -48,6 +48,8 @@ class Keep:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not callable(self.function):
             raise ValueError(f'got Keep({shown(self.name)}, {shown(self.function)}); expected Keep("name", function)')
+        if (self.sums is None) != (self.finish is None):
+            raise ValueError(f"{self.name} has one of sums and finish; expected both, or neither")
 
     def __call__(self, site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
         """What to keep from probs [B,H,h,w,L]."""
@@ -230,10 +232,8 @@ class Edit:
 
     def acts_in(self, step: int) -> bool:
         """Whether the edit applies in a step of a run, counted from 0."""
-        if self.steps is None:
-            return True
         first, last = self.steps if isinstance(self.steps, tuple) else (0, self.steps)
-        return first <= step < last
+        return last is None or first <= step < last
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
