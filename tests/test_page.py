@@ -223,7 +223,16 @@ def test_a_run_shows_each_step_and_writes_what_generate_makes(progress: list, st
 
 
 def test_the_best_of_several_tries_is_made_again_without_the_others(studio: Studio) -> None:
-    values = {**RUN, "seed": 3, "tries": 2, "steps": 2, "width": 32, "height": 32, "attention": False}
+    values = {
+        **RUN,
+        "seed": 3,
+        "guidance": "inside",
+        "tries": 2,
+        "steps": 2,
+        "width": 32,
+        "height": 32,
+        "attention": False,
+    }
     *_, last = studio.run(values, Source(), threading.Event())
     (made,) = last.made
     code = made.python.splitlines()[-1].removesuffix('.save("picture.png")')

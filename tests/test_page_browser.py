@@ -159,6 +159,9 @@ def test_two_boxes_are_drawn_and_the_picture_is_made_again(tab: object, steps: l
     assert list(made["boxes"]) == ["red circle", "blue square"]
     assert made["boxes"]["blue square"]["boxes"][0] == pytest.approx([0.55, 0.5, 0.95, 0.9], abs=0.005)
     line = tab.locator("#command textarea").input_value()
+    kept = steps[-1][0].made[0].file
+    assert kept.read_bytes() == file.read_bytes()
+    assert tab.request.get(f"{tab.url}gradio_api/file={kept}").status == 403  # a copy is served, and not its folder
     assert main([*shlex.split(line)[1:-1], str(tmp_path / "again.png")]) == 0
     assert Image.open(tmp_path / "again.png").tobytes() == Image.open(file).tobytes()
 
