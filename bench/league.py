@@ -251,8 +251,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `python -m bench league`."""
     parser.add_argument("--results", type=Path, default=Path("league.jsonl"), metavar="FILE", help="finished pictures")
     parser.add_argument("--model", default="minidiff/shapes", metavar="SOURCE", help="a model of coloured shapes")
-    parser.add_argument("--prompts", type=int, default=1, metavar="N", help="of each split (default: 1)")
-    parser.add_argument("--seeds", type=int, default=4, metavar="N", help="of each prompt (default: 4)")
+    parser.add_argument("--prompts", type=int, default=4, metavar="N", help="of each split (default: 4)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="of each prompt (default: 1)")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help=f"some methods: {', '.join(methods())}")
     parser.add_argument("--passes", nargs="+", type=int, metavar="N", help="some of 10, 25 and 50; 0: own settings")
     parser.add_argument("--splits", nargs="+", metavar="SPLIT", choices=list(SPLITS), help="some of the splits")

@@ -455,6 +455,7 @@ def test_five_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
     for i in bad:
         lines[i] = '{"prompt": '
     file, out = write(tmp_path / "r.jsonl", lines), tmp_path / "out"
+    digests = line_digests(read_lines(file))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["minidiff.run", "minidiff.cli.batch", "minidiff.weights.load"])
     flags = ["batch", str(file), "--out", str(out), "--dtype", "float32", "--batch-size", "16"]
@@ -476,7 +477,7 @@ def test_five_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
         process.join()
         assert process.exitcode == -9
         left = len(list(out.glob("*.png"))) - sum(
-            row["file"] is not None for row in ({"file": None, **row} for row in Done.read(out).rows((1, 1)))
+            row["file"] is not None for row in ({"file": None, **row} for row in Done.read(out).rows(digests))
         )
         assert 0 <= left <= 16  # the running batch
     process = go()

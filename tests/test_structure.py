@@ -133,7 +133,8 @@ def count(frame, event, _):
     file, caller = frame.f_code.co_filename, frame.f_back and frame.f_back.f_code.co_filename
     moves += event == "call" and file.startswith(root) and caller != file and (caller or "").startswith(root)
 sys.setprofile(count)
-main([*sys.argv[1:], "--box", "red circle=0.05,0.1,0.45,0.5", "--steps", "2", "--seed", "3", "--device", "cpu"])
+given = ["--box", "red circle=0.05,0.1,0.45,0.5", "--guidance", "inside", "--steps", "2", "--seed", "3"]
+main([*sys.argv[1:], *given, "--device", "cpu"])
 sys.setprofile(None)
 print(moves)
 """
