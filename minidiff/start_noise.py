@@ -15,7 +15,7 @@ from .noise import Noise
 from .request import Request
 from .resolve import latent_shape
 from .run import Run, sample_steps
-from .tries import nth_seeds
+from .tries import first_step, nth_seeds
 from .weights.load import load
 
 ROUNDS, STEPS, LAST_STEPS = 5, 10, 50
@@ -66,9 +66,8 @@ def _look(run: Run, image: int) -> Look:
     """What guidance sees of an image's noise in the run's first step."""
     guide, schedule = run.guide, run.schedule
     assert guide is not None
-    growth = math.sqrt(1 + float(schedule.sigmas[0]) ** 2) if schedule.space == "ve" else 1.0
-    size, device = schedule.init_scale / growth, guide.context.device
-    t = torch.full((), float(schedule.timesteps[0]), dtype=torch.float32, device=device)
+    device = guide.context.device
+    size, t = first_step(schedule, device)
 
     def look(noise: Tensor) -> tuple[Tensor, float]:
         gradient, found = guide.look((noise * size).to(device), t, schedule.abar(0), [image], 0, None)

@@ -35,10 +35,15 @@ def best_seeds(seeds: Seeds, tries: int, start: Callable[[Seeds], Tensor], guide
 
 def _first_loss(latents: Tensor, guide: Guide, schedule: Schedule) -> list[float]:
     """Each image's loss at the run's first step; infinite for NaN."""
-    growth = math.sqrt(1 + float(schedule.sigmas[0]) ** 2) if schedule.space == "ve" else 1.0
-    x = latents * (schedule.init_scale / growth)
-    t = torch.full((), float(schedule.timesteps[0]), dtype=torch.float32, device=x.device)
-    nothing = torch.full((len(x),), math.inf, device="cpu")  # no loss is above it: no pass back
-    _, found = guide.look(x, t, schedule.abar(0), range(len(x)), 0, nothing)
+    size, t = first_step(schedule, latents.device)
+    nothing = torch.full((len(latents),), math.inf, device="cpu")  # no loss is above it: no pass back
+    _, found = guide.look(latents * size, t, schedule.abar(0), range(len(latents)), 0, nothing)
     loss: list[float] = found[0].nan_to_num(math.inf).tolist()
     return loss
+
+
+def first_step(schedule: Schedule, device: torch.device) -> tuple[float, Tensor]:
+    """What latents of unit variance are multiplied by for the network's first call, and its time []."""
+    growth = math.sqrt(1 + float(schedule.sigmas[0]) ** 2) if schedule.space == "ve" else 1.0
+    t = torch.full((), float(schedule.timesteps[0]), dtype=torch.float32, device=device)
+    return schedule.init_scale / growth, t

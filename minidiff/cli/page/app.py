@@ -50,7 +50,8 @@ class Page:
         self.first = sources[0]
         self.folder = folder
         self.studio = Studio(folder)
-        self._shown = Path(tempfile.mkdtemp(prefix="minidiff-page-"))  # previews and copies: all that is served
+        self._held = tempfile.TemporaryDirectory(prefix="minidiff-page-")  # removed with the page
+        self._shown = Path(self._held.name)  # previews and copies: all that is served
         self.parts: dict[str, Any] = {}
 
     # ---- the page from top to bottom
