@@ -8,12 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from minidiff.networks.attention import BOX_MASS, HEAD_MEAN, AttentionLayer, Keep, Maps, Record, mask_inputs
+from minidiff.guidance.layout import mask_inputs
+from minidiff.networks.attention import BOX_MASS, HEAD_MEAN, AttentionLayer, Keep, Maps, Record
 from minidiff.networks.norm import GroupNorm
 from minidiff.networks.sites import Where, at_most, block, choose, cross, place, self_
-from minidiff.networks.unet import ResBlock, UNet
+from minidiff.networks.unet import ResBlock, Transformer, UNet
 from minidiff.recorded import MEAN
-from minidiff.speed.fused import PointConv2d
+from minidiff.speed.fused import GrowConv2d, PointConv2d
 
 from .device_rows import CUDA, HALF, IMAGES, Check, extra_bytes, ratio_row
 from .networks import ALIKE, SIZES, Inputs, our_unet, our_vae
@@ -144,7 +145,7 @@ def _without(*kinds: type[nn.Module]) -> Callable[[nn.Module], None]:
         for module in network.modules():
             if isinstance(module, kinds) and hasattr(module, "fused"):
                 module.fused = None
-            if PointConv2d in kinds and type(module) is PointConv2d:
+            if type(module) in kinds and isinstance(module, nn.Conv2d):
                 module.__class__ = nn.Conv2d
 
     return change
@@ -152,7 +153,7 @@ def _without(*kinds: type[nn.Module]) -> Callable[[nn.Module], None]:
 
 def _channels_first(network: nn.Module) -> None:
     """[B,C,h,w] in that order, with torch's own kernels."""
-    _without(GroupNorm, ResBlock, PointConv2d)(network)
+    _without(GroupNorm, ResBlock, Transformer, PointConv2d, GrowConv2d)(network)
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
@@ -174,12 +175,15 @@ STEPS: dict[str, Change] = {
     "as loaded": _leave,
     "residual blocks by layers": _without(ResBlock),
     "1x1 as convolutions": _without(PointConv2d),
+    "transformers by layers": _without(Transformer),
+    "upsampled grids": _without(GrowConv2d),
     "torch's group norm": _without(GroupNorm, ResBlock),
     "channels first": _channels_first,
 }
 DECODERS: dict[str, Change] = {
     "as loaded": _leave,
     "whole": _whole,
+    "upsampled grids": _without(GrowConv2d),
     "channels first": _channels_first,
     "channels first, whole": _first_and_whole,
 }

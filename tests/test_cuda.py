@@ -10,15 +10,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import minidiff
 from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.model import Model
 from minidiff.networks import vae
-from minidiff.networks.attention import attention_probs, mask_name
+from minidiff.networks.attention import Hooks, attention_probs, mask_name
+from minidiff.networks.config import UNetConfig
 from minidiff.networks.norm import GroupNorm, GroupNormSiLU, LayerNorm
-from minidiff.networks.unet import GEGLU, ResBlock
+from minidiff.networks.resample import Upsample
+from minidiff.networks.unet import GEGLU, ResBlock, Transformer
 from minidiff.speed import fused, strips
 from minidiff.speed.capture import captured
 from minidiff.speed.keeps import kept
@@ -99,8 +102,21 @@ def test_fused_layers_equal_torchs(dtype: torch.dtype) -> None:
         norm, gate = layer(LayerNorm(channels)), layer(GEGLU(16, channels))
         x = torch.randn(3, 50, channels, device="cuda").to(dtype) + 1
         close(norm(x), LayerNorm.plain(norm.double(), x.double()))
-        both = gate.proj(torch.randn(3, 50, 16, device="cuda").to(dtype))
-        close(fused.gated_gelu(gate, both), gate.gated(both.double()))
+        x = torch.randn(3, 50, 16, device="cuda").to(dtype)
+        close(gate(x), GEGLU.plain(gate.double(), x.double()))
+    for channels, height, width, batch in ((64, 9, 7, 2), (320, 64, 64, 2), (640, 32, 24, 1)):
+        config = UNetConfig(block_out_channels=(channels,), num_heads=(8,), cross_attention_dim=48)
+        block, hooks = layer(Transformer(config, "mid", 0, 0, 0)), Hooks({}, "all", (), {})
+        x = torch.randn(batch, channels, height, width, device="cuda").to(dtype, memory_format=torch.channels_last)
+        context = torch.randn(batch, 77, 48, device="cuda").to(dtype)
+        found, expected = block(x, context, hooks)[0], block.double().plain(x.double(), context.double(), hooks)[0]
+        close(found, expected)
+        grown = Upsample(channels)
+        conv = fused.fuse(grown.to("cuda", dtype).requires_grad_(False).to(memory_format=torch.channels_last)).conv
+        assert type(conv) is fused.GrowConv2d
+        found, double = conv.grow(x), F.interpolate(x.double(), scale_factor=2, mode="nearest")
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        close(found, conv.double()(double))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -35,11 +35,68 @@ for shape in ((1, 24, 33, 130), (3, 24, 1, 1)):
         norm.float()
     assert (found - expected).abs().max() < 1e-3, (shape, (found - expected).abs().max())
 """
+BLOCKS = """
+import contextlib, torch
+import torch.nn.functional as F
+from minidiff.networks.attention import HEAD_MEAN, Hooks
+from minidiff.networks.config import UNetConfig
+from minidiff.networks.sites import Site
+from minidiff.networks.unet import Transformer
+from minidiff.networks.resample import Upsample
+from minidiff.speed import fused, triton_kernels as kernels
+torch.cuda.device_of = lambda x: contextlib.nullcontext()
+fused._usable = lambda norm, x: True
+torch.set_grad_enabled(False)
+
+class Seen:
+    def __init__(self, kernel):
+        self.kernel, self.times = kernel, 0
+    def __getitem__(self, grid):
+        self.times += 1
+        return self.kernel[grid]
+
+def close(found, expected):
+    assert (found - expected).abs().max() < 3e-6 * expected.abs().max()
+
+kernels.total, kernels.interleave = Seen(kernels.total), Seen(kernels.interleave)
+cross, self_ = Site("mid", 0, 0, "cross"), Site("mid", 0, 0, "self")
+for linear in (False, True):
+    config = UNetConfig(block_out_channels=(48,), num_heads=(3,), cross_attention_dim=20, norm_num_groups=8,
+                        use_linear_projection=linear)
+    layer = fused._fused(Transformer(config, "mid", 0, 0, 0).to(memory_format=torch.channels_last))
+    x = torch.randn(2, 48, 5, 3).to(memory_format=torch.channels_last)
+    context, given = torch.randn(2, 7, 20), x.clone()
+    for stop in (None, cross, self_):
+        hooks = Hooks({cross: HEAD_MEAN, self_: HEAD_MEAN}, "cond", (), {}, stop)
+        before = kernels.total.times
+        (found, maps), (expected, others) = layer(x, context, hooks), layer.plain(x, context, hooks)
+        assert kernels.total.times == before + 1 and torch.equal(x, given) and list(maps) == list(others)
+        assert (found is None) == (expected is None) == (stop is not None)
+        for one in maps:
+            close(maps[one], others[one])
+        if stop is None:
+            close(found, expected)
+            assert found.is_contiguous(memory_format=torch.channels_last)
+for channels, size, batch in ((6, (5, 3), 2), (40, (1, 1), 3), (130, (4, 9), 1)):
+    layer = fused._fused(Upsample(channels))
+    x, expected = torch.randn(batch, channels, *size), None
+    for order in (torch.contiguous_format, torch.channels_last):
+        before = kernels.interleave.times
+        found = layer(x.to(memory_format=order), (2 * size[0], 2 * size[1]))
+        assert kernels.interleave.times == before + 1
+        close(found, layer.conv(F.interpolate(x, scale_factor=2, mode="nearest")))
+    layer(x, (2 * size[0] - 1, 2 * size[1]))  # what is not doubled
+    assert kernels.interleave.times == before + 1
+    layer.conv.register_forward_hook(lambda *_: None)
+    close(layer(x, (2 * size[0], 2 * size[1])), found)
+    assert kernels.interleave.times == before + 1
+"""
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_kernels_equal_torchs_layers() -> None:
-    subprocess.run([sys.executable, "-c", CODE], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+@pytest.mark.parametrize("code", [CODE, BLOCKS], ids=["layers", "blocks"])
+def test_kernels_equal_torchs_layers(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
 
 
 BUILD = """
@@ -48,9 +105,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from minidiff.speed import triton_keeps, triton_kernels
 SIZES = {"TILE": 32, "DEPTH": 64, "EACH": 8, "OBJECTS": 16, "ROWS": 64, "BLOCK": 128, "STRIPS": 64}
-SIZES |= {"WIDTH": 16, "SHIFT": True, "SILU": True, "MORE": True}
+SIZES |= {"WIDTH": 16, "SHIFT": True, "SILU": True, "MORE": True, "LESS": 3}
 FLOATS, NUMBERS = ("parts", "scales", "sums", "out", "weights", "masks"), ("scale", "eps")
 GIVEN = ("q", "k", "x", "y", "both", "shift", "bias", "weight", "other", "more", *FLOATS)
+GIVEN += ("first", "second", "third", "fourth")
 built = 0
 for kernels in (triton_keeps, triton_kernels):
     for name, kernel in vars(kernels).items():
@@ -65,7 +123,7 @@ for kernels in (triton_keeps, triton_kernels):
         source = ASTSource(kernel, types, constexprs=sizes)
         assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).metadata.shared <= 48 * 2**10, name
         built += 1
-assert built == 10, built
+assert built == 13, built
 """
 
 

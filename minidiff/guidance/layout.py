@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import is_number, number, shown, whole
-from ..networks.attention import mask_inputs
+from ..networks.attention import mask_name
 from .lines import Stroke, read_line
 from .relations import Relation, relation_tensor
 
@@ -102,6 +102,11 @@ class Layout(NamedTuple):
     def images(self, index: Tensor) -> Layout:
         """The layout of some of the images."""
         return Layout({grid: mask[index] for grid, mask in self.masks.items()}, *(one[index] for one in self[1:]))
+
+
+def mask_inputs(masks: Mapping[Grid, Tensor]) -> dict[str, Tensor]:
+    """The objects' masks [B,O,h,w] as inputs."""
+    return {mask_name(grid): mask for grid, mask in masks.items()}
 
 
 def make_layout(

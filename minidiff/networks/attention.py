@@ -115,11 +115,6 @@ def mask_name(grid: Grid) -> str:
     return f"masks.{grid[0]}x{grid[1]}"
 
 
-def mask_inputs(masks: Mapping[Grid, Tensor]) -> dict[str, Tensor]:
-    """The objects' masks [B,O,h,w] as inputs."""
-    return {mask_name(grid): mask for grid, mask in masks.items()}
-
-
 GUIDED = "guided"
 """The key in `inputs` that only the passes of guidance have."""
 
@@ -284,6 +279,11 @@ class AttentionLayer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, grid: Grid, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
         """x [B,N,C], context [B,L,C'] -> (new x, what the record keeps of this site or None)."""
+        out, kept = self.heads(x, context, grid, hooks)
+        return self.to_out[0](out), kept
+
+    def heads(self, x: Tensor, context: Tensor, grid: Grid, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
+        """The same without the last map: the heads' outputs side by side [B,N,C]."""
         q, k, v = (self.split_heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         out, kept = hooked_attention(self.site, q, k, v, grid, hooks, self.fused)
         for adapter, layers in enumerate(zip(self.to_k_ip, self.to_v_ip, strict=True)):
@@ -293,7 +293,7 @@ class AttentionLayer(nn.Module):
                 share = hooks.inputs[picture_name(adapter, number, grid)].flatten(1)[:, None, :, None]  # [B,1,N,1]
                 out = out + share * attention(q, k, v)
                 number += 1
-        return self.to_out[0](out.transpose(1, 2).flatten(2)), kept  # [B,H,N,D] -> [B,N,C]
+        return out.transpose(1, 2).flatten(2), kept  # [B,H,N,D] -> [B,N,C]
 
     def split_heads(self, y: Tensor) -> Tensor:
         """[B,N,C] -> [B,H,N,D]."""

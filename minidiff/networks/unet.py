@@ -6,7 +6,7 @@ Shapes: x [B,C,h,w] latents, emb [B,4*C0] activated time embedding, context [B,L
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .attention import AttentionLayer, Edit, Hooks, Inputs, Maps, Record, attention
 from .config import UNetConfig
 from .norm import Fused, GroupNorm, GroupNormSiLU, LayerNorm
+from .resample import Downsample, Upsample
 from .sites import Place, Position, Site, Where
 
 MASKED = "masked"
@@ -261,6 +262,8 @@ class ResBlock(nn.Module):
 class Transformer(nn.Module):
     """Pixels as tokens: self-attention, cross-attention to the text and feed-forward, with a residual connection."""
 
+    fused: Callable[..., tuple[Tensor | None, Maps]] | None = None
+
     def __init__(self, config: UNetConfig, place: Place, block: int, layer: int, level: int) -> None:
         super().__init__()
         channels, heads = config.block_out_channels[level], config.num_heads[level]
@@ -274,6 +277,10 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, hooks: Hooks) -> tuple[Tensor | None, Maps]:
         """x [B,C,h,w] -> (x, maps of this layer); x is None when `hooks.stop` ended the pass here."""
+        return self.plain(x, context, hooks) if self.fused is None else self.fused(self, x, context, hooks)
+
+    def plain(self, x: Tensor, context: Tensor, hooks: Hooks) -> tuple[Tensor | None, Maps]:
+        """The same, layer by layer."""
         grid = (x.shape[2], x.shape[3])
         y = self.norm(x)
         y = y if self.linear else self.proj_in(y)
@@ -339,37 +346,12 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,N,C] -> [B,N,C']."""
-        both = self.proj(x)
-        return self.gated(both) if self.fused is None else self.fused(self, both)
+        return self.plain(x) if self.fused is None else self.fused(self, x)
 
-    def gated(self, both: Tensor) -> Tensor:
-        """[B,N,2C'] -> [B,N,C']."""
-        value, gate = both.chunk(2, dim=-1)
+    def plain(self, x: Tensor) -> Tensor:
+        """The same by torch's own kernels."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
-
-
-class Downsample(nn.Module):
-    """Halve the grid, rounding up."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,C,h,w] -> [B,C,ceil(h/2),ceil(w/2)]."""
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    """Enlarge the grid to `size` by nearest neighbours, then convolve."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """[B,C,h,w] -> [B,C,*size]."""
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 class TimeEmbedding(nn.Module):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import resample
 from .attention import attention
 from .config import VAEConfig
 from .norm import GroupNorm, GroupNormSiLU
@@ -27,9 +28,7 @@ def norm_silu_conv(norm: GroupNorm, conv: nn.Module, x: Tensor, strips: Strips =
 
 def grow_conv(conv: nn.Module, x: Tensor, strips: Strips = None) -> Tensor:
     """Double the grid by nearest neighbours, then convolve: [B,C,h,w] -> [B,C',2h,2w]."""
-    if strips is None or 4 * x.numel() <= LARGE:
-        return conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-    return strips(conv, x)
+    return resample.grow_conv(conv, x) if strips is None or 4 * x.numel() <= LARGE else strips(conv, x)
 
 
 _EPS = 1e-6  # for every norm, regardless of the config

@@ -5,12 +5,14 @@ each strip's convolution includes the adjacent rows.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..networks import resample
 from ..networks.norm import GroupNorm
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -40,16 +42,13 @@ def norm_silu_conv(norm: GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
         # with given statistics, the group norm of one image is a batch norm in inference mode
         return F.silu(F.batch_norm(part, mean, variance, weight, bias, eps=norm.eps), inplace=True)
 
-    return _by_strips(x, strip, conv, 1)
+    return _by_strips(x, lambda part: conv(strip(part)), 1)
 
 
 def grow_conv(conv: nn.Module, x: Tensor) -> Tensor:
     """Nearest-neighbour upsampling by 2, then a 3x3 convolution with padding 1: [B,C,h,w] -> [B,C',2h,2w]."""
-
-    def grown(part: Tensor) -> Tensor:
-        return F.interpolate(part, scale_factor=2, mode="nearest")
-
-    return _by_strips(x, grown, conv, 2) if _can_divide(x) else conv(grown(x))
+    whole = partial(resample.grow_conv, conv)
+    return _by_strips(x, whole, 2) if _can_divide(x) else whole(x)
 
 
 def _can_divide(x: Tensor) -> bool:
@@ -70,12 +69,12 @@ def _strips(x: Tensor, growth: int) -> Iterator[tuple[int, int]]:
     return ((top, min(top + rows, height)) for top in range(0, height, rows))
 
 
-def _by_strips(x: Tensor, make: Callable[[Tensor], Tensor], conv: nn.Module, scale: int) -> Tensor:
-    """conv(make(x)), where make acts on each cell independently and returns `scale` times as many rows and columns."""
+def _by_strips(x: Tensor, make: Callable[[Tensor], Tensor], scale: int) -> Tensor:
+    """make(x), which has `scale` times as many rows and columns, each of which depends on adjacent rows of x alone."""
     height, out = x.shape[2], None
     for top, end in _strips(x, scale**2):
         first = max(top - 1, 0)  # the convolution needs one more row; zero padding only at the grid's edges
-        y = conv(make(x[:, :, first : min(end + 1, height)]))
+        y = make(x[:, :, first : min(end + 1, height)])
         if out is None:
             size = (len(x), y.shape[1], scale * height, y.shape[3])
             out = torch.empty(size, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)

@@ -125,13 +125,35 @@ def apply(
 
 
 @triton.jit
-def layer_norm(x, y, weight, bias, rows, channels, eps, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """Each row normalised -> y."""
+def layer_norm(
+    x,
+    first,
+    second,
+    third,
+    y,
+    weight,
+    bias,
+    rows,
+    channels,
+    eps,
+    LESS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Each row, less the first LESS of three vectors [channels], normalised -> y."""
     row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
     c = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (c < channels)[None, :]
     at = row[:, None] * channels + c[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    less = tl.zeros([BLOCK], tl.float32)
+    if LESS > 0:
+        less += tl.load(first + c, mask=c < channels, other=0.0).to(tl.float32)
+    if LESS > 1:
+        less += tl.load(second + c, mask=c < channels, other=0.0).to(tl.float32)
+    if LESS > 2:
+        less += tl.load(third + c, mask=c < channels, other=0.0).to(tl.float32)
+    value -= less[None, :]
     mean = tl.sum(value, axis=1) / channels
     apart = tl.where(inside, value - mean[:, None], 0.0)
     variance = tl.sum(apart * apart, axis=1) / channels
@@ -142,14 +164,17 @@ def layer_norm(x, y, weight, bias, rows, channels, eps, TILE: tl.constexpr, BLOC
 
 
 @triton.jit
-def gated_gelu(both, y, count, channels, BLOCK: tl.constexpr):
-    """The first half of each row times gelu of the second -> y, which has `count` elements."""
+def gated_gelu(both, bias, y, count, channels, BLOCK: tl.constexpr):
+    """The first half of each row times gelu of the second, after the bias -> y, which has `count` elements."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     row = at // channels
-    first = row * channels + at  # = 2 * row * channels + column
+    column = at - row * channels
+    first = 2 * row * channels + column
     value = tl.load(both + first, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(both + first + channels, mask=inside, other=0.0).to(tl.float32)
+    gate += tl.load(bias + channels + column, mask=inside, other=0.0).to(tl.float32)
     found = value * gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
     tl.store(y + at, found.to(y.dtype.element_ty), mask=inside)
 
@@ -166,3 +191,55 @@ def add(x, other, bias, more, y, count, channels, MORE: tl.constexpr, BLOCK: tl.
     if MORE:
         value += tl.load(more + c, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def total(first, second, third, fourth, y, channels, BLOCK: tl.constexpr):
+    """The sum of four vectors [channels] -> y."""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < channels
+    value = tl.load(first + c, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(second + c, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(third + c, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(fourth + c, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + c, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def fold(weight, y, out, channels, BLOCK: tl.constexpr):
+    """Weights [out,3,3,channels] -> [2,2,out,2,2,channels]: for each output cell of a doubled cell, those of the 2x2
+    cells of the small grid that its 3x3 cells are of, summed.
+    """
+    place = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < channels
+    down, right, o = place // (2 * out), place // out % 2, place % out
+    for row in tl.static_range(2):
+        for column in tl.static_range(2):
+            value = tl.zeros([BLOCK], tl.float32)
+            for i in tl.static_range(3):
+                for j in tl.static_range(3):
+                    here = ((i > down) == (row > 0)) & ((j > right) == (column > 0))
+                    at = weight + ((o * 3 + i) * 3 + j) * channels + c
+                    value += tl.load(at, mask=inside & here, other=0.0).to(tl.float32)
+            at = y + ((place * 2 + row) * 2 + column) * channels + c
+            tl.store(at, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def interleave(x, bias, y, cells, height, width, channels, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """x [batch,height/2+1,width/2+1,2,2,channels], each cell's share of four output cells -> y [batch,height,width,
+    channels], plus the bias; cells: height * width.
+    """
+    image = tl.program_id(2).to(tl.int64)
+    cell = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (cell < cells)[:, None] & (c < channels)[None, :]
+    row, column = cell // width, cell % width
+    down, right = row % 2, column % 2
+    small = (image * (height // 2 + 1) + row // 2 + down) * (width // 2 + 1) + column // 2 + right
+    at = ((small * 2 + down) * 2 + right)[:, None] * channels + c[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+    out = (image * cells + cell)[:, None] * channels + c[None, :]
+    tl.store(y + out, value.to(y.dtype.element_ty), mask=inside)

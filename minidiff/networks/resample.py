@@ -1,0 +1,39 @@
+"""Changes of resolution. Upsampling by 2 and the convolution after it are one function: a prepared layer does both."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Downsample(nn.Module):
+    """Halve the grid, rounding up."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,h,w] -> [B,C,ceil(h/2),ceil(w/2)]."""
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Enlarge the grid to `size` by nearest neighbours, then convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """[B,C,h,w] -> [B,C,*size]."""
+        if size == (2 * x.shape[2], 2 * x.shape[3]):
+            return grow_conv(self.conv, x)
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def grow_conv(conv: nn.Module, x: Tensor) -> Tensor:
+    """Double the grid by nearest neighbours, then convolve: [B,C,h,w] -> [B,C',2h,2w].
+
+    By the layer's own `grow`, where it has one: most of the products are of equal numbers (speed/fused.py).
+    """
+    grow = getattr(conv, "grow", None)
+    return conv(F.interpolate(x, scale_factor=2, mode="nearest")) if grow is None else grow(x)
