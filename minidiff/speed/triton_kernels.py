@@ -206,14 +206,14 @@ def total(first, second, third, fourth, y, channels, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def fold(weight, y, out, channels, BLOCK: tl.constexpr):
-    """Weights [out,3,3,channels] -> [2,2,out,2,2,channels]: for each output cell of a doubled cell, those of the 2x2
-    cells of the small grid that its 3x3 cells are of, summed.
+def fold(weight, y, outputs, channels, BLOCK: tl.constexpr):
+    """Weights [outputs,3,3,channels] -> [2,2,outputs,2,2,channels]: a doubled cell's four output cells see 2x2 cells of
+    the small grid; for each of these the sum of its weights among 3x3.
     """
     place = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
-    down, right, o = place // (2 * out), place // out % 2, place % out
+    down, right, o = place // (2 * outputs), place // outputs % 2, place % outputs
     for row in tl.static_range(2):
         for column in tl.static_range(2):
             value = tl.zeros([BLOCK], tl.float32)
