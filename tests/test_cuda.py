@@ -73,9 +73,9 @@ def test_pictures_are_those_of_the_cpu(model: Model) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @torch.no_grad()
 def test_fused_layers_equal_torchs(dtype: torch.dtype) -> None:
-    def layer(made: nn.Module) -> nn.Module:
+    def layer(made: nn.Module, spread: float = 0.5) -> nn.Module:
         for weight in made.parameters():
-            weight.normal_(0, 0.5)
+            weight.normal_(0, spread)
         found = fused.fuse(made.to("cuda", dtype).requires_grad_(False).to(memory_format=torch.channels_last))
         assert found.fused is not None  # else torch would be compared with torch
         return found
@@ -106,7 +106,7 @@ def test_fused_layers_equal_torchs(dtype: torch.dtype) -> None:
         close(gate(x), GEGLU.plain(gate.double(), x.double()))
     for channels, height, width, batch in ((64, 9, 7, 2), (320, 64, 64, 2), (640, 32, 24, 1)):
         config = UNetConfig(block_out_channels=(channels,), num_heads=(8,), cross_attention_dim=48)
-        block, hooks = layer(Transformer(config, "mid", 0, 0, 0)), Hooks({}, "all", (), {})
+        block, hooks = layer(Transformer(config, "mid", 0, 0, 0), channels**-0.5), Hooks({}, "all", (), {})
         x = torch.randn(batch, channels, height, width, device="cuda").to(dtype, memory_format=torch.channels_last)
         context = torch.randn(batch, 77, 48, device="cuda").to(dtype)
         found, expected = block(x, context, hooks)[0], block.double().plain(x.double(), context.double(), hooks)[0]
