@@ -206,40 +206,52 @@ def total(first, second, third, fourth, y, channels, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def fold(weight, y, outputs, channels, BLOCK: tl.constexpr):
+def fold(weight, y, outputs, channels, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """Weights [outputs,3,3,channels] -> [2,2,outputs,2,2,channels]: a doubled cell's four output cells see 2x2 cells of
     the small grid; for each of these the sum of its weights among 3x3.
     """
-    place = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = c < channels
+    place = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
+    c = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = (place < 4 * outputs) & (c < channels)
     down, right, o = place // (2 * outputs), place // outputs % 2, place % outputs
     for row in tl.static_range(2):
         for column in tl.static_range(2):
-            value = tl.zeros([BLOCK], tl.float32)
+            value = tl.zeros([TILE, BLOCK], tl.float32)
             for i in tl.static_range(3):
                 for j in tl.static_range(3):
-                    here = ((i > down) == (row > 0)) & ((j > right) == (column > 0))
-                    at = weight + ((o * 3 + i) * 3 + j) * channels + c
-                    value += tl.load(at, mask=inside & here, other=0.0).to(tl.float32)
-            at = y + ((place * 2 + row) * 2 + column) * channels + c
-            tl.store(at, value.to(y.dtype.element_ty), mask=inside)
+                    here = inside & ((i > down) == (row > 0)) & ((j > right) == (column > 0))
+                    at = ((o * 3 + i) * 3 + j) * channels + c
+                    value += tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
+            at = ((place * 2 + row) * 2 + column) * channels + c
+            tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def interleave(x, bias, y, cells, height, width, channels, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """x [batch,height/2+1,width/2+1,2,2,channels], each cell's share of four output cells -> y [batch,height,width,
-    channels], plus the bias; cells: height * width.
+def interleave(
+    x,
+    bias,
+    y,
+    height,
+    width,
+    channels,
+    start,
+    SHARES: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x [batch,height+1,width+1,SHARES,channels]: what each 2x2 cells give to some of the four cells of a doubled cell,
+    from number `start` on -> their places in y [batch,2*height,2*width,channels], plus the bias.
     """
     image = tl.program_id(2).to(tl.int64)
     cell = tl.program_id(0) * TILE + tl.arange(0, TILE)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (cell < cells)[:, None] & (c < channels)[None, :]
+    inside = (cell < height * width)[:, None] & (c < channels)[None, :]
     row, column = cell // width, cell % width
-    down, right = row % 2, column % 2
-    small = (image * (height // 2 + 1) + row // 2 + down) * (width // 2 + 1) + column // 2 + right
-    at = ((small * 2 + down) * 2 + right)[:, None] * channels + c[None, :]
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    value += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
-    out = (image * cells + cell)[:, None] * channels + c[None, :]
-    tl.store(y + out, value.to(y.dtype.element_ty), mask=inside)
+    added = tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)
+    for share in tl.static_range(SHARES):
+        down, right = (start + share) // 2, (start + share) % 2
+        small = (image * (height + 1) + row + down) * (width + 1) + column + right
+        at = (small * SHARES + share)[:, None] * channels + c[None, :]
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + added[None, :]
+        large = (image * 2 * height + 2 * row + down) * 2 * width + 2 * column + right
+        tl.store(y + large[:, None] * channels + c[None, :], value.to(y.dtype.element_ty), mask=inside)
