@@ -1,9 +1,9 @@
 """Everything that must hold on a CUDA card, in one command of under four minutes, with random weights and the bundled
 model. Without a card it is a dry run: the same code on small networks, with the bounds of results alone.
 
-Stages run in sequence, the cheapest and most telling first, and the JSON file is written after each: a run that is cut
-keeps what it measured. A stage that fails is a row that is OUT, with its message. What is compiled starts in processes
-of its own once the timed stages are over (device_compiled.py), beside parity.
+Stages run in sequence, the cheapest and most telling first, and the JSON file is written after each row: a run that is
+cut keeps what it measured. A stage that fails is a row that is OUT, with its message. What takes long is measured where
+`--only` asks for it; what is compiled has processes of its own (device_compiled.py).
 """
 
 import argparse
@@ -40,7 +40,7 @@ from .device_rows import (
     same_rows,
     waits_in,
 )
-from .device_variants import recorded, variants
+from .device_variants import recorded, tf32, variants
 from .guided import PUBLISHED
 from .kernels import ATTENTIONS, WORST
 from .machine import print_header
@@ -70,7 +70,7 @@ CAPTURED = 0.6
 """A step as loaded, of diffusers' time as loaded."""
 GUIDED = 0.25
 """A guided pass, of the published way's time."""
-GRADIENT = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+GRADIENT = {"float32": 1e-3, "TF32": 0.02, "bfloat16": 0.5, "float16": 0.1}
 """Relative error of a gradient: bfloat16 keeps 8 bits of each factor."""
 LOOKS = 5
 PROMPT = "a red circle and a blue square"
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `python -m bench device`."""
     parser.add_argument("--size", choices=SIZES, default="full" if CUDA else "tiny", help="default: full on a card")
     parser.add_argument("--latents", type=int, default=64 if CUDA else 32, metavar="N", help="N x N latents")
-    parser.add_argument("--only", nargs="+", choices=[*TIMED, *BESIDE, "compiled"], metavar="STAGE", help="some stages")
+    parser.add_argument("--only", nargs="+", choices=[*STAGES, "compiled"], metavar="STAGE", help="some stages")
     parser.add_argument("--budget", type=float, default=230.0, metavar="SECONDS", help="later stages are left out")
     parser.add_argument("--dtype", choices=HALF, default="bfloat16", help="of what is compiled")
     parser.add_argument("--images", type=int, default=1, metavar="N", help="in a compiled step")
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     print_header("on a card" if CUDA else "dry run without a card", {"size": args.size, "latents": str(args.latents)})
     print_head()
     check = Check(args.size, args.latents, unet_weights(SIZES[args.size], torch.float32))
-    only = {*TIMED, *BESIDE, "compiled"} - ASKED if args.only is None else args.only
+    only = set(STAGES) - ASKED if args.only is None else args.only
     rows: list[Row] = []
 
     def stage(name: str, make: Callable[[], Iterator[Row]]) -> None:
@@ -105,18 +105,16 @@ def run(args: argparse.Namespace) -> int:
         for row in _guarded(name, make):
             rows.append(row if CUDA or row.unit in (RELATIVE, LEVELS) else replace(row, bound=math.inf))
             print_row(rows[-1])
+            if args.json is not None:
+                write(rows, args.json, check.timings)
         gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
         print(f"  {name}: {time.perf_counter() - before:.1f} s", flush=True)
-        if args.json is not None:
-            write(rows, args.json, check.timings)
 
-    for name, make in TIMED.items():
+    for name, make in STAGES.items():
         stage(name, partial(make, check))
     with Compiled(args.size, args.dtype, args.latents, args.images, "compiled" in only) as compiled:
-        for name, make in BESIDE.items():
-            stage(name, partial(make, check))
         left = began + args.budget - time.perf_counter()
         stage("compiled", partial(compiled.rows, left, check.rate, check.timings))
     print(f"all: {time.perf_counter() - began:.1f} s")
@@ -165,34 +163,37 @@ def steps(check: Check) -> Iterator[Row]:
 
 def guided(check: Check) -> Iterator[Row]:
     """A guided pass: its gradient, its time against the published way's, and what waits for the device in it."""
-    size, exact = SIZES[check.size], None
-    for dtype in ("float32", *HALF):
-        weights, one = check.cast(dtype), check.inputs(dtype, 1)
-        unet = our_unet(size, weights)
-        guide = layout_guide(unet, one, iterations=LOOKS)
-        look = guided_pass(guide, one)
-        eager_guide = layout_guide(unet, one, iterations=LOOKS)
-        eager_guide.run = plainly
-        plain = guided_pass(eager_guide, one)
-        way = Published.of(their_unet(size, weights))
-        published = partial(way.gradient, one.x, one.t, one.context, PLACES[:2], tokens(2))
-        found, expected = plain()[0], published()[0]
-        exact = expected if exact is None else exact
-        yield Row("guided pass: gradient", f"{dtype}, to float32", error_of(found, exact), GRADIENT[dtype])
-        gradients = (lambda way=way: way()[0] for way in (look, plain))
-        yield from same_rows("guided pass, captured: bits", dtype, *gradients)
-        table = f"guided, {dtype}"
-        own, eager, other = (
-            check.time(table, *one, 5) for one in ((OURS, look), (EAGER, plain), (PUBLISHED, published))
-        )
-        yield ratio_row("guided pass, eager", dtype, eager, other, 1.0, "the published way's")
-        yield from memory_rows("guided pass, eager", dtype, plain, published)
-        yield ratio_row("guided pass, captured", dtype, own, other, GUIDED, "the published way's")
-        if CUDA:
-            places = waits_in(partial(guide.refine, one.x.float(), one.t, 0.5, 0))
-            waits = LOOKS * (2 if dtype == "float16" else 1)  # whose gradient may be too large
-            note = ", ".join(sorted(set(places)))
-            yield Row("waits for the device", f"{LOOKS} looks, {dtype}", len(places), waits, "waits", note)
+    for name in ("float32", *(("TF32",) if CUDA else ()), *HALF):
+        with tf32(name == "TF32"):
+            yield from _guided(check, name)
+
+
+def _guided(check: Check, name: str) -> Iterator[Row]:
+    size, dtype = SIZES[check.size], "float32" if name == "TF32" else name
+    weights, one = check.cast(dtype), check.inputs(dtype, 1)
+    unet = our_unet(size, weights)
+    guide = layout_guide(unet, one, iterations=LOOKS)
+    look = guided_pass(guide, one)
+    eager_guide = layout_guide(unet, one, iterations=LOOKS)
+    eager_guide.run = plainly
+    plain = guided_pass(eager_guide, one)
+    way = Published.of(their_unet(size, weights))
+    published = partial(way.gradient, one.x, one.t, one.context, PLACES[:2], tokens(2))
+    found, expected = plain()[0], published()[0]
+    check.gradient = expected if check.gradient is None else check.gradient
+    yield Row("guided pass: gradient", f"{name}, to float32", error_of(found, check.gradient), GRADIENT[name])
+    gradients = (lambda way=way: way()[0] for way in (look, plain))
+    yield from same_rows("guided pass, captured: bits", name, *gradients)
+    table = f"guided, {name}"
+    own, eager, other = (check.time(table, *one, 5) for one in ((OURS, look), (EAGER, plain), (PUBLISHED, published)))
+    yield ratio_row("guided pass, eager", name, eager, other, 1.0, "the published way's")
+    yield from memory_rows("guided pass, eager", name, plain, published)
+    yield ratio_row("guided pass, captured", name, own, other, GUIDED, "the published way's")
+    if CUDA:
+        places = waits_in(partial(guide.refine, one.x.float(), one.t, 0.5, 0))
+        waits = LOOKS * (2 if dtype == "float16" else 1)  # whose gradient may be too large
+        note = ", ".join(sorted(set(places)))
+        yield Row("waits for the device", f"{LOOKS} looks, {name}", len(places), waits, "waits", note)
 
 
 def decode(check: Check) -> Iterator[Row]:
@@ -278,7 +279,7 @@ def pictures(check: Check) -> Iterator[Row]:
         yield Row(f"runs: {name}", device().type, 0.0, 0.0)
 
 
-TIMED = {
+STAGES = {
     "rate": rate,
     "steps": steps,
     "recorded": recorded,
@@ -286,9 +287,9 @@ TIMED = {
     "decode": decode,
     "attention": attention,
     "pictures": pictures,
+    "parity": parity,
     "variants": variants,
 }
-BESIDE = {"parity": parity}
 ASKED = {"variants"}
 """Stages that run when `--only` names them."""
 

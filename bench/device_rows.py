@@ -32,6 +32,8 @@ class Check:
     timings: dict[str, dict[str, Timing]] = field(default_factory=dict)
     rate: float = math.nan
     """Of the card's own matrix product in bfloat16, TFLOP/s."""
+    gradient: Tensor | None = None
+    """Of the published way in float32."""
 
     def cast(self, dtype: str) -> Weights:
         return {name: value.to(DTYPES[dtype]) for name, value in self.weights.items()}

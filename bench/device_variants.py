@@ -99,7 +99,7 @@ def variants(check: Check) -> Iterator[Row]:
             seconds[name] = check.time(table, name, ours(unet, inputs), 20 // images + 1)
         yield from _best("variants, step", f"{dtype}, {images}", seconds)
     for rounded in (False, True):
-        with _tf32(rounded):
+        with tf32(rounded):
             yield from _decoders(check, "TF32" if rounded else "float32")
 
 
@@ -118,7 +118,7 @@ def _decoders(check: Check, where: str) -> Iterator[Row]:
 
 
 @contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
+def tf32(allowed: bool) -> Iterator[None]:
     """Convolutions in float32 with factors of 10 bits, as torch does by default, or exact."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, allowed
     try:

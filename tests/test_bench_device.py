@@ -36,8 +36,7 @@ def seen(path: Path, check: Check) -> Iterator[Row]:
 def test_a_failed_stage_is_a_row_and_the_others_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     monkeypatch.setattr(bench.device, "unet_weights", lambda *_: {})
-    monkeypatch.setattr(bench.device, "TIMED", {"steps": fails, "guided": lambda check: seen(file, check)})
-    monkeypatch.setattr(bench.device, "BESIDE", {})
+    monkeypatch.setattr(bench.device, "STAGES", {"steps": fails, "guided": lambda check: seen(file, check)})
     assert main(["device", "--only", "steps", "guided", "--json", str(file)]) == 1
     found = json.loads(file.read_text())["rows"]
     assert [(row["part"], row["value"], row["ok"]) for row in found] == [
@@ -52,7 +51,7 @@ def test_a_failed_stage_is_a_row_and_the_others_run(monkeypatch: pytest.MonkeyPa
 def test_bounds_of_speed_are_for_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.device, "unet_weights", lambda *_: {})
     slow = Row("step", "", 3.0, 1.0, "of diffusers' seconds")
-    monkeypatch.setattr(bench.device, "TIMED", {"steps": lambda check: iter([slow])})
+    monkeypatch.setattr(bench.device, "STAGES", {"steps": lambda check: iter([slow])})
     assert main(["device", "--only", "steps"]) == 0
     monkeypatch.setattr(bench.device, "CUDA", True)
     monkeypatch.setattr(bench.device.torch.cuda, "empty_cache", lambda: None)
