@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import minidiff.speed.packed
+from minidiff.networks.resample import grow_conv
 from minidiff.speed.packed import Packed, PackedConv2d, PackedLinear
 
 KINDS = {
@@ -336,10 +337,10 @@ def test_a_large_convolution_and_its_gradients_equal_torchs(edges: tuple[int, in
     close(found, conv(x))
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert not packed.weight.is_mkldnn
-    assert list(packed.derived) == (["tiled"] if edges == (32, 34) else [])
+    assert list(packed.derived) == (["transformed"] if edges == (32, 34) else [])
     close(*(torch.func.grad(lambda x, f=f: f(x).sin().sum())(x) for f in (packed, conv)))
     close(*(torch.autograd.grad(f(x.requires_grad_()).sin().sum(), x)[0] for f in (packed, conv)))
-    assert list(packed.derived) == (["tiled", "turned, tiled"] if edges == (32, 34) else [])
+    assert list(packed.derived) == (["transformed", "turned, transformed"] if edges == (32, 34) else [])
 
     def steepness(network: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.func.grad(lambda x: torch.func.grad(lambda x: network(x).sin().sum())(x).square().sum())(x)
@@ -375,6 +376,38 @@ def test_kept_weights_serve_larger_grids_too(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("minidiff.speed.winograd.transform", None)
     x = torch.randn(1, 256, 64, 64)
     close(packed(x), conv(x))
+
+
+def test_grids_of_a_middle_size_are_transformed_forward_only() -> None:
+    conv, packed = large()
+    x = torch.randn(2, 256, 16, 18)
+    close(packed(x), conv(x))
+    assert not packed.weight.is_mkldnn and not packed.derived
+    close(*(torch.autograd.grad(network(x.requires_grad_()).sin().sum(), x)[0] for network in (packed, conv)))
+    assert list(packed.derived) == ["turned"]
+    close(packed(x), conv(x))
+
+
+@pytest.mark.parametrize("edges", [(8, 9), (32, 32), (4, 4)])  # the last are too few cells
+def test_upsampling_before_a_large_convolution(edges: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, packed = large()
+    x = torch.randn(2, 256, *edges)
+    upsample = F.interpolate
+    expected = conv(upsample(x, scale_factor=2))
+    monkeypatch.setattr(F, "interpolate", None if edges != (4, 4) else upsample)
+    with torch.no_grad():
+        found = grow_conv(packed, x)
+        assert packed.grows(x) == (edges != (4, 4))
+    close(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(F, "interpolate", upsample)
+    double = [torch.autograd.grad(grow_conv(one, x.requires_grad_()).sin().sum(), x)[0] for one in (packed, conv)]
+    close(*double)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert not packed.grows(x) and grow_conv(packed, x).dtype == torch.bfloat16
+    packed.weight = nn.Parameter(2 * packed.dense())
+    with torch.no_grad():
+        close(grow_conv(packed, x) - conv.bias[:, None, None], 2 * (expected - conv.bias[:, None, None]))
 
 
 def test_in_other_dtypes_a_large_convolution_is_packed() -> None:

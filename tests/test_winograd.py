@@ -3,51 +3,85 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from minidiff.speed import winograd
+from minidiff.speed.winograd import GROWN, LARGE, SMALL, Form
 
 SHAPES = [(1, 5, 8, 8), (2, 6, 9, 14), (3, 4, 7, 7), (2, 3, 1, 1), (1, 4, 2, 31)]
+FORMS = pytest.mark.parametrize("form", [LARGE, SMALL, GROWN])
 
 
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, form: Form) -> Tensor:
+    """torch's convolution."""
+    x = F.interpolate(x, scale_factor=2, mode="nearest") if form is GROWN else x
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+@FORMS
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("numbers", [1, 150, 10**6])  # one row of tiles at a time, several, all
+@pytest.mark.parametrize("numbers", [1, 2000, 10**6])  # one row of tiles at a time, several, all
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_it_is_the_convolution(
-    shape: tuple[int, ...], bias: bool, numbers: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+    form: Form,
+    shape: tuple[int, ...],
+    bias: bool,
+    numbers: int,
+    layout: torch.memory_format,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(winograd, "_NUMBERS", numbers)
     x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=layout)
     weight = torch.randn(7, shape[1], 3, 3, dtype=torch.float64)
     offset = torch.randn(7, dtype=torch.float64) if bias else None
-    found = winograd.convolve(x, winograd.transform(weight), offset, F.linear)
-    torch.testing.assert_close(found, F.conv2d(x, weight, offset, padding=1), rtol=1e-12, atol=1e-12)
+    found = winograd.convolve(x, weight, offset, F.linear, form)
+    torch.testing.assert_close(found, plain(x, weight, offset, form), rtol=1e-11, atol=1e-11)
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_in_float32_it_rounds_as_a_convolution_does() -> None:
+@FORMS
+@pytest.mark.parametrize("back", [True, False])
+@pytest.mark.parametrize(("kept", "part"), [(0, 200), (0, 10**6), (10**6, 200)])  # parts of the weights, all, kept
+def test_weights_in_parts(form: Form, back: bool, kept: int, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "_NUMBERS", 800)  # several parts of the input, too
+    monkeypatch.setattr(winograd, "_KEPT", kept)
+    monkeypatch.setattr(winograd, "_PART", part)
+    x, weight = torch.randn(2, 5, 9, 6, dtype=torch.float64), torch.randn(5, 5, 3, 3, dtype=torch.float64)
+    expected = plain(x, weight.flip(2, 3).transpose(0, 1) if back else weight, None, form)
+    for given in (weight, winograd.transform(weight, form, back)):
+        found = winograd.convolve(x, given, None, F.linear, form, back)
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("form", "bound"), [(LARGE, 4e-6), (SMALL, 8e-7), (GROWN, 1e-6)])
+@pytest.mark.parametrize("mean", [0, 3])
+def test_in_float32_it_rounds_as_a_convolution_does(form: Form, bound: float, mean: float) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(1, 320, 32, 32), torch.randn(320, 320, 3, 3) / 54
-    truth = F.conv2d(x.double(), weight.double(), padding=1)
-    error = (winograd.convolve(x, winograd.transform(weight), None, F.linear) - truth).abs().max()
-    assert error < 8e-7 * truth.abs().max()  # 4e-7; torch's 2e-7, packed in channels_last 2e-6
+    x, weight = torch.randn(1, 320, 24, 24) + mean, torch.randn(320, 320, 3, 3) / 54
+    truth = plain(x.double(), weight.double(), None, form)
+    error = (winograd.convolve(x, weight, None, F.linear, form) - truth).abs().max()
+    assert error < bound * truth.abs().max()  # torch's 2e-7, packed in channels_last 2e-6
 
 
 @pytest.mark.parametrize(
-    ("input_shape", "out", "pays", "keeps"),
+    ("input_shape", "out", "form", "keeps"),
     [
-        ((2, 320, 64, 64), 320, True, False),
-        ((2, 640, 32, 32), 640, True, True),
-        ((2, 1280, 32, 32), 640, True, True),
-        ((2, 1280, 32, 32), 1280, False, True),  # 105 MB
-        ((2, 640, 16, 16), 1280, False, True),  # too few cells
-        ((8, 640, 16, 16), 1280, False, True),  # for one image or many
-        ((1, 512, 128, 128), 512, True, False),
-        ((1, 128, 512, 512), 128, False, False),  # too few channels
-        ((2, 320, 64, 64), 4, False, False),
+        ((2, 320, 64, 64), 320, LARGE, False),
+        ((2, 640, 32, 32), 640, LARGE, True),
+        ((2, 1280, 32, 32), 640, LARGE, False),  # 118 MB
+        ((2, 640, 16, 16), 1280, SMALL, False),
+        ((1, 512, 128, 128), 512, LARGE, False),
+        ((8, 640, 8, 8), 1280, None, True),  # too few cells, for one image or many
+        ((1, 128, 512, 512), 128, None, False),  # too few channels
+        ((2, 320, 64, 64), 4, None, False),
     ],
 )
-def test_where_it_pays(input_shape: tuple[int, ...], out: int, pays: bool, keeps: bool) -> None:
-    shape = torch.Size(input_shape)
-    assert winograd.pays(shape, torch.Size((out, shape[1], 3, 3))) == pays
-    assert winograd.keeps(shape) == keeps
-    assert not winograd.pays(shape, torch.Size((out, shape[1], 1, 1)))
+def test_where_it_pays(input_shape: tuple[int, ...], out: int, form: Form | None, keeps: bool) -> None:
+    shape, weight = torch.Size(input_shape), torch.Size((out, input_shape[1], 3, 3))
+    assert winograd.form(shape, weight) == form
+    if form is LARGE:
+        assert winograd.keeps(shape, weight) == keeps
+    assert winograd.form(shape, torch.Size((out, shape[1], 1, 1))) is None
+    half = torch.Size((*shape[:2], shape[2] // 2, shape[3] // 2))
+    assert winograd.form(half, weight, grown=True) == (form and GROWN)

@@ -54,8 +54,7 @@ class Packed(nn.Module):
             size = self.out_size(x.shape)
             return torch.ops.minidiff.packed_layer(x, self.number, "all", size, self.channels_last)
         weight, bias = self.weight, self.bias
-        own = weight is self.made_with[0] and bias is self.made_with[1]
-        if not own or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        if not self._fits(x):
             return self.plain(x, self._unpack(), bias)
         if weight.is_mkldnn and not torch.is_grad_enabled() and not transformed():
             return self.run(x, bias)  # fast path: in small networks each microsecond counts
@@ -125,6 +124,11 @@ class Packed(nn.Module):
             return False
         return self.weight.device.type == "cpu" and _packs(self.weight.dtype)
 
+    def _fits(self, x: Tensor) -> bool:
+        """Whether the parameters are the layer's own, and x is of their dtype."""
+        own = self.weight is self.made_with[0] and self.bias is self.made_with[1]
+        return own and x.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu")
+
     def _is_frozen(self) -> bool:
         return not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad))
 
@@ -144,15 +148,14 @@ class Packed(nn.Module):
                 self.weight = packed
             return self.weight
 
-    def _derive(self, name: str, make: Callable[[], Tensor], keep: bool = True) -> Tensor:
-        """Another form of the current weights, cached if `keep`."""
+    def _derive(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """Another form of the current weights, cached."""
         state = _state(self.weight)
         found = self.derived.get(name)
         if found is not None and found[0] == state:
             return found[1]
         made = make()
-        if keep:
-            self.derived[name] = state, made
+        self.derived[name] = state, made
         return made
 
     def _unpack(self) -> Tensor:
@@ -228,7 +231,7 @@ class PackedLinear(Packed):
 
     def run_back(self, grad: Tensor, size: torch.Size) -> Tensor:
         turned = self._derive("turned", lambda: _pack_linear(self.dense().T.contiguous(), grad))
-        return _linear(grad, turned, None)
+        return _linear(grad, turned)
 
     def plain_back(self, grad: Tensor, size: torch.Size) -> Tensor:
         return grad @ self.dense()
@@ -251,15 +254,16 @@ class PackedConv2d(Packed):
         return F.conv2d(x, weight, bias, self.stride, self.padding)
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self._is_tiled(x):
-            return winograd.convolve(x, self._tiled("tiled", x, self.dense), bias, _linear)
+        form = self._form(x)
+        if form is not None:
+            return winograd.convolve(x, self._transformed(x, form), bias, _linear, form)
         weight = self._packed(lambda weight: _pack_conv(weight, self.padding, self.stride, x))
         return _conv(x, weight, bias, self.padding, self.stride)
 
     def run_back(self, grad: Tensor, size: torch.Size) -> Tensor:
-        if self._is_tiled(grad):
-            tiled = self._tiled("turned, tiled", grad, lambda: _turned(self.dense()))
-            return winograd.convolve(grad, tiled, None, _linear)
+        form = self._form(grad)
+        if form is winograd.LARGE:
+            return winograd.convolve(grad, self._transformed(grad, form, back=True), None, _linear, form, back=True)
         spread, padding = self._spread(grad, size)
         turned = self._derive("turned", lambda: _pack_conv(_turned(self.dense()), padding, _ONES, spread))
         return _conv(spread, turned, None, padding, _ONES)
@@ -272,15 +276,30 @@ class PackedConv2d(Packed):
         each = zip(size[2:], self.padding, self.shape[2:], self.stride, strict=True)
         return [size[0], self.shape[0], *((n + 2 * p - k) // s + 1 for n, p, k, s in each)]
 
-    def _is_tiled(self, x: Tensor) -> bool:
-        """Whether winograd.py computes it, or its gradient, whose grid and weights are as large."""
-        if x.dtype != torch.float32 or not self.stride == self.padding == _ONES:
-            return False
-        return winograd.pays(x.shape, self.shape)
+    def grow(self, x: Tensor) -> Tensor:
+        """Nearest-neighbour upsampling by 2, then this layer: [B,C,h,w] -> [B,C',2h,2w]."""
+        if not self.grows(x):
+            return self(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return winograd.convolve(x, self.dense(), self.bias, _linear, winograd.GROWN)
 
-    def _tiled(self, name: str, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """The weights in winograd.py's format."""
-        return self._derive(name, lambda: winograd.transform(make()), winograd.keeps(x.shape))
+    def grows(self, x: Tensor) -> bool:
+        """Whether `grow` makes no grid of upsampled cells."""
+        if torch.is_grad_enabled() or transformed() or not (self._fits(x) and self._may_pack()):
+            return False
+        return self._form(x, grown=True) is not None
+
+    def _form(self, x: Tensor, grown: bool = False) -> winograd.Form | None:
+        """How winograd.py computes it, or its gradient, whose grid and weights are as large."""
+        if x.dtype != torch.float32 or not self.stride == self.padding == _ONES:
+            return None
+        return winograd.form(x.shape, self.shape, grown)
+
+    def _transformed(self, x: Tensor, form: winograd.Form, back: bool = False) -> Tensor:
+        """The weights for winograd.py: transformed where those are kept."""
+        name = "turned, transformed" if back else "transformed"
+        if form is winograd.LARGE and (name in self.derived or winograd.keeps(x.shape, self.shape)):
+            return self._derive(name, lambda: winograd.transform(self.dense(), form, back))
+        return self.dense()
 
     def _spread(self, grad: Tensor, size: torch.Size) -> tuple[Tensor, list[int]]:
         """Input and padding of the stride-1 convolution that computes the gradient for an input of that size."""
@@ -346,7 +365,7 @@ def _pack_linear(weight: Tensor, x: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, x.numel() // x.shape[-1])
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

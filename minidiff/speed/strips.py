@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..networks import resample
 from ..networks.norm import GroupNorm
+from .packed import PackedConv2d
 
 Network = TypeVar("Network", bound=nn.Module)
 AT_ONCE = 2**22
@@ -48,7 +49,8 @@ def norm_silu_conv(norm: GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
 def grow_conv(conv: nn.Module, x: Tensor) -> Tensor:
     """Nearest-neighbour upsampling by 2, then a 3x3 convolution with padding 1: [B,C,h,w] -> [B,C',2h,2w]."""
     whole = partial(resample.grow_conv, conv)
-    return _by_strips(x, whole, 2) if _can_divide(x) else whole(x)
+    divides = _can_divide(x) and not (isinstance(conv, PackedConv2d) and conv.grows(x))  # that divides for itself
+    return _by_strips(x, whole, 2) if divides else whole(x)
 
 
 def _can_divide(x: Tensor) -> bool:
