@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from .model import Model
 from .networks.unet import MASKED
+from .networks.vae import sampled
 from .noise import Noise
 from .pictures import fitted, opaque, transparency
 from .request import Request
@@ -50,7 +53,30 @@ class Beginning:
     canvas: Canvas | None = None
 
 
-def begin(request: Request, model: Model, sampler: Sampler, schedule: Schedule, noise: Noise) -> Beginning:
+Moments: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Images [1,3,H,W] in [-1,1] -> mean and log variance of their latents, as VAE.moments."""
+
+
+def each_once(model: Model) -> Moments:
+    """The autoencoder's moments, which are computed once for equal images: those of a prompt, and those of several
+    start noises.
+    """
+    seen: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+
+    @torch.no_grad()
+    def moments(image: Tensor) -> tuple[Tensor, Tensor]:
+        for known, found in seen:
+            if torch.equal(known, image):
+                return found
+        seen.append((image, model.vae.moments(image.to(model.device, model.dtype))))
+        return seen[-1][1]
+
+    return moments
+
+
+def begin(
+    request: Request, model: Model, sampler: Sampler, schedule: Schedule, noise: Noise, moments: Moments
+) -> Beginning:
     """What a resolved request starts from. `noise` draws one unit tensor [B,4,h,w], in diffusers' order: for the
     picture's latents, the start, the masked picture's latents.
 
@@ -62,7 +88,7 @@ def begin(request: Request, model: Model, sampler: Sampler, schedule: Schedule, 
         return Beginning(noise.start() if request.latents is None else check_latents(request, model), schedule)
     assert request.strength is not None  # resolved
     inpaints, pure = model.unet.config.inpaints, canvas.mask is not None and request.strength == 1
-    clean = None if inpaints and pure else _encoded(model, canvas.pixels, noise())
+    clean = None if inpaints and pure else _encoded(model, moments, canvas.pixels, noise())
     start = noise.start().to(model.device)
     if not pure:
         if int(schedule.steps * request.strength) < 1:
@@ -82,7 +108,7 @@ def begin(request: Request, model: Model, sampler: Sampler, schedule: Schedule, 
     if not inpaints:
         assert clean is not None
         return Beginning(latents, schedule, _holding(clean, start, cells), canvas=canvas)
-    seen = _encoded(model, canvas.pixels, hidden, canvas.mask)
+    seen = _encoded(model, moments, canvas.pixels, hidden, canvas.mask)
     return Beginning(latents, schedule, inputs={MASKED: torch.cat([cells, seen], dim=1)}, canvas=canvas)
 
 
@@ -92,7 +118,8 @@ def picture_latents(request: Request, model: Model) -> Tensor:
     assert canvas is not None
     channels, factor = model.vae.config.latent_channels, model.vae.config.factor
     height, width = (edge // factor for edge in canvas.pixels.shape[2:])
-    return _encoded(model, canvas.pixels, torch.zeros(len(canvas.pixels), channels, height, width, device="cpu"))
+    nothing = torch.zeros(len(canvas.pixels), channels, height, width, device="cpu")
+    return _encoded(model, each_once(model), canvas.pixels, nothing)
 
 
 def _canvas(request: Request) -> Canvas | None:
@@ -130,13 +157,12 @@ def _tensor(image: Image.Image) -> Tensor:
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-@torch.no_grad()
-def _encoded(model: Model, pixels: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
+def _encoded(model: Model, moments: Moments, pixels: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
     """Latents [B,4,h,w] of pictures, with what a mask covers in grey; one at a time, so that memory does not grow."""
     images = 2 * pixels - 1
     images = images if mask is None else images * (mask < 0.5)
     found = [
-        model.vae.encode(image.to(model.device, model.dtype), drawn.to(model.device, model.dtype)).float()
+        sampled(*moments(image), drawn.to(model.device, model.dtype)).float()
         for image, drawn in zip(images.split(1), noise.split(1), strict=True)
     ]
     return torch.cat(found) * model.vae.config.scaling_factor

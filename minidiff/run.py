@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .apart import Apart
 from .asked import asked
-from .canvas import Beginning, Canvas, begin
+from .canvas import Beginning, Canvas, Moments, begin, each_once
 from .checks import shown, warn
 from .denoise import Denoise, Watch
 from .guidance.evaluate import look_loss, plainly
@@ -81,7 +81,11 @@ def sample_steps(request: Request) -> Run:
 
 
 def _run(
-    given_request: Request, model: Model, timings: Mapping[str, float], info: Mapping[str, Plain] = MappingProxyType({})
+    given_request: Request,
+    model: Model,
+    timings: Mapping[str, float],
+    info: Mapping[str, Plain] = MappingProxyType({}),
+    moments: Moments | None = None,
 ) -> Run:
     """The run, with its texts encoded; with `tries`, that of each image's best seed."""
     loaded = time.perf_counter()
@@ -89,7 +93,8 @@ def _run(
     every_step = sampler.schedule(model.noise, request.steps, timesteps=request.timesteps, sigmas=request.sigmas)
     shape = latent_shape(request, model)
     noise = Noise.of(request, shape)
-    begun = begin(request, model, sampler, every_step, noise)
+    moments = each_once(model) if moments is None else moments
+    begun = begin(request, model, sampler, every_step, noise, moments)
     schedule, texts = begun.schedule, Texts.of(request, model, begun.schedule.steps)
     there = model.unet.positions(*shape[1:])
     told = _tell(request, model, sampler, how, texts, there, begun)
@@ -97,11 +102,11 @@ def _run(
 
         def start(seeds: Seeds) -> Tensor:
             of_try = Noise.of(request.filled({"seed": seeds}), shape)
-            return begin(request, model, sampler, every_step, of_try).latents.to(model.device)
+            return begin(request, model, sampler, every_step, of_try, moments).latents.to(model.device)
 
         best = best_seeds(_seeds(request), request.tries, start, told.guide, schedule)
         spent = {**timings, "tries": time.perf_counter() - loaded}
-        return _run(given_request.filled({"seed": best, "tries": 1}), model, spent, {"tries": request.tries})
+        return _run(given_request.filled({"seed": best, "tries": 1}), model, spent, {"tries": request.tries}, moments)
     warn_unused(given_request, request, schedule.steps, 0 if told.apart is None else told.apart.steps)
     refine, fresh = None if told.guide is None else told.guide.refine, noise if sampler.stochastic else None
     denoise = _denoise(request, model, sampler, told)

@@ -56,6 +56,17 @@ def test_the_noise_of_least_loss_is_taken_and_its_seed_makes_the_image_again(
     assert alone.seeds == expected[1:] and relative_error(alone.latents, found.latents[1:]) < 1e-4
 
 
+def test_a_picture_is_encoded_once(tiny_model: Model) -> None:
+    calls: list[int] = []
+    hook = tiny_model.vae.encoder.register_forward_hook(lambda *_: calls.append(1))
+    one = request(tiny_model, sampler="ddim", images_per_prompt=2, prompt=["a cat and a ball"] * 2)
+    minidiff.generate(one, tries=TRIES, image=PICTURE)
+    assert len(calls) == 1
+    minidiff.generate(one, tries=TRIES, image=[PICTURE, PICTURE.flip(2)])
+    hook.remove()
+    assert len(calls) == 3
+
+
 def test_without_places_the_seed_stays_and_seeds_wrap(tiny_model: Model) -> None:
     found = minidiff.generate(
         request(tiny_model, prompt=["a cat", "a cat"], boxes=[None, {"cat": BOXES["cat"]}], tries=3)

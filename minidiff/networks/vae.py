@@ -67,7 +67,7 @@ class VAE(nn.Module):
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """images [B,3,H,W] in [-1,1] -> latents [B,4,h,w]: the mean, or a sample if unit `noise` [B,4,h,w] is given."""
         mean, logvar = self.moments(images)
-        return mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        return mean if noise is None else sampled(mean, logvar, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B,4,h,w] -> images [B,3,H,W], roughly in [-1,1], not clamped."""
@@ -76,6 +76,11 @@ class VAE(nn.Module):
                 f"latents have shape {list(latents.shape)}; expected [B, {self.config.latent_channels}, h, w]"
             )
         return self.decoder(self.post_quant_conv(latents))
+
+
+def sampled(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """A sample of a Gaussian by unit noise; all of one shape."""
+    return mean + torch.exp(0.5 * logvar) * noise
 
 
 class Encoder(nn.Module):
