@@ -1,5 +1,7 @@
 """speed/strips.py: results by strips equal those of the whole grid."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from minidiff.networks import vae as networks_vae
 from minidiff.networks.config import VAEConfig
 from minidiff.networks.norm import GroupNorm, GroupNormSiLU
+from minidiff.networks.unet import GEGLU
 from minidiff.networks.vae import VAE
 from minidiff.speed import accelerate, strips
 from minidiff.speed.strips import grow_conv, norm_silu_conv
@@ -47,6 +50,28 @@ def test_equals_the_whole(height: int, batch: int, layout: torch.memory_format) 
     grown = F.interpolate(x, scale_factor=2, mode="nearest")
     torch.testing.assert_close(grow_conv(square, x), square(grown), rtol=1e-12, atol=1e-12)
     assert torch.equal(x, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gated_layer_in_strips(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = GEGLU(64, 128).to(dtype).requires_grad_(False)
+    prepared, x = accelerate.prepare(nn.Sequential(copy.deepcopy(layer)).to(dtype)), torch.randn(2, 50, 64).to(dtype)
+    accelerate.pack(prepared, 0)
+    expected, counts = layer(x), list[int]()
+    monkeypatch.setattr(prepared[0], "plain", None)
+    prepared[0].proj.register_forward_hook(lambda layer, given, out: counts.append(len(given[0])))
+    monkeypatch.setattr(strips, "_GATED", 30 * 256)
+    with pytest.raises(TypeError):  # a small one is plain
+        prepared(x[:, :1])
+    monkeypatch.setattr(strips, "_GATED", 12 * 256)
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(x), expected)
+    assert sum(counts) == 100 and max(counts) <= 12
+    monkeypatch.undo()
+    monkeypatch.setattr(strips, "_GATED", 1)
+    (gradient,) = torch.autograd.grad(prepared(x.requires_grad_()).sum(), x)
+    torch.testing.assert_close(gradient, torch.autograd.grad(layer(x).sum(), x)[0])
 
 
 @torch.no_grad()

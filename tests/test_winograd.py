@@ -47,6 +47,7 @@ def test_weights_in_parts(form: Form, back: bool, kept: int, part: int, monkeypa
     monkeypatch.setattr(winograd, "_NUMBERS", 800)  # several parts of the input, too
     monkeypatch.setattr(winograd, "_KEPT", kept)
     monkeypatch.setattr(winograd, "_PART", part)
+    monkeypatch.setattr(winograd, "_BLOCK", 2)
     x, weight = torch.randn(2, 5, 9, 6, dtype=torch.float64), torch.randn(5, 5, 3, 3, dtype=torch.float64)
     expected = plain(x, weight.flip(2, 3).transpose(0, 1) if back else weight, None, form)
     for given in (weight, winograd.transform(weight, form, back)):
@@ -73,7 +74,9 @@ def test_in_float32_it_rounds_as_a_convolution_does(form: Form, bound: float, me
         ((2, 640, 16, 16), 1280, SMALL, False),
         ((1, 512, 128, 128), 512, LARGE, False),
         ((8, 640, 8, 8), 1280, None, True),  # too few cells, for one image or many
-        ((1, 128, 512, 512), 128, None, False),  # too few channels
+        ((1, 128, 512, 512), 128, LARGE, False),
+        ((1, 64, 512, 512), 128, None, False),  # too few channels
+        ((1, 128, 64, 64), 128, None, False),
         ((2, 320, 64, 64), 4, None, False),
     ],
 )

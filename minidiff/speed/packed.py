@@ -284,7 +284,7 @@ class PackedConv2d(Packed):
 
     def grows(self, x: Tensor) -> bool:
         """Whether `grow` makes no grid of upsampled cells."""
-        if torch.is_grad_enabled() or transformed() or not (self._fits(x) and self._may_pack()):
+        if not (self._fits(x) and self._may_pack()) or torch.is_grad_enabled() or transformed():
             return False
         return self._form(x, grown=True) is not None
 

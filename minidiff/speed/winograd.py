@@ -4,9 +4,11 @@ Each tile of output cells is computed from a window of input cells: sums and dif
 n x n numbers per channel, with n x n matrix products in between. Source: Lavin and Gray, "Fast Algorithms for
 Convolutional Neural Networks" (2015).
 
-`LARGE` is F(4x4, 3x3) (section 4.3), n = 6. Its interpolation points are 0, 1, -1, 5/8, -5/8 and infinity: of those
-symmetric about 0 they round the least (Barabasz et al. 2020, "Error Analysis and Improving the Accuracy of Winograd
-Convolution", say why points matter). In float32 it is 2.4e-6 off (RMS, 320 channels), packed convolutions 0.9e-6.
+`LARGE` is F(4x4, 3x3) (section 4.3), n = 6: 2.25 multiplications per cell. Interpolation points are 0, 3/2, -3/2, 2/3,
+-2/3 and infinity. The usual 0, 1, -1, 2, -2 and infinity round 2.3 times as much: with independent errors of relative
+size e in the products, the result's are 4.8 e, from the usual points 10.8 e, in `SMALL` 1.7 e (of a plain sum: e), less
+what shorter sums save. Why points matter: Barabasz et al. (2020), "Error Analysis and Improving the Accuracy of
+Winograd Convolution for Deep Neural Networks".
 
 `SMALL` is F(2x2, 3x3) (section 4.1), n = 4: 4 multiplications per cell, and 16/9 of the weights in place of 36/9.
 
@@ -23,16 +25,20 @@ from torch import Tensor
 
 Product = Callable[[Tensor, Tensor], Tensor]
 """E.g. F.linear: [T,C], weights [C',C] -> [T,C']."""
-_NUMBERS = 3 * 2**21
+_NUMBERS = 3 * 2**20
 """Elements of the transformed input at a time: they fit in the cache, and each matrix is large enough to be fast."""
 _PART = 2**22
 """Elements of transformed weights at a time (16 MB), where they are used once."""
+_BLOCK = 64
+"""Output channels are computed together by multiples of it: products of odd sizes take longer."""
 _KEPT = 2**24
 """Maximum elements of a layer's transformed weights that are kept, for a call or for good (64 MB)."""
-_CHANNELS = 256
-"""Minimum channels: with fewer, the transforms take as long as the multiplications that they save."""
+_CHANNELS, _FEWER = 256, 128
+"""Minimum channels, of large grids fewer: with fewer, the rest takes as long as the multiplications that it saves."""
 _CELLS = 16**2
 """Minimum cells of the result: on smaller grids, transforming the weights costs more than is saved."""
+_WIDE = 128**2
+"""Cells of a large grid."""
 _MANY = 32**2
 """From this many cells on, `LARGE` is faster in spite of its weights."""
 _ANEW = 64**2
@@ -129,7 +135,7 @@ def form(shape: torch.Size, weight: torch.Size, grown: bool = False) -> Form | N
     """The fastest for an input [B,C,h,w] and weights [C',C,3,3]; None if that is a plain convolution."""
     out, channels, *kernel = weight
     cells = shape[2] * shape[3] * (4 if grown else 1)
-    if kernel != [3, 3] or min(out, channels) < _CHANNELS or cells < _CELLS:
+    if kernel != [3, 3] or cells < _CELLS or min(out, channels) < (_FEWER if cells >= _WIDE else _CHANNELS):
         return None
     return GROWN if grown else LARGE if cells >= _MANY else SMALL
 
@@ -141,7 +147,7 @@ def keeps(shape: torch.Size, weight: torch.Size) -> bool:
 
 def transform(weight: Tensor, form: Form, back: bool = False) -> Tensor:
     """Transform weights [C',C,3,3] to [n*n,C',C], or for gradients to [n*n,C,C']."""
-    return next(_parts(weight, form, back, weight.numel() * form.window**2))
+    return next(_parts(weight, form, back, _BLOCK * weight.numel() * form.window**2))
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, linear: Product, form: Form, back: bool = False) -> Tensor:
@@ -203,9 +209,10 @@ def _parts(weight: Tensor, form: Form, back: bool, most: int) -> Iterator[Tensor
     g = torch.tensor(form.spread, dtype=torch.float64)
     g = g.flip(1) if back else g
     both = torch.einsum("ai,bj->abij", g, g).reshape(form.window**2, 9).to(weight)
-    axis, elements = (1 if back else 0), len(both) * weight.shape[0] * weight.shape[1]
+    axis, channels = (1, weight.shape[0]) if back else (0, weight.shape[1])
+    at_once = max(1, most // (_BLOCK * len(both) * channels)) * _BLOCK
     buffer: Tensor | None = None
-    for part in weight.chunk(-(-elements // most), dim=axis):  # the first is the largest
+    for part in weight.split(at_once, dim=axis):  # the first is the largest
         flat = part.reshape(-1, 9).T
         buffer = weight.new_empty(len(both), flat.shape[1]) if buffer is None else buffer[:, : flat.shape[1]]
         spread = torch.mm(both, flat, out=buffer).unflatten(1, part.shape[:2])
