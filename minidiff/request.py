@@ -310,9 +310,16 @@ class Request:
                 "regions_apart": self.regions_apart if self.areas[p] else None,
                 "relations": self.related[p] or None,
                 "tries": self.tries if self.layouts[p] or self.related[p] else 1,
-                "guidance": self.guidance if self.layouts[p] or self.related[p] or self.guidance == "none" else None,
+                "guidance": self._guidance(p),
             }
         )
+
+    def _guidance(self, p: int) -> object:
+        """That of a prompt: where it has no relations, without the objective that those of others added."""
+        if not (self.layouts[p] or self.related[p] or self.guidance == "none"):
+            return None
+        without = None if self.related[p] else getattr(self.guidance, "without", None)
+        return self.guidance if without is None else without("relation_loss")
 
     # ---- as JSON
 

@@ -118,6 +118,12 @@ def test_images_without_relations_are_as_alone(tiny_model: minidiff.Model) -> No
         torch.testing.assert_close(
             getattr(both.reports[0], name), getattr(alone.reports[0], name), rtol=1e-3, atol=1e-4
         )
+    first, second = (fields["guidance"]["objective"] for fields in both.parameters)
+    assert set(first) == {"layout"} and set(second) == {"layout", "relation"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of relations that are not there
+        again = minidiff.generate(Request.from_plain(both.parameters[0]), model=tiny_model, output="latents")
+    torch.testing.assert_close(again.latents, both.latents[:1], rtol=1e-3, atol=1e-3)
 
 
 def test_without_boxes_relations_alone_move_an_image(tiny_model: minidiff.Model) -> None:

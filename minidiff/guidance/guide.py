@@ -127,6 +127,11 @@ class Guidance:
         left = [round(passes * (1 - i / steps) ** 2) for i in range(steps + 1)]
         return tuple(before - after for before, after in pairwise(left))
 
+    def without(self, name: str) -> Guidance:
+        """The same without the terms of a name, unless there are no others."""
+        terms = tuple(term for term in self.objective.terms if term.name != name)
+        return replace(self, objective=replace(self.objective, terms=terms)) if terms else self
+
     def at(self, index: int) -> tuple[float, float, int]:
         """Scale, threshold and iterations of a step; 0 iterations after the last guided one."""
         assert isinstance(self.steps, int)  # of_run
