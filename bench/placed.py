@@ -1,8 +1,10 @@
-"""The calibration of `report.placed`: fitted to some of the league's prompts, tested on others.
+"""The calibrations of `report.placed`: fitted to some of the league's prompts, tested on others.
 
-Reads the pictures that `python -m bench league` has drawn, of all methods that are guided. In turn, each tenth of the
-prompts is tested with what the other prompts give.
+Reads the pictures that `python -m bench league` has drawn: of the default, and of all other methods that are guided. In
+turn, each tenth of the prompts is tested with what the other prompts give.
 """
+
+from __future__ import annotations
 
 import argparse
 import math
@@ -36,6 +38,11 @@ class Objects:
     features: Tensor
     hits: Tensor
     prompts: Sequence[object]
+
+    def where(self, there: Tensor) -> Objects:
+        """Those for which `there` [N] holds."""
+        prompts = [prompt for prompt, one in zip(self.prompts, there.tolist(), strict=True) if one]
+        return Objects(self.features[there], self.hits[there], prompts)
 
 
 def objects(rows: Sequence[Row]) -> Objects:
@@ -131,12 +138,16 @@ def run(args: argparse.Namespace) -> int:
         files = ", ".join(map(str, args.results))
         raise ValueError(f"{files}: pictures of fewer than {FOLDS} prompts; expected those of bench league --prompts 4")
     some = objects(rows)
-    said, hits = cross_fitted(some), some.hits.bool()
-    methods = [row["method"] for row in rows for _ in row["ious"]]
-    print_header("bench placed", {"objects": str(len(hits)), "methods": ", ".join(sorted(set(methods)))})
-    print(f"fitted to all: {fit(some)}\nin the code:   {CALIBRATIONS.get(BUNDLED)}\n")
-    by_default = torch.tensor([name == DEFAULT for name in methods])
-    bounds = [*_bounds("all", said, hits, (0.15, 0.05)), *_bounds(DEFAULT, said[by_default], hits[by_default], (1, 1))]
+    own = torch.tensor([row["method"] == DEFAULT and row["passes"] is None for row in rows for _ in row["ious"]])
+    said = torch.zeros(len(own), dtype=torch.float64)
+    print_header("bench placed", {"objects": str(len(own)), "methods": ", ".join(sorted({r["method"] for r in rows}))})
+    bounds: list[Bound] = []
+    for default, name in ((False, "other guidance"), (True, DEFAULT)):
+        part = some.where(own == default)
+        if len(set(part.prompts)) >= FOLDS:
+            said[own == default] = cross_fitted(part)
+            print(f"{name}, fitted: {fit(part)}\n{'in the code':>{len(name)}}: {CALIBRATIONS[BUNDLED, default]}\n")
+            bounds += _bounds(name, said[own == default], part.hits.bool(), (0.15, 0.05))
     print_head()
     for bound in bounds:
         print_row(bound)

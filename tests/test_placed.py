@@ -25,14 +25,14 @@ MASK = torch.stack([one.coverage((16, 16)) for one in read_objects(BOXES)])
 def test_the_chance_is_a_logistic_function_of_attention_and_box() -> None:
     seen = [[0.1, 0.2]] * 3 + [[0.4, 0.8], [0.2, 0.8], [0.4, 0.7], [0.4, 0.8], [0.5, 0.8]] + [[0.9, 0.1]]
     mass = torch.tensor(seen, dtype=torch.float64)
-    weights, bias, names = (0.5, 0.2, -1.0, -20.0, -10.0, -0.3, -0.9), 0.7, tuple(BOXES)
+    weights, bias, names = (0.5, 0.2, -1.0, -20.0, -10.0, -0.3, -0.9, -0.4), 0.7, tuple(BOXES)
     found = Calibration(weights, bias)(mass, MASK, names)
     for o, ((x0, y0, x1, y1), chance) in enumerate(zip(BOXES.values(), found.tolist(), strict=True)):
         short, long = sorted((x1 - x0, y1 - y0))
         odds = [math.log(own[o] / (1 - own[o])) for own in seen[3:8]]
         everything = sum(map(sum, seen[3:8])) / 10
         terms = [sum(odds) / 5, everything, math.log(short * long)]
-        terms += [max(0.22 - short, 0), max(long - 0.62, 0), max(long / short - 2, 0), 0]
+        terms += [max(0.22 - short, 0), max(long - 0.62, 0), max(long / short - 2, 0), 0, 0]
         logit = sum(w * term for w, term in zip(weights, terms, strict=True)) + bias
         assert chance == pytest.approx(1 / (1 + math.exp(-logit)))
     assert Calibration(weights, bias)(mass[: LOOKS.start], MASK, names).isnan().all()
@@ -42,6 +42,8 @@ def test_the_chance_is_a_logistic_function_of_attention_and_box() -> None:
     assert free[0] == found[0] and free[1].isnan()
     twice = Calibration(weights, bias)(mass, MASK, ("cat", "cat"))
     torch.testing.assert_close(twice.logit(), found.logit() - 0.9)
+    frail = Calibration(weights, bias)(mass, MASK, ("star cat", "red ring"))
+    torch.testing.assert_close(frail.logit(), found.logit() - torch.tensor([0, 0.4]))
     lost = mass.clone()
     lost[:, 1] = math.nan  # of an object without a mask
     alone = Calibration(weights, bias)(lost, MASK, names)
@@ -84,8 +86,13 @@ def test_reports_of_the_bundled_model_say_it_and_others_do_not(tiny_model: Model
 
     named = replace(tiny_model, name=BUNDLED)
     found = report(named)
-    expected = CALIBRATIONS[BUNDLED](found.mass, MASK.float(), found.names)
+    expected = CALIBRATIONS[BUNDLED, False](found.mass, MASK.float(), found.names)
     torch.testing.assert_close(found.placed, expected, rtol=1e-4, atol=1e-6)
+    how = {"objective": "inside", "steps": 4, "iterations": 1}
+    default = report(replace(named, defaults=replace(named.defaults, guidance=how)), guidance=None)
+    torch.testing.assert_close(default.mass, found.mass)
+    expected = CALIBRATIONS[BUNDLED, True](default.mass, MASK.float(), default.names)
+    torch.testing.assert_close(default.placed, expected, rtol=1e-4, atol=1e-6)
     assert found.plain()["placed"] == found.placed.tolist()
     for name, chance in zip(found.names, found.placed.tolist(), strict=True):
         assert (f"inside, {chance:.0%} likely in its box" in str(found)) and name in str(found)
