@@ -59,7 +59,7 @@ def features(mass: Tensor, mask: Tensor, names: Sequence[str]) -> Tensor:
 
 CALIBRATIONS: Mapping[tuple[str, bool], Calibration] = MappingProxyType(
     {
-        ("minidiff/shapes", True): Calibration((0.194, 2.946, -0.208, -35.53, -16.24, -1.365, -2.289, -1.955), 0.053),
+        ("minidiff/shapes", True): Calibration((0.169, 4.374, -0.783, -40.1, -10.28, -1.216, -1.989, -2.155), -2.622),
         ("minidiff/shapes", False): Calibration((0.833, 1.357, -1.629, -43.27, -11.28, 0.441, -1.328, -0.726), -6.152),
     }
 )
