@@ -13,7 +13,20 @@ import torch
 from test_packed import close
 from torch import Tensor, nn
 
-from minidiff.speed.accelerate import _called, _flags, compile_network, compile_unet, compile_whole, prepare
+from minidiff.networks.attention import ALL, Edit, Inputs, Record
+from minidiff.networks.config import UNetConfig
+from minidiff.networks.sites import Site
+from minidiff.networks.unet import DEEP, UNet
+from minidiff.speed import accelerate
+from minidiff.speed.accelerate import (
+    _called,
+    _flags,
+    compile_network,
+    compile_unet,
+    compile_whole,
+    prepare,
+    prepare_unet,
+)
 from minidiff.speed.packed import PackedConv2d, PackedLinear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -32,6 +45,56 @@ def test_convolutions_of_other_kinds_are_left_alone() -> None:
         nn.Conv2d(128, 128, 3, padding=1, padding_mode="circular"),
     )
     assert [type(child) for child in prepare(network)] == [nn.Conv2d] * 4
+
+
+def double(site: Site, probs: Tensor, inputs: Inputs) -> Tensor:
+    """An edit's function."""
+    return 2 * probs
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("site", [None, 0, 1])  # none, self-attention, cross-attention
+@pytest.mark.parametrize("hook", ["record", "edit", "deep"])
+@torch.no_grad()
+def test_what_both_halves_share_is_computed_once(
+    images: int, site: int | None, hook: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accelerate, "_HALVED", 0)
+    torch.manual_seed(0)
+    config = UNetConfig(
+        block_out_channels=(16, 32),
+        layers_per_block=(1, 1),
+        down_attention=(True, False),
+        up_attention=(False, True),
+        num_heads=(2, 2),
+        cross_attention_dim=24,
+        norm_num_groups=8,
+    )
+    unet = prepare_unet(UNet(config).requires_grad_(False))
+    one, context, rows = torch.randn(images, 4, 6, 5), torch.randn(2 * images, 7, 24), list[int]()
+    unet.conv_in.register_forward_hook(lambda layer, given, out: rows.append(len(out)))
+    sites = frozenset(() if site is None else (unet.sites[site],))
+    record = Record(sites, ALL) if hook == "record" and sites else None
+    edits = [Edit(sites, probs=double, rows="cond")] if hook == "edit" and sites else []
+    deep: Tensor | bool = hook == "deep"
+    for x, shared in ((torch.cat([one, one]), site != 0 or hook == "deep"), (torch.cat([one, one + 1]), False)):
+        t = torch.full((2 * images,), 300.0)
+        found = unet(x, t, context, record, edits, {}, deep)
+        monkeypatch.setattr(unet, "distinct", None)
+        expected = unet(x, t, context, record, edits, {}, deep)
+        if hook == "deep":
+            around = unet(x, t, context, None, (), {}, found[1][DEEP])[0]
+            monkeypatch.setattr(unet, "distinct", accelerate.distinct)
+            torch.testing.assert_close(unet(x, t, context, None, (), {}, found[1][DEEP])[0], around)
+        monkeypatch.setattr(unet, "distinct", accelerate.distinct)
+        torch.testing.assert_close(found, expected)
+        assert rows[0] == (images if shared else 2 * images) and rows[1] == 2 * images
+        rows.clear()
+        unet(x, torch.arange(2.0 * images), context)
+        with torch.enable_grad():
+            unet(x, t, context)
+        assert rows == [2 * images] * 2
+        rows.clear()
 
 
 @pytest.mark.slow

@@ -32,6 +32,8 @@ class UNet(nn.Module):
     """`eps, maps = unet(x, t, context)`. `unet.sites` lists the attention layers in execution order."""
 
     attend = staticmethod(attention)
+    distinct: Callable[[Tensor, Tensor], int] | None = None
+    """How many of the rows of x and emb are not those of the first half again (speed/accelerate.py)."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -91,7 +93,7 @@ class UNet(nn.Module):
         x = self._with_masked(x, inputs)
         self._check(x, context)
         emb = self.time_embedding(self._timesteps(x, t).to(x.dtype))
-        y = self.conv_in(x)
+        y = self.conv_in(x[: self._rows(x, emb, hooks)])
         skips: list[Tensor] = [y]
         maps: Maps = {}
         if isinstance(deep, Tensor):
@@ -103,7 +105,7 @@ class UNet(nn.Module):
                     maps[DEEP] = y
                 # The concatenation gets no name, so that the layer can free it.
                 y, kept = block.layer(
-                    i, torch.cat([y, skips.pop()], dim=1) if block.place == "up" else y, emb, context, hooks
+                    i, torch.cat([y, _again(skips.pop(), y)], dim=1) if block.place == "up" else y, emb, context, hooks
                 )
                 maps.update(kept)
                 if y is None:
@@ -128,10 +130,17 @@ class UNet(nn.Module):
         found: Tensor | None = deep
         for i, other in zip(range(len(last.resnets) - SHALLOW, len(last.resnets)), (skip, y), strict=True):
             assert found is not None
-            found, kept = last.layer(i, torch.cat([found, other], dim=1), emb, context, hooks)
+            found, kept = last.layer(i, torch.cat([found, _again(other, found)], dim=1), emb, context, hooks)
             maps = {**maps, **kept}
         assert found is not None
         return self._out(found), maps
+
+    def _rows(self, x: Tensor, emb: Tensor, hooks: Hooks) -> int:
+        """How many rows to begin with: with guidance the two halves are the same until a layer reads the text."""
+        first = self.sites[0]
+        hooked = first in hooks.kinds or any(first in edit.sites for edit in hooks.edits)  # type: ignore[operator]
+        reads = cast(Block, self.down_blocks[0]).attentions is not None
+        return len(x) if self.distinct is None or hooked or not reads else self.distinct(x, emb)
 
     def _out(self, y: Tensor) -> Tensor:
         return self.conv_out(self.conv_norm_out(y))
@@ -227,7 +236,7 @@ class Block(nn.Module):
 
     def layer(self, i: int, x: Tensor, emb: Tensor, context: Tensor, hooks: Hooks) -> tuple[Tensor | None, Maps]:
         """Resnet i and the transformer after it, if there is one: (x, its maps); x is None if the pass ends here."""
-        x = self.resnets[i](x, emb)
+        x = self.resnets[i](x, emb[: len(x)])
         if self.attentions is None or i == len(self.attentions):
             return x, {}
         return self.attentions[i](x, context, hooks)
@@ -291,7 +300,12 @@ class Transformer(nn.Module):
             return None, maps
         y = self.proj_out(y) if self.linear else y
         y = y.transpose(1, 2).unflatten(2, grid)  # [B,N,C] -> [B,C,h,w]
-        return x + (y if self.linear else self.proj_out(y)), maps
+        return _again(x, y) + (y if self.linear else self.proj_out(y)), maps
+
+
+def _again(x: Tensor, other: Tensor) -> Tensor:
+    """x, its rows repeated to as many as the other's."""
+    return x if len(x) == len(other) else torch.cat([x] * (len(other) // len(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -312,6 +326,7 @@ class TransformerBlock(nn.Module):
         """x [B,N,C] -> (x, maps); x is None when `hooks.stop` ended the pass here."""
         maps: Maps = {}
         for norm, attn in ((self.norm1, self.attn1), (self.norm2, self.attn2)):
+            x = x if attn is self.attn1 else _again(x, context)
             y = norm(x)
             y, kept = attn(y, y if attn is self.attn1 else context, grid, hooks)
             if kept is not None:

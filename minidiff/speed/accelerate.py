@@ -16,13 +16,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .capture import capture_calls, captured
 from .fused import fuse
-from .packed import ONEDNN, Packed, pack
+from .packed import ONEDNN, Packed, pack, transformed
 from .strips import by_strips
 
 T = TypeVar("T")
 Network = TypeVar("Network", bound=nn.Module)
 _LARGE = 2**16
 """Weights from which a layer is packed; in smaller layers the Python overhead exceeds the gain."""
+_HALVED = 2**22
+"""Cells times numbers of emb (4 for each channel) from which it is asked whether the halves of a batch are the same."""
 _GRAPHS = 2**12
 """Limit on the graphs of one function, over all networks."""
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
@@ -44,8 +46,22 @@ def prepare(network: Network) -> Network:
 
 def prepare_unet(unet: Network) -> Network:
     """The same for a UNet, whose calls on a card are captured as graphs."""
-    on_card = next(unet.parameters()).device.type == "cuda"
-    return capture_calls(prepare(unet)) if on_card else prepare(unet)
+    if next(unet.parameters()).device.type == "cuda":
+        return capture_calls(prepare(unet))
+    setattr(unet, "distinct", distinct)  # noqa: B010  # a function of the instance is no method
+    return prepare(unet)
+
+
+def distinct(x: Tensor, emb: Tensor) -> int:
+    """The rows of latents [B,C,h,w] and emb [B,C'] to compute: half, if the others are the same and large enough.
+
+    Not with gradients, which would all be the first half's.
+    """
+    half = len(x) // 2
+    if x[0, 0].numel() * emb.shape[1] < _HALVED or torch.is_grad_enabled() or transformed():
+        return len(x)
+    same = len(x) % 2 == 0 and all(torch.equal(one[:half], one[half:]) for one in (x, emb))
+    return half if same else len(x)
 
 
 def keep_memory() -> None:
