@@ -26,7 +26,9 @@ from torch import Tensor
 Product = Callable[[Tensor, Tensor], Tensor]
 """E.g. F.linear: [T,C], weights [C',C] -> [T,C']."""
 _NUMBERS = 3 * 2**20
-"""Elements of the transformed input at a time: they fit in the cache, and each matrix is large enough to be fast."""
+"""Elements of the transformed input at a time: they fit in the cache, and each matrix is large enough to be fast. With
+fewer channels half of it suffices, and the largest grids, which have few, leave the least memory.
+"""
 _PART = 2**22
 """Elements of transformed weights at a time (16 MB), where they are used once."""
 _BLOCK = 64
@@ -162,7 +164,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, linear: Product, fo
     n, cells, out = form.window, len(form.scales), weight.shape[1 if back or weight.ndim == 3 else 0]
     tall, wide = -(-height // form.step), -(-width // form.step)  # tiles
     small = n * n * out * channels <= _KEPT
-    rows = min(tall, max(1, (_NUMBERS if small else 4 * _NUMBERS) // (n * n * channels * batch * wide)))
+    numbers = _NUMBERS if min(out, channels) >= _CHANNELS else _NUMBERS // 2
+    rows = min(tall, max(1, (numbers if small else 4 * numbers) // (n * n * channels * batch * wide)))
     whole = weight if weight.ndim == 3 else transform(weight, form, back) if small and rows < tall else None
     offset = x.new_zeros(out) if bias is None else bias
     y = x.new_empty(batch, tall, cells, wide, cells, out)
