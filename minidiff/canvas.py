@@ -68,7 +68,7 @@ def each_once(model: Model) -> Moments:
         for known, found in seen:
             if torch.equal(known, image):
                 return found
-        seen.append((image, model.vae.moments(image.to(model.device, model.dtype))))
+        seen.append((image.clone(), model.vae.moments(image.to(model.device, model.dtype))))
         return seen[-1][1]
 
     return moments

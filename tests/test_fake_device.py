@@ -19,9 +19,10 @@ from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.model import Model
 from minidiff.networks.attention import Inputs, mask_name
 from minidiff.networks.norm import GroupNorm, LayerNorm
+from minidiff.networks.resample import Upsample
 from minidiff.networks.sites import Grid, Site
 from minidiff.networks.text import TextEncoder
-from minidiff.networks.unet import GEGLU, ResBlock, UNet
+from minidiff.networks.unet import GEGLU, ResBlock, Transformer, UNet
 from minidiff.networks.vae import VAE
 from minidiff.speed import fused, keeps
 
@@ -127,7 +128,7 @@ def test_a_recorded_step_takes_every_fused_kernel(
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
     unet, there = fused.fuse(model.unet), model.unet.positions(8, 8)
     record = minidiff.Record(frozenset(site for site in unet.sites if site.kind == "cross"), keep)
-    layers = [one for one in unet.modules() if isinstance(one, GroupNorm | LayerNorm | GEGLU | ResBlock)]
+    layers = [one for one in unet.modules() if isinstance(one, GroupNorm | LayerNorm | GEGLU | ResBlock | Transformer)]
     expected = Counter(type(one).__name__ for one in layers)
     with FakeTensorMode(), torch.no_grad():
         for module in unet.modules():
@@ -142,9 +143,9 @@ def test_a_recorded_step_takes_every_fused_kernel(
         eps, maps = unet(x, torch.empty((), device="cuda"), text, record, (), inputs)
     assert eps is not None and eps.shape == x.shape and eps.is_contiguous(memory_format=torch.channels_last)
     assert ran["moments"] == ran["combine"] == ran["apply"] == expected["GroupNorm"] + expected["GroupNormSiLU"]
-    assert (ran["layer_norm"], ran["gated_gelu"], ran["add"]) == tuple(
-        expected[name] for name in ("LayerNorm", "GEGLU", "ResBlock")
-    )
+    assert (ran["layer_norm"], ran["gated_gelu"]) == (expected["LayerNorm"], expected["GEGLU"])
+    assert ran["total"] == expected["Transformer"] and ran["add"] == expected["Transformer"] + expected["ResBlock"]
+    assert ran["fold"] == ran["interleave"] == sum(isinstance(one, Upsample) for one in unet.modules()) > 0
     assert ran["log_sums"] == len(maps) == len(record.kinds) == ran["means"] + ran["columns"] + ran["mask_sums"]
     for site, kept in maps.items():
         (height, width), tokens = there[site].grid, 77

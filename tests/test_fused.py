@@ -80,7 +80,7 @@ for linear in (False, True):
 for channels, size, batch, wide in ((6, (5, 3), 2, 2**12), (5, (1, 3), 2, 8)):
     fused._WIDE, calls = wide, 1 if 4 * channels < wide else 4
     layer = fused._fused(Upsample(channels))
-    x, expected = torch.randn(batch, channels, *size), None
+    x = torch.randn(batch, channels, *size)
     for order in (torch.contiguous_format, torch.channels_last):
         before = kernels.interleave.times
         found = layer(x.to(memory_format=order), (2 * size[0], 2 * size[1]))

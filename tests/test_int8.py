@@ -12,6 +12,7 @@ import minidiff
 from minidiff.cli.main import main
 from minidiff.networks.attention import attention
 from minidiff.networks.config import UNetConfig
+from minidiff.networks.resample import grow_conv
 from minidiff.networks.unet import FeedForward, UNet
 from minidiff.speed import device as devices, int8
 from minidiff.speed.accelerate import compile_unet
@@ -82,6 +83,16 @@ def test_any_size_and_sign_after_the_first_call(kind: str) -> None:
         given(kind).transpose(-2, -1) if kind != "linear" else given(kind).transpose(1, 2),
     ):
         assert apart(layer(x), formula(plain, x)) < 1e-3
+
+
+def test_an_upsampler_is_in_int8_too() -> None:
+    """In float32 it would be computed without the grid of upsampled cells."""
+    conv = nn.Conv2d(256, 256, 3, padding=1).requires_grad_(False)
+    x, own = torch.randn(1, 256, 8, 8), Int8Conv2d(copy.deepcopy(conv))
+    with torch.no_grad():
+        found = grow_conv(own, x)
+        assert torch.equal(found, own(F.interpolate(x, scale_factor=2, mode="nearest")))
+        assert (found - grow_conv(conv, x)).abs().max() > 1e-3 and "int8" in own.derived
 
 
 def test_inputs_without_a_scale() -> None:

@@ -398,6 +398,9 @@ def test_upsampling_before_a_large_convolution(edges: tuple[int, int], monkeypat
     with torch.no_grad():
         found = grow_conv(packed, x)
         assert packed.grows(x) == (edges != (4, 4))
+        hook = packed.register_forward_hook(lambda *_: None)
+        assert not packed.grows(x)  # it wants to be called
+        hook.remove()
     close(found, expected)
     assert found.is_contiguous(memory_format=torch.channels_last)
     monkeypatch.setattr(F, "interpolate", upsample)

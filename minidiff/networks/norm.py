@@ -10,6 +10,11 @@ Fused: TypeAlias = Callable[..., Tensor] | None
 """(the layer, its input) -> its output."""
 
 
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether calling a layer may do more, or something else, than its class says."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+
+
 class GroupNorm(nn.GroupNorm):
     """Group norm alone."""
 

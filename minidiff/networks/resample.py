@@ -33,7 +33,9 @@ class Upsample(nn.Module):
 def grow_conv(conv: nn.Module, x: Tensor) -> Tensor:
     """Double the grid by nearest neighbours, then convolve: [B,C,h,w] -> [B,C',2h,2w].
 
-    By the layer's own `grow`, where it has one: most of the products are of equal numbers (speed/fused.py).
+    By the layer's own `grow`, where it has one that takes x: most of the products are of equal numbers
+    (speed/fused.py, speed/winograd.py).
     """
     grow = getattr(conv, "grow", None)
-    return conv(F.interpolate(x, scale_factor=2, mode="nearest")) if grow is None else grow(x)
+    y = None if grow is None else grow(x)
+    return conv(F.interpolate(x, scale_factor=2, mode="nearest")) if y is None else y

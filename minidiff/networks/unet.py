@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionLayer, Edit, Hooks, Inputs, Maps, Record, attention
 from .config import UNetConfig
-from .norm import Fused, GroupNorm, GroupNormSiLU, LayerNorm
+from .norm import Fused, GroupNorm, GroupNormSiLU, LayerNorm, is_hooked
 from .resample import Downsample, Upsample
 from .sites import Place, Position, Site, Where
 
@@ -137,10 +137,12 @@ class UNet(nn.Module):
 
     def _rows(self, x: Tensor, emb: Tensor, hooks: Hooks) -> int:
         """How many rows to begin with: with guidance the two halves are the same until a layer reads the text."""
-        first = self.sites[0]
-        hooked = first in hooks.kinds or any(first in edit.sites for edit in hooks.edits)  # type: ignore[operator]
-        reads = cast(Block, self.down_blocks[0]).attentions is not None
-        return len(x) if self.distinct is None or hooked or not reads else self.distinct(x, emb)
+        first, block = self.sites[0], cast(Block, self.down_blocks[0])
+        asked = first in hooks.kinds or any(first in edit.sites for edit in hooks.edits)  # type: ignore[operator]
+        if self.distinct is None or asked or block.attentions is None:
+            return len(x)
+        layers = (one for layer in (self.conv_in, block.resnets[0], block.attentions[0]) for one in layer.modules())
+        return len(x) if any(map(is_hooked, layers)) else self.distinct(x, emb)
 
     def _out(self, y: Tensor) -> Tensor:
         return self.conv_out(self.conv_norm_out(y))

@@ -23,14 +23,16 @@ from ..checks import warn
 from ..networks import resample, vae
 from ..networks.attention import AttentionLayer, Hooks, Maps
 from ..networks.config import UNetConfig
-from ..networks.norm import GroupNorm, GroupNormSiLU, LayerNorm
+from ..networks.norm import GroupNorm, GroupNormSiLU, LayerNorm, is_hooked
 from ..networks.unet import GEGLU, FeedForward, ResBlock, Transformer, TransformerBlock
 
 Network = TypeVar("Network", bound=nn.Module)
 STRIPS = 256
 """The most parts whose sums are combined for a group norm."""
 _WIDE = 4096
-"""Output channels of a convolution from which cuDNN takes twice as long per channel, with 2x2 cells at least."""
+"""Output channels at which a convolution is divided: cuDNN takes twice as long per channel for 2560 and 5120 of 1280 at
+16x16 cells (not for 2560 of 640 at 32x32).
+"""
 _MOST = 2**13
 """The most channels of a layer norm."""
 _LAST = torch.channels_last
@@ -143,13 +145,14 @@ class PointConv2d(nn.Conv2d):
 class GrowConv2d(nn.Conv2d):
     """A 3x3 convolution that can upsample before, without the large grid."""
 
-    def grow(self, x: Tensor) -> Tensor:
-        """Nearest-neighbour upsampling by 2, then this: [B,C,h,w] -> [B,C',2h,2w]. An output cell's 3x3 cells are of
-        2x2 cells of x, so four convolutions of x with sums of the weights give the four output cells of each.
+    def grow(self, x: Tensor) -> Tensor | None:
+        """Nearest-neighbour upsampling by 2, then this: [B,C,h,w] -> [B,C',2h,2w]; None where torch does it. An output
+        cell's 3x3 cells are of 2x2 cells of x, so four convolutions of x with sums of the weights give the four output
+        cells of each.
         """
         out, channels = self.weight.shape[:2]
         if not (_bare(self) and _usable(self, x)):
-            return self(F.interpolate(x, scale_factor=2, mode="nearest"))
+            return None
         from . import triton_kernels as kernels
 
         x, weight = (one.contiguous(memory_format=_LAST) for one in (x, self.weight))
@@ -178,7 +181,8 @@ def transformer(layer: Transformer, x: Tensor, context: Tensor, hooks: Hooks) ->
     ends = cast("tuple[nn.Linear, ...]", (block.attn1.to_out[0], block.attn2.to_out[0], block.ff.net[2]))
     linears, around = (layer.proj_in, layer.proj_out, *ends), (block, block.attn1, block.attn2, block.norm1)
     bare = all(_bare(one) for one in (*linears, *around, block.norm2, block.norm3, block.ff))
-    if not bare or not _usable(layer.proj_in, x) or not x.is_contiguous(memory_format=_LAST) or x.shape[1] > _MOST:
+    fits = x.is_contiguous(memory_format=_LAST) and x.shape[1] <= _MOST and len(x) == len(context)
+    if not bare or not fits or not _usable(layer.proj_in, x):
         return layer.plain(x, context, hooks)
     from . import triton_kernels as kernels
 
@@ -340,8 +344,8 @@ def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _bare(layer: nn.Module) -> bool:
-    """Whether a layer is its weights alone, so that they can be used without calling it."""
-    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+    """Whether a layer does what its class says, with all its weights, so that they can be used without calling it."""
+    if is_hooked(layer):
         return False
     if type(layer) in (AttentionLayer, FeedForward, TransformerBlock):
         return True

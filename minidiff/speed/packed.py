@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..networks.norm import is_hooked
 from . import winograd
 from .operator import laid_out, numbered
 
@@ -276,15 +277,15 @@ class PackedConv2d(Packed):
         each = zip(size[2:], self.padding, self.shape[2:], self.stride, strict=True)
         return [size[0], self.shape[0], *((n + 2 * p - k) // s + 1 for n, p, k, s in each)]
 
-    def grow(self, x: Tensor) -> Tensor:
-        """Nearest-neighbour upsampling by 2, then this layer: [B,C,h,w] -> [B,C',2h,2w]."""
+    def grow(self, x: Tensor) -> Tensor | None:
+        """Nearest-neighbour upsampling by 2, then this layer: [B,C,h,w] -> [B,C',2h,2w]; None if not `grows`."""
         if not self.grows(x):
-            return self(F.interpolate(x, scale_factor=2, mode="nearest"))
+            return None
         return winograd.convolve(x, self.dense(), self.bias, _linear, winograd.GROWN)
 
     def grows(self, x: Tensor) -> bool:
         """Whether `grow` makes no grid of upsampled cells."""
-        if not (self._fits(x) and self._may_pack()) or torch.is_grad_enabled() or transformed():
+        if not (self._fits(x) and self._may_pack()) or torch.is_grad_enabled() or transformed() or is_hooked(self):
             return False
         return self._form(x, grown=True) is not None
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..networks import resample
-from ..networks.norm import GroupNorm
+from ..networks.norm import GroupNorm, is_hooked
 from ..networks.unet import GEGLU
 from .packed import PackedConv2d, PackedLinear, transformed
 
@@ -61,7 +61,9 @@ def grow_conv(conv: nn.Module, x: Tensor) -> Tensor:
 def gated_gelu(layer: GEGLU, x: Tensor) -> Tensor:
     """The layer, on the CPU: [B,N,C] -> [B,N,C']. The rest of the memory would take a third as long as the product."""
     proj = layer.proj
-    if not (isinstance(proj, PackedLinear) and x.device.type == "cpu") or torch.is_grad_enabled() or transformed():
+    if not isinstance(proj, PackedLinear) or x.device.type != "cpu" or is_hooked(proj):
+        return layer.plain(x)
+    if torch.is_grad_enabled() or transformed() or torch.is_autocast_enabled("cpu"):
         return layer.plain(x)
     rows, width = x.shape[:-1].numel(), proj.shape[0]
     if rows * width <= 8 * _GATED:
