@@ -139,21 +139,22 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{files}: pictures of fewer than {FOLDS} prompts; expected those of bench league --prompts 4")
     some = objects(rows)
     own = torch.tensor([row["method"] == DEFAULT and row["passes"] is None for row in rows for _ in row["ious"]])
-    said = torch.zeros(len(own), dtype=torch.float64)
+    said, tested = torch.zeros(len(own), dtype=torch.float64), torch.zeros(len(own), dtype=torch.bool)
     print_header("bench placed", {"objects": str(len(own)), "methods": ", ".join(sorted({r["method"] for r in rows}))})
     bounds: list[Bound] = []
     for default, name in ((False, "other guidance"), (True, DEFAULT)):
         part = some.where(own == default)
         if len(set(part.prompts)) >= FOLDS:
-            said[own == default] = cross_fitted(part)
+            said[own == default], tested[own == default] = cross_fitted(part), True
             print(f"{name}, fitted: {fit(part)}\n{'in the code':>{len(name)}}: {CALIBRATIONS[BUNDLED, default]}\n")
             bounds += _bounds(name, said[own == default], part.hits.bool(), (0.15, 0.05))
     print_head()
     for bound in bounds:
         print_row(bound)
     print()
+    said, came = said[tested], some.hits[tested]
     for part in np.array_split(said.argsort().numpy(), BINS):
-        print(f"said {said[part].mean():>6.1%}, came {some.hits[part].mean():>6.1%} of {len(part)}")
+        print(f"said {said[part].mean():>6.1%}, came {came[part].mean():>6.1%} of {len(part)}")
     return finish(bounds, args.json)
 
 

@@ -176,7 +176,8 @@ def _tell(
     if how is not None:
         check_places(how, regions, related)
         seen = [(encoded[one][-len(regions) :], layouts[one], inputs[one]) for one in each_step]
-        default = how == Guidance.read(model.defaults.guidance)
+        own_guidance = model.defaults.guidance
+        default = own_guidance != "none" and how == Guidance.read(own_guidance)
         guide = _guide(model, how.of_run(begun.schedule.steps, there), seen, regions, edits, default)
     return _Told(contexts, [inputs[one] for one in each_step], edits, record, guide, weights, apart)
 

@@ -14,9 +14,10 @@ from test_packed import close
 from torch import Tensor, nn
 
 from minidiff.networks.attention import ALL, Edit, Inputs, Record
-from minidiff.networks.config import UNetConfig
+from minidiff.networks.config import UNetConfig, VAEConfig
 from minidiff.networks.sites import Site
 from minidiff.networks.unet import DEEP, ResBlock, UNet
+from minidiff.networks.vae import VAE
 from minidiff.speed import accelerate
 from minidiff.speed.accelerate import (
     _called,
@@ -104,6 +105,33 @@ def test_what_both_halves_share_is_computed_once(
         hook_on_it.remove()
         assert rows == [2 * images] * 3
         rows.clear()
+
+
+@torch.no_grad()
+def test_a_network_without_attention_has_no_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerate, "_HALVED", 0)
+    none = UNetConfig(
+        block_out_channels=(16,),
+        layers_per_block=(1,),
+        down_attention=(False,),
+        up_attention=(False,),
+        num_heads=(2,),
+        cross_attention_dim=24,
+        norm_num_groups=8,
+        mid_block=False,
+    )
+    eps, _ = prepare_unet(UNet(none).requires_grad_(False))(torch.randn(2, 4, 6, 5), 3.0, torch.randn(2, 7, 24))
+    assert eps is not None and eps.shape == (2, 4, 6, 5)
+
+
+def test_the_autoencoder_keeps_no_second_form_of_its_weights() -> None:
+    """It runs once a picture, and they would be 377 MB."""
+    vae = VAE(VAEConfig(block_out_channels=(64, 256), layers_per_block=1)).requires_grad_(False)
+    layers = [layer for layer in accelerate.prepare(vae).modules() if isinstance(layer, PackedConv2d)]
+    assert layers and not any(layer.keeps for layer in layers)
+    with torch.no_grad():
+        vae.decode(torch.randn(1, 4, 32, 32))
+    assert not any("transformed" in layer.derived for layer in layers)
 
 
 @pytest.mark.slow

@@ -393,7 +393,7 @@ def test_upsampling_before_a_large_convolution(edges: tuple[int, int], monkeypat
     conv, packed = large()
     x = torch.randn(2, 256, *edges)
     upsample = F.interpolate
-    expected = conv(upsample(x, scale_factor=2))
+    expected, seen = conv(upsample(x, scale_factor=2)), list[bool]()
     monkeypatch.setattr(F, "interpolate", None if edges != (4, 4) else upsample)
     with torch.no_grad():
         found = grow_conv(packed, x)
@@ -401,6 +401,8 @@ def test_upsampling_before_a_large_convolution(edges: tuple[int, int], monkeypat
         hook = packed.register_forward_hook(lambda *_: None)
         assert not packed.grows(x)  # it wants to be called
         hook.remove()
+        torch.vmap(lambda one: seen.append(packed.grows(one)) or one)(x[None])
+    assert seen == [False]
     close(found, expected)
     assert found.is_contiguous(memory_format=torch.channels_last)
     monkeypatch.setattr(F, "interpolate", upsample)

@@ -42,7 +42,7 @@ def test_the_chance_is_a_logistic_function_of_attention_and_box() -> None:
     assert free[0] == found[0] and free[1].isnan()
     twice = Calibration(weights, bias)(mass, MASK, ("cat", "cat"))
     torch.testing.assert_close(twice.logit(), found.logit() - 0.9)
-    frail = Calibration(weights, bias)(mass, MASK, ("star cat", "red ring"))
+    frail = Calibration(weights, bias)(mass, MASK, ("star cat string", "red Ring"))
     torch.testing.assert_close(frail.logit(), found.logit() - torch.tensor([0, 0.4]))
     lost = mass.clone()
     lost[:, 1] = math.nan  # of an object without a mask
@@ -93,6 +93,8 @@ def test_reports_of_the_bundled_model_say_it_and_others_do_not(tiny_model: Model
     torch.testing.assert_close(default.mass, found.mass)
     expected = CALIBRATIONS[BUNDLED, True](default.mass, MASK.float(), default.names)
     torch.testing.assert_close(default.placed, expected, rtol=1e-4, atol=1e-6)
+    alone = report(replace(named, defaults=replace(named.defaults, guidance="none")))
+    assert torch.equal(alone.placed, found.placed)
     assert found.plain()["placed"] == found.placed.tolist()
     for name, chance in zip(found.names, found.placed.tolist(), strict=True):
         assert (f"inside, {chance:.0%} likely in its box" in str(found)) and name in str(found)

@@ -71,16 +71,16 @@ def test_in_float32_it_rounds_as_a_convolution_does(form: Form, bound: float, me
         ((2, 320, 64, 64), 320, LARGE, False),
         ((2, 640, 32, 32), 640, LARGE, True),
         ((2, 1280, 32, 32), 640, LARGE, False),  # 118 MB
-        ((2, 640, 16, 16), 1280, SMALL, False),
+        ((2, 640, 16, 16), 1280, SMALL, None),
         ((1, 512, 128, 128), 512, LARGE, False),
-        ((8, 640, 8, 8), 1280, None, True),  # too few cells, for one image or many
+        ((8, 640, 8, 8), 1280, None, None),  # too few cells, for one image or many
         ((1, 128, 512, 512), 128, LARGE, False),
-        ((1, 64, 512, 512), 128, None, False),  # too few channels
-        ((1, 128, 64, 64), 128, None, False),
-        ((2, 320, 64, 64), 4, None, False),
+        ((1, 64, 512, 512), 128, None, None),  # too few channels
+        ((1, 128, 64, 64), 128, None, None),
+        ((2, 320, 64, 64), 4, None, None),
     ],
 )
-def test_where_it_pays(input_shape: tuple[int, ...], out: int, form: Form | None, keeps: bool) -> None:
+def test_where_it_pays(input_shape: tuple[int, ...], out: int, form: Form | None, keeps: bool | None) -> None:
     shape, weight = torch.Size(input_shape), torch.Size((out, input_shape[1], 3, 3))
     assert winograd.form(shape, weight) == form
     if form is LARGE:

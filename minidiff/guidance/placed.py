@@ -52,7 +52,7 @@ def features(mass: Tensor, mask: Tensor, names: Sequence[str]) -> Tensor:
     short, long = edges.amin(dim=1).clamp_min(1e-3), edges.amax(dim=1).clamp_min(1e-3)
     shared = mask.new_tensor([names.count(name) > 1 for name in names])
     unlike = [(0.22 - short).clamp_min(0), (long - 0.62).clamp_min(0), (long / short - 2).clamp_min(0)]
-    frail = mask.new_tensor([name.endswith(FRAIL) for name in names])
+    frail = mask.new_tensor([(name.lower().split() or [""])[-1] in FRAIL for name in names])
     means = inside.logit().mean(dim=0), inside.nanmean().expand_as(area)
     return torch.stack([*means, area.log(), *unlike, shared, frail], dim=1)
 

@@ -137,9 +137,11 @@ class UNet(nn.Module):
 
     def _rows(self, x: Tensor, emb: Tensor, hooks: Hooks) -> int:
         """How many rows to begin with: with guidance the two halves are the same until a layer reads the text."""
-        first, block = self.sites[0], cast(Block, self.down_blocks[0])
-        asked = first in hooks.kinds or any(first in edit.sites for edit in hooks.edits)  # type: ignore[operator]
-        if self.distinct is None or asked or block.attentions is None:
+        block = cast(Block, self.down_blocks[0])
+        if self.distinct is None or block.attentions is None:
+            return len(x)
+        first = self.sites[0]
+        if first in hooks.kinds or any(first in edit.sites for edit in hooks.edits):  # type: ignore[operator]
             return len(x)
         layers = (one for layer in (self.conv_in, block.resnets[0], block.attentions[0]) for one in layer.modules())
         return len(x) if any(map(is_hooked, layers)) else self.distinct(x, emb)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..networks.vae import VAE
 from .capture import capture_calls, captured
 from .fused import fuse
-from .packed import ONEDNN, Packed, pack, transformed
+from .packed import ONEDNN, Packed, PackedConv2d, pack, transformed
 from .strips import by_strips
 
 T = TypeVar("T")
@@ -41,7 +42,11 @@ def prepare(network: Network) -> Network:
     if device.type != "cpu" or not ONEDNN:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return fuse(network) if device.type == "cuda" else network
-    return pack(network, _LARGE)
+    pack(network, _LARGE)
+    for layer in network.modules() if isinstance(network, VAE) else ():
+        if isinstance(layer, PackedConv2d):
+            layer.keeps = False
+    return network
 
 
 def prepare_unet(unet: Network) -> Network:

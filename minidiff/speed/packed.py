@@ -245,6 +245,7 @@ class PackedConv2d(Packed):
     """nn.Conv2d, packed."""
 
     channels_last = True
+    keeps = True  # transformed weights; not where a layer runs once a picture
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__(conv)
@@ -279,15 +280,13 @@ class PackedConv2d(Packed):
 
     def grow(self, x: Tensor) -> Tensor | None:
         """Nearest-neighbour upsampling by 2, then this layer: [B,C,h,w] -> [B,C',2h,2w]; None if not `grows`."""
-        if not self.grows(x):
-            return None
-        return winograd.convolve(x, self.dense(), self.bias, _linear, winograd.GROWN)
+        return winograd.convolve(x, self.dense(), self.bias, _linear, winograd.GROWN) if self.grows(x) else None
 
     def grows(self, x: Tensor) -> bool:
         """Whether `grow` makes no grid of upsampled cells."""
-        if not (self._fits(x) and self._may_pack()) or torch.is_grad_enabled() or transformed() or is_hooked(self):
-            return False
-        return self._form(x, grown=True) is not None
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or transformed() or is_hooked(self):
+            return False  # a graph that reads weights is compiled anew once its first call has packed them
+        return self._fits(x) and self._may_pack() and self._form(x, grown=True) is not None
 
     def _form(self, x: Tensor, grown: bool = False) -> winograd.Form | None:
         """How winograd.py computes it, or its gradient, whose grid and weights are as large."""
@@ -298,7 +297,8 @@ class PackedConv2d(Packed):
     def _transformed(self, x: Tensor, form: winograd.Form, back: bool = False) -> Tensor:
         """The weights for winograd.py: transformed where those are kept."""
         name = "turned, transformed" if back else "transformed"
-        if form is winograd.LARGE and (name in self.derived or winograd.keeps(x.shape, self.shape)):
+        kept = self.keeps and (name in self.derived or winograd.keeps(x.shape, self.shape))
+        if form is winograd.LARGE and kept:
             return self._derive(name, lambda: winograd.transform(self.dense(), form, back))
         return self.dense()
 
