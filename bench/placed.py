@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from minidiff.guidance.layout import read_objects
-from minidiff.guidance.placed import CALIBRATIONS, LOOKS, Calibration, features
-from minidiff.request import BUNDLED
+from minidiff.guidance.placed import CALIBRATIONS, LOOKS, OTHER, OWN, Calibration, features
 
 from .league import DEFAULT, read
 from .machine import print_header
@@ -146,7 +145,8 @@ def run(args: argparse.Namespace) -> int:
         part = some.where(own == default)
         if len(set(part.prompts)) >= FOLDS:
             said[own == default], tested[own == default] = cross_fitted(part), True
-            print(f"{name}, fitted: {fit(part)}\n{'in the code':>{len(name)}}: {CALIBRATIONS[BUNDLED, default]}\n")
+            known = CALIBRATIONS[OWN if default else OTHER]
+            print(f"{name}, fitted: {fit(part)}\n{'in the code':>{len(name)}}: {known}\n")
             bounds += _bounds(name, said[own == default], part.hits.bool(), (0.15, 0.05))
     print_head()
     for bound in bounds:

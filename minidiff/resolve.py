@@ -18,7 +18,6 @@ from .guidance.guide import Guidance
 from .guidance.image_prompt import ImagePrompt
 from .guidance.layout import PlacedObject, read_objects
 from .guidance.objectives import OBJECTIVES
-from .guidance.pairs import takes_from_first
 from .guidance.presets import preset
 from .guidance.relations import planned
 from .model import Model
@@ -89,6 +88,12 @@ def _after(edit: Edit, apart: float) -> Edit:
     assert isinstance(edit.steps, float)
     last = apart + edit.steps
     return replace(edit, steps=last if last < 1 else None) if apart else edit
+
+
+def _takes_from_first(edits: Sequence[Edit]) -> bool:
+    from .guidance.pairs import takes_from_first
+
+    return any(map(takes_from_first, edits))
 
 
 def as_asked(given: Request, request: Request) -> dict[str, object]:
@@ -278,7 +283,7 @@ def warn_unused(given: Request, request: Request, steps: int, apart: int) -> Non
             warn(f"{name} has no effect: its steps are {when}, and {there}")
     if any(request.related) and given.guidance == "none" and request.layouts == given.layouts:  # none were planned
         warn('relations have no effect with guidance="none"; expected another, such as guidance="relation"')
-    if any(map(takes_from_first, request.edits)):
+    if request.edits and _takes_from_first(request.edits):
         what = "prompt_to_prompt and masactrl take from a call's first picture"
         if request.images == 1:
             warn(f"{what}, and there is one only: they change nothing; expected two prompts or more")

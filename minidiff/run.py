@@ -176,9 +176,7 @@ def _tell(
     if how is not None:
         check_places(how, regions, related)
         seen = [(encoded[one][-len(regions) :], layouts[one], inputs[one]) for one in each_step]
-        own_guidance = model.defaults.guidance
-        default = own_guidance != "none" and how == Guidance.read(own_guidance)
-        guide = _guide(model, how.of_run(begun.schedule.steps, there), seen, regions, edits, default)
+        guide = _guide(model, how.of_run(begun.schedule.steps, there), seen, regions, edits)
     return _Told(contexts, [inputs[one] for one in each_step], edits, record, guide, weights, apart)
 
 
@@ -328,17 +326,17 @@ def _guide(
     told: Sequence[tuple[Tensor, Layout, Inputs]],
     regions: Sequence[Sequence[PlacedObject]],
     edits: Sequence[Edit],
-    default: bool,
 ) -> Guide:
-    """The run's Guide, compiled if the model is. told: what it reads, once for all steps or in each. default: whether
-    the guidance is the model's."""
+    """The run's Guide, compiled if the model is. told: what it reads, once for all steps or in each."""
     names = [[region.name for region in some] for some in regions]
     compiled = is_compiled(model.unet)
     look = compile_whole(look_loss, model.unet) if compiled else look_loss
     each_step = told if len(told) > 1 else ()
     context, layout, inputs = told[0]
     other = bool(edits or each_step or how.watch or how.sites is not None or model.adapters)
-    measured = None if other or changed_weights(model.unet) else CALIBRATIONS.get((model.name, default))
+    key = model.name, tuple(term.name for term in how.objective.terms), how.passes
+    found = CALIBRATIONS.get(key, CALIBRATIONS.get((model.name, (), None)))
+    measured = None if other or changed_weights(model.unet) else found
     graphs = captured(model.unet)
     run = plainly if graphs is None else graphs.run
     forward = model.unet.forward

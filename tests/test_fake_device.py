@@ -17,12 +17,14 @@ from minidiff.guidance.evaluate import evaluate, look_loss
 from minidiff.guidance.layout import Layout, PlacedObject, make_layout
 from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.model import Model
+from minidiff.networks import resample
 from minidiff.networks.attention import Inputs, mask_name
+from minidiff.networks.feed_forward import GEGLU
 from minidiff.networks.norm import GroupNorm, LayerNorm
 from minidiff.networks.resample import Upsample
 from minidiff.networks.sites import Grid, Site
 from minidiff.networks.text import TextEncoder
-from minidiff.networks.unet import GEGLU, ResBlock, Transformer, UNet
+from minidiff.networks.unet import ResBlock, Transformer, UNet
 from minidiff.networks.vae import VAE
 from minidiff.speed import fused, keeps
 
@@ -122,6 +124,7 @@ def test_a_recorded_step_takes_every_fused_kernel(
     for name in ("triton_kernels", "triton_keeps"):
         monkeypatch.setitem(sys.modules, f"minidiff.speed.{name}", Kernels(name))
         monkeypatch.setattr(minidiff.speed, name, Kernels(name), raising=False)
+    monkeypatch.setattr(resample, "LEAST", 0)
     monkeypatch.setattr(fused, "find_spec", bool)
     monkeypatch.setattr(fused, "works", lambda *_: True)
     monkeypatch.setattr(keeps, "works", lambda *_: True)

@@ -23,6 +23,8 @@ import contextlib, torch
 from minidiff.speed import fused
 torch.cuda.device_of = lambda x: contextlib.nullcontext()
 fused._usable = lambda norm, x: True
+from minidiff.networks import resample
+resample.LEAST = 0
 for channels in (16, 32, 40):
     apart = fused._apart(torch.device("cpu"), torch.float32, channels)
     assert 0 < apart < 2e-6, (channels, apart)
@@ -43,9 +45,11 @@ from minidiff.networks.config import UNetConfig
 from minidiff.networks.sites import Site
 from minidiff.networks.unet import Transformer
 from minidiff.networks.resample import Upsample
+from minidiff.networks import resample
 from minidiff.speed import fused, triton_kernels as kernels
 torch.cuda.device_of = lambda x: contextlib.nullcontext()
 fused._usable = lambda norm, x: True
+resample.LEAST = 0
 torch.set_grad_enabled(False)
 
 class Seen:

@@ -12,8 +12,9 @@ import minidiff
 from minidiff.cli.main import main
 from minidiff.networks.attention import attention
 from minidiff.networks.config import UNetConfig
+from minidiff.networks.feed_forward import FeedForward
 from minidiff.networks.resample import grow_conv
-from minidiff.networks.unet import FeedForward, UNet
+from minidiff.networks.unet import UNet
 from minidiff.speed import device as devices, int8
 from minidiff.speed.accelerate import compile_unet
 from minidiff.speed.int8 import Int8Conv2d, Int8Linear, attend, quantise, quantise_weight, to_int8

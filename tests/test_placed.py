@@ -13,7 +13,7 @@ from bench.placed import Objects, area_under_curve, calibration_error, cross_fit
 from bench.scenes import SEED, scenes
 from minidiff import Model
 from minidiff.guidance.layout import read_objects
-from minidiff.guidance.placed import CALIBRATIONS, LOOKS, Calibration, features
+from minidiff.guidance.placed import CALIBRATIONS, LOOKS, OTHER, OWN, Calibration, features
 from minidiff.guidance.report import Report
 from minidiff.model import Adapter
 from minidiff.request import BUNDLED
@@ -86,12 +86,11 @@ def test_reports_of_the_bundled_model_say_it_and_others_do_not(tiny_model: Model
 
     named = replace(tiny_model, name=BUNDLED)
     found = report(named)
-    expected = CALIBRATIONS[BUNDLED, False](found.mass, MASK.float(), found.names)
+    expected = CALIBRATIONS[OTHER](found.mass, MASK.float(), found.names)
     torch.testing.assert_close(found.placed, expected, rtol=1e-4, atol=1e-6)
-    how = {"objective": "inside", "steps": 4, "iterations": 1}
-    default = report(replace(named, defaults=replace(named.defaults, guidance=how)), guidance=None)
-    torch.testing.assert_close(default.mass, found.mass)
-    expected = CALIBRATIONS[BUNDLED, True](default.mass, MASK.float(), default.names)
+    bundled = minidiff.load().defaults
+    default = report(replace(named, defaults=bundled), guidance=None, steps=8)
+    expected = CALIBRATIONS[OWN](default.mass, MASK.float(), default.names)
     torch.testing.assert_close(default.placed, expected, rtol=1e-4, atol=1e-6)
     alone = report(replace(named, defaults=replace(named.defaults, guidance="none")))
     assert torch.equal(alone.placed, found.placed)

@@ -3,6 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LEAST = 2**14
+"""Numbers of an image from which a layer's own `grow` is asked."""
+
 
 class Downsample(nn.Module):
     """Halve the grid, rounding up."""
@@ -36,6 +39,6 @@ def grow_conv(conv: nn.Module, x: Tensor) -> Tensor:
     By the layer's own `grow`, where it has one that takes x: most of the products are of equal numbers
     (speed/fused.py, speed/winograd.py).
     """
-    grow = getattr(conv, "grow", None)
+    grow = getattr(conv, "grow", None) if x[:1].numel() >= LEAST else None
     y = None if grow is None else grow(x)
     return conv(F.interpolate(x, scale_factor=2, mode="nearest")) if y is None else y

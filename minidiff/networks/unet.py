@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionLayer, Edit, Hooks, Inputs, Maps, Record, attention
 from .config import UNetConfig
+from .feed_forward import FeedForward
 from .norm import Fused, GroupNorm, GroupNormSiLU, LayerNorm, is_hooked
 from .resample import Downsample, Upsample
 from .sites import Place, Position, Site, Where
@@ -33,7 +34,7 @@ class UNet(nn.Module):
 
     attend = staticmethod(attention)
     distinct: Callable[[Tensor, Tensor], int] | None = None
-    """How many of the rows of x and emb are not those of the first half again (speed/accelerate.py)."""
+    """How many rows of x and emb to compute: half, if the others are the same (speed/accelerate.py)."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -138,13 +139,13 @@ class UNet(nn.Module):
     def _rows(self, x: Tensor, emb: Tensor, hooks: Hooks) -> int:
         """How many rows to begin with: with guidance the two halves are the same until a layer reads the text."""
         block = cast(Block, self.down_blocks[0])
-        if self.distinct is None or block.attentions is None:
+        if self.distinct is None or block.attentions is None or self.distinct(x, emb) == len(x):
             return len(x)
         first = self.sites[0]
         if first in hooks.kinds or any(first in edit.sites for edit in hooks.edits):  # type: ignore[operator]
             return len(x)
         layers = (one for layer in (self.conv_in, block.resnets[0], block.attentions[0]) for one in layer.modules())
-        return len(x) if any(map(is_hooked, layers)) else self.distinct(x, emb)
+        return len(x) if any(map(is_hooked, layers)) else len(x) // 2
 
     def _out(self, y: Tensor) -> Tensor:
         return self.conv_out(self.conv_norm_out(y))
@@ -339,38 +340,6 @@ class TransformerBlock(nn.Module):
                 return None, maps
             x = x + y
         return x + self.ff(self.norm3(x)), maps
-
-
-class FeedForward(nn.Module):
-    """Linear, GEGLU, linear."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        # Identity takes the place of the folder format's dropout, which has no weights.
-        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,N,C] -> [B,N,C]."""
-        return self.net[2](self.net[0](x))
-
-
-class GEGLU(nn.Module):
-    """Shazeer 2020, "GLU variants improve transformer": value * gelu(gate); the weight's first half is for value."""
-
-    fused: Fused = None
-
-    def __init__(self, channels: int, out: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(channels, 2 * out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,N,C] -> [B,N,C']."""
-        return self.plain(x) if self.fused is None else self.fused(self, x)
-
-    def plain(self, x: Tensor) -> Tensor:
-        """The same by torch's own kernels."""
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
 
 
 class TimeEmbedding(nn.Module):

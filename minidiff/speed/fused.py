@@ -23,8 +23,9 @@ from ..checks import warn
 from ..networks import resample, vae
 from ..networks.attention import AttentionLayer, Hooks, Maps
 from ..networks.config import UNetConfig
+from ..networks.feed_forward import GEGLU, FeedForward
 from ..networks.norm import GroupNorm, GroupNormSiLU, LayerNorm, is_hooked
-from ..networks.unet import GEGLU, FeedForward, ResBlock, Transformer, TransformerBlock
+from ..networks.unet import ResBlock, Transformer, TransformerBlock
 
 Network = TypeVar("Network", bound=nn.Module)
 STRIPS = 256
@@ -128,6 +129,8 @@ def _apart(device: torch.device, dtype: torch.dtype, channels: int) -> float:
 
 
 def _called(layer: nn.Module, *given: Tensor) -> Tensor:
+    if isinstance(layer, vae.Upsample) and isinstance(layer.conv, GrowConv2d):  # whatever the size
+        return cast(Tensor, layer.conv.grow(*given))
     return layer(*given, Hooks({}, "all", (), {}))[0] if isinstance(layer, Transformer) else layer(*given)
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..networks import resample
+from ..networks.feed_forward import GEGLU
 from ..networks.norm import GroupNorm, is_hooked
-from ..networks.unet import GEGLU
 from .packed import PackedConv2d, PackedLinear, transformed
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -27,9 +27,7 @@ _GATED = 2**20
 def by_strips(network: Network) -> Network:
     """Make a network process its largest grids strip by strip, in place."""
     for module in network.modules():
-        if isinstance(module, GEGLU):
-            setattr(module, "fused", gated_gelu)  # noqa: B010  # a function of a class would become a method
-        for name, function in (("norm_silu_conv_strips", norm_silu_conv), ("grow_conv_strips", grow_conv)):
+        for name, function in _STRIPS.items():
             if hasattr(type(module), name):
                 setattr(module, name, function)
     return network
@@ -62,18 +60,22 @@ def gated_gelu(layer: GEGLU, x: Tensor) -> Tensor:
     """The layer, on the CPU: [B,N,C] -> [B,N,C']. The rest of the memory would take a third as long as the product."""
     proj = layer.proj
     if not isinstance(proj, PackedLinear) or x.device.type != "cpu" or is_hooked(proj):
-        return layer.plain(x)
+        return layer.whole(x)
     if torch.is_grad_enabled() or transformed() or torch.is_autocast_enabled("cpu"):
-        return layer.plain(x)
-    rows, width = x.shape[:-1].numel(), proj.shape[0]
-    if rows * width <= 8 * _GATED:
-        return layer.plain(x)
-    y = x.new_empty(*x.shape[:-1], width // 2)
-    count = -(-rows * width // _GATED)
+        return layer.whole(x)
+    y = x.new_empty(*x.shape[:-1], layer.width // 2)
+    count = -(-x.shape[:-1].numel() * layer.width // _GATED)
     for part, into in zip(x.flatten(0, -2).chunk(count), y.flatten(0, -2).chunk(count), strict=True):
         value, gate = proj(part).chunk(2, dim=-1)
         torch.mul(value, F.gelu(gate), out=into)
     return y
+
+
+_STRIPS: dict[str, Callable[..., Tensor]] = {
+    "norm_silu_conv_strips": norm_silu_conv,
+    "grow_conv_strips": grow_conv,
+    "gated_gelu_strips": gated_gelu,
+}
 
 
 def _can_divide(x: Tensor) -> bool:
