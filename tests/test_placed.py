@@ -91,7 +91,7 @@ def test_reports_of_the_bundled_model_say_it_and_others_do_not(tiny_model: Model
     bundled = minidiff.load().defaults
     default = report(replace(named, defaults=bundled), guidance=None, steps=8)
     expected = CALIBRATIONS[OWN](default.mass, MASK.float(), default.names)
-    torch.testing.assert_close(default.placed, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(default.placed, expected, rtol=1e-3, atol=1e-6)
     alone = report(replace(named, defaults=replace(named.defaults, guidance="none")))
     assert torch.equal(alone.placed, found.placed)
     assert found.plain()["placed"] == found.placed.tolist()
