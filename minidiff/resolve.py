@@ -91,7 +91,7 @@ def _after(edit: Edit, apart: float) -> Edit:
 
 
 def _takes_from_first(edits: Sequence[Edit]) -> bool:
-    from .guidance.pairs import takes_from_first
+    from .guidance.pairs import takes_from_first  # here, since most runs have no edits
 
     return any(map(takes_from_first, edits))
 

@@ -139,13 +139,13 @@ class UNet(nn.Module):
     def _rows(self, x: Tensor, emb: Tensor, hooks: Hooks) -> int:
         """How many rows to begin with: with guidance the two halves are the same until a layer reads the text."""
         block = cast(Block, self.down_blocks[0])
-        if self.distinct is None or block.attentions is None or self.distinct(x, emb) == len(x):
+        if self.distinct is None or block.attentions is None:
             return len(x)
-        first = self.sites[0]
+        rows, first = self.distinct(x, emb), self.sites[0]
         if first in hooks.kinds or any(first in edit.sites for edit in hooks.edits):  # type: ignore[operator]
             return len(x)
         layers = (one for layer in (self.conv_in, block.resnets[0], block.attentions[0]) for one in layer.modules())
-        return len(x) if any(map(is_hooked, layers)) else len(x) // 2
+        return len(x) if rows < len(x) and any(map(is_hooked, layers)) else rows
 
     def _out(self, y: Tensor) -> Tensor:
         return self.conv_out(self.conv_norm_out(y))

@@ -239,7 +239,6 @@ def objective(
     `maps` is {site: what `keep` keeps}, by default all probabilities [B,H,h,w,L] of the cross-attention sites on the
     second-coarsest grid (16x16 in SD 1.5 at 512 pixels). See `Layout` for `layout`, and `Term` for the options.
     """
-
     where, kind = read_sites("sites", sites), Keep.read(keep)
     choice("reduce", reduce, ("mean", "sum", "max"))
 
