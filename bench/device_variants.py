@@ -12,7 +12,8 @@ from minidiff.guidance.layout import mask_inputs
 from minidiff.networks.attention import BOX_MASS, HEAD_MEAN, AttentionLayer, Keep, Maps, Record
 from minidiff.networks.norm import GroupNorm
 from minidiff.networks.sites import Where, at_most, block, choose, cross, place, self_
-from minidiff.networks.unet import ResBlock, Transformer, UNet
+from minidiff.networks.transformer import Transformer
+from minidiff.networks.unet import ResBlock, UNet
 from minidiff.recorded import MEAN
 from minidiff.speed.fused import GrowConv2d, PointConv2d
 

@@ -5,14 +5,20 @@ compute the same loss with the same weights; the table shows their difference.
 """
 
 import argparse
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from minidiff.denoise import guided
+from minidiff.guidance.begins import Begins
+from minidiff.guidance.evaluate import look_loss
+from minidiff.networks.unet import UNet
 from minidiff.sampling import SD15_SCHEDULER_CONFIG, Euler, NoiseSchedule, sample
+from minidiff.speed.accelerate import looks_of
 
 from .machine import print_header
 from .memory import measure
@@ -42,7 +48,8 @@ from .timing import Timing, by_turns, gemm_rate, print_timing, seconds
 
 PUBLISHED, OURS, COMPILED = "the published method, diffusers", "minidiff", "minidiff, compiled"
 TIME = {"bfloat16": 0.35, "float16": 0.35, "float32": 0.4}
-MEMORY, IMAGE = 0.22, 0.5
+WHOLE, RESUMED = "a step", "a step that goes on with a look"
+MEMORY, IMAGE, RESUMES = 0.22, 0.5, 0.85
 FULL = 64
 """Minimum latents per edge for the bound on a whole image: below, the cost common to both dominates."""
 STEPS, GUIDED, ITERATIONS = 20, 10, 5
@@ -81,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         found, apart = passes(size, weights, args.latents, args.repeats, not args.eager)
         for variants in found.values():
             for timing in variants.values():
-                print_timing(timing, variants[PUBLISHED].median)
+                print_timing(timing, next(iter(variants.values())).median)
         rows += [memory, *pass_rows(found, apart, name)]
         del weights
         print(f"{name}: {gemm_rate(dtype, device()):.2f} TFLOP/s in a matrix product after", flush=True)
@@ -93,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
 def passes(
     size: Size, weights: Weights, edge: int, repeats: int, compiled: bool
 ) -> tuple[dict[str, dict[str, Timing]], tuple[float, float]]:
-    """Timings of the variants, eager and then compiled, and our relative error in (loss, gradient).
+    """Timings of the variants, eager and then compiled, of steps after looks that moved nothing, where these go on with
+    them, and our relative error in (loss, gradient).
 
     Each of ours alternates with the published method; all three do not fit into 24 GB in float32.
     """
@@ -108,6 +116,8 @@ def passes(
     (gradient, loss), (expected_gradient, expected_loss) = own(), published()
     apart = relative_error(loss, expected_loss.expand(1)), relative_error(gradient, expected_gradient)
     found = {"eager": by_turns({PUBLISHED: published, OURS: own}, repeats)}
+    if looks_of(unet, look_loss, edge * edge).resumes:
+        found["steps"] = by_turns(steps(unet, inputs), repeats)
     del own, unet
     if compiled:
         whole = compiled_unet(size, weights)
@@ -116,9 +126,30 @@ def passes(
     return found, apart
 
 
+def steps(unet: UNet, inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
+    """The latents' pass with two texts, and the same after a look at them."""
+    guide, begins = layout_guide(unet, inputs), Begins(unet.forward)
+    guide.forward, rows = begins.forward, range(len(inputs.x))
+    guide.look(inputs.x.float(), inputs.t, 0.5, rows, 0, torch.full((len(rows),), math.inf))
+    begins.keep(rows, ())
+    begun, twice = begins.take(len(rows)), torch.cat([inputs.x, inputs.x])
+    context = torch.cat([inputs.context, inputs.context])
+    assert begun is not None
+
+    @torch.no_grad()
+    def whole() -> Tensor:
+        return cast(Tensor, unet(twice, inputs.t, context)[0])
+
+    return {WHOLE: whole, RESUMED: partial(unet.finish, begun, inputs.t, context)}
+
+
 def pass_rows(found: dict[str, dict[str, Timing]], apart: tuple[float, float], dtype: str) -> Iterator[Row]:
     """Ratios to the published method, and the differences of loss and gradient."""
     for variants in found.values():
+        if RESUMED in variants:
+            ratio = variants[RESUMED].median / variants[WHOLE].median
+            yield Row(RESUMED, dtype, ratio, RESUMES, "of a step's seconds")
+            continue
         for name in variants.keys() - {PUBLISHED}:
             ratio = variants[name].median / variants[PUBLISHED].median
             yield Row(f"a guided pass: {name}", dtype, ratio, TIME[dtype], "of the published method's seconds")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .apart import Apart
+from .guidance.begins import Begins
 from .guidance.guide import some_rows
 from .guidance.updates import Updates
 from .model import Model
@@ -30,6 +31,7 @@ class Denoise:
     halves: return the unconditional output before the guided one, [2B,C,h,w], where the scale acts.
     watch: what is recorded for guidance, of which no maps are returned; not together with record, weights or every;
         nothing where edits have `update`. told: who else reads the inputs that those replace.
+    begins: passes of the conditional half that looks may have begun; not together with edits, record, weights or every.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Denoise:
         halves: bool = False,
         apart: Apart | None = None,
         told: Callable[[Inputs], None] | None = None,
+        begins: Begins | None = None,
     ) -> None:
         self.both = halves or scale != 1 or weights is not None
         self.updates = Updates(edits, told)
@@ -70,6 +73,7 @@ class Denoise:
         self.model, self.contexts, self.scale, self.rescale = model, contexts, scale, rescale
         self.record, self.edits, self.inputs, self.weights = record, edits, inputs, weights
         self.interval, self.every, self.halves, self.apart = interval, every, halves, apart
+        self.begins = begins
         self._reused: dict[int, _Reused] = {}  # by text
         self._context = contexts[0]
 
@@ -99,7 +103,10 @@ class Denoise:
         if not halves and record is not None:
             record = replace(record, rows="all")
         apart = self.apart if self.apart is not None and index < self.apart.steps else None
-        if apart is None or record is not None:
+        begun = None if self.begins is None or apart is not None else self.begins.take(len(x))
+        if begun is not None:
+            output, maps = self.model.unet.finish(begun, t, context).float(), {}
+        elif apart is None or record is not None:
             output, maps = self._run(torch.cat([x, x]) if halves else x, t, context, record, edits, inputs)
         if apart is not None:
             maps = {} if record is None else maps

@@ -19,7 +19,8 @@ from .asked import asked
 from .canvas import Beginning, Canvas, Moments, begin, each_once
 from .checks import shown, warn
 from .denoise import Denoise, Watch
-from .guidance.evaluate import look_loss, plainly
+from .guidance.begins import Begins
+from .guidance.evaluate import look_loss
 from .guidance.guide import Guidance, Guide
 from .guidance.layout import Layout, PlacedObject
 from .guidance.placed import CALIBRATIONS
@@ -34,8 +35,8 @@ from .request import BUNDLED, Request
 from .resolve import as_asked, check_places, image_inputs, latent_shape, resolve, warn_unused
 from .result import Images, Result, to_numpy, to_pil
 from .sampling import Sampler, SamplerStep, Schedule, sample
-from .speed.accelerate import compile_whole, is_compiled
-from .speed.capture import captured, spared
+from .speed.accelerate import looks_of
+from .speed.capture import spared
 from .speed.replace import changed_weights
 from .texts import Texts
 from .tries import Seeds, best_seeds
@@ -176,7 +177,8 @@ def _tell(
     if how is not None:
         check_places(how, regions, related)
         seen = [(encoded[one][-len(regions) :], layouts[one], inputs[one]) for one in each_step]
-        guide = _guide(model, how.of_run(begun.schedule.steps, there), seen, regions, edits)
+        alone = record is None and weights is None and request.cache_interval == 1
+        guide = _guide(model, how.of_run(begun.schedule.steps, there), seen, regions, edits, alone)
     return _Told(contexts, [inputs[one] for one in each_step], edits, record, guide, weights, apart)
 
 
@@ -198,7 +200,7 @@ def _denoise(request: Request, model: Model, sampler: Sampler, told: _Told) -> D
         _watch(told.guide) if told.guide is not None and alone else None,
         sampler.cfg_pp,
         told.apart,
-        None if told.guide is None else told.guide.update,
+        *((None, None) if told.guide is None else (told.guide.update, told.guide.begins)),
     )
 
 
@@ -326,21 +328,21 @@ def _guide(
     told: Sequence[tuple[Tensor, Layout, Inputs]],
     regions: Sequence[Sequence[PlacedObject]],
     edits: Sequence[Edit],
+    alone: bool,
 ) -> Guide:
-    """The run's Guide, compiled if the model is. told: what it reads, once for all steps or in each."""
+    """The run's Guide. told: what it reads, once for all steps or in each. alone: steps record and reuse nothing."""
     names = [[region.name for region in some] for some in regions]
-    compiled = is_compiled(model.unet)
-    look = compile_whole(look_loss, model.unet) if compiled else look_loss
     each_step = told if len(told) > 1 else ()
     context, layout, inputs = told[0]
     other = bool(edits or each_step or how.watch or how.sites is not None or model.adapters)
     key = model.name, tuple(term.name for term in how.objective.terms), how.passes
     found = CALIBRATIONS.get(key, CALIBRATIONS.get((model.name, (), None)))
     measured = None if other or changed_weights(model.unet) else found
-    graphs = captured(model.unet)
-    run = plainly if graphs is None else graphs.run
-    forward = model.unet.forward
-    return Guide(how, forward, context, layout, names, edits, inputs, compiled, look, each_step, measured, run)
+    loss, whole, run, resumes = looks_of(model.unet, look_loss, max((h * w for h, w in layout.masks), default=0))
+    resumes = resumes and alone and not (edits or how.watch or model.image_adapters)
+    begins = Begins(model.unet.forward) if resumes else None
+    forward = (begins or model.unet).forward
+    return Guide(how, forward, context, layout, names, edits, inputs, whole, loss, each_step, measured, run, begins)
 
 
 def _watch(guide: Guide) -> Watch | None:

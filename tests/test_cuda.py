@@ -19,10 +19,10 @@ from minidiff.model import Model
 from minidiff.networks import vae
 from minidiff.networks.attention import Hooks, attention_probs, mask_name
 from minidiff.networks.config import UNetConfig
-from minidiff.networks.feed_forward import GEGLU
 from minidiff.networks.norm import GroupNorm, GroupNormSiLU, LayerNorm
 from minidiff.networks.resample import Upsample
-from minidiff.networks.unet import ResBlock, Transformer
+from minidiff.networks.transformer import GEGLU, Transformer
+from minidiff.networks.unet import ResBlock
 from minidiff.speed import fused, strips
 from minidiff.speed.capture import captured
 from minidiff.speed.keeps import kept

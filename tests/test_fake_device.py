@@ -19,12 +19,12 @@ from minidiff.guidance.objectives import OBJECTIVES
 from minidiff.model import Model
 from minidiff.networks import resample
 from minidiff.networks.attention import Inputs, mask_name
-from minidiff.networks.feed_forward import GEGLU
 from minidiff.networks.norm import GroupNorm, LayerNorm
 from minidiff.networks.resample import Upsample
 from minidiff.networks.sites import Grid, Site
 from minidiff.networks.text import TextEncoder
-from minidiff.networks.unet import ResBlock, Transformer, UNet
+from minidiff.networks.transformer import GEGLU, Transformer
+from minidiff.networks.unet import ResBlock, UNet
 from minidiff.networks.vae import VAE
 from minidiff.speed import fused, keeps
 

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from minidiff.networks.attention import HEAD_MEAN, Hooks
 from minidiff.networks.config import UNetConfig
 from minidiff.networks.sites import Site
-from minidiff.networks.unet import Transformer
+from minidiff.networks.transformer import Transformer
 from minidiff.networks.resample import Upsample
 from minidiff.networks import resample
 from minidiff.speed import fused, triton_kernels as kernels

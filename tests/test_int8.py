@@ -12,8 +12,8 @@ import minidiff
 from minidiff.cli.main import main
 from minidiff.networks.attention import attention
 from minidiff.networks.config import UNetConfig
-from minidiff.networks.feed_forward import FeedForward
 from minidiff.networks.resample import grow_conv
+from minidiff.networks.transformer import FeedForward
 from minidiff.networks.unet import UNet
 from minidiff.speed import device as devices, int8
 from minidiff.speed.accelerate import compile_unet

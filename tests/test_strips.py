@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.networks import feed_forward, vae as networks_vae
+from minidiff.networks import transformer, vae as networks_vae
 from minidiff.networks.config import VAEConfig
-from minidiff.networks.feed_forward import GEGLU
 from minidiff.networks.norm import GroupNorm, GroupNormSiLU
+from minidiff.networks.transformer import GEGLU
 from minidiff.networks.vae import VAE
 from minidiff.speed import accelerate, strips
 from minidiff.speed.packed import PackedLinear
@@ -63,7 +63,7 @@ def test_a_gated_layer_in_strips(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(prepared[0], "plain", None)
     run = PackedLinear.run
     monkeypatch.setattr(PackedLinear, "run", lambda own, x, bias: counts.append(len(x)) or run(own, x, bias))
-    monkeypatch.setattr(feed_forward, "LARGE", 99 * 256)
+    monkeypatch.setattr(transformer, "LARGE", 99 * 256)
     monkeypatch.setattr(strips, "_GATED", 12 * 256)
     with torch.no_grad(), pytest.raises(TypeError):  # a small one is plain
         prepared(x[:, 1:])
@@ -71,7 +71,7 @@ def test_a_gated_layer_in_strips(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(prepared(x), expected)
     assert sum(counts) == 100 and max(counts) <= 12
     monkeypatch.undo()
-    monkeypatch.setattr(feed_forward, "LARGE", 1)
+    monkeypatch.setattr(transformer, "LARGE", 1)
     monkeypatch.setattr(strips, "_GATED", 256)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert prepared(x).dtype == torch.bfloat16

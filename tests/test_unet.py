@@ -7,8 +7,9 @@ import torch
 from compare import relative_error
 from diffusers import UNet2DConditionModel
 
+from minidiff.networks.attention import ALL, Record
 from minidiff.networks.config import UNetConfig
-from minidiff.networks.unet import UNet, sinusoids
+from minidiff.networks.unet import Begun, UNet, sinusoids
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 CROSS_UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
@@ -178,3 +179,31 @@ def test_half_precision_runs_on_the_cpu() -> None:
             assert eps.dtype == dtype
             assert relative_error(eps, exact) <= bound
             network.float()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_pass_that_its_record_ended_goes_on(name: str) -> None:
+    """From each layer that a record can end it in, alone and beside another text for the same latents."""
+    network, _ = both(CONFIGS[name])
+    x, context = torch.randn(3, 4, 9, 13), torch.randn(6, 7, 24)
+    expected, _ = network(torch.cat([x, x]), 300.0, context)
+    layers = []
+    for site in network.sites:
+        begun: list[Begun] = []
+        looked = torch.randn_like(x).copy_(x).requires_grad_()
+        record = Record(frozenset([site]), ALL, "all", stop=True)
+        nothing, maps = network(looked, 300.0, context[3:], record, at_stop=begun.append)
+        assert nothing is None and maps.keys() == {site}
+        assert network(x, 300.0, context[3:], record)[1].keys() == {site}
+        for one in begun:
+            assert not any(kept.requires_grad for kept in one.kept)
+            layers.append(one.layer)
+            again = one.row(0).joined([one.row(1), one.row(2)])
+            torch.testing.assert_close(network.finish(again, 300.0, context), expected)
+            torch.testing.assert_close(network.finish(one, torch.tensor(300.0), context[3:]), expected[3:])
+            swapped = one.row(2).joined([one.row(0)])
+            torch.testing.assert_close(network.finish(swapped, 300.0, context[[5, 3]]), expected[[5, 3]])
+    names = [site.name for site in network.sites]
+    later = [name for name in names if not name.startswith("down.0.0")] if names[0].startswith("down.0.0") else []
+    assert len(layers) == len(later)  # of the others there is nothing to go on with
+    assert layers == sorted(layers)

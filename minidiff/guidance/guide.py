@@ -23,6 +23,7 @@ from ..checks import Check, checked, choice, is_number, number, one_or_each, sho
 from ..networks.attention import GUIDED, Edit, Inputs, Maps, mask_name
 from ..networks.sites import Position, Site, Where, read_sites
 from ..vocabulary import OBJECTIVES as NAMES, own_keywords
+from .begins import Begins
 from .evaluate import Evaluated, Forward, Looked, evaluate, look_loss, plainly
 from .objectives import OBJECTIVES, Objective, Settings
 from .objectives._objective import PerStep, StepRule
@@ -206,7 +207,8 @@ class Guide:
     calibration: what a report says of where objects come out.
     whole_batch: keep stopped images in the batch without updating them, since a compiled graph needs a fixed size.
     loss: `look_loss`, or the same compiled.
-    run: what runs a look's stages: `plainly`, or as captured graphs.
+    run: what runs a look's stages as captured graphs; None: they run as they are.
+    begins: whose `forward` this is, if steps go on with looks that move nothing.
     """
 
     def __init__(
@@ -222,10 +224,11 @@ class Guide:
         loss: Callable[..., Looked] = look_loss,
         each_step: Sequence[tuple[Tensor, Layout, Inputs]] = (),
         calibration: Calibration | None = None,
-        run: Callable[..., Generator[Any]] = plainly,
+        run: Callable[..., Generator[Any]] | None = None,
+        begins: Begins | None = None,
     ) -> None:
-        self.calibration = calibration
-        self.each_step, self.run = each_step, run
+        self.calibration, self.begins = calibration, begins
+        self.each_step, self.run = each_step, run or plainly
         self.guidance, self.forward, self.context, self.layout, self.names = guidance, forward, context, layout, names
         self.record = guidance.objective.record
         acting = [edit for edit in edits if edit.rows != "uncond" and edit.update is None]
@@ -264,9 +267,11 @@ class Guide:
             limits = torch.tensor([threshold if row in left else math.inf for row in rows], device="cpu")
             gradient, found = self.look(some_rows(moved, rows, len(x)), t, abar, rows, index, limits)
             self._remember(index, len(x), rows, found, limits)
+            going = [i for i, moves in enumerate((found[0] > limits).tolist()) if moves]
+            if self.begins is not None:
+                self.begins.keep(rows, going)
             if gradient is None:
                 break
-            going = [i for i, moves in enumerate((found[0] > limits).tolist()) if moves]
             left = [rows[i] for i in going]
             if self.guidance.step_rule == "unit":
                 gradient = gradient / gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)

@@ -7,7 +7,7 @@ Shapes: x [B,C,h,w] latents, emb [B,4*C0] activated time embedding, context [B,L
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from .attention import AttentionLayer, Edit, Hooks, Inputs, Maps, Record, attention
 from .config import UNetConfig
-from .feed_forward import FeedForward
-from .norm import Fused, GroupNorm, GroupNormSiLU, LayerNorm, is_hooked
+from .norm import Fused, GroupNormSiLU, is_hooked
 from .resample import Downsample, Upsample
 from .sites import Place, Position, Site, Where
+from .transformer import FIRST, TOKENS, Transformer
 
 MASKED = "masked"
 """The input of an inpainting UNet [B,5,h,w]: the mask, 1 where to paint, and the latents of the masked picture."""
@@ -27,6 +27,26 @@ DEEP = Site("up", -1, -1, "self")
 """The key, among a pass's maps, of what its deep layers returned [B,C,h,w]. No attention layer has it."""
 SHALLOW = 2
 """How many of the last layers run when that is reused, with as many of the first ones, conv_in among them."""
+
+
+class Begun(NamedTuple):
+    """A pass that its record ended, from where `UNet.finish` goes on.
+
+    layer: the number of its last layer. kept, each with a row an image: what that layer got, what the first transformer
+    got and its tokens before they read the text, and the skip connections. Detached.
+    """
+
+    layer: int
+    kept: tuple[Tensor, ...]
+
+    def row(self, i: int) -> "Begun":
+        """That of one image."""
+        return Begun(self.layer, tuple(x[i : i + 1] for x in self.kept))
+
+    def joined(self, others: Sequence["Begun"]) -> "Begun":
+        """One pass of this and others, which ended in the same layer."""
+        kept = (self.kept, *(other.kept for other in others))
+        return Begun(self.layer, tuple(map(torch.cat, zip(*kept, strict=True))))
 
 
 class UNet(nn.Module):
@@ -79,6 +99,7 @@ class UNet(nn.Module):
         edits: Sequence[Edit] = (),
         inputs: Inputs | None = None,
         deep: Tensor | bool = False,
+        at_stop: Callable[[Begun], None] | None = None,
     ) -> tuple[Tensor | None, Maps]:
         """Predict the noise (or v) in latents.
 
@@ -87,51 +108,86 @@ class UNet(nn.Module):
         Returns (eps [B,C,h,w], maps). maps is empty without `record`; eps is None when `record.stop` ended the pass.
         inputs: tensors that keeps and edits read, on x's device; an inpainting UNet reads `MASKED` of them, or takes x
         with all its channels. deep: True also returns what the deep layers made, as maps[DEEP]; a later pass, for
-        nearby latents, that is given it leaves these layers out (DeepCache, Ma et al. 2023). ValueError if x or context
-        has the wrong shape, or if `record` or `edits` name sites that this UNet does not have.
+        nearby latents, that is given it leaves these layers out (DeepCache, Ma et al. 2023). at_stop: gets what
+        `finish` needs, where `record.stop` ended the pass after its first layer. ValueError if x or context has the
+        wrong shape, or if `record` or `edits` name sites that this UNet does not have.
         """
         hooks = self._hooks(record, edits, inputs)
         x = self._with_masked(x, inputs)
         self._check(x, context)
         emb = self.time_embedding(self._timesteps(x, t).to(x.dtype))
         y = self.conv_in(x[: self._rows(x, emb, hooks)])
-        skips: list[Tensor] = [y]
-        maps: Maps = {}
+        whole = y if len(y) == len(x) else torch.cat([y, y])
         if isinstance(deep, Tensor):
-            return self._around(deep, y, emb, context, hooks)
+            return self._around(deep, y, whole, emb, context, hooks)
+        found, maps = self._layers(0, None, y, [whole], emb, context, hooks, deep, at_stop)
+        return (None if found is None else self._out(found)), maps
+
+    @torch.no_grad()
+    def finish(self, begun: Begun, t: Tensor | float, context: Tensor) -> Tensor:
+        """Go on with a pass that a record ended, and if asked with one of another text for the same latents.
+
+        t: the pass's, one for all rows. context [n,L,D]: its own; [2n,L,D]: the other text first. Returns eps [n,C,h,w]
+        or [2n,C,h,w], as a whole pass does without record, edits and inputs, up to rounding.
+        """
+        hooks, (y, first, tokens, *skips) = self._hooks(None, (), None), begun.kept
+        emb = self.time_embedding(self._timesteps(y[:1], t).to(y.dtype))
+        if len(context) > len(y):
+            other, block = context[: -len(y)], cast(Block, self.down_blocks[0])
+            assert block.attentions is not None  # it made the tokens
+            x, more = cast(Transformer, block.attentions[0]).read(first, tokens, other, hooks), skips[:1]
+            found, _ = self._layers(1, begun.layer, block.passed(0, x, more), more, emb, other, hooks)
+            assert found is not None  # no stop
+            y, skips = torch.cat([found, y]), [torch.cat(pair) for pair in zip(more, skips, strict=True)]
+        found, _ = self._layers(begun.layer, None, y, skips, emb, context, hooks)
+        assert found is not None
+        return self._out(found)
+
+    def _layers(
+        self,
+        start: int,
+        end: int | None,
+        y: Tensor,
+        skips: list[Tensor],
+        emb: Tensor,
+        context: Tensor,
+        hooks: Hooks,
+        deep: bool = False,
+        at_stop: Callable[[Begun], None] | None = None,
+    ) -> tuple[Tensor | None, Maps]:
+        """Some of the layers, by their order. skips: what those before them left, to which they add."""
+        maps: Maps = {}
         mid = () if self.mid_block is None else (self.mid_block,)
-        for block in cast("list[Block]", [*self.down_blocks, *mid, *self.up_blocks]):
-            for i in range(len(block.resnets)):
-                if deep and block is self.up_blocks[-1] and i == len(block.resnets) - SHALLOW:
-                    maps[DEEP] = y
-                # The concatenation gets no name, so that the layer can free it.
-                y, kept = block.layer(
-                    i, torch.cat([y, _again(skips.pop(), y)], dim=1) if block.place == "up" else y, emb, context, hooks
-                )
-                maps.update(kept)
-                if y is None:
-                    return None, maps
-                if block.place == "down":
-                    skips.append(y)
-            if block.downsamplers is not None:
-                y = block.downsamplers[0](y)
-                skips.append(y)
-            if block.upsamplers is not None:
-                # Halving rounds up (65 -> 33), so the size comes from the skip connection, not from doubling.
-                y = block.upsamplers[0](y, skips[-1].shape[-2:])
-        return self._out(y), maps
+        blocks = cast("list[Block]", [*self.down_blocks, *mid, *self.up_blocks])
+        layers = [(block, i) for block in blocks for i in range(len(block.resnets))]
+        for number, (block, i) in enumerate(layers[start:end], start):
+            if deep and block is self.up_blocks[-1] and i == len(block.resnets) - SHALLOW:
+                maps[DEEP] = y
+            before = () if at_stop is None else tuple(skips)
+            # The concatenation gets no name, so that the layer can free it.
+            found, kept = block.layer(
+                i, torch.cat([y, skips.pop()], dim=1) if block.place == "up" else y, emb, context, hooks
+            )
+            maps.update(kept)
+            if found is None:
+                first, tokens = maps.pop(FIRST, None), maps.pop(TOKENS, None)
+                if at_stop is not None and number > 0 and first is not None and tokens is not None:
+                    at_stop(Begun(number, tuple(x.detach() for x in (y, first, tokens, *before))))
+                return None, maps
+            y = block.passed(i, found, skips)
+        return y, maps
 
     def _around(
-        self, deep: Tensor, y: Tensor, emb: Tensor, context: Tensor, hooks: Hooks
+        self, deep: Tensor, y: Tensor, whole: Tensor, emb: Tensor, context: Tensor, hooks: Hooks
     ) -> tuple[Tensor | None, Maps]:
-        """The first and the last layers, around what the others returned earlier. y: conv_in's output."""
+        """The first and the last layers, around what the others returned earlier. y, whole: conv_in's output."""
         first, last = cast(Block, self.down_blocks[0]), cast(Block, self.up_blocks[-1])
         skip, maps = first.layer(0, y, emb, context, hooks)
         assert skip is not None  # no pass stops here
         found: Tensor | None = deep
-        for i, other in zip(range(len(last.resnets) - SHALLOW, len(last.resnets)), (skip, y), strict=True):
+        for i, other in zip(range(len(last.resnets) - SHALLOW, len(last.resnets)), (skip, whole), strict=True):
             assert found is not None
-            found, kept = last.layer(i, torch.cat([found, _again(other, found)], dim=1), emb, context, hooks)
+            found, kept = last.layer(i, torch.cat([found, other], dim=1), emb, context, hooks)
             maps = {**maps, **kept}
         assert found is not None
         return self._out(found), maps
@@ -246,6 +302,20 @@ class Block(nn.Module):
             return x, {}
         return self.attentions[i](x, context, hooks)
 
+    def passed(self, i: int, y: Tensor, skips: list[Tensor]) -> Tensor:
+        """What layer i made, as the next layer gets it; adds to the skip connections."""
+        if self.place == "down":
+            skips.append(y)
+        if i < len(self.resnets) - 1:
+            return y
+        if self.downsamplers is not None:
+            y = cast(Tensor, self.downsamplers[0](y))
+            skips.append(y)
+        if self.upsamplers is not None:
+            # Halving rounds up (65 -> 33), so the size comes from the skip connection, not from doubling.
+            y = cast(Tensor, self.upsamplers[0](y, skips[-1].shape[-2:]))
+        return y
+
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions around the time embedding, and a shortcut."""
@@ -271,75 +341,6 @@ class ResBlock(nn.Module):
         y = y + self.time_emb_proj(emb)[:, :, None, None]
         y = self.conv2(self.norm2(y))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-class Transformer(nn.Module):
-    """Pixels as tokens: self-attention, cross-attention to the text and feed-forward, with a residual connection."""
-
-    fused: Callable[..., tuple[Tensor | None, Maps]] | None = None
-
-    def __init__(self, config: UNetConfig, place: Place, block: int, layer: int, level: int) -> None:
-        super().__init__()
-        channels, heads = config.block_out_channels[level], config.num_heads[level]
-        self.linear = config.use_linear_projection
-        self.norm = GroupNorm(config.norm_num_groups, channels, 1e-6)
-        self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(place, block, layer, channels, config.cross_attention_dim, heads)]
-        )
-        self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor, context: Tensor, hooks: Hooks) -> tuple[Tensor | None, Maps]:
-        """x [B,C,h,w] -> (x, maps of this layer); x is None when `hooks.stop` ended the pass here."""
-        return self.plain(x, context, hooks) if self.fused is None else self.fused(self, x, context, hooks)
-
-    def plain(self, x: Tensor, context: Tensor, hooks: Hooks) -> tuple[Tensor | None, Maps]:
-        """The same, layer by layer."""
-        grid = (x.shape[2], x.shape[3])
-        y = self.norm(x)
-        y = y if self.linear else self.proj_in(y)
-        y = y.flatten(2).transpose(1, 2)  # [B,C,h,w] -> [B,N,C]
-        y = self.proj_in(y) if self.linear else y
-        y, maps = self.transformer_blocks[0](y, context, grid, hooks)
-        if y is None:
-            return None, maps
-        y = self.proj_out(y) if self.linear else y
-        y = y.transpose(1, 2).unflatten(2, grid)  # [B,N,C] -> [B,C,h,w]
-        return _again(x, y) + (y if self.linear else self.proj_out(y)), maps
-
-
-def _again(x: Tensor, other: Tensor) -> Tensor:
-    """x, its rows repeated to as many as the other's."""
-    return x if len(x) == len(other) else torch.cat([x] * (len(other) // len(x)))
-
-
-class TransformerBlock(nn.Module):
-    """attn1 attends to the pixels, attn2 to the text."""
-
-    def __init__(
-        self, place: Place, block: int, layer: int, channels: int, context_channels: int, num_heads: int
-    ) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(channels)
-        self.attn1 = AttentionLayer(Site(place, block, layer, "self"), channels, channels, num_heads)
-        self.norm2 = LayerNorm(channels)
-        self.attn2 = AttentionLayer(Site(place, block, layer, "cross"), channels, context_channels, num_heads)
-        self.norm3 = LayerNorm(channels)
-        self.ff = FeedForward(channels)
-
-    def forward(self, x: Tensor, context: Tensor, grid: tuple[int, int], hooks: Hooks) -> tuple[Tensor | None, Maps]:
-        """x [B,N,C] -> (x, maps); x is None when `hooks.stop` ended the pass here."""
-        maps: Maps = {}
-        for norm, attn in ((self.norm1, self.attn1), (self.norm2, self.attn2)):
-            x = x if attn is self.attn1 else _again(x, context)
-            y = norm(x)
-            y, kept = attn(y, y if attn is self.attn1 else context, grid, hooks)
-            if kept is not None:
-                maps[attn.site] = kept
-            if attn.site == hooks.stop:
-                return None, maps
-            x = x + y
-        return x + self.ff(self.norm3(x)), maps
 
 
 class TimeEmbedding(nn.Module):

@@ -7,13 +7,15 @@ Weights are frozen. So on the CPU convolutions and linear layers are packed, and
 import ctypes
 import itertools
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..networks.norm import is_hooked
+from ..networks.unet import UNet
 from ..networks.vae import VAE
 from .capture import capture_calls, captured
 from .fused import fuse
@@ -26,6 +28,8 @@ _LARGE = 2**16
 """Weights from which a layer is packed; in smaller layers the Python overhead exceeds the gain."""
 _HALVED = 2**22
 """Cells times numbers of emb (4 for each channel) from which it is asked whether the halves of a batch are the same."""
+_RESUMED = 2**20
+"""The same, from which a pass that a record ended goes on: of SD 1.5 from 256x256 pixels."""
 _GRAPHS = 2**12
 """Limit on the graphs of one function, over all networks."""
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
@@ -67,6 +71,29 @@ def distinct(x: Tensor, emb: Tensor) -> int:
         return len(x)
     same = len(x) % 2 == 0 and all(torch.equal(one[:half], one[half:]) for one in (x, emb))
     return half if same else len(x)
+
+
+class Looks(NamedTuple, Generic[T]):
+    """How guidance looks through a UNet.
+
+    loss: its function, compiled where the network is. whole: whether a batch must keep its size. run: what runs the
+    function and its gradient as captured graphs. resumes: whether a step shall go on with a look that moved nothing.
+    """
+
+    loss: Callable[..., T]
+    whole: bool
+    run: Callable[..., Generator[Any]] | None
+    resumes: bool
+
+
+def looks_of(unet: UNet, loss: Callable[..., T], cells: int) -> Looks[T]:
+    """For latents of so many cells. Passes that go on need layers as they are, and pay where these are large."""
+    graphs = captured(unet)
+    if is_compiled(unet):
+        return Looks(compile_whole(loss, unet), True, None, False)
+    large = cells * 4 * unet.config.block_out_channels[0] >= _RESUMED
+    resumes = unet.distinct is not None and large and not any(map(is_hooked, unet.modules()))
+    return Looks(loss, False, None if graphs is None else graphs.run, resumes)
 
 
 def keep_memory() -> None:

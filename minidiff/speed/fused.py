@@ -23,9 +23,9 @@ from ..checks import warn
 from ..networks import resample, vae
 from ..networks.attention import AttentionLayer, Hooks, Maps
 from ..networks.config import UNetConfig
-from ..networks.feed_forward import GEGLU, FeedForward
 from ..networks.norm import GroupNorm, GroupNormSiLU, LayerNorm, is_hooked
-from ..networks.unet import ResBlock, Transformer, TransformerBlock
+from ..networks.transformer import GEGLU, FeedForward, Transformer, TransformerBlock
+from ..networks.unet import ResBlock
 
 Network = TypeVar("Network", bound=nn.Module)
 STRIPS = 256

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..networks.attention import attention
-from ..networks.feed_forward import FeedForward
+from ..networks.transformer import FeedForward
 from ..networks.unet import UNet
 from .device import machine
 from .packed import Packed, PackedConv2d, PackedLinear, is_plain, transformed

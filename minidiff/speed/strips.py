@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..networks import resample
-from ..networks.feed_forward import GEGLU
 from ..networks.norm import GroupNorm, is_hooked
+from ..networks.transformer import GEGLU
 from .packed import PackedConv2d, PackedLinear, transformed
 
 Network = TypeVar("Network", bound=nn.Module)

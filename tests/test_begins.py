@@ -1,0 +1,127 @@
+"""Steps that go on with looks: the same pictures, and which passes are spared."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import minidiff
+from minidiff.model import Model
+from minidiff.networks.attention import Edit
+from minidiff.networks.unet import Begun, ResBlock, UNet
+from minidiff.speed import accelerate
+
+BOXES = {"cat": (0.1, 0.1, 0.6, 0.7), "ball": (0.5, 0.2, 0.9, 0.9)}
+MOST, STEPS = 3, 5
+HOW = minidiff.Guidance(minidiff.layout_loss, scale=300.0, threshold=0.502, iterations=MOST, steps=STEPS)
+EVERYWHERE, NOWHERE = 0, 2**60
+"""From how many numbers a pass goes on."""
+
+
+@pytest.fixture
+def finished(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each step that goes on with a look."""
+    rows, finish = list[int](), UNet.finish
+
+    def counted(unet: UNet, begun: Begun, t: Tensor, context: Tensor) -> Tensor:
+        rows.append(len(context))
+        return finish(unet, begun, t, context)
+
+    monkeypatch.setattr(UNet, "finish", counted)
+    return rows
+
+
+def drawn(model: Model, least: int, monkeypatch: pytest.MonkeyPatch, **options: object) -> minidiff.Result:
+    monkeypatch.setattr(accelerate, "_RESUMED", least)
+    given: dict[str, object] = {
+        "prompt": "a cat and a ball",
+        "boxes": BOXES,
+        "steps": 6,
+        "sampler": "ddim",
+        "seed": 5,
+        "guidance": HOW,
+        "output": "latents",
+        **options,
+    }
+    return minidiff.generate(**given, model=model)
+
+
+def settled(result: minidiff.Result) -> int:
+    """In how many steps no image's last look moved it."""
+    assert result.reports is not None
+    assert all(report.steps == tuple(range(STEPS)) for report in result.reports)
+    return sum(max(moves) < MOST for moves in zip(*(report.iterations for report in result.reports), strict=True))
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_a_step_goes_on_with_looks_that_moved_nothing(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, finished: list[int], images: int
+) -> None:
+    """Images whose last look was not the same one, too; not where one has moved after its last look."""
+    expected = drawn(tiny_model, NOWHERE, monkeypatch, images_per_prompt=images)
+    assert finished == []
+    rows, plain, first = list[int](), ResBlock.plain, tiny_model.unet.down_blocks[0].resnets[0]
+
+    def counted(own: ResBlock, x: Tensor, emb: Tensor) -> Tensor:
+        rows.extend([len(x)] if own is first and not torch.is_grad_enabled() else [])
+        return plain(own, x, emb)
+
+    monkeypatch.setattr(ResBlock, "plain", counted)
+    found = drawn(tiny_model, EVERYWHERE, monkeypatch, images_per_prompt=images)
+    torch.testing.assert_close(found.latents, expected.latents, rtol=0, atol=1e-4)
+    assert [report.iterations for report in found.reports] == [report.iterations for report in expected.reports]
+    moves = {moved for report in found.reports for moved in report.iterations}
+    assert moves >= {0, MOST} and (images == 1 or len(moves) > 2)
+    assert finished == [2 * images] * settled(found) and 0 < len(finished) < STEPS
+    assert len(rows) == 6 - len(finished)  # the others are whole passes
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"guidance_scale": 1}, 1),
+        ({"guidance_interval": (2, 1e3)}, 0),
+        ({"negative_prompt": "blurry", "guidance_rescale": 0.5}, 2),
+        ({"sampler": "heun"}, 2),
+        ({"sampler": "pndm"}, 2),
+        ({"sampler": "ddim_cfg_pp", "guidance_scale": 0.8}, 2),
+        ({"prompt": "a [red:blue:0.5] cat and a ball", "syntax": "a1111"}, 2),
+        ({"image": torch.zeros(3, 32, 32), "mask": torch.eye(32), "strength": 1.0}, 2),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_with_all_that_leaves_a_step_one_pass(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, finished: list[int], options: dict[str, object], rows: int
+) -> None:
+    expected, found = (drawn(tiny_model, least, monkeypatch, **options) for least in (NOWHERE, EVERYWHERE))
+    torch.testing.assert_close(found.latents, expected.latents, rtol=0, atol=1e-4)
+    assert finished and set(finished) == ({1, 2} if rows == 0 else {rows})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": True},
+        {"cache_interval": 2},
+        {"prompt": "a cat and a ball AND a dog", "syntax": "a1111"},
+        {"guidance": replace(HOW, watch=True)},
+        {"edits": [Edit(minidiff.cross, probs=lambda site, probs, inputs: probs * 0.9)]},
+        {"regions": [minidiff.Region("a dog", (0.0, 0.0, 0.5, 1.0))]},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_not_where_a_step_is_something_else(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, finished: list[int], options: dict[str, object]
+) -> None:
+    expected, found = (drawn(tiny_model, least, monkeypatch, **options) for least in (NOWHERE, EVERYWHERE))
+    assert torch.equal(found.latents, expected.latents) and finished == []
+
+
+def test_a_hook_sees_whole_passes(tiny_model: Model, monkeypatch: pytest.MonkeyPatch, finished: list[int]) -> None:
+    rows = list[int]()
+    layer = tiny_model.unet.down_blocks[1].resnets[0]
+    hook = layer.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    drawn(tiny_model, EVERYWHERE, monkeypatch)
+    hook.remove()
+    assert rows.count(2) == 6 and finished == []
