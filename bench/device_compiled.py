@@ -166,7 +166,7 @@ def _calls(name: str, size: str, dtype: str, edge: int, images: int) -> tuple[Ca
     if name == GUIDED:
         expected = guided_pass(layout_guide(plain, inputs), inputs)()[0]
         unet = compiled_unet(SIZES[size], weights)
-        look = guided_pass(layout_guide(unet, inputs, whole=True), inputs)
+        look = guided_pass(layout_guide(unet, inputs), inputs)
         return lambda: look()[0], expected, inputs
     expected = ours(plain, inputs)()
     if name == THEIRS_COMPILED:

@@ -100,10 +100,10 @@ def run(args: argparse.Namespace) -> int:
 def passes(
     size: Size, weights: Weights, edge: int, repeats: int, compiled: bool
 ) -> tuple[dict[str, dict[str, Timing]], tuple[float, float]]:
-    """Timings of the variants, eager and then compiled, of steps after looks that moved nothing, where these go on with
-    them, and our relative error in (loss, gradient).
+    """Timings of the variants, eager and then compiled, and our relative error in (loss, gradient).
 
-    Each of ours alternates with the published method; all three do not fit into 24 GB in float32.
+    Each of ours alternates with the published method; all three do not fit into 24 GB in float32. Where steps go on
+    with looks, they are timed, too.
     """
     inputs = Inputs.random(size, weights["conv_in.weight"].dtype, 1, edge, edge)
     unet = our_unet(size, weights)
@@ -121,7 +121,7 @@ def passes(
     del own, unet
     if compiled:
         whole = compiled_unet(size, weights)
-        own = guided_pass(layout_guide(whole, inputs, whole=True), inputs)
+        own = guided_pass(layout_guide(whole, inputs), inputs)
         found["compiled"] = by_turns({PUBLISHED: published, COMPILED: own}, repeats)
     return found, apart
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidiff.guidance.evaluate import look_loss, plainly
+from minidiff.guidance.evaluate import look_loss
 from minidiff.guidance.guide import Guidance, Guide
 from minidiff.guidance.layout import PlacedObject, make_layout
 from minidiff.guidance.objectives.layout import layout_loss
@@ -19,8 +19,7 @@ from minidiff.networks.unet import UNet
 from minidiff.networks.vae import VAE
 from minidiff.recorded import MEAN
 from minidiff.sampling import SD15_SCHEDULER_CONFIG, Euler, NoiseSchedule, sample
-from minidiff.speed.accelerate import compile_network, compile_unet, compile_whole, prepare, prepare_unet
-from minidiff.speed.capture import captured
+from minidiff.speed.accelerate import compile_network, compile_unet, looks_of, prepare, prepare_unet
 from minidiff.speed.int8 import to_int8
 
 from .models import SD15, TINY, Size, random_weights, unet_shapes, vae_shapes
@@ -152,12 +151,10 @@ class Inputs:
         return cls(x.to(at, dtype), torch.tensor(TIMESTEP, device=at), context.to(at, dtype))
 
 
-def layout_guide(
-    unet: UNet, inputs: Inputs, objects: int = 2, iterations: int = 1, steps: int = 1, whole: bool = False
-) -> Guide:
+def layout_guide(unet: UNet, inputs: Inputs, objects: int = 2, iterations: int = 1, steps: int = 1) -> Guide:
     """The paper's layout guidance for every image in `inputs`, with 1 to 8 objects of one token each.
 
-    Images never stop early. whole: for a compiled UNet.
+    Images never stop early.
     """
     height, width = inputs.x.shape[-2:]
     there = unet.positions(height, width)
@@ -168,10 +165,8 @@ def layout_guide(
         [regions] * rows, [objects + 3] * rows, 77, {at.grid for at in there.values()}, inputs.x.device
     )
     names = [[region.name for region in regions]] * rows
-    look = compile_whole(look_loss, unet) if whole else look_loss
-    graphs = captured(unet)
-    run = plainly if graphs is None else graphs.run
-    return Guide(how, unet.forward, inputs.context, layout, names, whole_batch=whole, loss=look, run=run)
+    loss, whole, run, _ = looks_of(unet, look_loss, height * width)
+    return Guide(how, unet.forward, inputs.context, layout, names, whole_batch=whole, loss=loss, run=run)
 
 
 def tokens(objects: int) -> Sequence[Sequence[int]]:

@@ -31,7 +31,8 @@ class Denoise:
     halves: return the unconditional output before the guided one, [2B,C,h,w], where the scale acts.
     watch: what is recorded for guidance, of which no maps are returned; not together with record, weights or every;
         nothing where edits have `update`. told: who else reads the inputs that those replace.
-    begins: passes of the conditional half that looks may have begun; not together with edits, record, weights or every.
+    begins: passes of the conditional half that looks may have begun; together with none of these but contexts, scales
+        and interval.
     """
 
     def __init__(
@@ -103,8 +104,8 @@ class Denoise:
         if not halves and record is not None:
             record = replace(record, rows="all")
         apart = self.apart if self.apart is not None and index < self.apart.steps else None
-        begun = None if self.begins is None or apart is not None else self.begins.take(len(x))
-        if begun is not None:
+        begun = None if self.begins is None else self.begins.take(len(x))
+        if begun is not None and self.model.unet.is_plain():
             output, maps = self.model.unet.finish(begun, t, context).float(), {}
         elif apart is None or record is not None:
             output, maps = self._run(torch.cat([x, x]) if halves else x, t, context, record, edits, inputs)

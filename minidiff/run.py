@@ -119,8 +119,7 @@ def _run(
         **as_asked(given_request, request),
         "attention": _recorded(model, told.record, there),
     }
-    drawn = {name: getattr(request, name) for name in ("width", "height", "seed", "vary")}
-    remake = given_request.filled(drawn).each()
+    remake = given_request.filled({name: getattr(request, name) for name in ("width", "height", "seed", "vary")}).each()
     remake = remake if begun.canvas is None else remake.filled(begun.canvas.fields())
     timings = {**timings, "text": time.perf_counter() - loaded}
     return Run(request.filled(used), model, texts, schedule, steps, told, timings, begun.canvas, remake, info)
@@ -177,8 +176,9 @@ def _tell(
     if how is not None:
         check_places(how, regions, related)
         seen = [(encoded[one][-len(regions) :], layouts[one], inputs[one]) for one in each_step]
-        alone = record is None and weights is None and request.cache_interval == 1
-        guide = _guide(model, how.of_run(begun.schedule.steps, there), seen, regions, edits, alone)
+        simple = not (edits or given_inputs or model.image_adapters or model.int8 or how.watch)
+        simple = simple and record is None and weights is None and request.cache_interval == 1
+        guide = _guide(model, how.of_run(begun.schedule.steps, there), seen, regions, edits, simple)
     return _Told(contexts, [inputs[one] for one in each_step], edits, record, guide, weights, apart)
 
 
@@ -200,7 +200,8 @@ def _denoise(request: Request, model: Model, sampler: Sampler, told: _Told) -> D
         _watch(told.guide) if told.guide is not None and alone else None,
         sampler.cfg_pp,
         told.apart,
-        *((None, None) if told.guide is None else (told.guide.update, told.guide.begins)),
+        told=None if told.guide is None else told.guide.update,
+        begins=None if told.guide is None else told.guide.begins,
     )
 
 
@@ -328,9 +329,9 @@ def _guide(
     told: Sequence[tuple[Tensor, Layout, Inputs]],
     regions: Sequence[Sequence[PlacedObject]],
     edits: Sequence[Edit],
-    alone: bool,
+    simple: bool,
 ) -> Guide:
-    """The run's Guide. told: what it reads, once for all steps or in each. alone: steps record and reuse nothing."""
+    """The run's Guide. told: what it reads, once for all steps or in each. simple: whether a step is one pass alone."""
     names = [[region.name for region in some] for some in regions]
     each_step = told if len(told) > 1 else ()
     context, layout, inputs = told[0]
@@ -339,8 +340,7 @@ def _guide(
     found = CALIBRATIONS.get(key, CALIBRATIONS.get((model.name, (), None)))
     measured = None if other or changed_weights(model.unet) else found
     loss, whole, run, resumes = looks_of(model.unet, look_loss, max((h * w for h, w in layout.masks), default=0))
-    resumes = resumes and alone and not (edits or how.watch or model.image_adapters)
-    begins = Begins(model.unet.forward) if resumes else None
+    begins = Begins(model.unet.forward) if resumes and simple else None
     forward = (begins or model.unet).forward
     return Guide(how, forward, context, layout, names, edits, inputs, whole, loss, each_step, measured, run, begins)
 

@@ -1,14 +1,18 @@
 """Steps that go on with looks: the same pictures, and which passes are spared."""
 
+from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import minidiff
 from minidiff.model import Model
 from minidiff.networks.attention import Edit
+from minidiff.networks.config import UNetConfig
+from minidiff.networks.transformer import Transformer
 from minidiff.networks.unet import Begun, ResBlock, UNet
 from minidiff.speed import accelerate
 
@@ -80,23 +84,22 @@ def test_a_step_goes_on_with_looks_that_moved_nothing(
 @pytest.mark.parametrize(
     ("options", "rows"),
     [
-        ({"guidance_scale": 1}, 1),
-        ({"guidance_interval": (2, 1e3)}, 0),
-        ({"negative_prompt": "blurry", "guidance_rescale": 0.5}, 2),
-        ({"sampler": "heun"}, 2),
-        ({"sampler": "pndm"}, 2),
-        ({"sampler": "ddim_cfg_pp", "guidance_scale": 0.8}, 2),
-        ({"prompt": "a [red:blue:0.5] cat and a ball", "syntax": "a1111"}, 2),
-        ({"image": torch.zeros(3, 32, 32), "mask": torch.eye(32), "strength": 1.0}, 2),
+        ({"guidance_scale": 1}, {1}),
+        ({"guidance_interval": (2, 1e3), "negative_prompt": "blurry"}, {1, 2}),
+        ({"sampler": "pndm", "guidance_rescale": 0.5}, {2}),
+        ({"sampler": "ddim_cfg_pp", "guidance_scale": 0.8}, {2}),
+        ({"prompt": "a [red:blue:0.5] cat and a ball", "syntax": "a1111"}, {2}),
+        ({"image": torch.zeros(3, 32, 32), "mask": torch.eye(32), "strength": 1.0}, {2}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_with_all_that_leaves_a_step_one_pass(
-    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, finished: list[int], options: dict[str, object], rows: int
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, finished: list[int], options: dict[str, object], rows: set[int]
 ) -> None:
+    options = {"steps": 4, "guidance": replace(HOW, steps=4), **options}
     expected, found = (drawn(tiny_model, least, monkeypatch, **options) for least in (NOWHERE, EVERYWHERE))
     torch.testing.assert_close(found.latents, expected.latents, rtol=0, atol=1e-4)
-    assert finished and set(finished) == ({1, 2} if rows == 0 else {rows})
+    assert set(finished) == rows
 
 
 @pytest.mark.parametrize(
@@ -108,20 +111,63 @@ def test_with_all_that_leaves_a_step_one_pass(
         {"guidance": replace(HOW, watch=True)},
         {"edits": [Edit(minidiff.cross, probs=lambda site, probs, inputs: probs * 0.9)]},
         {"regions": [minidiff.Region("a dog", (0.0, 0.0, 0.5, 1.0))]},
+        {"inputs": {"mine": torch.zeros(2, 1)}},
     ],
     ids=lambda options: "-".join(options),
 )
 def test_not_where_a_step_is_something_else(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch, finished: list[int], options: dict[str, object]
 ) -> None:
-    expected, found = (drawn(tiny_model, least, monkeypatch, **options) for least in (NOWHERE, EVERYWHERE))
-    assert torch.equal(found.latents, expected.latents) and finished == []
+    found = drawn(tiny_model, EVERYWHERE, monkeypatch, steps=1, **{"guidance": replace(HOW, steps=1), **options})
+    assert found.reports[0].iterations == (0,) and finished == []
+    drawn(tiny_model, EVERYWHERE, monkeypatch, steps=1, guidance=replace(HOW, steps=1))
+    assert finished == [2]
 
 
-def test_a_hook_sees_whole_passes(tiny_model: Model, monkeypatch: pytest.MonkeyPatch, finished: list[int]) -> None:
+def test_not_below_float32(tiny_model: Model, monkeypatch: pytest.MonkeyPatch, finished: list[int]) -> None:
+    """Images that stop at different looks would be rounded in other ways than alone, which would show there."""
+    half = replace(tiny_model, unet=deepcopy(tiny_model.unet).bfloat16(), text=deepcopy(tiny_model.text))
+    half.text.model.bfloat16()
+    for model in (replace(tiny_model, int8=True), half):
+        drawn(model, EVERYWHERE, monkeypatch, steps=1, guidance=replace(HOW, steps=1, threshold=1e9))
+    assert finished == []
+
+
+def test_hooks_see_whole_passes(tiny_model: Model, monkeypatch: pytest.MonkeyPatch, finished: list[int]) -> None:
+    """Those put on after the run was made, too, and on all networks."""
     rows = list[int]()
-    layer = tiny_model.unet.down_blocks[1].resnets[0]
-    hook = layer.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
-    drawn(tiny_model, EVERYWHERE, monkeypatch)
-    hook.remove()
-    assert rows.count(2) == 6 and finished == []
+
+    def seen(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        rows.extend([len(inputs[0])] if module is layer else [])
+
+    model = replace(tiny_model, unet=deepcopy(tiny_model.unet))
+    layer = model.unet.down_blocks[1].resnets[0]
+    monkeypatch.setattr(accelerate, "_RESUMED", EVERYWHERE)
+    for put in (layer.register_forward_hook, torch.nn.modules.module.register_module_forward_hook):
+        given = {"boxes": {"cat": BOXES["cat"]}, "steps": 2, "sampler": "ddim", "guidance": replace(HOW, threshold=1e9)}
+        run = minidiff.sample_steps("a cat", model=model, **given)
+        hook = put(seen)
+        list(run)
+        hook.remove()
+        assert rows.count(2) == 2 and finished == []
+        rows.clear()
+
+
+def test_layers_of_others_are_called(tiny_model: Model, monkeypatch: pytest.MonkeyPatch, finished: list[int]) -> None:
+    class Halved(Transformer):
+        def plain(self, *given: Any) -> Any:
+            found, maps = super().plain(*given)
+            return (None if found is None else found / 2), maps
+
+    model = replace(tiny_model, unet=deepcopy(tiny_model.unet))
+    model.unet.down_blocks[0].attentions[0].__class__ = Halved
+    drawn(model, EVERYWHERE, monkeypatch, steps=1, guidance=replace(HOW, steps=1, threshold=1e9))
+    assert finished == [] and not accelerate.looks_of(model.unet, print, 1).resumes
+
+
+def test_passes_go_on_from_256_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        unet = UNet(UNetConfig())
+    assert not accelerate.looks_of(unet, print, 64 * 64).resumes  # a card's
+    monkeypatch.setattr(unet, "distinct", accelerate.distinct)
+    assert [accelerate.looks_of(unet, print, edge**2).resumes for edge in (28, 32)] == [False, True]

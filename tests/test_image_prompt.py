@@ -37,6 +37,7 @@ from bench.image_prompts import (
 )
 from minidiff import ImagePrompt, with_image_prompt
 from minidiff.cli.main import main
+from minidiff.networks.unet import UNet
 from minidiff.png.chunk import plain
 from minidiff.png.read import read_metadata
 from minidiff.resolve import image_inputs
@@ -554,3 +555,15 @@ def test_wrong_flags_are_named_before_anything_is_loaded(
     ):
         assert main(["generate", "a cat", "--model", "no/such", *flags]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_step_with_pictures_does_not_go_on_with_a_look(
+    model: minidiff.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would do without them."""
+    monkeypatch.setattr(accelerate, "_RESUMED", 0)
+    finished = list[object]()
+    monkeypatch.setattr(UNet, "finish", lambda *given: finished.append(given))
+    guidance = minidiff.Guidance(minidiff.layout_loss, threshold=1e9)
+    ours(model, boxes={"circle": LEFT}, image_prompt=picture(1), guidance=guidance)
+    assert finished == []

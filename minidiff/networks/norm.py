@@ -5,6 +5,7 @@ from typing import TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 Fused: TypeAlias = Callable[..., Tensor] | None
 """(the layer, its input) -> its output."""
@@ -13,6 +14,11 @@ Fused: TypeAlias = Callable[..., Tensor] | None
 def is_hooked(layer: nn.Module) -> bool:
     """Whether calling a layer may do more, or something else, than its class says."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+
+
+def are_hooked() -> bool:
+    """Whether there are hooks on all layers of all networks."""
+    return bool(_global_forward_hooks or _global_forward_pre_hooks)
 
 
 class GroupNorm(nn.GroupNorm):

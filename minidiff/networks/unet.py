@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionLayer, Edit, Hooks, Inputs, Maps, Record, attention
 from .config import UNetConfig
-from .norm import Fused, GroupNormSiLU, is_hooked
+from .norm import Fused, GroupNormSiLU, are_hooked, is_hooked
 from .resample import Downsample, Upsample
 from .sites import Place, Position, Site, Where
 from .transformer import FIRST, TOKENS, Transformer
@@ -45,6 +45,8 @@ class Begun(NamedTuple):
 
     def joined(self, others: Sequence["Begun"]) -> "Begun":
         """One pass of this and others, which ended in the same layer."""
+        if not others:
+            return self
         kept = (self.kept, *(other.kept for other in others))
         return Begun(self.layer, tuple(map(torch.cat, zip(*kept, strict=True))))
 
@@ -123,12 +125,18 @@ class UNet(nn.Module):
         found, maps = self._layers(0, None, y, [whole], emb, context, hooks, deep, at_stop)
         return (None if found is None else self._out(found)), maps
 
+    def is_plain(self) -> bool:
+        """Whether each layer does what its class here says, and only that: what `finish` needs."""
+        ours = ("minidiff.", "torch.nn.")
+        foreign = (is_hooked(layer) or not type(layer).__module__.startswith(ours) for layer in self.modules())
+        return not (are_hooked() or any(foreign))
+
     @torch.no_grad()
     def finish(self, begun: Begun, t: Tensor | float, context: Tensor) -> Tensor:
         """Go on with a pass that a record ended, and if asked with one of another text for the same latents.
 
         t: the pass's, one for all rows. context [n,L,D]: its own; [2n,L,D]: the other text first. Returns eps [n,C,h,w]
-        or [2n,C,h,w], as a whole pass does without record, edits and inputs, up to rounding.
+        or [2n,C,h,w], as a whole pass does without record, edits and inputs, up to rounding. Only if `is_plain`.
         """
         hooks, (y, first, tokens, *skips) = self._hooks(None, (), None), begun.kept
         emb = self.time_embedding(self._timesteps(y[:1], t).to(y.dtype))
@@ -201,7 +209,7 @@ class UNet(nn.Module):
         if first in hooks.kinds or any(first in edit.sites for edit in hooks.edits):  # type: ignore[operator]
             return len(x)
         layers = (one for layer in (self.conv_in, block.resnets[0], block.attentions[0]) for one in layer.modules())
-        return len(x) if rows < len(x) and any(map(is_hooked, layers)) else rows
+        return len(x) if rows < len(x) and (are_hooked() or any(map(is_hooked, layers))) else rows
 
     def _out(self, y: Tensor) -> Tensor:
         return self.conv_out(self.conv_norm_out(y))

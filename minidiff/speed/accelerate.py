@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..networks.norm import is_hooked
 from ..networks.unet import UNet
 from ..networks.vae import VAE
 from .capture import capture_calls, captured
@@ -87,12 +86,14 @@ class Looks(NamedTuple, Generic[T]):
 
 
 def looks_of(unet: UNet, loss: Callable[..., T], cells: int) -> Looks[T]:
-    """For latents of so many cells. Passes that go on need layers as they are, and pay where these are large."""
+    """For latents of so many cells. To go on with passes pays where layers are large; half precision would round
+    images of a batch, which stop at different looks, in other ways than single ones.
+    """
     graphs = captured(unet)
     if is_compiled(unet):
         return Looks(compile_whole(loss, unet), True, None, False)
     large = cells * 4 * unet.config.block_out_channels[0] >= _RESUMED
-    resumes = unet.distinct is not None and large and not any(map(is_hooked, unet.modules()))
+    resumes = large and unet.distinct is not None and unet.conv_in.weight.dtype == torch.float32 and unet.is_plain()
     return Looks(loss, False, None if graphs is None else graphs.run, resumes)
 
 
