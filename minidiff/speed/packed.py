@@ -264,7 +264,7 @@ class PackedConv2d(Packed):
 
     def run_back(self, grad: Tensor, size: torch.Size) -> Tensor:
         form = self._form(grad)
-        if form is winograd.LARGE:
+        if form is not None:
             return winograd.convolve(grad, self._transformed(grad, form, back=True), None, _linear, form, back=True)
         spread, padding = self._spread(grad, size)
         turned = self._derive("turned", lambda: _pack_conv(_turned(self.dense()), padding, _ONES, spread))
@@ -298,8 +298,8 @@ class PackedConv2d(Packed):
         """The weights for winograd.py: transformed where those are kept."""
         name = "turned, transformed" if back else "transformed"
         kept = self.keeps and (name in self.derived or winograd.keeps(x.shape, self.shape))
-        if form is winograd.LARGE and kept:
-            return self._derive(name, lambda: winograd.transform(self.dense(), form, back))
+        if kept:
+            return self._derive(name, lambda: winograd.transform(self.dense(), _linear, form, back))
         return self.dense()
 
     def _spread(self, grad: Tensor, size: torch.Size) -> tuple[Tensor, list[int]]:

@@ -4,13 +4,11 @@ Each tile of output cells is computed from a window of input cells: sums and dif
 n x n numbers per channel, with n x n matrix products in between. Source: Lavin and Gray, "Fast Algorithms for
 Convolutional Neural Networks" (2015).
 
-`LARGE` is F(4x4, 3x3) (section 4.3), n = 6: 2.25 multiplications per cell. Interpolation points are 0, 3/2, -3/2, 2/3,
+`SAME` is F(4x4, 3x3) (section 4.3), n = 6: 2.25 multiplications per cell. Interpolation points are 0, 3/2, -3/2, 2/3,
 -2/3 and infinity. The usual 0, 1, -1, 2, -2 and infinity round 2.3 times as much: with independent errors of relative
-size e in the products, the result's are 4.8 e, from the usual points 10.8 e, in `SMALL` 1.7 e (of a plain sum: e), less
-what shorter sums save. Why points matter: Barabasz et al. (2020), "Error Analysis and Improving the Accuracy of
-Winograd Convolution for Deep Neural Networks".
-
-`SMALL` is F(2x2, 3x3) (section 4.1), n = 4: 4 multiplications per cell, and 16/9 of the weights in place of 36/9.
+size e in the products, the result's are 4.8 e, from the usual points 10.8 e (of a plain sum: e), less what shorter sums
+save. Why points matter: Barabasz et al. (2020), "Error Analysis and Improving the Accuracy of Winograd Convolution for
+Deep Neural Networks".
 
 `GROWN` convolves a grid that nearest neighbours enlarge by 2, without making it: F(2x2, 3x3) with a tile for each cell.
 The middle two of a tile's four cells are then equal, which leaves n = 3, in one axis out[2i] = (w0+w1+w2) x[i] +
@@ -37,12 +35,10 @@ _KEPT = 2**24
 """Maximum elements of a layer's transformed weights that are kept, for a call or for good (64 MB)."""
 _CHANNELS, _FEWER = 256, 128
 """Minimum channels, of large grids fewer: with fewer, the rest takes as long as the multiplications that it saves."""
-_CELLS = 16**2
-"""Minimum cells of the result: on smaller grids, transforming the weights costs more than is saved."""
+_CELLS, _GROWN_CELLS = 32**2, 16**2
+"""Minimum cells of the result: on smaller grids, what surrounds the products costs more than they save."""
 _WIDE = 128**2
 """Cells of a large grid."""
-_MANY = 32**2
-"""From this many cells on, `LARGE` is faster in spite of its weights."""
 _ANEW = 64**2
 """From this many cells on, transforming the weights at each call costs only 1 to 10 % of what is saved."""
 
@@ -86,18 +82,6 @@ def _large_sums(m: list[Tensor]) -> list[Tensor]:
     return [first, second, even.add_(even_p, alpha=part**2), odd.add_(odd_p, alpha=part**3).add_(m[5])]
 
 
-def _small_differences(x: list[Tensor], into: Tensor) -> None:
-    torch.sub(x[0], x[2], out=into[0])
-    torch.add(x[1], x[2], out=into[1])
-    torch.sub(x[2], x[1], out=into[2])
-    torch.sub(x[1], x[3], out=into[3])
-
-
-def _small_sums(m: list[Tensor]) -> list[Tensor]:
-    total = m[1] + m[2]
-    return [total.add_(m[0]), m[1].sub_(m[2]).sub_(m[3])]
-
-
 def _grown_differences(x: list[Tensor], into: Tensor) -> None:
     torch.sub(x[0], x[1], out=into[0])
     into[1].copy_(x[1])
@@ -114,21 +98,13 @@ def _row(point: float, other: float) -> tuple[float, float, float]:
     return first, first * point, first * point**2
 
 
-LARGE = Form(
+SAME = Form(
     6,
     4,
     (1.0, _A, _A**2, _A**3),
     (((_A * _P) ** -2, 0.0, 0.0), _row(_A, _P), _row(-_A, _P), _row(_P, _A), _row(-_P, _A), (0.0, 0.0, _A**-3)),
     _large_differences,
     _large_sums,
-)
-SMALL = Form(
-    4,
-    2,
-    (1.0, 1.0),
-    ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0)),
-    _small_differences,
-    _small_sums,
 )
 GROWN = Form(3, 1, (1.0, 1.0), ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0)), _grown_differences, _grown_sums)
 
@@ -137,19 +113,20 @@ def form(shape: torch.Size, weight: torch.Size, grown: bool = False) -> Form | N
     """The fastest for an input [B,C,h,w] and weights [C',C,3,3]; None if that is a plain convolution."""
     out, channels, *kernel = weight
     cells = shape[2] * shape[3] * (4 if grown else 1)
-    if kernel != [3, 3] or cells < _CELLS or min(out, channels) < (_FEWER if cells >= _WIDE else _CHANNELS):
+    least, few = _GROWN_CELLS if grown else _CELLS, _FEWER if cells >= _WIDE else _CHANNELS
+    if kernel != [3, 3] or cells < least or min(out, channels) < few:
         return None
-    return GROWN if grown else LARGE if cells >= _MANY else SMALL
+    return GROWN if grown else SAME
 
 
 def keeps(shape: torch.Size, weight: torch.Size) -> bool:
-    """Whether to keep what `transform` makes for `LARGE` and inputs [B,C,h,w], instead of computing it at each call."""
-    return shape[2] * shape[3] < _ANEW and LARGE.window**2 * weight[0] * weight[1] <= _KEPT
+    """Whether to keep what `transform` makes for `SAME` and inputs [B,C,h,w], instead of computing it at each call."""
+    return shape[2] * shape[3] < _ANEW and SAME.window**2 * weight[0] * weight[1] <= _KEPT
 
 
-def transform(weight: Tensor, form: Form, back: bool = False) -> Tensor:
+def transform(weight: Tensor, linear: Product, form: Form, back: bool = False) -> Tensor:
     """Transform weights [C',C,3,3] to [n*n,C',C], or for gradients to [n*n,C,C']."""
-    return next(_parts(weight, form, back, _BLOCK * weight.numel() * form.window**2))
+    return next(_parts(weight, linear, form, back, _BLOCK * weight.numel() * form.window**2))
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, linear: Product, form: Form, back: bool = False) -> Tensor:
@@ -166,12 +143,12 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, linear: Product, fo
     small = n * n * out * channels <= _KEPT
     numbers = _NUMBERS if min(out, channels) >= _CHANNELS else _NUMBERS // 2
     rows = min(tall, max(1, (numbers if small else 4 * numbers) // (n * n * channels * batch * wide)))
-    whole = weight if weight.ndim == 3 else transform(weight, form, back) if small and rows < tall else None
+    whole = weight if weight.ndim == 3 else transform(weight, linear, form, back) if small and rows < tall else None
     offset = x.new_zeros(out) if bias is None else bias
     y = x.new_empty(batch, tall, cells, wide, cells, out)
     for first, tiles in _tiles(x, form, rows):
         count, done = len(tiles[0]) // (batch * wide), 0
-        for part in _parts(weight, form, back, _PART) if whole is None else [whole]:
+        for part in _parts(weight, linear, form, back, _PART) if whole is None else [whole]:
             end = done + part.shape[1]
             products = [linear(one, matrix) for one, matrix in zip(tiles, part, strict=True)]
             columns = [form.sums(products[j::n]) for j in range(n)]
@@ -207,16 +184,13 @@ def _tiles(x: Tensor, form: Form, rows: int) -> Iterator[tuple[int, Tensor]]:
         yield first, tile.view(n * n, -1, channels)
 
 
-def _parts(weight: Tensor, form: Form, back: bool, most: int) -> Iterator[Tensor]:
-    """Transformed weights [n*n,part of C',C] of at most about `most` elements, each to be used before the next."""
+def _parts(weight: Tensor, linear: Product, form: Form, back: bool, most: int) -> Iterator[Tensor]:
+    """Transformed weights [n*n,part of C',C] of at most about `most` elements."""
     g = torch.tensor(form.spread, dtype=torch.float64)
     g = g.flip(1) if back else g
     both = torch.einsum("ai,bj->abij", g, g).reshape(form.window**2, 9).to(weight)
     axis, channels = (1, weight.shape[0]) if back else (0, weight.shape[1])
     at_once = max(1, most // (_BLOCK * len(both) * channels)) * _BLOCK
-    buffer: Tensor | None = None
-    for part in weight.split(at_once, dim=axis):  # the first is the largest
-        flat = part.reshape(-1, 9).T
-        buffer = weight.new_empty(len(both), flat.shape[1]) if buffer is None else buffer[:, : flat.shape[1]]
-        spread = torch.mm(both, flat, out=buffer).unflatten(1, part.shape[:2])
+    for part in weight.split(at_once, dim=axis):
+        spread = linear(both, part.reshape(-1, 9)).unflatten(1, part.shape[:2])
         yield spread.mT if back else spread
