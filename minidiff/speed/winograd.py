@@ -23,12 +23,15 @@ from torch import Tensor
 
 Product = Callable[[Tensor, Tensor], Tensor]
 """E.g. F.linear: [T,C], weights [C',C] -> [T,C']."""
-_NUMBERS = 3 * 2**20
-"""Elements of the transformed input at a time: they fit in the cache, and each matrix is large enough to be fast. With
-fewer channels half of it suffices, and the largest grids, which have few, leave the least memory.
+_NUMBERS = 7 * 2**19
+"""Elements of the transformed input at a time, for two images or more twice as many (28 MB): they fit in the cache, and
+each matrix is large enough to be fast, with two threads too. With fewer channels half of it suffices, and the largest
+grids, which have few, leave the least memory.
 """
-_PART = 2**22
-"""Elements of transformed weights at a time (16 MB), where they are used once."""
+_PART = 3 * 2**20
+"""Elements of transformed weights at a time, where they are used once; for two images or more as well twice as many,
+which is less than the 32 MB from which on the C library takes fresh pages.
+"""
 _BLOCK = 64
 """Output channels are computed together by multiples of it: products of odd sizes take longer."""
 _KEPT = 2**24
@@ -141,14 +144,16 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, linear: Product, fo
     n, cells, out = form.window, len(form.scales), weight.shape[1 if back or weight.ndim == 3 else 0]
     tall, wide = -(-height // form.step), -(-width // form.step)  # tiles
     small = n * n * out * channels <= _KEPT
-    numbers = _NUMBERS if min(out, channels) >= _CHANNELS else _NUMBERS // 2
-    rows = min(tall, max(1, (numbers if small else 4 * numbers) // (n * n * channels * batch * wide)))
+    images = min(batch, 2)
+    numbers = images * (_NUMBERS if min(out, channels) >= _CHANNELS else _NUMBERS // 2)
+    rows = min(tall, max(1, (numbers if small else 2 * numbers) // (n * n * channels * batch * wide)))
+    rows = -(-tall // -(-tall // rows))  # as even as can be
     whole = weight if weight.ndim == 3 else transform(weight, linear, form, back) if small and rows < tall else None
     offset = x.new_zeros(out) if bias is None else bias
     y = x.new_empty(batch, tall, cells, wide, cells, out)
     for first, tiles in _tiles(x, form, rows):
         count, done = len(tiles[0]) // (batch * wide), 0
-        for part in _parts(weight, linear, form, back, _PART) if whole is None else [whole]:
+        for part in _parts(weight, linear, form, back, images * _PART) if whole is None else [whole]:
             end = done + part.shape[1]
             products = [linear(one, matrix) for one, matrix in zip(tiles, part, strict=True)]
             columns = [form.sums(products[j::n]) for j in range(n)]
