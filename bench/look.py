@@ -15,9 +15,9 @@ from torch import Tensor
 
 import minidiff
 from minidiff.looking import TIMES, look
-from minidiff.request import BUNDLED
 from minidiff.shapes.measure import iou
 from minidiff.shapes.world import COLOURS, SHAPES, SIZE, Scene, Thing, coverage, random_scene, render
+from minidiff.vocabulary import BUNDLED
 
 from .machine import print_header
 from .table import Row, finish, print_head, print_row

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import minidiff
-from minidiff.request import BUNDLED
 from minidiff.shapes.measure import iou, matched, measure
 from minidiff.shapes.world import COLOURS, Scene, Thing, render
+from minidiff.vocabulary import BUNDLED
 
 from .boxes import asked
 from .machine import print_header

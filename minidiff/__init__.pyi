@@ -45,6 +45,7 @@ from .guidance.pairs import (
 )
 from .guidance.regions import Region as Region
 from .guidance.report import Report as Report
+from .guidance.stretch import UsualSizes as UsualSizes
 from .inversion import invert as invert
 from .looking import look as look
 from .model import (

@@ -15,12 +15,12 @@ from .canvas import picture_latents
 from .checks import choice, number, whole
 from .model import Model
 from .noise import Noise
-from .request import BUNDLED, Request
+from .request import Request
 from .resolve import resolve
 from .run import sample_steps
 from .sampling import DDIM, NoiseSchedule, Schedule
 from .sampling.samplers._sampler import Ask, Draw, predict, signal
-from .vocabulary import own_keywords
+from .vocabulary import BUNDLED, own_keywords
 from .weights.load import load
 
 if TYPE_CHECKING:

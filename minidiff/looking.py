@@ -18,9 +18,10 @@ from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
 from .networks.sites import SECOND_COARSEST, Grid, Position, Site, choose, cross
 from .noise import Noise
 from .recorded import MEAN, Attention, SiteMaps
-from .request import BUNDLED, Request
+from .request import Request
 from .resolve import latent_shape, resolve
 from .texts import Texts
+from .vocabulary import BUNDLED
 from .weights.load import load
 
 if TYPE_CHECKING:

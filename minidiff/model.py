@@ -2,9 +2,11 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache, cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +19,12 @@ from .networks.unet import UNet
 from .networks.vae import VAE
 from .safety import SafetyChecker
 from .sampling import NoiseSchedule, Sampler, sampler_by_name
+from .vocabulary import BUNDLED
 
+if TYPE_CHECKING:
+    from .png.chunk import Plain
+
+_version = cache(version)  # which reads a file each time, in 10 ms
 _NUMBERS: Mapping[str, Check] = {
     "steps": partial(whole, least=1),
     "guidance_scale": partial(number, least=1),
@@ -135,6 +142,27 @@ class Model:
         with self.origin.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    def facts(self, changed: int) -> "dict[str, Plain]":
+        """What made an image besides the arguments of its call, for its recipe. changed: how many weights were."""
+        return {
+            "versions": {name: _version(name) for name in ("minidiff", "torch", "transformers")},
+            **({"changed_weights": changed} if changed else {}),
+            "dtype": self.dtype_name,
+            **({"dtype_choice": self.dtype_choice} if self.dtype_choice else {}),
+            "device": self.device.type,
+            "load": dict(self.options),
+            **({"adapters": [asdict(adapter) for adapter in self.adapters]} if self.adapters else {}),
+            "model": {"kind": self._kind, "name": self.name, "sha256": self.sha256},
+            "model_hash": None if self.sha256 is None else self.sha256[:10],  # A1111's
+        }
+
+    @property
+    def _kind(self) -> str:
+        """Where it is from: "bundled", "hub", "file" or "folder". Only hub ids and the bundled name have a slash."""
+        if self.name == BUNDLED:
+            return "bundled"
+        return "hub" if "/" in self.name else "file" if self.origin.is_file() else "folder"
+
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """images [B,3,H,W] in [-1,1] -> float32 latents [B,4,h,w] at the UNet's scale.
@@ -147,6 +175,11 @@ class Model:
             raise ValueError(f"images hold values from {least:g} to {most:g}; expected [-1,1]: pixels / 127.5 - 1")
         if least >= 0:
             warn(f"images hold values from {least:g} to {most:g}, none below 0; [-1,1] was expected: 2 * images - 1")
+        return self.latents(images, noise)
+
+    @torch.no_grad()
+    def latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The same for images that need no check."""
         noise = None if noise is None else noise.to(self.device, self.dtype)
         return self.vae.encode(images.to(self.device, self.dtype), noise).float() * self.vae.config.scaling_factor
 

@@ -10,6 +10,8 @@ from torch import Generator, Tensor
 
 from .request import Request
 
+_BESIDE = 0x5F17_F17D  # in the lower half, which is all of a seed that torch's generator reads
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -29,6 +31,12 @@ class Noise:
         seeds, (others, strength) = request.seed, request.vary or ((), 0.0)
         assert isinstance(seeds, tuple) and isinstance(others, tuple)  # resolved
         return cls(_generators(seeds), shape, _generators(others), strength)
+
+    @classmethod
+    def beside(cls, request: Request, shape: tuple[int, int, int]) -> Noise:
+        """Other noise of the same seeds, which takes none from what a sampler draws."""
+        assert isinstance(request.seed, tuple)  # resolved
+        return cls(_generators([seed ^ _BESIDE for seed in request.seed]), shape)
 
     @classmethod
     def seeded(cls, seed: int, shape: tuple[int, int, int]) -> Noise:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .checks import listed, shown
 from .request_checks import check
-from .vocabulary import modernised, own_keywords, unknown
+from .vocabulary import BUNDLED, modernised, own_keywords, unknown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 Output = Literal["pil", "numpy", "tensor", "latents"]
-BUNDLED = "minidiff/shapes"
-"""The name of the model that ships inside the package."""
 _QUIET = (
     "syntax",
     "cache_interval",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
-from importlib.metadata import version
+from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -25,16 +23,18 @@ from .guidance.guide import Guidance, Guide
 from .guidance.layout import Layout, PlacedObject
 from .guidance.placed import CALIBRATIONS
 from .guidance.regions import share_edits
+from .guidance.stretch import UsualSizes
 from .model import Model
 from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
 from .networks.sites import SECOND_COARSEST, Position, Site, choose, cross
 from .noise import Noise
-from .png.chunk import Plain, plain
+from .png.chunk import Plain
+from .progress import with_progress
 from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
-from .request import BUNDLED, Request
+from .request import Request
 from .resolve import as_asked, check_places, image_inputs, latent_shape, resolve, warn_unused
 from .result import Images, Result, to_numpy, to_pil
-from .sampling import Sampler, SamplerStep, Schedule, sample
+from .sampling import Renew, Sampler, SamplerStep, Schedule, sample
 from .speed.accelerate import looks_of
 from .speed.capture import spared
 from .speed.replace import changed_weights
@@ -42,7 +42,6 @@ from .texts import Texts
 from .tries import Seeds, best_seeds
 from .weights.load import load
 
-_version = cache(version)  # which reads a file each time, in 10 ms
 ATTENTION = Record(SECOND_COARSEST, HEAD_MEAN)
 """What `attention=True` records."""
 _REDUCTIONS: Mapping[str, Reduce] = {"mean": MEAN, "last": LAST, "per_step": PER_STEP}
@@ -64,7 +63,7 @@ class Step(SamplerStep):
 def generate(request: Request) -> Result:
     """Make images from text."""
     run = sample_steps(request)
-    deque(_with_progress(run, request.progress), maxlen=0)  # a loop would keep the previous step's maps
+    deque(with_progress(run, request.progress), maxlen=0)  # a loop would keep the previous step's maps
     return run.result()
 
 
@@ -111,7 +110,7 @@ def _run(
     warn_unused(given_request, request, schedule.steps, 0 if told.apart is None else told.apart.steps)
     refine, fresh = None if told.guide is None else told.guide.refine, noise if sampler.stochastic else None
     denoise = _denoise(request, model, sampler, told)
-    steps = sample(denoise, begun.latents.to(model.device), schedule, sampler, refine, fresh, begun.hold)
+    steps = sample(denoise, begun.latents.to(model.device), schedule, sampler, refine, fresh, begun.hold, told.renew)
     used = {
         "seed": tuple(s if request.latents is None or sampler.stochastic else None for s in _seeds(request)),
         "negative_prompt": None if request.negative_context is not None else texts.negatives,
@@ -128,7 +127,8 @@ def _run(
 @dataclass(frozen=True, eq=False)
 class _Told:
     """What the network gets in a run: contexts and inputs, one for all steps or one each; edits and the record, their
-    sites chosen; the guide. weights: of texts that AND joins, [B,T]. apart: what takes regions apart.
+    sites chosen; the guide. weights: of texts that AND joins, [B,T]. apart: what takes regions apart. renew: what
+    stretches objects to their boxes.
     """
 
     contexts: Sequence[Tensor]
@@ -138,6 +138,7 @@ class _Told:
     guide: Guide | None
     weights: Tensor | None
     apart: Apart | None
+    renew: Renew | None = None
 
 
 def _tell(
@@ -165,21 +166,28 @@ def _tell(
     if masks:
         own, edits = own | masks, edits + share_edits(choose(cross, there), both)
     record, placed = _record(request, there), {one: one.regions(request, model) for one in encoded}
-    regions, grid = placed[each_step[0]], (begun.latents.shape[2], begun.latents.shape[3])
+    grid = begun.latents.shape[2], begun.latents.shape[3]
+    sizes = None if how is None else _usual_sizes(how, request, sampler, begun.schedule.steps)
+    if how is not None and sizes is not None:
+        then = placed[each_step[how.guided(begun.schedule.steps) % len(each_step)]]
+        placed = {one: sizes.marked(found, then, grid) for one, found in placed.items()}
+    regions = placed[each_step[0]]
     apart = texts.apart(request.regions_apart or 0.0, begun.schedule.steps, model, grid)
     if not any(regions):
         return _Told(contexts, [own], edits, record, None, weights, apart)
     length, related = contexts[0].shape[1], request.related
     layouts = {one: one.layout(model, placed[one], length, there, related) for one in encoded}
     inputs = {one: {**layouts[one].inputs(), **own} for one in encoded}
-    guide = None
+    guide = renew = None
     if how is not None:
         check_places(how, regions, related)
         seen = [(encoded[one][-len(regions) :], layouts[one], inputs[one]) for one in each_step]
         simple = not (edits or given_inputs or model.image_adapters or model.int8 or how.watch)
         simple = simple and record is None and weights is None and request.cache_interval == 1
-        guide = _guide(model, how.of_run(begun.schedule.steps, there), seen, regions, edits, simple)
-    return _Told(contexts, [inputs[one] for one in each_step], edits, record, guide, weights, apart)
+        how = replace(how, usual_sizes=sizes).of_run(begun.schedule.steps, there)
+        guide = _guide(model, how, seen, regions, edits, simple)
+        renew = _renew(request, model, guide, regions) if sizes is not None and how.acts else None
+    return _Told(contexts, [inputs[one] for one in each_step], edits, record, guide, weights, apart, renew)
 
 
 def _denoise(request: Request, model: Model, sampler: Sampler, told: _Told) -> Denoise:
@@ -279,6 +287,7 @@ class Run(Iterator[Step]):
             images = pixels if output == "tensor" else to_numpy(pixels) if output == "numpy" else to_pil(pixels)
             safety = self._model.safety if decode is None else None
             flagged = None if safety is None else safety(to_pil(pixels))
+        changed = len(changed_weights(self._model.unet, self._model.vae, self._model.text.model))
         stopped: dict[str, Plain] = {} if done == len(self) else {"stopped_after": done}
         return Result(
             images=images,
@@ -286,7 +295,7 @@ class Run(Iterator[Step]):
             seeds=_seeds(self.request),
             parameters=tuple(self.request.alone(i).plain() for i in range(len(latents))),
             timings={**self._timings, "decode": time.perf_counter() - before},
-            info={**_info(self._model), **self._own_info, **stopped},
+            info={**self._model.facts(changed), **self._own_info, **stopped},
             attention=None if self._kept is None else self._attention(self._kept),
             reports=None if self.guide is None else tuple(map(self.guide.report, range(len(latents)))),
             flagged=flagged,
@@ -336,13 +345,30 @@ def _guide(
     each_step = told if len(told) > 1 else ()
     context, layout, inputs = told[0]
     other = bool(edits or each_step or how.watch or how.sites is not None or model.adapters)
-    key = model.name, tuple(term.name for term in how.objective.terms), how.passes
-    found = CALIBRATIONS.get(key, CALIBRATIONS.get((model.name, (), None)))
+    sizes = () if how.usual_sizes is None else astuple(how.usual_sizes)
+    key = model.name, tuple(term.name for term in how.objective.terms), how.passes, sizes
+    found = CALIBRATIONS.get(key, CALIBRATIONS.get((model.name, (), None, ())))
     measured = None if other or changed_weights(model.unet) else found
     loss, whole, run, resumes = looks_of(model.unet, look_loss, max((h * w for h, w in layout.masks), default=0))
     begins = Begins(model.unet.forward) if resumes and simple else None
     forward = (begins or model.unet).forward
     return Guide(how, forward, context, layout, names, edits, inputs, whole, loss, each_step, measured, run, begins)
+
+
+def _usual_sizes(how: Guidance, request: Request, sampler: Sampler, steps: int) -> UsualSizes | None:
+    """Which boxes objects are not stretched to, in pictures of noise alone that have steps left for it."""
+    if how.usual_sizes is None or request.image is not None or request.latents is not None or sampler.keeps_noise:
+        return None
+    return how.usual_sizes if 0 < how.guided(steps) < steps else None
+
+
+def _renew(request: Request, model: Model, guide: Guide, regions: Sequence[Sequence[PlacedObject]]) -> Renew:
+    from .guidance.stretching import SEEN, Stretching  # here, since most runs have none
+
+    shape = latent_shape(request, model)
+    record = SEEN.chosen(partial(choose, sites=model.unet.positions(*shape[1:])))
+    decode, encode = partial(_pixels, model), partial(spared, model.unet, model.latents)
+    return Stretching(guide, regions, model.unet, record, Noise.beside(request, shape), decode, encode).renew
 
 
 def _watch(guide: Guide) -> Watch | None:
@@ -352,17 +378,6 @@ def _watch(guide: Guide) -> Watch | None:
         return None
     assert isinstance(how.steps, int)  # of_run
     return Watch(replace(guide.record, rows="cond", stop=False), how.steps - 1, guide.take)
-
-
-def _with_progress(run: Run, shown: bool | None) -> Iterator[Step]:
-    if shown is None:
-        shown = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())  # None under pythonw
-    if not shown:
-        return run
-    from tqdm.auto import tqdm
-
-    bar: Iterator[Step] = tqdm(run, unit="step")
-    return bar
 
 
 def _pixels(model: Model, latents: Tensor, decode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -375,26 +390,3 @@ def _pixels(model: Model, latents: Tensor, decode: Callable[[Tensor], Tensor] | 
             'model with dtype="float32"), or an edit, an input or the weights hold NaN'
         )
     return (images.nan_to_num(-1, -1, -1) / 2 + 0.5).clamp(0, 1)
-
-
-def _kind(model: Model) -> str:
-    """The source of the model: "bundled", "hub", "file" or "folder". Only hub ids and the bundled name have a slash."""
-    if model.name == BUNDLED:
-        return "bundled"
-    return "hub" if "/" in model.name else "file" if model.origin.is_file() else "folder"
-
-
-def _info(model: Model) -> dict[str, Plain]:
-    """Facts about a run that are not arguments."""
-    changed = len(changed_weights(model.unet, model.vae, model.text.model))
-    return {
-        "versions": {name: _version(name) for name in ("minidiff", "torch", "transformers")},
-        **({"changed_weights": changed} if changed else {}),
-        "dtype": model.dtype_name,
-        **({"dtype_choice": model.dtype_choice} if model.dtype_choice else {}),
-        "device": model.device.type,
-        "load": dict(model.options),
-        **({"adapters": [plain(asdict(adapter)) for adapter in model.adapters]} if model.adapters else {}),
-        "model": {"kind": _kind(model), "name": model.name, "sha256": model.sha256},
-        "model_hash": None if model.sha256 is None else model.sha256[:10],  # A1111's
-    }

@@ -25,6 +25,8 @@ def _stems(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(name for _, name, _ in iter_modules([str(folder)]) if not name.startswith("_")))
 
 
+BUNDLED = "minidiff/shapes"
+"""The name of the model that ships inside the package."""
 SAMPLERS = _stems(_HERE / "sampling" / "samplers")
 OBJECTIVES = _stems(_HERE / "guidance" / "objectives") or (
     *(

@@ -15,11 +15,11 @@ import minidiff
 from minidiff.cli.main import main
 from minidiff.networks.config import UNetConfig, VAEConfig
 from minidiff.networks.text import text_encoder_shapes
-from minidiff.request import BUNDLED
 from minidiff.sampling import sampler_by_name
 from minidiff.shapes import folder
 from minidiff.shapes.measure import matched, measure
 from minidiff.shapes.world import Thing
+from minidiff.vocabulary import BUNDLED
 from minidiff.weights.sources import BUNDLED_FOLDER
 
 SINGLE = ("red circle", "blue square", "yellow ring", "lime heart", "orange triangle")

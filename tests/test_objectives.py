@@ -87,7 +87,7 @@ def layout_by_hand(dtype: torch.dtype = torch.float64) -> Layout:
     for b, some in enumerate(OBJECTS):
         for one, other in itertools.permutations(range(len(some)), 2):
             siblings[b, one, other] = set(some[one][1]) == set(some[other][1])
-    return Layout(masks, token_weights, words, weights, relations, siblings)
+    return Layout(masks, token_weights, words, weights, relations, siblings, torch.zeros_like(weights))
 
 
 def kinds_of(objective: Objective) -> list[str]:
@@ -649,6 +649,7 @@ def test_padding_of_objects_has_no_part_in_a_loss() -> None:
                 layout.weights[b : b + 1, :count],
                 layout.relations[b : b + 1, :count, :count],
                 layout.siblings[b : b + 1, :count, :count],
+                layout.stretched[b : b + 1, :count],
             )
             own = {site: probs[b : b + 1] for site, probs in maps.items()}
             torch.testing.assert_close(
@@ -945,7 +946,10 @@ def test_your_own_function_is_an_objective() -> None:
 def test_reductions_weigh_objects_and_leave_padding_out(reduce: str) -> None:
     weights = torch.tensor([[1.0, 2.0, 0.5], [3.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     loss = torch.tensor([[0.5, 0.3, 0.9], [-0.2, 1e6, 1e6], [1e6, -1e6, 7.0]])
-    layout = Layout({}, torch.zeros(3, 3, 4), torch.zeros(3, 4), weights, torch.zeros(3, 3, 3, 3), torch.zeros(3, 3, 3))
+    none = torch.zeros_like(weights)
+    layout = Layout(
+        {}, torch.zeros(3, 3, 4), torch.zeros(3, 4), weights, torch.zeros(3, 3, 3, 3), torch.zeros(3, 3, 3), none
+    )
     made = minidiff.objective(reduce=reduce)(as_they_are)
     expected = {"mean": [(0.5 + 0.6 + 0.45) / 3.5, -0.2, 0], "sum": [1.55, -0.6, 0], "max": [0.6, -0.6, 0]}
     torch.testing.assert_close(made({SITE: loss}, layout), torch.tensor(expected[reduce]))
@@ -953,8 +957,9 @@ def test_reductions_weigh_objects_and_leave_padding_out(reduce: str) -> None:
 
 @pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
 def test_a_batch_without_any_object_has_no_loss(reduce: str) -> None:
+    none = torch.zeros(2, 0)
     layout = Layout(
-        {}, torch.zeros(2, 0, 4), torch.zeros(2, 4), torch.zeros(2, 0), torch.zeros(2, 0, 0, 3), torch.zeros(2, 0, 0)
+        {}, torch.zeros(2, 0, 4), torch.zeros(2, 4), none, torch.zeros(2, 0, 0, 3), torch.zeros(2, 0, 0), none
     )
     made = minidiff.objective(reduce=reduce)(as_they_are)
     assert torch.equal(made({SITE: torch.zeros(2, 0)}, layout), torch.zeros(2))

@@ -16,7 +16,7 @@ from minidiff.guidance.layout import read_objects
 from minidiff.guidance.placed import CALIBRATIONS, LOOKS, OTHER, OWN, Calibration, features
 from minidiff.guidance.report import Report
 from minidiff.model import Adapter
-from minidiff.request import BUNDLED
+from minidiff.vocabulary import BUNDLED
 
 BOXES = {"cat": (0.0, 0.0, 0.5, 0.25), "ball": (0.1, 0.3, 0.9, 0.9)}
 MASK = torch.stack([one.coverage((16, 16)) for one in read_objects(BOXES)])

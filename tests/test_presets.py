@@ -8,8 +8,7 @@ import torch
 import minidiff
 from minidiff import Model
 from minidiff.guidance.presets import preset
-from minidiff.request import BUNDLED
-from minidiff.vocabulary import PRESETS
+from minidiff.vocabulary import BUNDLED, PRESETS
 
 BOXES = {"cat": (0.0, 0.0, 0.5, 0.5), "ball": (0.5, 0.3, 1.0, 0.9)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from minidiff.sampling import (
     sample,
     sampler_by_name,
 )
+from minidiff.sampling.sample import Predicted
 from minidiff.vocabulary import SAMPLERS
 
 SHAPE = (2, 4, 6, 5)
@@ -116,6 +118,62 @@ def test_refine_is_called_before_each_call_with_the_actual_abar(name: str) -> No
     assert sorted({index for *_, index in seen}) == [0, 1, 2, 3, 4]
     if name == "pndm":
         assert [index for *_, index in seen] == [0, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_renew_gets_what_the_step_before_predicted_and_changes_what_follows(name: str) -> None:
+    """Before each step but the first, of two calls before the first alone; its x comes to refine and the network."""
+    sampler, asked, refined = sampler_by_name(name), [], []
+    schedule = sampler.schedule(SD15, 5)
+    push = 0.1 * torch.cos(start())
+
+    def drawn(changes: float) -> list[SamplerStep]:
+        asked.clear(), refined.clear()
+
+        def renew(x: Tensor, t: Tensor, abar: float, index: int, before: Predicted) -> Tensor:
+            asked.append((index, t.item(), abar, before))
+            return x + changes * push if index == 3 else x
+
+        def refine(x: Tensor, t: Tensor, abar: float, index: int) -> Tensor:
+            refined.append((index, x))
+            return x
+
+        return list(sample(network, start(), schedule, sampler, refine, fresh_noise(), None, renew))
+
+    plain, found = run(sampler, 5), drawn(0.0)
+    own = dict(refined)
+    assert all(torch.equal(one.latents, other.latents) for one, other in zip(plain, found, strict=True))
+    assert [index for index, *_ in asked] == [1, 2, 3, 4]
+    for index, t, abar, before in asked:
+        assert t == found[index].t and abar == pytest.approx(1 / (1 + found[index].sigma ** 2))
+        assert torch.equal(before.clean, found[index - 1].denoised) and before.sigma == found[index - 1].sigma
+    moved = drawn(1.0)
+    torch.testing.assert_close(dict(refined)[3] - own[3], push, rtol=0, atol=1e-5)
+    assert torch.equal(moved[2].latents, plain[2].latents) and not torch.equal(moved[3].latents, plain[3].latents)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_noise_may_be_renewed_where_none_of_before_is_kept(name: str) -> None:
+    """An exact network for clean latents of zero: all of x is noise, of the step's level whatever its draw."""
+    sampler, generator, levels = sampler_by_name(name), torch.Generator().manual_seed(3), list[float]()
+    schedule = sampler.schedule(SD15, 12)
+
+    def noise() -> Tensor:
+        return torch.randn(2, 4, 32, 32, generator=generator)
+
+    def exact(x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, dict[Site, Tensor]]:
+        return torch.cat([x, x] if sampler.cfg_pp else [x]) * math.sqrt(1 + sigma**2) / sigma, {}
+
+    def renew(x: Tensor, t: Tensor, abar: float, index: int, before: Predicted) -> Tensor:
+        levels.append(float(x.std()) / math.sqrt(1 - abar))
+        return math.sqrt(1 - abar) * noise()
+
+    deque(sample(exact, noise(), schedule, sampler, None, noise, None, renew), maxlen=0)
+    assert len(levels) == 11
+    if sampler.keeps_noise:
+        assert min(levels[1:]) < 0.95
+    else:
+        assert min(levels[1:]) > 0.97 and max(levels) < 1.03
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if len(sampler_by_name(name).schedule(SD15, 6).spans) == 6])
@@ -247,6 +305,8 @@ def test_wrong_shapes_are_named() -> None:
         )
     with pytest.raises(ValueError, match=r"refine returned a tensor of shape \[1, 4, 6, 5\]; " + wanted):
         next(sample(network, start(), schedule, EulerAncestral(), lambda x, t, abar, index: x[:1], start))
+    with pytest.raises(ValueError, match=r"renew returned a tensor of shape \[1, 4, 6, 5\]; " + wanted):
+        list(sample(network, start(), schedule, EulerAncestral(), None, start, None, lambda x, *rest: x[:1]))
     with pytest.raises(ValueError, match=r"noise returned a tensor of shape \[1, 4, 6, 5\]; " + wanted):
         next(sample(network, start(), schedule, EulerAncestral(), None, lambda: start()[:1]))
 

@@ -17,7 +17,7 @@ FLOORS = [
     {"sampling", "guidance", "prompts", "recorded", "speed", "draw", "pictures", "safety", "image_adapter", "apart"},
     {"model"},
     {"weights", "png", "result", "request", "request_checks", "asked"},
-    {"resolve", "texts", "denoise", "noise", "tries"},
+    {"resolve", "texts", "denoise", "noise", "tries", "progress"},
     {"canvas"},
     {"run"},
     {"looking", "inversion", "editor", "start_noise"},

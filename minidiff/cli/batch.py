@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..request import BUNDLED
+from ..vocabulary import BUNDLED
 from .lines import as_text, import_parquet, read_lines
 from .manifest import COLUMNS, Done, Row, append, begin, line_digests, only, write_manifest, write_whole
 from .plan import Job, batches, jobs, together

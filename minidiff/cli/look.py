@@ -13,7 +13,7 @@ from ..looking import TIMES, look
 from ..pictures import opaque, read_picture
 from ..png.write import png_bytes, slug, write_png
 from ..prompts.named import words
-from ..request import BUNDLED
+from ..vocabulary import BUNDLED
 from ..weights.load import load
 
 

@@ -17,7 +17,8 @@ from ..checks import number, shown
 from ..png.chunk import plain, reproducible
 from ..png.read import read_metadata
 from ..prompts.parse import NETWORK
-from ..request import BUNDLED, FIELDS, Request
+from ..request import FIELDS, Request
+from ..vocabulary import BUNDLED
 
 if TYPE_CHECKING:
     from ..model import Model

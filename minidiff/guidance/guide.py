@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, reduce as fold
 from itertools import pairwise
 from operator import add
@@ -30,6 +30,7 @@ from .objectives._objective import PerStep, StepRule
 from .objectives.layout import layout_loss
 from .placed import Calibration
 from .report import Evaluation, Report
+from .stretch import UsualSizes
 
 if TYPE_CHECKING:
     from .layout import Layout
@@ -51,6 +52,7 @@ _CHECKS: Mapping[str, Check] = MappingProxyType(
         "watch": switch,
         "passes": partial(whole, least=1, most=MOST_STEPS * MOST_ITERATIONS),
         "early": switch,
+        "usual_sizes": UsualSizes.read,
     }
 )
 _SETTINGS = tuple(field.name for field in fields(Settings))
@@ -76,6 +78,9 @@ class Guidance:
         all looks are made.
     passes: at most so many updates of an image in the run, in place of `iterations`: spread over the guided steps, of
         which the first take the remainder; with `early` in linear decline, since places are settled before sizes.
+    usual_sizes: objects with boxes of others are placed without regard to their size, which `extent_loss` leaves alone,
+        and then stretched to it; not in pictures that start from an image or latents, nor with deis, dpmpp_2s, lms and
+        pndm, which go on from noise of before. None: no object is.
     """
 
     objective: Objective = layout_loss
@@ -88,6 +93,7 @@ class Guidance:
     watch: bool = False
     passes: int | None = None
     early: bool = False
+    usual_sizes: UsualSizes | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.objective, Objective):
@@ -112,14 +118,18 @@ class Guidance:
 
     def of_run(self, steps: int, there: Mapping[Site, Position]) -> Guidance:
         """The same for a run of `steps` steps of a UNet with these sites: a fraction becomes a number."""
-        assert self.steps is not None
-        number = self.steps if isinstance(self.steps, int) else round(self.steps * steps)
+        number = self.guided(steps)
         iterations = self.iterations
         if self.passes is not None and number > 0:
             number = min(number, steps)
             iterations = self.spread(self.passes, number)
         objective = self.objective.bound(there, self.sites)
         return replace(self, steps=number, iterations=iterations, objective=objective)
+
+    def guided(self, steps: int) -> int:
+        """How many steps of a run are guided; it may have fewer."""
+        assert self.steps is not None
+        return self.steps if isinstance(self.steps, int) else round(self.steps * steps)
 
     def spread(self, passes: int, steps: int) -> tuple[int, ...]:
         """The passes of each of the guided steps."""
@@ -182,7 +192,8 @@ class Guidance:
         if self.sites is not None or [replace(term, weight=1.0) for term in self.objective.terms] != named:
             return self
         own = [name for name in _FIELDS if name in _SETTINGS or getattr(self, name)]
-        return {"objective": weights, **{name: getattr(self, name) for name in own}}
+        sizes = {} if self.usual_sizes is None else {"usual_sizes": asdict(self.usual_sizes)}
+        return {"objective": weights, **{name: getattr(self, name) for name in own}, **sizes}
 
 
 def _named(name: object) -> Objective:
@@ -227,8 +238,7 @@ class Guide:
         run: Callable[..., Generator[Any]] | None = None,
         begins: Begins | None = None,
     ) -> None:
-        self.calibration, self.begins = calibration, begins
-        self.each_step, self.run = each_step, run or plainly
+        self.calibration, self.begins, self.each_step, self.run = calibration, begins, each_step, run or plainly
         self.guidance, self.forward, self.context, self.layout, self.names = guidance, forward, context, layout, names
         self.record = guidance.objective.record
         acting = [edit for edit in edits if edit.rows != "uncond" and edit.update is None]
@@ -248,13 +258,7 @@ class Guide:
         size = scale if self.guidance.step_rule == "plain" else scale * (1 - abar)
         if scale == 0:
             return x
-        if self.each_step:
-            self.context, self.layout, self.inputs = self.each_step[index]
-            self._guided = _with_objects(self.layout)
-        if self.updated:
-            self.inputs = {**self.inputs, **self.updated}
-            masks = {grid: self.inputs[mask_name(grid)] for grid in self.layout.masks}
-            self.layout = self.layout._replace(masks=masks)
+        self.turn_to(index)
         left = [row for row in self._guided if self._ahead is None or self._ahead[row] > threshold]
         moved = x
         looks = [] if self.guidance.passes is None else self.seen.get(index, [])  # PNDM's first step has two calls
@@ -279,9 +283,19 @@ class Guide:
             if len(left) == len(x):
                 moved = moved - step
             else:  # 0 * NaN is NaN: stopped images are copied from x, not updated by a zero step
-                there = _index(left, x.device)
-                moved = moved.index_copy(0, there, moved[there] - step[_index(going, x.device)])
+                there = row_index(left, x.device)
+                moved = moved.index_copy(0, there, moved[there] - step[row_index(going, x.device)])
         return moved
+
+    def turn_to(self, index: int) -> None:
+        """Take what a step reads, where that changes."""
+        if self.each_step:
+            self.context, self.layout, self.inputs = self.each_step[index]
+            self._guided = _with_objects(self.layout)
+        if self.updated:
+            self.inputs = {**self.inputs, **self.updated}
+            masks = {grid: self.inputs[mask_name(grid)] for grid in self.layout.masks}
+            self.layout = self.layout._replace(masks=masks)
 
     def take(self, maps: Maps, inputs: Inputs) -> None:
         """Take the maps that `record` keeps in a sampling step, which decide where the next `refine` looks."""
@@ -296,24 +310,23 @@ class Guide:
         self, x: Tensor, t: Tensor, abar: float, rows: Sequence[int], index: int, limits: Tensor | None
     ) -> Evaluated:
         """The gradient, where a loss is above its limit, and the evaluation for some of the images."""
+        read = (self.forward, self.guidance.objective, self.record, *self.read(t, abar, rows, index))
+        # detached: the update does not differentiate through x's history, compiled or not
+        arguments: tuple[Any, ...] = (x.detach(), *read)
+        with torch.inference_mode(False):  # inference mode gives zero gradients in torch 2.11
+            return evaluate(*tree_map_only(Tensor, _usable, arguments), threshold=limits, loss=self.loss, run=self.run)
+
+    def read(
+        self, t: Tensor, abar: float, rows: Sequence[int], index: int
+    ) -> tuple[tuple[Edit, ...], Tensor, Tensor, Layout, Inputs]:
+        """What a pass for some of the images reads besides x: edits, t, context, layout and inputs."""
         batch = len(self.context)
         own = {name: some_rows(value, rows, batch) for name, value in self.inputs.items()}
         inputs = {"t": t, "sigma": torch.full_like(t, math.sqrt((1 - abar) / abar)), "step": torch.full_like(t, index)}
         inputs = {**inputs, GUIDED: torch.ones_like(t), **own}
         edits = tuple(edit for edit in self.edits if edit.acts_in(index))
-        look = (
-            self.forward,
-            self.guidance.objective,
-            self.record,
-            edits,
-            t,
-            some_rows(self.context, rows, batch),
-            self.layout if len(rows) == batch else self.layout.images(_index(rows, x.device)),
-        )
-        # detached: the update does not differentiate through x's history, compiled or not
-        arguments: tuple[Any, ...] = (x.detach(), *look, inputs)
-        with torch.inference_mode(False):  # inference mode gives zero gradients in torch 2.11
-            return evaluate(*tree_map_only(Tensor, _usable, arguments), threshold=limits, loss=self.loss, run=self.run)
+        layout = self.layout if len(rows) == batch else self.layout.images(row_index(rows, t.device))
+        return edits, t, some_rows(self.context, rows, batch), layout, inputs
 
     def _remember(self, index: int, batch: int, rows: Sequence[int], found: Sequence[Tensor], limits: Tensor) -> None:
         live = limits < math.inf
@@ -327,41 +340,32 @@ class Guide:
         moved = torch.zeros(batch, dtype=torch.bool, device="cpu").index_copy(0, at, (found[0] > limits)[live])
         self.seen.setdefault(index, []).append(Evaluation(loss, object_loss, mass, moved))
 
-    @property
-    def _finest(self) -> Tensor:
-        """The masks on the finest grid, [B,O,h,w]."""
-        return max(self.layout.masks.values(), key=lambda mask: mask.shape[2]).cpu()
-
     def report(self, image: int) -> Report:
         """The report of one image, up to the current step."""
         names = tuple(self.names[image])
-        objects = len(names)
-        steps, iterations, firsts, ends = [], [], [], []
-        for index, looks in self.seen.items():
-            own = [look for look in looks if not look.loss[image].isnan()]
-            if own:
-                steps.append(index)
-                iterations.append(sum(bool(look.moved[image]) for look in own))
-                firsts.append(own[0].mass[image, :objects])
-                ends.append(own[-1])
-        if not ends:
-            none = torch.zeros(0, objects, dtype=torch.float32, device="cpu")
+        some = ((n, [look for look in looks if not look.loss[image].isnan()]) for n, looks in self.seen.items())
+        own = {index: looks for index, looks in some if looks}
+        if not own:
+            none = torch.zeros(0, len(names), dtype=torch.float32, device="cpu")
             return Report(names, (), (), none.sum(dim=1), none, none, none.sum(dim=0), self._why_not(names))
-        loss = torch.stack([look.loss[image] for look in ends])
-        why_not, measured = None, self.calibration
+        iterations = tuple(sum(bool(look.moved[image]) for look in looks) for looks in own.values())
+        firsts = torch.stack([looks[0].mass[image, : len(names)] for looks in own.values()])
+        ends = [looks[-1] for looks in own.values()]
+        loss, measured, why_not = torch.stack([look.loss[image] for look in ends]), self.calibration, None
         if sum(iterations) == 0:
-            limits = [self.guidance.at(index)[1] for index in steps]
+            limits = [self.guidance.at(index)[1] for index in own]
             why_not = f"its loss was at most {float(loss.max()):.3g}, its threshold at least {min(limits):g}"
+        finest = max(self.layout.masks.values(), key=lambda mask: mask.shape[2]).cpu()
         return Report(
             names,
-            tuple(steps),
-            tuple(iterations),
+            tuple(own),
+            iterations,
             loss,
-            torch.stack([look.object_loss[image, :objects] for look in ends]),
-            torch.stack([look.mass[image, :objects] for look in ends]),
+            torch.stack([look.object_loss[image, : len(names)] for look in ends]),
+            torch.stack([look.mass[image, : len(names)] for look in ends]),
             firsts[0],
             why_not,
-            None if measured is None else measured(torch.stack(firsts), self._finest[image, :objects], names),
+            None if measured is None else measured(firsts, finest[image, : len(names)], names),
         )
 
     def _why_not(self, names: Sequence[str]) -> str:
@@ -382,7 +386,7 @@ def some_rows(value: Tensor, rows: Tensor | Sequence[int], batch: int) -> Tensor
     if value.ndim == 0 or len(value) not in (batch, 2 * batch) or len(value) == 1:
         return value
     cond = value[-batch:]  # the conditional half of [uncond, cond]
-    return cond if len(rows) == batch else cond[_index(rows, value.device)]
+    return cond if len(rows) == batch else cond[row_index(rows, value.device)]
 
 
 def _with_objects(layout: Layout) -> list[int]:
@@ -391,6 +395,6 @@ def _with_objects(layout: Layout) -> list[int]:
     return found
 
 
-def _index(rows: Tensor | Sequence[int], device: torch.device) -> Tensor:
+def row_index(rows: Tensor | Sequence[int], device: torch.device) -> Tensor:
     """On the device without a wait for it."""
     return rows if isinstance(rows, Tensor) else torch.tensor(rows, device="cpu").to(device, non_blocking=True)

@@ -47,6 +47,7 @@ class PlacedObject:
 
     `name` is the phrase, or e.g. "tokens:2,3". `weight` is its weight in an objective relative to other objects.
     `line`: what the mask was drawn from. `order`: where objects overlap, only those of the highest one are.
+    `stretched`: whether it will be stretched to its box (stretch.py).
     """
 
     name: str
@@ -56,6 +57,7 @@ class PlacedObject:
     weight: float = 1.0
     line: Stroke | None = None
     order: float = 0.0
+    stretched: bool = False
 
     def coverage(self, grid: Grid) -> Tensor:
         """The exact fraction of each cell that is inside, [h,w] in [0,1], nonzero somewhere however small the box;
@@ -85,6 +87,7 @@ class Layout(NamedTuple):
     relations: [B,O,O,3], as `relation_tensor` makes them: 1 or -1 where one object's x, y or size is to be larger or
         smaller than another's.
     siblings: [B,O,O]: 1 between different objects of the same tokens, such as two boxes of "cat", each a cat; else 0.
+    stretched: [B,O]: 1 for objects that will be stretched to their boxes, whose size is not guided; else 0.
     """
 
     masks: dict[Grid, Tensor]
@@ -93,6 +96,7 @@ class Layout(NamedTuple):
     weights: Tensor
     relations: Tensor
     siblings: Tensor
+    stretched: Tensor
 
     def inputs(self) -> Inputs:
         """The tensors by the names under which keeps and edits look them up."""
@@ -122,7 +126,7 @@ def make_layout(
     zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
     token_weights = zeros(len(regions), objects, length)
     words = zeros(len(regions), length)
-    weights = zeros(len(regions), objects)
+    weights, stretched = zeros(len(regions), objects), zeros(len(regions), objects)
     masks = {grid: zeros(len(regions), objects, *grid) for grid in grids}
     for i, some in enumerate(regions):
         words[i, 1 : num_tokens[i] + 1] = 1
@@ -130,7 +134,7 @@ def make_layout(
             if not region.tokens:  # the text of this step lacks the phrase
                 continue
             token_weights[i, o, list(region.tokens)] = 1 / len(region.tokens)
-            weights[i, o] = region.weight
+            weights[i, o], stretched[i, o] = region.weight, region.stretched
             for grid, mask in masks.items():
                 mask[i, o] = _seen(region, some, grid)
     on_device = {grid: mask.to(device) for grid, mask in masks.items()}
@@ -141,7 +145,7 @@ def make_layout(
     same = (token_weights[:, :, None] == token_weights[:, None]).all(dim=3) & ~torch.eye(
         objects, dtype=torch.bool, device="cpu"
     )
-    tensors = token_weights, words, weights, related * both[..., None], same * both
+    tensors = token_weights, words, weights, related * both[..., None], same * both, stretched
     return Layout(on_device, *(one.to(device) for one in tensors))
 
 

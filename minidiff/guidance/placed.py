@@ -58,15 +58,15 @@ def features(mass: Tensor, mask: Tensor, names: Sequence[str]) -> Tensor:
     return torch.stack([*means, area.log(), *unlike, shared, frail], dim=1)
 
 
-Key: TypeAlias = tuple[str, tuple[str, ...], int | None]
-OWN: Key = ("minidiff/shapes", ("inside_loss", "extent_loss"), 25)
-OTHER: Key = ("minidiff/shapes", (), None)
+Key: TypeAlias = tuple[str, tuple[str, ...], int | None, tuple[float, ...]]
+OWN: Key = ("minidiff/shapes", ("inside_loss", "extent_loss"), 25, (0.2, 0.66, 2.2))
+OTHER: Key = ("minidiff/shapes", (), None, ())
 CALIBRATIONS: Mapping[Key, Calibration] = MappingProxyType(
     {
-        OWN: Calibration((0.169, 4.374, -0.783, -40.1, -10.28, -1.216, -1.989, -2.155), -2.622),
+        OWN: Calibration((0.1635, 3.547, -0.0414, -6.016, -6.794, 0.6841, -2.215, -1.722), 0.0387),
         OTHER: Calibration((0.833, 1.357, -1.629, -43.27, -11.28, 0.441, -1.328, -0.726), -6.152),
     }
 )
-"""A model's name, the objective's terms and passes, as its default guidance has them -> its calibration; without terms
-and passes that of all other guidance. Tested: bench/RESULTS.md.
+"""A model's name, the objective's terms, passes and usual sizes, as its default guidance has them -> its calibration;
+without these that of all other guidance. Tested: bench/RESULTS.md.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 
 Hold = Callable[[Tensor, float], Tensor]
 """(x, variance preserving, [B,C,h,w]; sigma) -> x with a part of it replaced, at sigma 0 by clean latents."""
+
+
+class Predicted(NamedTuple):
+    """What a step has predicted: clean latents [B,C,h,w]. sigma: where it began."""
+
+    clean: Tensor
+    sigma: float
+
+
+Renew = Callable[[Tensor, Tensor, float, int, Predicted], Tensor]
+"""(x, variance preserving, [B,C,h,w]; t; abar; step; the prediction of the step before) -> x, or a new tensor with
+other noise or other content."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +66,7 @@ def sample(
     refine: Refine | None = None,
     noise: Draw | None = None,
     hold: Hold | None = None,
+    renew: Renew | None = None,
 ) -> Iterator[SamplerStep]:
     """Sample from x, unit-variance latents [B,C,h,w], yielding a SamplerStep per step. Nothing is computed ahead.
 
@@ -61,6 +74,7 @@ def sample(
     compiled network sees one kind of argument. refine moves x before each call (if every step has two, before its
     first); returning its argument changes no bit.
     hold replaces a part of x before each call but the first, and of the last and the predicted latents (inpainting).
+    renew changes x before a step's first call, of all steps but the first, and before refine.
     noise returns fresh unit noise of x's shape, for `stochastic` samplers. Arithmetic is float32 or better.
     denoise decides whether gradients are recorded: no torch mode is held across a yield.
     """
@@ -76,7 +90,7 @@ def sample(
             f"{sampler.name} draws fresh noise but none was given; "
             "pass noise, a function that returns unit noise of the latents' shape"
         )
-    return _steps(denoise, x, schedule, sampler, refine, noise, hold)
+    return _steps(denoise, x, schedule, sampler, refine, noise, hold, renew)
 
 
 def _steps(
@@ -87,9 +101,11 @@ def _steps(
     refine: Refine | None,
     noise: Draw | None,
     hold: Hold | None,
+    renew: Renew | None,
 ) -> Iterator[SamplerStep]:
     given, work = x.dtype, torch.promote_types(x.dtype, torch.float32)
     index = 0
+    before: Predicted | None = None
     seen: list[tuple[int, Tensor, Tensor, dict[Site, Tensor]]] = []  # this step's calls: number, input, output, maps
 
     def ask(x: Tensor, call: int) -> tuple[Tensor, Tensor]:
@@ -100,9 +116,12 @@ def _steps(
         if hold is not None and call > 0:  # the first call's x is the caller's
             x = _like(hold(x / growth, sigma), x, "hold") * growth
         x_vp = (x / growth).to(given)
+        was = x_vp
+        if before is not None and not seen and renew is not None:
+            x_vp = _like(renew(x_vp, t, schedule.abar(call), index, before), was, "renew")
         if refine is not None and len(seen) < sampler.guided_calls:
-            moved = _like(refine(x_vp, t, schedule.abar(call), index), x_vp, "refine")
-            x, x_vp = x + (moved.to(work) - x_vp.to(work)) * growth, moved
+            x_vp = _like(refine(x_vp, t, schedule.abar(call), index), was, "refine")
+        x = x if x_vp is was else x + (x_vp.to(work) - was.to(work)) * growth
         output, maps = denoise(x_vp, t, sigma, index)
         guided = output[len(x) :] if sampler.cfg_pp and len(output) == 2 * len(x) else output
         seen.append((call, x_vp, _like(guided, x_vp, "denoise").to(work), maps))
@@ -113,8 +132,11 @@ def _steps(
         return _like(noise(), x, "noise").to(x.device, work)
 
     def finished(latents: Tensor) -> SamplerStep:  # its own scope, to hold no tensors across the yield
+        nonlocal before
         (first, _, _, maps), (last, x_vp, output, _) = seen[0], seen[-1]
         clean, _ = predict(x_vp.to(work), output, float(schedule.sigmas[last]), schedule.prediction_type)
+        if renew is not None:
+            before = Predicted(clean, float(schedule.sigmas[first]))
         if hold is not None:
             clean = hold(clean, 0.0)
             latents = hold(latents, 0.0) if index == schedule.steps - 1 else latents

@@ -85,6 +85,7 @@ SCHEDULER: Config = {
             "early": True,
             "steps": 0.6,
             "step_rule": "unit",
+            "usual_sizes": {"least": 0.2, "most": 0.66, "aspect": 2.2},
         },
         "regions_apart": 0.4,
     },

@@ -89,9 +89,9 @@ def looks_of(unet: UNet, loss: Callable[..., T], cells: int) -> Looks[T]:
     """For latents of so many cells. To go on with passes pays where layers are large; half precision would round
     images of a batch, which stop at different looks, in other ways than single ones.
     """
-    graphs = captured(unet)
     if is_compiled(unet):
         return Looks(compile_whole(loss, unet), True, None, False)
+    graphs = captured(unet) if unet.distinct is None else None  # which only a UNet on a CPU has
     large = cells * 4 * unet.config.block_out_channels[0] >= _RESUMED
     resumes = large and unet.distinct is not None and unet.conv_in.weight.dtype == torch.float32 and unet.is_plain()
     return Looks(loss, False, None if graphs is None else graphs.run, resumes)

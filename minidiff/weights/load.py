@@ -16,12 +16,11 @@ from ..model import Defaults, Model
 from ..networks.text import TextEncoder
 from ..networks.unet import UNet
 from ..networks.vae import VAE
-from ..request import BUNDLED
 from ..sampling import NoiseSchedule
 from ..speed.accelerate import compile_unet, prepare, prepare_unet
 from ..speed.device import choose_device, choose_dtype, dtype_choice, is_int8
 from ..speed.int8 import to_int8
-from ..vocabulary import PREDICTION_TYPES, own_keywords
+from ..vocabulary import BUNDLED, PREDICTION_TYPES, own_keywords
 from .files import read_weights
 from .hub import fetch_tokenizer, fetch_vae
 from .lora import LoRA, read_loras, with_loras

@@ -17,7 +17,7 @@ from ..networks.config import UNetConfig
 from ..networks.text import TextConfig, text_encoder_shapes
 from ..networks.unet import UNet
 from ..networks.vae import VAE
-from ..request import BUNDLED
+from ..vocabulary import BUNDLED
 from .files import PICKLES, Stored, stored_tensors
 from .hub import fetch_model
 from .names import IGNORED, LDM_PREFIX, renamed, unet_ldm, unwrap

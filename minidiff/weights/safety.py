@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from ..checks import shown
-from ..request import BUNDLED
 from ..safety import SafetyChecker
+from ..vocabulary import BUNDLED
 from .files import Stored, read_weights
 from .hub import fetch_safety
 from .open import local_path

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...request import BUNDLED
+from ...vocabulary import BUNDLED
 from ..flags import parser
 from ..values import LoraFlag
 from .form import PICTURES, Values

@@ -6,7 +6,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from ...request import BUNDLED
+from ...vocabulary import BUNDLED
 from ..main import LOADING
 from .studio import Source
 

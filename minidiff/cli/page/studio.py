@@ -23,9 +23,10 @@ from ... import draw
 from ...guidance.labels import named
 from ...guidance.layout import PlacedObject, plain_boxes, read_objects
 from ...model import Model
-from ...request import BUNDLED, Request
+from ...request import Request
 from ...result import Result
 from ...run import sample_steps
+from ...vocabulary import BUNDLED
 from ...weights.image_prompt import with_image_prompt
 from ...weights.load import load
 from ...weights.lora import LoRA

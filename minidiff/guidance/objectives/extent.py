@@ -26,6 +26,8 @@ def extent_loss(maps: Maps, layout: Layout) -> Tensor:
     log of their ratio, which is 0 for a map SPREAD times as wide as the mask. Two small objects can be as widely spread
     as a large one: so the squared log of the map's area (the exponential of its entropy) over COVER of the mask's is
     added where that is below 1.
+
+    Of an object that will be stretched to its box (`layout.stretched`) only the centre counts.
     """
     losses = []
     for grid, kept in grids(maps).items():
@@ -36,7 +38,8 @@ def extent_loss(maps: Maps, layout: Layout) -> Tensor:
         size = (spread / (SPREAD * extent)).log()
         least = (COVER * mask.sum(dim=(2, 3))).clamp_min(TINY).log()
         missing = (least - _entropy(own)).clamp_min(0)
-        losses.append(3 * offset.square().sum(dim=2) + size.square().sum(dim=2) + missing.square())
+        sized = size.square().sum(dim=2) + missing.square()
+        losses.append(3 * offset.square().sum(dim=2) + sized.masked_fill(layout.stretched > 0, 0))
     return torch.stack(losses).mean(dim=0)
 
 

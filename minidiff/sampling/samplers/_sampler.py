@@ -48,6 +48,7 @@ class Sampler(ABC):
     zero_snr: the last abar of a model trained up to pure noise, as in diffusers; None if its scheduler ignores that.
     cfg_pp: whether it steps by CFG++, for which `ask` returns both halves of classifier-free guidance.
     draws: whether it draws fresh noise at any setting.
+    keeps_noise: whether it goes on from latents or noise of earlier steps, so that those of x must not be new.
     guided_calls: the number of calls per step before which layout guidance moves x.
     calls_per_step: calls of the network in a step that is neither the first nor the last.
     """
@@ -59,6 +60,7 @@ class Sampler(ABC):
     zero_snr: ClassVar[float | None] = None
     cfg_pp: ClassVar[bool] = False
     draws: ClassVar[bool] = False
+    keeps_noise: ClassVar[bool] = False
     guided_calls: ClassVar[int] = 2
     calls_per_step: ClassVar[int] = 1
     spacing: str | None = None

@@ -27,6 +27,7 @@ class DEIS(OrderedSampler):
     """
 
     name: ClassVar[str] = "deis"
+    keeps_noise: ClassVar[bool] = True
     settings: ClassVar[ConfigValues] = {
         "solver_order": (1, 2, 3),
         "use_flow_sigmas": (False,),

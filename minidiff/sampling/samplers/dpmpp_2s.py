@@ -27,6 +27,7 @@ class DPMpp2S(MultistepSampler):
     """
 
     name: ClassVar[str] = "dpmpp_2s"
+    keeps_noise: ClassVar[bool] = True
     settings: ClassVar[ConfigValues] = {
         **MultistepSampler.settings,
         **{key: DPMpp2M.settings[key] for key in ("algorithm_type", "solver_order", "solver_type")},

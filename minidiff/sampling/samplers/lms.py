@@ -21,6 +21,7 @@ class LMS(SigmaSampler):
     """
 
     name: ClassVar[str] = "lms"
+    keeps_noise: ClassVar[bool] = True
     order: int = 4
 
     def __post_init__(self) -> None:

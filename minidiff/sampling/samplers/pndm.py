@@ -28,6 +28,7 @@ class PNDM(Sampler):
     """
 
     name: ClassVar[str] = "pndm"
+    keeps_noise: ClassVar[bool] = True
     usual_spacing: ClassVar[str] = "leading"
 
     def _schedule(self, noise: NoiseSchedule, steps: int, times: Floats | None, levels: Floats | None) -> Schedule:
