@@ -92,6 +92,9 @@ def test_reports_of_the_bundled_model_say_it_and_others_do_not(tiny_model: Model
     default = report(replace(named, defaults=bundled), guidance=None, steps=8)
     expected = CALIBRATIONS[OWN](default.mass, MASK.float(), default.names)
     torch.testing.assert_close(default.placed, expected, rtol=1e-3, atol=1e-6)
+    given = report(replace(named, defaults=bundled), guidance=None, steps=8, latents=torch.randn(1, 4, 8, 8))
+    expected = CALIBRATIONS[OTHER](given.mass, MASK.float(), given.names)  # the default stretches nothing there
+    torch.testing.assert_close(given.placed, expected, rtol=1e-2, atol=1e-6)
     alone = report(replace(named, defaults=replace(named.defaults, guidance="none")))
     assert torch.equal(alone.placed, found.placed)
     assert found.plain()["placed"] == found.placed.tolist()

@@ -473,6 +473,8 @@ def whole(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def test_pictures_that_do_not_start_from_noise_alone_or_have_no_step_left_get_none(tiny_model: Model) -> None:
+    for how in (replace(HOW, scale=0.0), replace(HOW, iterations=0)):  # nothing is placed that could be stretched
+        assert torch.equal(drawn(tiny_model, guidance=how).latents, drawn(tiny_model, guidance="none").latents)
     none = replace(HOW, usual_sizes=None)
     for options in (
         {"image": torch.rand(3, 32, 32), "strength": 0.8},
