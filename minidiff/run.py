@@ -186,7 +186,8 @@ def _tell(
         simple = simple and record is None and weights is None and request.cache_interval == 1
         how = replace(how, usual_sizes=sizes).of_run(begun.schedule.steps, there)
         guide = _guide(model, how, seen, regions, edits, simple)
-        renew = _renew(request, model, guide, regions) if sizes is not None and how.acts else None
+        stretched = any(one.stretched for some in regions for one in some)
+        renew = _renew(request, model, guide, regions) if stretched and how.acts else None
     return _Told(contexts, [inputs[one] for one in each_step], edits, record, guide, weights, apart, renew)
 
 

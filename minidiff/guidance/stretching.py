@@ -32,8 +32,9 @@ the step's change in log signal-to-noise."""
 class Stretching:
     """The stretches of a run. The sampling loop calls `renew`.
 
-    regions: each image's objects, in their layout's order. record: SEEN, its sites chosen. noise: draws
-    [B,C,h,w]. decode: clean latents [n,4,h,w] -> pictures [n,3,H,W] in [0,1]; encode: pictures in [-1,1] -> latents.
+    regions: each image's objects, in their layout's order; one at least is to be stretched. record: SEEN, its sites
+    chosen. noise: draws [B,C,h,w]. decode: clean latents [n,4,h,w] -> pictures [n,3,H,W] in [0,1]; encode: pictures in
+    [-1,1] -> latents.
     """
 
     guide: Guide
@@ -51,9 +52,9 @@ class Stretching:
         """
         last = self.guide.guidance.steps
         assert isinstance(last, int)  # of_run
-        rows = [i for i, some in enumerate(self.regions) if any(one.stretched for one in some)]
-        if index > last or not rows:
+        if index > last:
             return x
+        rows = [i for i, some in enumerate(self.regions) if any(one.stretched for one in some)]
         own, clean, fresh = (some_rows(value.to(x), rows, len(x)) for value in (x, before.clean, self.noise()))
         level, sigma = math.sqrt(abar), math.sqrt((1 - abar) / abar)
         if index == last:
@@ -61,7 +62,7 @@ class Stretching:
             there = (target != clean).any(dim=1, keepdim=True)
             new = torch.where(there, level * (target + sigma * fresh), own)
         else:
-            kept = min(1.0, (sigma / before.sigma) ** ETA)
+            kept = (sigma / before.sigma) ** ETA
             new = level * (clean + kept * (own / level - clean) + math.sqrt(1 - kept**2) * sigma * fresh)
         return x.index_copy(0, row_index(rows, x.device), new)
 
