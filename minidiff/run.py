@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -34,13 +35,16 @@ from .recorded import LAST, MEAN, PER_STEP, Attention, Reduce, SiteMaps
 from .request import Request
 from .resolve import as_asked, check_places, image_inputs, latent_shape, resolve, warn_unused
 from .result import Images, Result, to_numpy, to_pil
-from .sampling import Renew, Sampler, SamplerStep, Schedule, sample
+from .sampling import Sampler, SamplerStep, Schedule, sample
 from .speed.accelerate import looks_of
 from .speed.capture import spared
 from .speed.replace import changed_weights
 from .texts import Texts
 from .tries import Seeds, best_seeds
 from .weights.load import load
+
+if TYPE_CHECKING:
+    from .guidance.stretching import Stretching
 
 ATTENTION = Record(SECOND_COARSEST, HEAD_MEAN)
 """What `attention=True` records."""
@@ -110,7 +114,9 @@ def _run(
     warn_unused(given_request, request, schedule.steps, 0 if told.apart is None else told.apart.steps)
     refine, fresh = None if told.guide is None else told.guide.refine, noise if sampler.stochastic else None
     denoise = _denoise(request, model, sampler, told)
-    steps = sample(denoise, begun.latents.to(model.device), schedule, sampler, refine, fresh, begun.hold, told.renew)
+    renew = None if told.stretching is None or sampler.keeps_noise else told.stretching.renew
+    steps = sample(denoise, begun.latents.to(model.device), schedule, sampler, refine, fresh, begun.hold, renew)
+    steps = steps if told.stretching is None else told.stretching.finished(steps, schedule.steps)
     used = {
         "seed": tuple(s if request.latents is None or sampler.stochastic else None for s in _seeds(request)),
         "negative_prompt": None if request.negative_context is not None else texts.negatives,
@@ -127,7 +133,7 @@ def _run(
 @dataclass(frozen=True, eq=False)
 class _Told:
     """What the network gets in a run: contexts and inputs, one for all steps or one each; edits and the record, their
-    sites chosen; the guide. weights: of texts that AND joins, [B,T]. apart: what takes regions apart. renew: what
+    sites chosen; the guide. weights: of texts that AND joins, [B,T]. apart: what takes regions apart. stretching: what
     stretches objects to their boxes.
     """
 
@@ -138,7 +144,7 @@ class _Told:
     guide: Guide | None
     weights: Tensor | None
     apart: Apart | None
-    renew: Renew | None = None
+    stretching: Stretching | None = None
 
 
 def _tell(
@@ -167,10 +173,9 @@ def _tell(
         own, edits = own | masks, edits + share_edits(choose(cross, there), both)
     record, placed = _record(request, there), {one: one.regions(request, model) for one in encoded}
     grid = begun.latents.shape[2], begun.latents.shape[3]
-    sizes = None if how is None else _usual_sizes(how, request, sampler, begun.schedule.steps)
-    if how is not None and sizes is not None:
-        then = placed[each_step[how.guided(begun.schedule.steps) % len(each_step)]]
-        placed = {one: sizes.marked(found, then, grid) for one, found in placed.items()}
+    sizes = None if how is None else _usual_sizes(how, request, begun.schedule.steps)
+    if sizes is not None:
+        placed = {one: sizes.marked(found, placed[each_step[-1]], grid) for one, found in placed.items()}
     regions = placed[each_step[0]]
     apart = texts.apart(request.regions_apart or 0.0, begun.schedule.steps, model, grid)
     if not any(regions):
@@ -178,7 +183,7 @@ def _tell(
     length, related = contexts[0].shape[1], request.related
     layouts = {one: one.layout(model, placed[one], length, there, related) for one in encoded}
     inputs = {one: {**layouts[one].inputs(), **own} for one in encoded}
-    guide = renew = None
+    guide = stretching = None
     if how is not None:
         check_places(how, regions, related)
         seen = [(encoded[one][-len(regions) :], layouts[one], inputs[one]) for one in each_step]
@@ -187,8 +192,8 @@ def _tell(
         how = replace(how, usual_sizes=sizes).of_run(begun.schedule.steps, there)
         guide = _guide(model, how, seen, regions, edits, simple)
         stretched = any(one.stretched for some in regions for one in some)
-        renew = _renew(request, model, guide, regions) if stretched and how.acts else None
-    return _Told(contexts, [inputs[one] for one in each_step], edits, record, guide, weights, apart, renew)
+        stretching = _stretching(request, model, guide, regions) if stretched and how.acts else None
+    return _Told(contexts, [inputs[one] for one in each_step], edits, record, guide, weights, apart, stretching)
 
 
 def _denoise(request: Request, model: Model, sampler: Sampler, told: _Told) -> Denoise:
@@ -356,20 +361,20 @@ def _guide(
     return Guide(how, forward, context, layout, names, edits, inputs, whole, loss, each_step, measured, run, begins)
 
 
-def _usual_sizes(how: Guidance, request: Request, sampler: Sampler, steps: int) -> UsualSizes | None:
-    """Which boxes objects are not stretched to, in pictures of noise alone that have steps left for it."""
-    if how.usual_sizes is None or request.image is not None or request.latents is not None or sampler.keeps_noise:
+def _usual_sizes(how: Guidance, request: Request, steps: int) -> UsualSizes | None:
+    """Which boxes objects are not stretched to, in guided pictures of noise alone."""
+    if request.image is not None or request.latents is not None or how.guided(steps) == 0:
         return None
-    return how.usual_sizes if 0 < how.guided(steps) < steps else None
+    return how.usual_sizes
 
 
-def _renew(request: Request, model: Model, guide: Guide, regions: Sequence[Sequence[PlacedObject]]) -> Renew:
+def _stretching(request: Request, model: Model, guide: Guide, regions: Sequence[Sequence[PlacedObject]]) -> Stretching:
     from .guidance.stretching import SEEN, Stretching  # here, since most runs have none
 
     shape = latent_shape(request, model)
     record = SEEN.chosen(partial(choose, sites=model.unet.positions(*shape[1:])))
     decode, encode = partial(_pixels, model), partial(spared, model.unet, model.latents)
-    return Stretching(guide, regions, model.unet, record, Noise.beside(request, shape), decode, encode).renew
+    return Stretching(guide, regions, model.unet, record, Noise.beside(request, shape), decode, encode)
 
 
 def _watch(guide: Guide) -> Watch | None:

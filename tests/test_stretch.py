@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -21,13 +21,24 @@ from minidiff.guidance import stretch as stretch_module
 from minidiff.guidance.guide import Guide
 from minidiff.guidance.layout import Box, Layout, PlacedObject, make_layout, read_objects
 from minidiff.guidance.objectives._maps import centre_and_spread
-from minidiff.guidance.stretch import FAR, GROWING, MARGIN, NEAR, SHRINKING, Profile, Stretch, extents, stretches
+from minidiff.guidance.stretch import (
+    BLUR,
+    FAR,
+    MARGIN,
+    NEAR,
+    NORM,
+    PEAKED,
+    Stretch,
+    extents,
+    outline,
+    stretch_objects,
+)
 from minidiff.guidance.stretching import Stretching
 from minidiff.networks.attention import HEAD_MEAN, Record
 from minidiff.networks.sites import Site, cross
 from minidiff.networks.unet import UNet
 from minidiff.noise import Noise
-from minidiff.sampling.sample import Predicted
+from minidiff.sampling.sample import Predicted, SamplerStep
 
 AT = Site("up", 1, 0, "cross")
 TINY, USUAL = (0.1, 0.2, 0.25, 0.34), (0.5, 0.45, 0.9, 0.9)
@@ -93,6 +104,20 @@ def test_it_is_a_value_that_json_can_hold() -> None:
 # ---- where an object is, and how it is stretched
 
 
+@pytest.fixture
+def stretched(monkeypatch: pytest.MonkeyPatch) -> list[Stretch]:
+    """Each stretch that is made; no object is too far away for one."""
+    done, call = list[Stretch](), Stretch.__call__
+
+    def counted(own: Stretch, picture: Tensor) -> Tensor:
+        done.append(own)
+        return call(own, picture)
+
+    monkeypatch.setattr(Stretch, "__call__", counted)
+    monkeypatch.setattr(stretch_module, "FAR", math.inf)
+    return done
+
+
 def coordinates(height: int, width: int) -> Tensor:
     """A picture [2,h,w] of where each pixel is, x and y."""
     rows, columns = ((torch.arange(n).double() + 0.5) / n for n in (height, width))
@@ -141,43 +166,72 @@ def test_an_object_at_the_edge_fills_its_box_there() -> None:
     assert ((moved > 0.5) != (expected > 0.5)).float().mean() < 0.005
 
 
-@pytest.mark.parametrize("profile", [SHRINKING, GROWING])
-def test_extents_are_the_spreads_of_profiles(profile: Profile) -> None:
+def test_extents_are_the_spreads_of_profiles() -> None:
     """Against sums over cells, for two objects of which one has two words, and on a grid that is not square."""
     kept = torch.rand(1, 6, 9, 5).square()
     objects = (PlacedObject("a", (1, 2), (TINY,)), PlacedObject("b", (4,), (USUAL,)))
-    found = extents({AT: kept}, make_layout([objects], [4], 5, [(6, 9)]), profile)
+    layout = make_layout([objects], [4], 5, [(6, 9)])
+    found = extents({AT: kept}, layout)
     for o, tokens in enumerate(((1, 2), (4,))):
         own = kept[0, ..., list(tokens)].double().mean(dim=2).numpy()
         for axis, n in ((0, 9), (1, 6)):
-            line = (own**profile.norm).sum(axis=axis) ** (1 / profile.norm)
+            line = (own**NORM).sum(axis=axis) ** (1 / NORM)
             line, at = line / line.sum(), (np.arange(n) + 0.5) / n
             centre = (line * at).sum()
-            spread = (line * (at - centre) ** 2).sum() + 1 / (12 * n**2) - (profile.blur / n) ** 2
-            half = math.sqrt(3) * math.sqrt(spread) / profile.peaked
+            spread = (line * (at - centre) ** 2).sum() + 1 / (12 * n**2) - (BLUR / n) ** 2
+            half = math.sqrt(3) * math.sqrt(spread) / PEAKED
             expected = [max(0.0, centre - half), min(1.0, centre + half)]
             assert found[0, o, axis::2].tolist() == pytest.approx(expected, abs=1e-5)
     point = torch.zeros(1, 6, 9, 5)
     point[0, 2, 3] = 1
-    narrow = extents({AT: point}, make_layout([objects], [4], 5, [(6, 9)]), GROWING)
+    narrow = extents({AT: point}, layout)
     torch.testing.assert_close(narrow[0, 0, 2:] - narrow[0, 0, :2], torch.full((2,), stretch_module.LEAST))
 
 
-def test_what_fits_or_is_elsewhere_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def painted(*boxes: tuple[Box, float], ground: float = 0.8) -> Tensor:
+    """A grey picture [3,50,100] of boxes."""
+    picture = torch.full((3, 50, 100), ground)
+    for (x0, y0, x1, y1), grey in boxes:
+        picture[:, round(50 * y0) : round(50 * y1), round(100 * x0) : round(100 * x1)] = grey
+    return picture
+
+
+def test_an_outline_is_that_of_the_colour_that_stands_out() -> None:
+    own, about = (0.3, 0.4, 0.6, 0.8), (0.34, 0.36, 0.64, 0.72)
+    assert outline(painted((own, 0.1)), about) == own
+    assert outline(painted((own, 0.1)), own) == own and outline(painted((own, 0.1), ground=0.0), own) == own
+    frame = painted((own, 0.1), ((0.38, 0.5, 0.52, 0.7), 0.8))  # a ring: its hole is of the ground
+    assert outline(frame, about) == own
+    neighbour = (0.66, 0.3, 0.9, 0.9)
+    beside, colourful = painted((own, 0.1), (neighbour, 0.1)), painted((own, 0.1), (neighbour, 0.55))
+    assert outline(colourful, about) == own and outline(beside, about, [neighbour]) == own
+    assert outline(beside, about) != own
+
+
+def test_an_outline_is_the_box_where_the_picture_does_not_tell() -> None:
+    about = (0.34, 0.36, 0.64, 0.72)
+    plain = painted()
+    assert outline(plain, about) == about
+    assert outline(painted(((0.34, 0.36, 0.44, 0.72), 0.1)), about) == about  # much smaller
+    assert outline(painted(((0.3, 0.4, 0.6, 0.8), 0.1)), about, [(0.0, 0.0, 1.0, 1.0)]) == about
+    everywhere, nowhere = (0.0, 0.0, 1.0, 1.0), (0.501, 0.5, 0.502, 0.6)
+    assert outline(torch.rand(3, 50, 100), everywhere) == everywhere and outline(plain, nowhere) == nowhere
+
+
+def test_what_fits_or_is_elsewhere_is_left(monkeypatch: pytest.MonkeyPatch, stretched: list[Stretch]) -> None:
+    monkeypatch.setattr(stretch_module, "FAR", FAR)
     to, edge = (0.4, 0.4, 0.5, 0.5), 0.1
     objects = (PlacedObject("a", (1,), (to,)), PlacedObject("b", (2,), (USUAL, TINY)), PlacedObject("c", (3,)))
+    picture = torch.rand(3, 40, 60)
 
-    def todo(now: Box, stretched: bool = True, other: Box | None = None, shrinks: bool | None = None) -> list[Box]:
-        """Where one that a profile sees at `now` is stretched from; other: where the one for what grows sees it."""
-        seen = {SHRINKING: now, GROWING: other or now}
-        monkeypatch.setattr(
-            stretch_module, "extents", lambda maps, layout, how: torch.tensor([[seen[how]] * 3]).double()
-        )
-        some = (replace(objects[0], stretched=stretched), *objects[1:])
-        (found,) = stretches({}, make_layout([some], [4], 5, [(6, 9)]), [some])
-        assert all(one.to == to and one.others == (USUAL, TINY) for one in found)
-        assert shrinks is None or [one.shrinks for one in found] == [shrinks]
-        return [one.now for one in found]
+    def todo(now: Box, marked: bool = True) -> list[Box]:
+        """Where the one that is seen and drawn at `now` is stretched from."""
+        monkeypatch.setattr(stretch_module, "outline", lambda picture, box, others: box)
+        stretched.clear()
+        moved = stretch_objects(picture, [now] * 4, [replace(objects[0], stretched=marked), *objects[1:]])
+        assert all(one.to == to and one.others == (USUAL, TINY) for one in stretched)
+        assert (moved is picture) is not bool(stretched)
+        return [one.now for one in stretched]
 
     def around(size: float, off: float = 0.0) -> Box:
         return (0.45 + off - size / 2, 0.4, 0.45 + off + size / 2, 0.5)
@@ -186,20 +240,20 @@ def test_what_fits_or_is_elsewhere_is_left(monkeypatch: pytest.MonkeyPatch) -> N
         assert todo(fits) == []
     for missed in (
         around(edge * math.exp(1.1 * NEAR)),
+        around(edge * math.exp(-1.1 * NEAR)),
         around(edge, 1.1 * NEAR * edge),
         around(edge, 0.9 * FAR * edge),
     ):
         assert todo(missed) == [pytest.approx(missed)]
     assert todo(around(edge, 1.1 * FAR * edge)) == []
     assert len(todo(around(2 * edge, 1.5 * FAR * edge))) == 1  # of the larger of both
-    assert todo(around(2 * edge), stretched=False) == []
-    assert todo(around(2 * edge), other=around(edge)) == [pytest.approx(around(2 * edge))]
-    assert todo(around(edge / 2), other=around(edge / 3)) == [pytest.approx(around(edge / 3))]
-    assert todo(around(edge / 2), other=around(2 * edge), shrinks=False) == [pytest.approx(around(2 * edge))]
+    assert todo(around(2 * edge), marked=False) == []
 
 
-def test_objects_behind_around_or_drawn_by_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An object behind, or one that its box lies in, is stretched with it; others keep their boxes and their masks."""
+def test_objects_behind_around_or_drawn_by_masks(monkeypatch: pytest.MonkeyPatch, stretched: list[Stretch]) -> None:
+    """An object behind, or one that its box lies in, is stretched with it; others keep their boxes and their masks,
+    where no outline is sought, either.
+    """
     to, mask = (0.4, 0.4, 0.5, 0.5), torch.zeros(10, 20)
     mask[2:4, 5:9] = 1
     objects = (
@@ -209,9 +263,16 @@ def test_objects_behind_around_or_drawn_by_masks(monkeypatch: pytest.MonkeyPatch
         PlacedObject("around", (2,), ((0.3, 0.3, 0.7, 0.7),), order=1),
         PlacedObject("drawn", (2,), mask=mask, order=2),
     )
-    monkeypatch.setattr(stretch_module, "extents", lambda *asked: torch.tensor([[[0.35, 0.4, 0.5, 0.55]] * 5]))
-    ((stretch,),) = stretches({}, make_layout([objects], [4], 5, [(6, 9)]), [objects])
-    assert stretch.others == ((0.3, 0.4, 0.43, 0.6), (0.25, 0.2, 0.45, 0.4)) and stretch.shrinks
+    seen, others = (0.35, 0.4, 0.5, 0.55), ((0.3, 0.4, 0.43, 0.6), (0.25, 0.2, 0.45, 0.4))
+    sought = list[tuple[object, ...]]()
+
+    def outlined(picture: Tensor, box: Box, others: list[Box]) -> Box:
+        sought.append((box, tuple(others)))
+        return (0.36, 0.4, 0.5, 0.55)
+
+    monkeypatch.setattr(stretch_module, "outline", outlined)
+    stretch_objects(torch.rand(3, 20, 20), [list(seen)] * 5, objects)
+    assert stretched == [Stretch((0.36, 0.4, 0.5, 0.55), to, others)] and sought == [(seen, others)]
 
 
 def test_only_the_centre_of_an_object_to_be_stretched_is_guided() -> None:
@@ -233,7 +294,7 @@ def test_only_the_centre_of_an_object_to_be_stretched_is_guided() -> None:
 
 
 class ToyGuide:
-    """A Guide as `renew` reads it before its last guided step."""
+    """A Guide as `renew` reads it."""
 
     guidance = replace(HOW, steps=3)
 
@@ -254,7 +315,7 @@ def test_noise_is_renewed_as_an_sde_would_and_only_where_it_is_asked() -> None:
     expected = clean + kept * (x / level - clean) + sigma * math.sqrt(1 - kept**2) * fresh
     torch.testing.assert_close(found[::2], (level * expected)[::2])
     assert torch.equal(found[1], x[1]) and found is not x
-    assert stretching.renew(x, torch.tensor(500.0), level**2, 4, Predicted(clean, before)) is x
+    assert stretching.renew(x, torch.tensor(500.0), level**2, 3, Predicted(clean, before)) is x
     own = level * (clean + sigma * torch.randn(3, 4, 5, 6))  # noise of the right strength stays so
     found = stretching.renew(own, torch.tensor(500.0), level**2, 1, Predicted(clean, before))
     assert (found / level - clean).std().item() == pytest.approx(sigma, rel=0.15)
@@ -275,7 +336,7 @@ class ToyMaps:
         self.turned.append(index)
 
     def read(self, t: Tensor, abar: float, rows: Sequence[int], index: int) -> tuple[object, ...]:
-        assert self.turned == [3] and len(rows) == 1
+        assert self.turned == [3] and len(rows) == 1 and (float(t), abar, index) == (0.0, 1.0, 3)
         return (), t, torch.zeros(1, 3, 5), self.layout, {}
 
     def forward(self, x: Tensor, *rest: object) -> tuple[None, object]:
@@ -293,68 +354,76 @@ def encoded(asked: list[str], pictures: Tensor) -> Tensor:
     return torch.nn.functional.avg_pool2d(pictures, 8)[:, [0, 1, 2, 0]]
 
 
-@pytest.mark.parametrize("grows", [True, False])
-def test_the_prediction_is_stretched_as_latents_where_it_grows_and_as_a_picture_where_it_shrinks(grows: bool) -> None:
-    """With new noise where it is stretched, and nothing elsewhere; images without such objects are left alone."""
-    box = (0.05, 0.05, 0.9, 0.9) if grows else (0.42, 0.45, 0.55, 0.55)
+def steps_of(latents: Tensor, number: int) -> Iterator[SamplerStep]:
+    for index in range(number):
+        yield SamplerStep(index, 500.0 - index, 1.5, latents + (number - 1 - index), latents / 2)
+
+
+def in_latents(moved: Tensor, picture: Tensor, latents: Tensor) -> Tensor:
+    """A changed picture's latents, the given ones where nothing changed."""
+    changed = (moved != picture).any(dim=0).unfold(0, 8, 8).unfold(1, 8, 8).flatten(2).any(dim=2)
+    return torch.where(changed, encoded([], 2 * moved[None].clamp(0, 1) - 1)[0], latents)
+
+
+@pytest.mark.parametrize("box", [(0.05, 0.05, 0.9, 0.9), (0.42, 0.45, 0.55, 0.55)], ids=["grows", "shrinks"])
+def test_the_finished_picture_is_stretched(box: Box) -> None:
+    """That of the last step alone, and nothing beside the object; images without such objects are left alone."""
     one = PlacedObject("a", (1,), (box,), stretched=True)
     layout = make_layout([[one]], [3], 3, [(8, 8)])
-    toy = ToyMaps(layout, slice(2, 6), slice(2, 6))
-    asked = list[str]()
-
-    decode, encode = partial(decoded, asked), partial(encoded, asked)
-    x, clean, fresh = (torch.randn(2, 4, 16, 16) for _ in range(3))
-    stretching = Stretching(toy, [[], [one]], toy.forward, Record(cross, HEAD_MEAN), lambda: fresh, decode, encode)  # type: ignore[arg-type]
-    sigma = 1.5
-    level = 1 / math.sqrt(1 + sigma**2)
-    found = stretching.renew(x, torch.tensor(500.0), level**2, 3, Predicted(clean, 2.0))
-    (now,) = extents(toy.maps, layout, GROWING if grows else SHRINKING)[:, 0].tolist()
-    stretch = Stretch(tuple(now), box)
-    if grows:
-        target = stretch(clean[1])
-    else:
-        picture = decode(clean[1:])[0]
-        moved = stretch(picture)
-        changed = (moved != picture).any(dim=0).unfold(0, 8, 8).unfold(1, 8, 8).flatten(2).any(dim=2)
-        target = torch.where(changed, encode(2 * moved[None].clamp(0, 1) - 1)[0], clean[1])
-    there = (target != clean[1]).any(dim=0)
-    expected = torch.where(there, level * (target + sigma * fresh[1]), x[1])
-    torch.testing.assert_close(found[1], expected, rtol=0, atol=1e-5)
-    assert torch.equal(found[1][:, ~there], x[1][:, ~there]) and torch.equal(found[0], x[0])
-    assert there.sum() > 4 and (grows or there.sum() < 200)
-    assert asked == ([] if grows else ["decode", "encode"] * 2)
+    toy, asked = ToyMaps(layout, slice(2, 6), slice(2, 6)), list[str]()
+    stretching = Stretching(
+        toy,  # type: ignore[arg-type]
+        [[], [one]],
+        toy.forward,  # type: ignore[arg-type]
+        Record(cross, HEAD_MEAN),
+        lambda: torch.zeros(0),
+        partial(decoded, asked),
+        partial(encoded, asked),
+    )
+    latents = torch.randn(2, 4, 16, 16)
+    plain, found = list(steps_of(latents, 4)), list(stretching.finished(steps_of(latents, 4), 4))
+    assert asked == ["decode", "encode"] and toy.turned == [3]
+    for before, after in zip(plain[:3], found[:3], strict=True):
+        assert torch.equal(after.latents, before.latents) and torch.equal(after.denoised, before.denoised)
+    (now,) = extents(toy.maps, layout)[:, 0].tolist()
+    picture = decoded([], latents[1:])[0]
+    expected = in_latents(Stretch(outline(picture, tuple(now)), box)(picture), picture, latents[1])
+    there = (expected != latents[1]).any(dim=0)
+    assert there.sum() > 4 and (box[0] < 0.1 or there.sum() < 200)
+    for last, before in ((found[3].latents, latents), (found[3].denoised, latents / 2)):
+        torch.testing.assert_close(last[1], expected, rtol=0, atol=1e-5)
+        assert torch.equal(last[0], before[0])
+    assert torch.equal(found[3].latents[1][:, ~there], latents[1][:, ~there])
 
 
 def test_two_objects_of_an_image_are_both_stretched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that shrinks, as a picture, and one that grows, as latents; two that shrink share the picture."""
-    one = Stretch((0.05, 0.05, 0.4, 0.4), (0.05, 0.05, 0.25, 0.25), (), True)
-    two, three = (
-        Stretch((0.6, 0.6, 0.9, 0.9), (0.5, 0.5, 0.95, 0.95)),
-        Stretch((0.55, 0.55, 0.9, 0.9), (0.6, 0.6, 0.8, 0.8), (), True),
+    """In one picture: one grows, the other shrinks."""
+    boxes = ((0.05, 0.05, 0.4, 0.4), (0.05, 0.05, 0.25, 0.25)), ((0.6, 0.6, 0.9, 0.9), (0.5, 0.5, 0.95, 0.95))
+    objects = [PlacedObject(str(i), (i,), (to,), stretched=True) for i, (_, to) in enumerate(boxes)]
+    monkeypatch.setattr("minidiff.guidance.stretching.extents", lambda *_: torch.tensor([[now for now, _ in boxes]]))
+    monkeypatch.setattr(stretch_module, "outline", lambda picture, box, others: box)
+    toy, asked, latents = (
+        ToyMaps(make_layout([[]], [3], 3, [(8, 8)]), slice(1), slice(1)),
+        [],
+        torch.randn(1, 4, 16, 16),
     )
-    x, clean, fresh = (torch.randn(1, 4, 16, 16) for _ in range(3))
-    asked = list[str]()
-
-    def found(*todo: Stretch) -> Tensor:
-        asked.clear()
-        monkeypatch.setattr("minidiff.guidance.stretching.stretches", lambda *_: [todo])
-        toy = ToyMaps(make_layout([[]], [3], 3, [(8, 8)]), slice(2, 6), slice(2, 6))
-        objects = [PlacedObject("a", (1,), (TINY,), stretched=True)]
-        record = Record(cross, HEAD_MEAN)
-        run = Stretching(
-            toy, [objects], toy.forward, record, lambda: fresh, partial(decoded, asked), partial(encoded, asked)
-        )  # type: ignore[arg-type]
-        return run.renew(x, torch.tensor(500.0), 0.4, 3, Predicted(clean, 2.0))[0]
-
-    both, upper, lower = found(one, two), slice(0, 7), slice(8, 16)
-    torch.testing.assert_close(both[:, upper, upper], found(one)[:, upper, upper])
-    torch.testing.assert_close(both[:, lower, lower], found(two)[:, lower, lower])
-    pair = found(one, three)
+    stretching = Stretching(
+        toy,  # type: ignore[arg-type]
+        [objects],
+        toy.forward,  # type: ignore[arg-type]
+        Record(cross, HEAD_MEAN),
+        lambda: torch.zeros(0),
+        partial(decoded, asked),
+        partial(encoded, asked),
+    )
+    *_, last = stretching.finished(steps_of(latents, 4), 4)
+    picture = moved = decoded([], latents)[0]
+    for (now, to), other in zip(boxes, reversed(boxes), strict=True):
+        moved = Stretch(now, to, (other[1],))(moved)
+    torch.testing.assert_close(last.latents[0], in_latents(moved, picture, latents[0]), rtol=0, atol=1e-5)
     assert asked == ["decode", "encode"]
-    torch.testing.assert_close(pair[:, upper, upper], found(one)[:, upper, upper])
-    torch.testing.assert_close(pair[:, lower, lower], found(three)[:, lower, lower])
-    for some, part in ((one, upper), (two, lower), (three, lower)):
-        assert relative_error(found(some)[:, part, part], x[0, :, part, part]) > 0.1
+    for part in (slice(0, 7), slice(8, 16)):
+        assert relative_error(last.latents[0, :, part, part], latents[0, :, part, part]) > 0.1
 
 
 def test_its_noise_is_that_of_no_other_draw(tiny_model: Model) -> None:
@@ -381,20 +450,6 @@ def drawn(model: Model, boxes: object = None, **options: object) -> minidiff.Res
         "output": "latents",
     }
     return minidiff.generate(model=model, **{**given, **options})
-
-
-@pytest.fixture
-def stretched(monkeypatch: pytest.MonkeyPatch) -> list[Stretch]:
-    """Each stretch that is made; no object is too far away for one."""
-    done, call = list[Stretch](), Stretch.__call__
-
-    def counted(own: Stretch, picture: Tensor) -> Tensor:
-        done.append(own)
-        return call(own, picture)
-
-    monkeypatch.setattr(Stretch, "__call__", counted)
-    monkeypatch.setattr(stretch_module, "FAR", math.inf)
-    return done
 
 
 def test_an_image_in_a_batch_is_as_alone_and_others_as_without_a_fit(
@@ -430,7 +485,7 @@ def test_one_look_more_and_one_decoding(
     monkeypatch.setattr(UNet, "forward", counted)
     monkeypatch.setattr(Model, "decode", decoded)
     drawn(tiny_model)
-    assert passes == [1, 2] * 3 + [1] + [2] * 3 and pictures == [1] and len(stretched) == 1
+    assert passes == [1, 2] * 3 + [2] * 3 + [1] and pictures == [1] and len(stretched) == 1
     passes.clear(), pictures.clear()
     drawn(tiny_model, guidance=replace(HOW, usual_sizes=None))
     assert passes == [1, 2] * 3 + [2] * 3 and pictures == []
@@ -471,22 +526,19 @@ def whole(init: Callable[..., None]) -> Callable[..., None]:
     return made
 
 
-def test_pictures_that_do_not_start_from_noise_alone_or_have_no_step_left_get_none(tiny_model: Model) -> None:
+def test_pictures_that_do_not_start_from_noise_alone_get_none(tiny_model: Model) -> None:
     for how in (replace(HOW, scale=0.0), replace(HOW, iterations=0)):  # nothing is placed that could be stretched
         assert torch.equal(drawn(tiny_model, guidance=how).latents, drawn(tiny_model, guidance="none").latents)
     none = replace(HOW, usual_sizes=None)
-    for options in (
-        {"image": torch.rand(3, 32, 32), "strength": 0.8},
-        {"latents": torch.randn(1, 4, 8, 8)},
-        {"steps": 3},
-        {"sampler": "pndm"},
-    ):
+    for options in ({"image": torch.rand(3, 32, 32), "strength": 0.8}, {"latents": torch.randn(1, 4, 8, 8)}):
         with_fit, without = (drawn(tiny_model, guidance=how, **options) for how in (HOW, none))
         assert torch.equal(with_fit.latents, without.latents)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["dpm2", "heun", "euler_ancestral", "dpmpp_2m_cfg_pp", "uni_pc", "lcm"])
+@pytest.mark.parametrize(
+    "sampler", ["dpm2", "heun", "euler_ancestral", "dpmpp_2m_cfg_pp", "uni_pc", "lcm", "deis", "lms"]
+)
 def test_samplers_of_all_kinds_go_on_from_it(tiny_model: Model, stretched: list[Stretch], sampler: str) -> None:
     scale = {"guidance_scale": 0.6} if sampler.endswith("cfg_pp") else {"guidance_scale": 2.0}
     found = drawn(tiny_model, sampler=sampler, **scale)
@@ -526,5 +578,8 @@ def test_noise_and_masks_of_a_run_are_its_own(tiny_model: Model, monkeypatch: py
     many = {"prompt": ["a cat and a ball"] * 2, "boxes": boxes, "seed": [5, 6], "edits": minidiff.regional_prompting()}
     drawn(tiny_model, **many)
     start, *renewed = drawn_noise
-    assert len(renewed) == 3 and not any(torch.allclose(one, start) for one in renewed)
+    assert len(renewed) == 2 and not any(torch.allclose(one, start) for one in renewed)
     assert seen == [(1, 1)]
+    drawn_noise.clear()
+    drawn(tiny_model, **many, sampler="pndm")  # which goes on from noise of before
+    assert len(drawn_noise) == 1 and seen == [(1, 1)] * 2

@@ -79,8 +79,8 @@ class Guidance:
     passes: at most so many updates of an image in the run, in place of `iterations`: spread over the guided steps, of
         which the first take the remainder; with `early` in linear decline, since places are settled before sizes.
     usual_sizes: objects with boxes of others are placed without regard to their size, which `extent_loss` leaves alone,
-        and then stretched to it; not in pictures that start from an image or latents, nor with deis, dpmpp_2s, lms and
-        pndm, which go on from noise of before. None: no object is.
+        and stretched to it in the finished picture (maps and previews show their own size); not in pictures that start
+        from an image or latents. None: no object is.
     """
 
     objective: Objective = layout_loss

@@ -2,8 +2,8 @@
 
 Not from a paper. Gradients place an object, but where they also have to change its size to one that the model has not
 seen, its shape breaks. So guidance leaves the size of such an object alone (`Layout.stretched`), fresh noise between
-its steps lets the network mend what gradients do, and after its last step the predicted picture is stretched once so
-that the object fills its box. The steps that follow draw from there.
+its steps lets the network mend what gradients do, and the finished picture is stretched so that the object fills its
+box. Not before: what is drawn after a stretch goes back to shapes and sizes that the model knows.
 """
 
 from __future__ import annotations
@@ -28,25 +28,17 @@ if TYPE_CHECKING:
     from ..networks.sites import Grid
 
 
-class Profile(NamedTuple):
-    """How a map says where its object is: by its profiles along x and y, the norms of its columns and rows.
-
-    peaked: their spread relative to that of uniform ones of the object's size, since maps peak in the middle. blur:
-    what the grid adds to it, in cells. Both measured on the bundled model.
-    """
-
-    norm: int
-    peaked: float
-    blur: float
-
-
-SHRINKING, GROWING = Profile(2, 0.84, 0.3), Profile(1, 0.66, 0.5)
-"""Of objects that are too large, and of others. What little attention lies everywhere counts less in 2-norms, which so
-find small objects better (an IoU of 0.75 instead of 0.69); stretched from there, fewer large ones keep their shape."""
+NORM = 4
+"""A map says where its object is by its profiles along x and y: the norms of its columns and rows."""
+PEAKED, BLUR = 0.75, 0.3
+"""Their spread relative to that of uniform ones of the object's size, since maps peak in the middle; and what the grid
+adds to it, in cells. Measured on the bundled model, at timestep 0."""
 LEAST = 0.03  # an object's edge: maps have cells
 NEAR, FAR = 0.1, 0.4
-"""Nothing is stretched where edges (their logarithms) and centre are off by less than NEAR of the object's size, so
-that it fits already, or its centre by more than FAR, so that it is elsewhere."""
+"""Two boxes are the same where edges (their logarithms) and centre differ by less than NEAR of the larger size, and of
+different objects where the centres do by more than FAR."""
+AROUND = 0.35
+"""How far around where a map sees an object, in its edges, the ground and the rest of the object are looked for."""
 MARGIN = 0.08
 """How far around an object the picture is stretched with it."""
 _ROUNDING = 1e-6  # of edges that are differences
@@ -60,7 +52,7 @@ class UsualSizes:
     least, most: edges, in [0,1] of the picture's edge. aspect: the longer edge over the shorter, in pixels, at least 1.
     The defaults are those that the bundled model has seen in training, with a margin. ValueError for others.
 
-    What it does is tested with the bundled model alone, whose maps `SHRINKING` and `GROWING` describe.
+    What it does is tested with the bundled model alone, whose maps NORM, PEAKED and BLUR describe.
     """
 
     least: float = 0.2
@@ -115,23 +107,19 @@ class UsualSizes:
 
 
 class Stretch(NamedTuple):
-    """A part of a picture to be stretched: from a box to a box, but for what lies inside other boxes. shrinks: whether
-    its object is too large.
-    """
+    """A part of a picture to be stretched: from a box to a box, but for what lies inside other boxes."""
 
     now: Box
     to: Box
     others: tuple[Box, ...] = ()
-    shrinks: bool = False
 
     def __call__(self, picture: Tensor) -> Tensor:
         """The picture [C,H,W], on the CPU, sampled bicubically: linear by parts on each axis, as it was MARGIN away."""
         height, width = picture.shape[1:]
         (x, across), (y, down) = self._axis(0, width), self._axis(1, height)
         inside = down[:, None] & across
-        columns, rows = ((torch.arange(n, device="cpu") + 0.5) / n for n in (width, height))
-        for x0, y0, x1, y1 in self.others:
-            inside &= ~(((y0 <= rows) & (rows <= y1))[:, None] & (x0 <= columns) & (columns <= x1))
+        for other in self.others:
+            inside &= ~_inside(other, picture)
         at = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=2)[None].to(picture)
         moved = F.grid_sample(picture[None], 2 * at - 1, "bicubic", padding_mode="border", align_corners=False)
         return torch.where(inside, moved[0], picture)
@@ -145,36 +133,65 @@ class Stretch(NamedTuple):
         return torch.from_numpy(come), torch.from_numpy((ends[0] <= at) & (at <= ends[1]))
 
 
-def extents(maps: Maps, layout: Layout, profile: Profile) -> Tensor:
+def extents(maps: Maps, layout: Layout) -> Tensor:
     """Where the objects are, boxes [B,O,4], by the centres and spreads of their profiles; from head means [B,h,w,L]."""
     found = []
     for (height, width), kept in grids(maps).items():
         own = own_maps(kept.float(), layout)
-        rows, columns = (torch.linalg.vector_norm(own, profile.norm, dim=axis) for axis in (3, 2))
+        rows, columns = (torch.linalg.vector_norm(own, NORM, dim=axis) for axis in (3, 2))
         centre, spread = centre_and_spread(rows[..., :, None] * columns[..., None, :])
-        blur = constants(spread, profile.blur / width, profile.blur / height)
-        edge = math.sqrt(12) / profile.peaked * (spread.square() - blur.square()).clamp_min(0).sqrt()
+        blur = constants(spread, BLUR / width, BLUR / height)
+        edge = math.sqrt(12) / PEAKED * (spread.square() - blur.square()).clamp_min(0).sqrt()
         half = edge.clamp_min(LEAST) / 2
         found.append(torch.cat([centre - half, centre + half], dim=2).clamp(0, 1))
     return torch.stack(found).mean(dim=0)
 
 
-def stretches(maps: Maps, layout: Layout, regions: Sequence[Sequence[PlacedObject]]) -> tuple[tuple[Stretch, ...], ...]:
-    """What fits the objects of each image to their boxes, where the layout says so; from head means [B,h,w,L]."""
-    small, large = (extents(maps, layout, profile).tolist() for profile in (SHRINKING, GROWING))
-    found = [list[Stretch]() for _ in regions]
-    for image, o in layout.stretched.nonzero().tolist():
-        one, seen = regions[image][o], small[image][o]
-        (to,), shrinks = one.boxes, _area(one.boxes[0]) < _area(seen)
-        now = tuple(seen if shrinks else large[image][o])
-        if _is_worth_it(now, to):
-            others = [box for other in regions[image] if other is not one for box in _kept(other, one)]
-            found[image].append(Stretch(now, to, tuple(others), shrinks))
-    return tuple(map(tuple, found))
+def outline(picture: Tensor, box: Box, others: Sequence[Box] = ()) -> Box:
+    """The bounds of an object in a picture [3,H,W], on the CPU, given about where it is: maps have cells, and are
+    wider for some shapes than for others.
+
+    It is what has the colour that stands out in the box from the ground around it: is off by less than half of their
+    contrast. The box itself where that is nothing, or of another place or size. Other boxes are left out.
+    """
+    x0, y0, x1, y1 = box
+    across, down = AROUND * (x1 - x0), AROUND * (y1 - y0)
+    around = _inside((x0 - across, y0 - down, x1 + across, y1 + down), picture)
+    for other in others:
+        around &= ~_inside(other, picture)
+    there = around & _inside(box, picture)
+    if not there.any() or not (around & ~there).any():
+        return box
+    ground = picture[:, around & ~there].median(dim=1).values
+    contrast = (picture - ground[:, None, None]).square().sum(dim=0)[there]
+    colour = (picture[:, there] * contrast).sum(dim=1) / contrast.sum()
+    own = around & ((picture - colour[:, None, None]).norm(dim=0) < (colour - ground).norm() / 2)
+    if not own.any():  # nothing stands out: all is NaN
+        return box
+    found = _bounds(own)
+    return found if max(_off(box, found)) < FAR else box
 
 
-def _area(box: Sequence[float]) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
+def stretch_objects(picture: Tensor, seen: Sequence[Sequence[float]], objects: Sequence[PlacedObject]) -> Tensor:
+    """The picture [3,H,W], on the CPU, with its objects fitted to their boxes, where they are to be and do not fit yet.
+    seen: about where each is.
+    """
+    found = picture
+    for one, (x0, y0, x1, y1) in zip(objects, seen, strict=False):  # those of images with more objects are padded
+        if one.stretched:
+            others = [box for other in objects if other is not one for box in _kept(other, one)]
+            now = outline(picture, (x0, y0, x1, y1), others)
+            size, place = _off(now, one.boxes[0])
+            if max(size, place) >= NEAR and place <= FAR:
+                found = Stretch(now, one.boxes[0], tuple(others))(found)
+    return found
+
+
+def _inside(box: Box, picture: Tensor) -> Tensor:
+    """Which pixels are, [H,W]."""
+    (x0, y0, x1, y1), (height, width) = box, picture.shape[1:]
+    columns, rows = ((torch.arange(n, device="cpu") + 0.5) / n for n in (width, height))
+    return ((y0 <= rows) & (rows <= y1))[:, None] & ((x0 <= columns) & (columns <= x1))
 
 
 def _kept(other: PlacedObject, one: PlacedObject) -> list[Box]:
@@ -195,10 +212,10 @@ def _bounds(mask: Tensor) -> Box:
     return x0, y0, x1, y1
 
 
-def _is_worth_it(now: Box, to: Box) -> bool:
-    """Whether the object is about where it shall be, and does not fit yet."""
-    have, want = np.array(now).reshape(2, 2), np.array(to).reshape(2, 2)
-    had, size = have[1] - have[0], want[1] - want[0]
-    off = np.abs(want.mean(axis=0) - have.mean(axis=0))
-    fits = np.abs(np.log(had / size)).max() < NEAR and (off / size).max() < NEAR
-    return not fits and bool((off / np.maximum(had, size)).max() <= FAR)
+def _off(one: Box, other: Box) -> tuple[float, float]:
+    """How much the sizes of two boxes differ, by the logarithms of their edges, and the places, by the larger edge."""
+    (first, first_size), (second, second_size) = (
+        ((low + high) / 2, high - low) for low, high in (np.array(box).reshape(2, 2) for box in (one, other))
+    )
+    place = np.abs(first - second) / np.maximum(first_size, second_size)
+    return float(np.abs(np.log(first_size / second_size)).max()), float(place.max())

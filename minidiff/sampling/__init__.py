@@ -1,7 +1,7 @@
 """From noise to latents: the noise schedule, one small sampler per algorithm, and the loop."""
 
 from minidiff.sampling.choose import choose_sampler, sampler_by_name, sampler_fields
-from minidiff.sampling.sample import Hold, Renew, SamplerStep, sample
+from minidiff.sampling.sample import Hold, SamplerStep, sample
 from minidiff.sampling.samplers._sampler import Sampler
 from minidiff.sampling.samplers.ddim import DDIM
 from minidiff.sampling.samplers.deis import DEIS
@@ -29,7 +29,6 @@ __all__ = [
     "EulerAncestral",
     "Hold",
     "NoiseSchedule",
-    "Renew",
     "Sampler",
     "SamplerStep",
     "Schedule",
