@@ -202,16 +202,26 @@ def test_an_outline_is_that_of_the_colour_that_stands_out() -> None:
     assert outline(painted((own, 0.1)), own) == own and outline(painted((own, 0.1), ground=0.0), own) == own
     frame = painted((own, 0.1), ((0.38, 0.5, 0.52, 0.7), 0.8))  # a ring: its hole is of the ground
     assert outline(frame, about) == own
-    neighbour = (0.66, 0.3, 0.9, 0.9)
-    beside, colourful = painted((own, 0.1), (neighbour, 0.1)), painted((own, 0.1), (neighbour, 0.55))
-    assert outline(colourful, about) == own and outline(beside, about, [neighbour]) == own
-    assert outline(beside, about) != own
+
+
+def test_an_outline_ends_where_a_neighbour_begins() -> None:
+    """One of another colour, one with a gap to it in rows or columns, or one in a box of its own."""
+    own, about = (0.3, 0.4, 0.6, 0.8), (0.34, 0.36, 0.64, 0.72)
+    touching, right, below = (0.6, 0.3, 0.9, 0.9), (0.62, 0.3, 0.9, 0.9), (0.5, 0.82, 0.9, 0.9)
+    assert outline(painted((own, 0.1), (touching, 0.55)), about) == own
+    assert outline(painted((own, 0.1), (right, 0.1)), about) == own
+    assert outline(painted((own, 0.1), (below, 0.1)), about) == own
+    assert outline(painted((own, 0.1), (right, 0.1), ((0.4, 0.82, 0.5, 0.9), 0.1)), about) == own
+    beside = painted((own, 0.1), (touching, 0.1))
+    assert outline(beside, about) != own and outline(beside, about, [touching]) == own
 
 
 def test_an_outline_is_the_box_where_the_picture_does_not_tell() -> None:
     about = (0.34, 0.36, 0.64, 0.72)
     plain = painted()
     assert outline(plain, about) == about
+    apart = painted(((0.3, 0.4, 0.48, 0.8), 0.1), ((0.5, 0.4, 0.66, 0.8), 0.1))  # nothing in the middle
+    assert outline(apart, about) == about
     assert outline(painted(((0.34, 0.36, 0.44, 0.72), 0.1)), about) == about  # much smaller
     assert outline(painted(((0.3, 0.4, 0.6, 0.8), 0.1)), about, [(0.0, 0.0, 1.0, 1.0)]) == about
     everywhere, nowhere = (0.0, 0.0, 1.0, 1.0), (0.501, 0.5, 0.502, 0.6)

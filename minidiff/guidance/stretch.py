@@ -166,6 +166,9 @@ def outline(picture: Tensor, box: Box, others: Sequence[Box] = ()) -> Box:
     contrast = (picture - ground[:, None, None]).square().sum(dim=0)[there]
     colour = (picture[:, there] * contrast).sum(dim=1) / contrast.sum()
     own = around & ((picture - colour[:, None, None]).norm(dim=0) < (colour - ground).norm() / 2)
+    for _ in range(2):  # a neighbour beside it goes with its columns, one below with its rows
+        own = own & _run(own.any(dim=1), (y0 + y1) / 2)[:, None]
+        own = own & _run(own.any(dim=0), (x0 + x1) / 2)
     if not own.any():  # nothing stands out: all is NaN
         return box
     found = _bounds(own)
@@ -192,6 +195,15 @@ def _inside(box: Box, picture: Tensor) -> Tensor:
     (x0, y0, x1, y1), (height, width) = box, picture.shape[1:]
     columns, rows = ((torch.arange(n, device="cpu") + 0.5) / n for n in (width, height))
     return ((y0 <= rows) & (rows <= y1))[:, None] & ((x0 <= columns) & (columns <= x1))
+
+
+def _run(line: Tensor, at: float) -> Tensor:
+    """Those [n] of the true ones of a line that lie together around a place in [0,1]; none where it is not true."""
+    gaps = [-1, *(~line).nonzero().flatten().tolist(), len(line)]
+    middle = min(int(at * len(line)), len(line) - 1)
+    first, last = max(gap for gap in gaps if gap <= middle), min(gap for gap in gaps if gap >= middle)
+    cells = torch.arange(len(line), device="cpu")
+    return (first < cells) & (cells < last)
 
 
 def _kept(other: PlacedObject, one: PlacedObject) -> list[Box]:
