@@ -405,6 +405,10 @@ def test_upsampling_before_a_large_convolution(edges: tuple[int, int], monkeypat
     monkeypatch.setattr(F, "interpolate", upsample)
     double = [torch.autograd.grad(grow_conv(one, x.requires_grad_()).sin().sum(), x)[0] for one in (packed, conv)]
     close(*double)
+    assert packed.weight.is_mkldnn == (edges != (32, 32))
+    with torch.no_grad():  # unpacking would take longer
+        assert packed.grows(x) == (edges == (32, 32))
+        close(grow_conv(packed, x), expected)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert not packed.grows(x) and grow_conv(packed, x).dtype == torch.bfloat16
     packed.weight = nn.Parameter(2 * packed.dense())

@@ -20,6 +20,7 @@ from .capture import capture_calls, captured
 from .fused import fuse
 from .packed import ONEDNN, Packed, PackedConv2d, pack, transformed
 from .strips import by_strips
+from .text_linear import keep_texts
 
 T = TypeVar("T")
 Network = TypeVar("Network", bound=nn.Module)
@@ -57,7 +58,7 @@ def prepare_unet(unet: Network) -> Network:
     if next(unet.parameters()).device.type == "cuda":
         return capture_calls(prepare(unet))
     setattr(unet, "distinct", distinct)  # noqa: B010  # a function of the instance is no method
-    return prepare(unet)
+    return keep_texts(prepare(unet))
 
 
 def distinct(x: Tensor, emb: Tensor) -> int:

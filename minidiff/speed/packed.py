@@ -8,7 +8,7 @@ their channels swapped. 3x3 convolutions of large float32 grids use fewer multip
 import threading
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from ..networks.norm import is_hooked
 from . import winograd
 from .operator import laid_out, numbered
 
+T = TypeVar("T")
 Network = TypeVar("Network", bound=nn.Module)
 ONEDNN = torch.backends.mkldnn.is_available()
 _ONES = [1, 1]
@@ -45,7 +46,7 @@ class Packed(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
         self.shape = layer.weight.shape  # for graphs, where using the tensor would make it an input
         self.train(layer.training)
-        self.derived: dict[str, tuple[_State, Tensor]] = {}  # other forms of the weights, made on first use
+        self.derived: dict[str, tuple[_State, Any]] = {}  # other forms of the weights, made on first use
         self.number: int | None = None
         self._known()
 
@@ -149,15 +150,13 @@ class Packed(nn.Module):
                 self.weight = packed
             return self.weight
 
-    def _derive(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """Another form of the current weights, cached."""
+    def _derive(self, name: str, make: Callable[[], T]) -> T:
+        """Another form of the current weights, or what is derived of them, cached."""
         state = _state(self.weight)
         found = self.derived.get(name)
-        if found is not None and found[0] == state:
-            return found[1]
-        made = make()
-        self.derived[name] = state, made
-        return made
+        if found is None or found[0] != state:
+            found = self.derived[name] = state, make()
+        return cast(T, found[1])
 
     def _unpack(self) -> Tensor:
         """Unpack and return `weight`, a strided tensor from now on."""
@@ -286,7 +285,8 @@ class PackedConv2d(Packed):
         """Whether `grow` makes no grid of upsampled cells."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or transformed() or is_hooked(self):
             return False  # a graph that reads weights is compiled anew once its first call has packed them
-        return self._fits(x) and self._may_pack() and self._form(x, grown=True) is not None
+        ready = self._fits(x) and self._may_pack() and not self.weight.is_mkldnn  # unpacking takes what growing saves
+        return ready and self._form(x, grown=True) is not None
 
     def _form(self, x: Tensor, grown: bool = False) -> winograd.Form | None:
         """How winograd.py computes it, or its gradient, whose grid and weights are as large."""
