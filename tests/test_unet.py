@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from minidiff.networks.attention import ALL, Record
 from minidiff.networks.config import UNetConfig
-from minidiff.networks.unet import Begun, UNet, sinusoids
+from minidiff.networks.unet import Begun, ResBlock, UNet, sinusoids
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 CROSS_UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
@@ -182,9 +182,12 @@ def test_half_precision_runs_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_pass_that_its_record_ended_goes_on(name: str) -> None:
+def test_a_pass_that_its_record_ended_goes_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From each layer that a record can end it in, alone and beside another text for the same latents."""
     network, _ = both(CONFIGS[name])
+    rows, plain = list[int](), ResBlock.plain
+    monkeypatch.setattr(ResBlock, "plain", lambda own, x, emb: rows.append(len(x)) or plain(own, x, emb))
+    count = sum(isinstance(module, ResBlock) for module in network.modules())
     x, context = torch.randn(3, 4, 9, 13), torch.randn(6, 7, 24)
     expected, _ = network(torch.cat([x, x]), 300.0, context)
     layers = []
@@ -199,7 +202,9 @@ def test_a_pass_that_its_record_ended_goes_on(name: str) -> None:
             assert not any(kept.requires_grad for kept in one.kept)
             layers.append(one.layer)
             again = one.row(0).joined([one.row(1), one.row(2)])
+            rows.clear()
             torch.testing.assert_close(network.finish(again, 300.0, context), expected)
+            assert rows == [3] * one.layer + [6] * (count - 1 - one.layer)  # the first layer's is kept, too
             torch.testing.assert_close(network.finish(one, torch.tensor(300.0), context[3:]), expected[3:])
             swapped = one.row(2).joined([one.row(0)])
             torch.testing.assert_close(network.finish(swapped, 300.0, context[[5, 3]]), expected[[5, 3]])

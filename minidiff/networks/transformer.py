@@ -16,12 +16,11 @@ from .config import UNetConfig
 from .norm import Fused, GroupNorm, LayerNorm
 from .sites import Place, Site
 
-FIRST = Site("down", -1, -1, "self")
-"""The key, among the maps of a pass that ends early, of what its first transformer got [B,C,h,w]. No layer has it."""
+INPUT = Site("down", -1, -1, "self")
+"""The key, among a transformer's maps in a pass that ends early, of what it got [B,C,h,w]. No layer has it."""
 TOKENS = Site("down", -1, -1, "cross")
-"""The same after self-attention [B,N,C]: what comes before the first layer that reads the text."""
-_FIRST = Site("down", 0, 0, "self")
-LARGE = 2**23
+"""The same after self-attention [B,N,C]: what comes before it reads the text."""
+LARGE = 2**22
 """More numbers to gate are computed by `strips`, where a layer has such a function (speed/strips.py)."""
 
 
@@ -54,11 +53,11 @@ class Transformer(nn.Module):
         y = self.proj_in(y) if self.linear else y
         y, maps = self.transformer_blocks[0](y, context, grid, hooks)
         if TOKENS in maps:
-            maps[FIRST] = x
+            maps[INPUT] = x
         return (None if y is None else self._back(x, y)), maps
 
     def read(self, x: Tensor, tokens: Tensor, context: Tensor, hooks: Hooks) -> Tensor:
-        """The rest of the first layer of a pass, from what it kept as `FIRST` and `TOKENS`: the new x [B,C,h,w]."""
+        """The rest of the layer, from what a pass kept as `INPUT` and `TOKENS`: the new x [B,C,h,w]."""
         block = cast(TransformerBlock, self.transformer_blocks[0])
         return self._back(x, block.read(tokens, context, (x.shape[2], x.shape[3]), hooks))
 
@@ -85,18 +84,21 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, grid: tuple[int, int], hooks: Hooks) -> tuple[Tensor | None, Maps]:
         """x [B,N,C] -> (x, maps); x is None when `hooks.stop` ended the pass here."""
-        maps: Maps = {}
-        for norm, attn in ((self.norm1, self.attn1), (self.norm2, self.attn2)):
-            x = x if attn is self.attn1 else _again(x, context)
-            y = norm(x)
-            y, kept = attn(y, y if attn is self.attn1 else context, grid, hooks)
-            if kept is not None:
-                maps[attn.site] = kept
-            if attn.site == hooks.stop:
-                return None, maps
-            x = x + y
-            if hooks.stop is not None and attn.site == _FIRST:
-                maps[TOKENS] = x
+        y = self.norm1(x)
+        y, kept = self.attn1(y, y, grid, hooks)
+        maps: Maps = {} if kept is None else {self.attn1.site: kept}
+        x = x + y
+        if hooks.stop is not None:
+            maps[TOKENS] = x
+        if self.attn1.site == hooks.stop:
+            return None, maps
+        x = _again(x, context)
+        y, kept = self.attn2(self.norm2(x), context, grid, hooks)
+        if kept is not None:
+            maps[self.attn2.site] = kept
+        if self.attn2.site == hooks.stop:
+            return None, maps
+        x = x + y
         return x + self.ff(self.norm3(x)), maps
 
     def read(self, x: Tensor, context: Tensor, grid: tuple[int, int], hooks: Hooks) -> Tensor:

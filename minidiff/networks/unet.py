@@ -18,7 +18,7 @@ from .config import UNetConfig
 from .norm import Fused, GroupNormSiLU, are_hooked, is_hooked
 from .resample import Downsample, Upsample
 from .sites import Place, Position, Site, Where
-from .transformer import FIRST, TOKENS, Transformer
+from .transformer import INPUT, TOKENS, Transformer
 
 MASKED = "masked"
 """The input of an inpainting UNet [B,5,h,w]: the mask, 1 where to paint, and the latents of the masked picture."""
@@ -32,8 +32,9 @@ SHALLOW = 2
 class Begun(NamedTuple):
     """A pass that its record ended, from where `UNet.finish` goes on.
 
-    layer: the number of its last layer. kept, each with a row an image: what that layer got, what the first transformer
-    got and its tokens before they read the text, and the skip connections. Detached.
+    layer: the number of its last layer. kept, each with a row an image: what conv_in made; of the first layer's
+    transformer and of the last one's, what it got and its tokens before they read the text; and the skip connections
+    that are left. Detached.
     """
 
     layer: int
@@ -138,18 +139,30 @@ class UNet(nn.Module):
         t: the pass's, one for all rows. context [n,L,D]: its own; [2n,L,D]: the other text first. Returns eps [n,C,h,w]
         or [2n,C,h,w], as a whole pass does without record, edits and inputs, up to rounding. Only if `is_plain`.
         """
-        hooks, (y, first, tokens, *skips) = self._hooks(None, (), None), begun.kept
-        emb = self.time_embedding(self._timesteps(y[:1], t).to(y.dtype))
-        if len(context) > len(y):
-            other, block = context[: -len(y)], cast(Block, self.down_blocks[0])
-            assert block.attentions is not None  # it made the tokens
-            x, more = cast(Transformer, block.attentions[0]).read(first, tokens, other, hooks), skips[:1]
-            found, _ = self._layers(1, begun.layer, block.passed(0, x, more), more, emb, other, hooks)
+        hooks, (start, first, early, x, tokens, *skips) = self._hooks(None, (), None), begun.kept
+        emb = self.time_embedding(self._timesteps(x[:1], t).to(x.dtype))
+        y = self._read(begun.layer, x, tokens, context[-len(x) :], hooks)
+        if len(context) > len(x):
+            other, more = context[: -len(x)], [start]
+            read = self._read(0, first, early, other, hooks)
+            found, _ = self._layers(1, begun.layer + 1, read, more, emb, other, hooks)
             assert found is not None  # no stop
             y, skips = torch.cat([found, y]), [torch.cat(pair) for pair in zip(more, skips, strict=True)]
-        found, _ = self._layers(begun.layer, None, y, skips, emb, context, hooks)
+        found, _ = self._layers(begun.layer + 1, None, y, skips, emb, context, hooks)
         assert found is not None
         return self._out(found)
+
+    def _read(self, number: int, x: Tensor, tokens: Tensor, context: Tensor, hooks: Hooks) -> Tensor:
+        """What a layer makes of what its transformer got and the tokens, both from before it read the text."""
+        block, i = self._order()[number]
+        assert block.attentions is not None  # it made the tokens
+        return cast(Transformer, block.attentions[i]).read(x, tokens, context, hooks)
+
+    def _order(self) -> list[tuple["Block", int]]:
+        """Blocks and their layers, as they run."""
+        mid = () if self.mid_block is None else (self.mid_block,)
+        blocks = cast("list[Block]", [*self.down_blocks, *mid, *self.up_blocks])
+        return [(block, i) for block in blocks for i in range(len(block.resnets))]
 
     def _layers(
         self,
@@ -163,26 +176,27 @@ class UNet(nn.Module):
         deep: bool = False,
         at_stop: Callable[[Begun], None] | None = None,
     ) -> tuple[Tensor | None, Maps]:
-        """Some of the layers, by their order. skips: what those before them left, to which they add."""
+        """Some of the layers, by their order. y: what the one before made. skips: what was left, to which they add."""
         maps: Maps = {}
-        mid = () if self.mid_block is None else (self.mid_block,)
-        blocks = cast("list[Block]", [*self.down_blocks, *mid, *self.up_blocks])
-        layers = [(block, i) for block in blocks for i in range(len(block.resnets))]
-        for number, (block, i) in enumerate(layers[start:end], start):
+        order, begin, first = self._order(), [] if at_stop is None else skips[:1], Maps()
+        for number, (block, i) in enumerate(order[start:end], start):
+            if number > 0:
+                last, at = order[number - 1]
+                y = last.passed(at, y, skips)
             if deep and block is self.up_blocks[-1] and i == len(block.resnets) - SHALLOW:
                 maps[DEEP] = y
-            before = () if at_stop is None else tuple(skips)
             # The concatenation gets no name, so that the layer can free it.
             found, kept = block.layer(
                 i, torch.cat([y, skips.pop()], dim=1) if block.place == "up" else y, emb, context, hooks
             )
+            own = {key: kept.pop(key) for key in (INPUT, TOKENS) if key in kept}
+            first = own if number == 0 else first
             maps.update(kept)
             if found is None:
-                first, tokens = maps.pop(FIRST, None), maps.pop(TOKENS, None)
-                if at_stop is not None and number > 0 and first is not None and tokens is not None:
-                    at_stop(Begun(number, tuple(x.detach() for x in (y, first, tokens, *before))))
+                if at_stop is not None and number > 0 and first and own:
+                    at_stop(Begun(number, tuple(x.detach() for x in (*begin, *first.values(), *own.values(), *skips))))
                 return None, maps
-            y = block.passed(i, found, skips)
+            y = found
         return y, maps
 
     def _around(
