@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from minidiff.networks import transformer, vae as networks_vae
 from minidiff.networks.config import VAEConfig
 from minidiff.networks.norm import GroupNorm, GroupNormSiLU
-from minidiff.networks.transformer import GEGLU
+from minidiff.networks.transformer import FeedForward
 from minidiff.networks.vae import VAE
 from minidiff.speed import accelerate, strips
 from minidiff.speed.packed import PackedLinear
@@ -54,29 +54,34 @@ def test_equals_the_whole(height: int, batch: int, layout: torch.memory_format) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gated_layer_in_strips(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_feed_forward_layer_in_strips(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    layer = GEGLU(64, 128).to(dtype).requires_grad_(False)
+    layer = FeedForward(64).to(dtype).requires_grad_(False)
     prepared, x = accelerate.prepare(nn.Sequential(copy.deepcopy(layer)).to(dtype)), torch.randn(2, 50, 64).to(dtype)
     accelerate.pack(prepared, 0)
     expected, counts = layer(x), list[int]()
-    monkeypatch.setattr(prepared[0], "plain", None)
     run = PackedLinear.run
     monkeypatch.setattr(PackedLinear, "run", lambda own, x, bias: counts.append(len(x)) or run(own, x, bias))
-    monkeypatch.setattr(transformer, "LARGE", 99 * 256)
-    monkeypatch.setattr(strips, "_GATED", 12 * 256)
-    with torch.no_grad(), pytest.raises(TypeError):  # a small one is plain
-        prepared(x[:, 1:])
+    monkeypatch.setattr(transformer, "LARGE", 99 * 512)
+    monkeypatch.setattr(strips, "_GATED", 12 * 512)
     with torch.no_grad():
+        prepared(x[:, 1:])
+        assert counts == [2, 2]  # a small one at once
+        counts.clear()
         torch.testing.assert_close(prepared(x), expected)
-    assert sum(counts) == 100 and max(counts) <= 12
-    monkeypatch.undo()
-    monkeypatch.setattr(transformer, "LARGE", 1)
-    monkeypatch.setattr(strips, "_GATED", 256)
+    assert sum(counts) == 200 and max(counts) <= 12
+    counts.clear()
+    (gradient,) = torch.autograd.grad(prepared(x.requires_grad_()).square().sum(), x)
+    torch.testing.assert_close(gradient, torch.autograd.grad(layer(x).square().sum(), x)[0])
+    assert sum(counts) == 200 and max(counts) <= 12
+    counts.clear()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert prepared(x).dtype == torch.bfloat16
-    (gradient,) = torch.autograd.grad(prepared(x.requires_grad_()).sum(), x)
-    torch.testing.assert_close(gradient, torch.autograd.grad(layer(x).sum(), x)[0])
+    with torch.no_grad():
+        hook = prepared[0].net[2].register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(prepared(x), expected)
+        hook.remove()
+    assert counts == [2, 2]  # a hook sees the whole
 
 
 @torch.no_grad()

@@ -111,6 +111,8 @@ class TransformerBlock(nn.Module):
 class FeedForward(nn.Module):
     """Linear, GEGLU, linear."""
 
+    strips: Fused = None
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         # Identity takes the place of the folder format's dropout, which has no weights.
@@ -118,6 +120,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,N,C] -> [B,N,C]."""
+        if self.strips is not None and x.shape[:-1].numel() * cast(GEGLU, self.net[0]).width > LARGE:
+            return self.strips(self, x)
+        return self.whole(x)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The same at once."""
         return self.net[2](self.net[0](x))
 
 
@@ -125,7 +133,6 @@ class GEGLU(nn.Module):
     """Shazeer 2020, "GLU variants improve transformer": value * gelu(gate); the weight's first half is for value."""
 
     fused: Fused = None
-    gated_gelu_strips: Fused = None
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
@@ -133,12 +140,6 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,N,C] -> [B,N,C']."""
-        if self.gated_gelu_strips is not None and x.shape[:-1].numel() * self.width > LARGE:
-            return self.gated_gelu_strips(self, x)
-        return self.whole(x)
-
-    def whole(self, x: Tensor) -> Tensor:
-        """The same at once."""
         return self.plain(x) if self.fused is None else self.fused(self, x)
 
     def plain(self, x: Tensor) -> Tensor:

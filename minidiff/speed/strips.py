@@ -1,4 +1,4 @@
-"""Large grids strip by strip: group norm, activation and 3x3 convolution, or a gated layer, without further copies.
+"""Large grids strip by strip: group norm, activation and 3x3 convolution, or a feed-forward layer, without more copies.
 
 Exact up to rounding, unlike tiles with blended seams: the norm's mean and variance are those of the whole grid, and
 each strip's convolution includes the adjacent rows.
@@ -6,7 +6,7 @@ each strip's convolution includes the adjacent rows.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..networks import resample
 from ..networks.norm import GroupNorm, is_hooked
-from ..networks.transformer import GEGLU
+from ..networks.transformer import GEGLU, FeedForward
 from .packed import PackedConv2d, PackedLinear, transformed
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -56,25 +56,24 @@ def grow_conv(conv: nn.Module, x: Tensor) -> Tensor:
     return _by_strips(x, whole, 2) if divides else whole(x)
 
 
-def gated_gelu(layer: GEGLU, x: Tensor) -> Tensor:
-    """The layer, on the CPU: [B,N,C] -> [B,N,C']. The rest of the memory would take a third as long as the product."""
-    proj = layer.proj
-    if not isinstance(proj, PackedLinear) or x.device.type != "cpu" or is_hooked(proj):
+def feed_forward(layer: FeedForward, x: Tensor) -> Tensor:
+    """The layer, on the CPU: [B,N,C] -> [B,N,C]. Parts of what is between its products stay in the cache; the whole of
+    it, and of its gradient, would go to fresh pages.
+    """
+    gated = cast(GEGLU, layer.net[0])
+    linear: list[nn.Module] = [gated.proj, layer.net[2]]
+    if x.device.type != "cpu" or any(type(one) is not PackedLinear for one in linear):
         return layer.whole(x)
-    if torch.is_grad_enabled() or transformed() or torch.is_autocast_enabled("cpu"):
+    if any(map(is_hooked, (gated, *linear))) or transformed() or torch.is_autocast_enabled("cpu"):
         return layer.whole(x)
-    y = x.new_empty(*x.shape[:-1], layer.width // 2)
-    count = -(-x.shape[:-1].numel() * layer.width // _GATED)
-    for part, into in zip(x.flatten(0, -2).chunk(count), y.flatten(0, -2).chunk(count), strict=True):
-        value, gate = proj(part).chunk(2, dim=-1)
-        torch.mul(value, F.gelu(gate), out=into)
-    return y
+    parts = x.flatten(0, -2).chunk(-(-x.shape[:-1].numel() * gated.width // _GATED))
+    return torch.cat([layer.whole(part) for part in parts]).unflatten(0, x.shape[:-1])
 
 
 _STRIPS: dict[str, Callable[..., Tensor]] = {
     "norm_silu_conv_strips": norm_silu_conv,
     "grow_conv_strips": grow_conv,
-    "gated_gelu_strips": gated_gelu,
+    "strips": feed_forward,
 }
 
 
