@@ -24,6 +24,7 @@ import minidiff
 from minidiff import Guidance
 from minidiff.guidance import edits as edits_module
 from minidiff.guidance.lines import distances
+from minidiff.guidance.placed import look
 from minidiff.guidance.report import Evaluation
 from minidiff.shapes.measure import Measured, iou, matched, measure
 from minidiff.shapes.world import Thing
@@ -100,10 +101,13 @@ def _model(name: str) -> minidiff.Model:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Pictures [B,3,128,128] in [0,1], each one's evaluations by guided step, and seconds of CPU for each."""
+    """Pictures [B,3,128,128] in [0,1], each one's evaluations by guided step, what `report.placed` is made of, and
+    seconds of CPU for each.
+    """
 
     images: Tensor
     looks: dict[int, Sequence[Evaluation]] = field(default_factory=dict)
+    seen: Sequence[Tensor] | None = None
     seconds: float = 0.0
 
 
@@ -128,9 +132,11 @@ def draw(model: minidiff.Model, some: Sequence[Scene], method: Method, passes: i
         output="tensor",
     )
     looks = {step.index: step.report for step in run if isinstance(step.report, tuple) and step.report}
-    images = run.result().images
-    assert isinstance(images, Tensor)
-    return Drawn(images, looks, (time.process_time() - before) / len(some))
+    result = run.result()
+    assert isinstance(result.images, Tensor)
+    seconds = (time.process_time() - before) / len(some)
+    seen = None if run.guide is None else look(model.unet, result.latents, run.guide)
+    return Drawn(result.images, looks, seen, seconds)
 
 
 @lru_cache(maxsize=4)
@@ -158,6 +164,8 @@ def rows(model: str, cell: Cell, some: Sequence[Scene]) -> list[Row]:
                 row |= measured(scene, measure((drawn.images[i] * 255).round().to(torch.uint8)))
                 row |= looked(drawn.looks, i, len(scene.things))
                 row["used"] += tries if tries > 1 else 0
+                if drawn.seen is not None:
+                    row["seen"] = [_rounded(one) for one in drawn.seen[i]]
                 found.append(row)
     return found
 
@@ -229,14 +237,13 @@ def _distance(thing: Thing, stroke: minidiff.Stroke) -> float:
 
 def looked(looks: Mapping[int, Sequence[Evaluation]], i: int, objects: int) -> Row:
     """The passes of image i, each object's loss and mass inside at the first look and at the last of each step,
-    [1+S,O], and the mass at the first of each, [S,O]."""
+    [1+S,O]."""
     own = [[look for look in some if not look.loss[i].isnan()] for some in looks.values()]
     own = [some for some in own if some]
     row: Row = {"used": sum(map(len, own))}
     if own:
         ends = [own[0][0], *(some[-1] for some in own)]
         row |= {name: [_rounded(getattr(one, name)[i, :objects]) for one in ends] for name in ("object_loss", "mass")}
-        row["first_mass"] = [_rounded(some[0].mass[i, :objects]) for some in own]
     return row
 
 

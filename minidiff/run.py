@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -22,8 +22,9 @@ from .guidance.begins import Begins
 from .guidance.evaluate import look_loss
 from .guidance.guide import Guidance, Guide
 from .guidance.layout import Layout, PlacedObject
-from .guidance.placed import CALIBRATIONS
+from .guidance.placed import with_placed
 from .guidance.regions import share_edits
+from .guidance.report import Report
 from .guidance.stretch import UsualSizes
 from .model import Model
 from .networks.attention import HEAD_MEAN, Edit, Inputs, Maps, Record
@@ -274,7 +275,7 @@ class Run(Iterator[Step]):
         """The decoded images after the last step taken.
 
         decode: latents [1,4,h,w] to pixels [1,3,H,W] in [-1,1], in place of the autoencoder, for cheap previews, which
-        the safety checker does not judge.
+        the safety checker does not judge and whose reports have no `placed`.
 
         Before the end, they are the network's estimate of the finished images, and `info["stopped_after"]` is the
         number of steps taken. ValueError before the first step.
@@ -303,11 +304,16 @@ class Run(Iterator[Step]):
             timings={**self._timings, "decode": time.perf_counter() - before},
             info={**self._model.facts(changed), **self._own_info, **stopped},
             attention=None if self._kept is None else self._attention(self._kept),
-            reports=None if self.guide is None else tuple(map(self.guide.report, range(len(latents)))),
+            reports=None if self.guide is None else self._reports(self.guide, latents, bool(changed or decode)),
             flagged=flagged,
             request=self._remake,
             generate=generate,
         )
+
+    def _reports(self, guide: Guide, latents: Tensor, other: bool) -> tuple[Report, ...]:
+        """other: previews, or a model with changed weights, of which `placed` knows nothing."""
+        reports = tuple(map(guide.report, range(len(latents))))
+        return reports if other else with_placed(reports, self._model, latents, guide)
 
     def _attention(self, kept: Maps) -> Attention:
         texts, record = self._texts, self._record
@@ -350,15 +356,10 @@ def _guide(
     names = [[region.name for region in some] for some in regions]
     each_step = told if len(told) > 1 else ()
     context, layout, inputs = told[0]
-    other = bool(edits or each_step or how.watch or how.sites is not None or model.adapters)
-    sizes = () if how.usual_sizes is None else astuple(how.usual_sizes)
-    key = model.name, tuple(term.name for term in how.objective.terms), how.passes, sizes
-    found = CALIBRATIONS.get(key, CALIBRATIONS.get((model.name, (), None, ())))
-    measured = None if other or changed_weights(model.unet) else found
     loss, whole, run, resumes = looks_of(model.unet, look_loss, max((h * w for h, w in layout.masks), default=0))
     begins = Begins(model.unet.forward) if resumes and simple else None
     forward = (begins or model.unet).forward
-    return Guide(how, forward, context, layout, names, edits, inputs, whole, loss, each_step, measured, run, begins)
+    return Guide(how, forward, context, layout, names, edits, inputs, whole, loss, each_step, run, begins)
 
 
 def _usual_sizes(how: Guidance, request: Request, steps: int) -> UsualSizes | None:

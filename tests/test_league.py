@@ -87,8 +87,8 @@ def test_a_stopped_image_takes_no_passes() -> None:
         return Evaluation(loss, loss[:, None], loss[:, None] / 2, loss > 0)
 
     looks = {0: [look(4, 2), look(3, math.nan)], 1: [look(1, math.nan)]}
-    loss, mass, first = [[4.0], [3.0], [1.0]], [[2.0], [1.5], [0.5]], [[2.0], [0.5]]
-    assert looked(looks, 0, 1) == {"used": 3, "object_loss": loss, "mass": mass, "first_mass": first}
+    loss, mass = [[4.0], [3.0], [1.0]], [[2.0], [1.5], [0.5]]
+    assert looked(looks, 0, 1) == {"used": 3, "object_loss": loss, "mass": mass}
     assert looked(looks, 1, 1)["object_loss"] == [[2.0], [2.0]] and looked({}, 1, 1) == {"used": 0}
 
 

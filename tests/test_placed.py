@@ -1,54 +1,96 @@
-"""How likely objects are to come out in their boxes: the numbers by other formulas, and where there are none."""
+"""How likely objects are to be in their boxes: the numbers by other formulas, and where there are none."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
+from torch import Tensor
 
 import minidiff
+from bench.__main__ import main
 from bench.placed import Objects, area_under_curve, calibration_error, cross_fitted, fit, objects
-from bench.scenes import SEED, scenes
 from minidiff import Model
-from minidiff.guidance.layout import read_objects
-from minidiff.guidance.placed import CALIBRATIONS, LOOKS, OTHER, OWN, Calibration, features
+from minidiff.guidance.layout import Layout, PlacedObject, make_layout
+from minidiff.guidance.placed import CALIBRATIONS, OTHER, OWN, SEEN, Calibration, features, look
 from minidiff.guidance.report import Report
 from minidiff.model import Adapter
+from minidiff.networks.unet import UNet
 from minidiff.vocabulary import BUNDLED
 
 BOXES = {"cat": (0.0, 0.0, 0.5, 0.25), "ball": (0.1, 0.3, 0.9, 0.9)}
-MASK = torch.stack([one.coverage((16, 16)) for one in read_objects(BOXES)])
+GRID, SITE = (6, 9), next(iter(SEEN.sites))
+REGIONS = [
+    [
+        PlacedObject("red ring", (1, 2), ((0.1, 0.1, 0.5, 0.6),)),
+        PlacedObject("cat", (3,), ((0.0, 0.5, 0.4, 1.0),)),
+        PlacedObject("cat", (3,), ((0.6, 0.1, 0.95, 0.7),)),
+    ],
+    [PlacedObject("star cat string", (4,), ((0.2, 0.0, 0.9, 0.9),)), PlacedObject("free", (2,))],
+]
 
 
-def test_the_chance_is_a_logistic_function_of_attention_and_box() -> None:
-    seen = [[0.1, 0.2]] * 3 + [[0.4, 0.8], [0.2, 0.8], [0.4, 0.7], [0.4, 0.8], [0.5, 0.8]] + [[0.9, 0.1]]
-    mass = torch.tensor(seen, dtype=torch.float64)
-    weights, bias, names = (0.5, 0.2, -1.0, -20.0, -10.0, -0.3, -0.9, -0.4), 0.7, tuple(BOXES)
-    found = Calibration(weights, bias)(mass, MASK, names)
-    for o, ((x0, y0, x1, y1), chance) in enumerate(zip(BOXES.values(), found.tolist(), strict=True)):
-        short, long = sorted((x1 - x0, y1 - y0))
-        odds = [math.log(own[o] / (1 - own[o])) for own in seen[3:8]]
-        everything = sum(map(sum, seen[3:8])) / 10
-        terms = [sum(odds) / 5, everything, math.log(short * long)]
-        terms += [max(0.22 - short, 0), max(long - 0.62, 0), max(long / short - 2, 0), 0, 0]
-        logit = sum(w * term for w, term in zip(weights, terms, strict=True)) + bias
-        assert chance == pytest.approx(1 / (1 + math.exp(-logit)))
-    assert Calibration(weights, bias)(mass[: LOOKS.start], MASK, names).isnan().all()
-    once = Calibration(weights, bias)(mass[: LOOKS.start + 1], MASK, names)
-    assert not once.isnan().any() and once[1] > found[1]  # what there is of the steps
-    free = Calibration(weights, bias)(mass, MASK * torch.tensor([1, 0])[:, None, None], names)
-    assert free[0] == found[0] and free[1].isnan()
-    twice = Calibration(weights, bias)(mass, MASK, ("cat", "cat"))
-    torch.testing.assert_close(twice.logit(), found.logit() - 0.9)
-    frail = Calibration(weights, bias)(mass, MASK, ("star cat string", "red Ring"))
-    torch.testing.assert_close(frail.logit(), found.logit() - torch.tensor([0, 0.4]))
-    lost = mass.clone()
-    lost[:, 1] = math.nan  # of an object without a mask
-    alone = Calibration(weights, bias)(lost, MASK, names)
-    expected = Calibration(weights, bias)(mass[:, :1], MASK[:1], ("cat",))
-    assert alone[0] == expected[0]
+def layout(some: list[list[PlacedObject]]) -> Layout:
+    return make_layout(some, [5] * len(some), 7, [GRID])
+
+
+def finer(values: list[list[float]], row: int, column: int) -> float:
+    """A map between the centres of its cells, at a point of a grid eight times finer."""
+    ways = []
+    for at, cells in ((row, GRID[0]), (column, GRID[1])):
+        place = min(max((at + 0.5) / 8 - 0.5, 0), cells - 1)
+        low = min(int(place), cells - 2)
+        ways.append(((low, 1 - (place - low)), (low + 1, place - low)))
+    return sum(values[y][x] * wy * wx for y, wy in ways[0] for x, wx in ways[1])
+
+
+def around(values: list[list[float]], least: float) -> set[tuple[int, int]]:
+    """The points of the finer grid in the box around where a map is above a value."""
+    points = [(y, x) for y in range(8 * GRID[0]) for x in range(8 * GRID[1]) if finer(values, y, x) > least]
+    rows, columns = ([point[axis] for point in points] for axis in (0, 1))
+    return {(y, x) for y in range(min(rows), max(rows) + 1) for x in range(min(columns), max(columns) + 1)}
+
+
+def test_what_is_read_of_a_look() -> None:
+    torch.manual_seed(0)
+    kept = torch.rand(2, *GRID, 7).pow(4)
+    found = features({SITE: kept}, layout(REGIONS), [[one.name for one in some] for some in REGIONS])
+    for image, some in enumerate(REGIONS):
+        for o, one in enumerate(some):
+            cover = one.coverage(GRID).tolist()
+            own = kept[image][..., list(one.tokens)].mean(dim=2)
+            for other in some:
+                if other is not one and other.tokens == one.tokens:
+                    own = own * (1 - other.coverage(GRID))  # nothing of it where the other cat is to be
+            fit, high, shared, frail = found[image][o].tolist()
+            if not one.boxes:
+                assert math.isnan(fit)
+            else:
+                seen, box = around(own.tolist(), 0.3 * float(own.max())), around(cover, 0.5)
+                assert fit == pytest.approx(len(seen & box) / len(seen | box), rel=1e-5) and 0 < fit < 1
+            assert high == pytest.approx(math.log(float(own.max())), rel=1e-5)
+            assert (shared, frail) == (one.name == "cat", one.name == "red ring")
+        alone = features({SITE: kept[image : image + 1]}, layout([some]), [[one.name for one in some]])[0]
+        torch.testing.assert_close(alone, found[image], rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_box_is_found_between_cells_and_the_chance_is_a_logistic_function() -> None:
+    one = PlacedObject("cat", (1,), ((1 / 3, 0.25, 2 / 3, 0.75),))
+    kept = torch.zeros(1, *GRID, 7)
+    kept[0, ..., 1] = one.coverage(GRID)
+    ((fit, high, *rest),) = features({SITE: kept}, layout([[one]]), [["cat"]])[0].tolist()
+    assert 0.6 < fit < 0.8 and (high, *rest) == (0, 0, 0)  # SHARE is of maps that peak in the middle
+    kept[0, ..., 1] = one.coverage(GRID).roll(2, dims=1)
+    assert features({SITE: kept}, layout([[one]]), [["cat"]])[0][0, 0] == pytest.approx(0.2, abs=0.05)
+    kept[0, ..., 1] = 0
+    assert not features({SITE: kept}, layout([[one]]), [["cat"]])[0].isnan().any()
+    given = torch.tensor([[0.4, -1.0, 1.0, 0.0], [math.nan, 0.0, 0.0, 0.0]])
+    chances = Calibration((9.0, 2.0, -1.0, 3.0), 0.5)(given)
+    assert chances[0] == pytest.approx(1 / (1 + math.exp(-(3.6 - 2 - 1 + 0.5)))) and chances[1].isnan()
 
 
 def test_a_fit_finds_the_weights_and_says_what_comes() -> None:
@@ -66,37 +108,67 @@ def test_a_fit_finds_the_weights_and_says_what_comes() -> None:
     assert area_under_curve(cross_fitted(unrelated).tolist(), unrelated.hits.tolist()) < 0.55
 
 
-def test_what_was_fitted_is_what_a_report_reads() -> None:
-    scene = next(one for one in scenes(1) if one.split == "2 objects")
-    row = {"split": scene.split, "scenes": SEED, "number": 0, "ious": [0.6, 0.4]}
-    mass = [[0.1, 0.1]] * 3 + [[0.3, 0.6], [0.5, 0.7]]
-    found = objects([row | {"first_mass": mass}])
-    older = objects([row | {"mass": [[0.0, 0.0], *mass], "used": 5}])
-    torch.testing.assert_close(found.features, older.features)
-    mask = torch.stack([one.coverage((16, 16)) for one in read_objects(scene.layout)])
-    torch.testing.assert_close(found.features, features(torch.tensor(mass).double(), mask, list(scene.layout)))
-    assert found.hits.tolist() == [1, 0]
+def test_what_is_fitted_is_what_a_report_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = [[0.7, -1.0, 0.0, 1.0], [0.2, -2.0, 1.0, 0.0]]
+    row = {"split": "2 objects", "scenes": 1, "number": 0, "ious": [0.6, 0.4], "seen": seen, "method": "layout"}
+    found = objects([row])
+    assert found.features.tolist() == seen and found.hits.tolist() == [1, 0]
+    assert found.prompts == [("2 objects", 1, 0)] * 2
+    older = tmp_path / "older"
+    older.write_text(json.dumps({name: row[name] for name in row if name != "seen"}))
+    assert main(["placed", "--results", str(older)]) == 2
+    assert "which older files do not hold" in capsys.readouterr().err
 
 
-def test_reports_of_the_bundled_model_say_it_and_others_do_not(tiny_model: Model) -> None:
-    def report(model: Model, **options: object) -> Report:
-        how = {"guidance": {"objective": "inside", "steps": 4, "iterations": 1}, "steps": 4, "guidance_scale": 1}
-        given = {"model": model, "boxes": BOXES, "seed": 0, "output": "latents", **how, **options}
-        return minidiff.generate("a cat and a ball", **given).reports[0]
+def test_reports_of_the_bundled_model_say_it_and_others_do_not(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def counted(own: UNet, x: Tensor, *rest: object, **more: object) -> object:
+        asked.append(x.detach())
+        return plain(own, x, *rest, **more)
+
+    plain = UNet.forward
+    monkeypatch.setattr(UNet, "forward", counted)
+
+    def report(model: Model, **options: object) -> tuple[Report, Tensor, int]:
+        """The report, the latents, and how often the network was asked."""
+        asked.clear()
+        how = {
+            "guidance": {"objective": "inside", "steps": 2, "iterations": 1},
+            "steps": 2,
+            "guidance_scale": 1,
+            "sampler": "ddim",
+        }
+        given = {
+            "prompt": "a cat and a ball",
+            "model": model,
+            "boxes": BOXES,
+            "seed": 0,
+            "output": "latents",
+            **how,
+            **options,
+        }
+        found = minidiff.generate(**given)
+        return found.reports[0], found.latents, len(asked)
+
+    def expected(latents: Tensor) -> Tensor:
+        run = minidiff.sample_steps("a cat and a ball", model=tiny_model, boxes=BOXES, guidance="layout")
+        _, maps = plain(tiny_model.unet, latents, 250.0, run.guide.context, SEEN)
+        return features(maps, run.guide.layout, [list(BOXES)])[0]
 
     named = replace(tiny_model, name=BUNDLED)
-    found = report(named)
-    expected = CALIBRATIONS[OTHER](found.mass, MASK.float(), found.names)
-    torch.testing.assert_close(found.placed, expected, rtol=1e-4, atol=1e-6)
-    bundled = minidiff.load().defaults
-    default = report(replace(named, defaults=bundled), guidance=None, steps=8)
-    expected = CALIBRATIONS[OWN](default.mass, MASK.float(), default.names)
-    torch.testing.assert_close(default.placed, expected, rtol=1e-3, atol=1e-6)
-    given = report(replace(named, defaults=bundled), guidance=None, steps=8, latents=torch.randn(1, 4, 8, 8))
-    expected = CALIBRATIONS[OTHER](given.mass, MASK.float(), given.names)  # the default stretches nothing there
-    torch.testing.assert_close(given.placed, expected, rtol=1e-2, atol=1e-6)
-    alone = report(replace(named, defaults=replace(named.defaults, guidance="none")))
-    assert torch.equal(alone.placed, found.placed)
+    found, latents, passes = report(named)
+    torch.testing.assert_close(found.placed, CALIBRATIONS[OTHER](expected(latents)), rtol=1e-4, atol=1e-6)
+    assert torch.equal(asked[-1], latents)
+    other, same, fewer = report(tiny_model)
+    assert torch.equal(latents, same) and fewer == passes - 1 == 4 and other.placed is None
+    bundled = replace(named, defaults=minidiff.load().defaults)
+    default, latents, _ = report(bundled, guidance=None)
+    torch.testing.assert_close(default.placed, CALIBRATIONS[OWN](expected(latents)), rtol=1e-4, atol=1e-6)
+    given, latents, _ = report(bundled, guidance=None, latents=torch.randn(1, 4, 8, 8))
+    torch.testing.assert_close(given.placed, CALIBRATIONS[OTHER](expected(latents)), rtol=1e-4, atol=1e-6)
     assert found.plain()["placed"] == found.placed.tolist()
     for name, chance in zip(found.names, found.placed.tolist(), strict=True):
         assert (f"inside, {chance:.0%} likely in its box" in str(found)) and name in str(found)
@@ -107,13 +179,26 @@ def test_reports_of_the_bundled_model_say_it_and_others_do_not(tiny_model: Model
     adapted = replace(named, adapters=(Adapter("lora", "a", "a.safetensors", "0" * 64),))
     bias = named.unet.state_dict()["conv_out.bias"]
     changed = replace(named, unet=minidiff.with_weights(named.unet, {"conv_out.bias": bias}))
-    elsewhere = minidiff.Guidance(minidiff.inside_loss, sites=minidiff.cross, steps=4, iterations=1)
-    for other in (
-        report(tiny_model),
-        report(adapted),
-        report(changed),
-        report(named, edits=minidiff.regional_prompting()),
-        report(named, guidance=elsewhere),
-    ):
-        assert other.placed is None and "likely" not in str(other)
-    assert report(named, guidance={"objective": "inside", "steps": 2, "iterations": 1}).placed.isnan().all()
+    turning = {"prompt": "a cat and a ball [on grass:on sand:1]", "syntax": "a1111"}
+    guide = minidiff.sample_steps("a cat", model=named, boxes={"cat": BOXES["cat"]}, guidance="layout").guide
+    assert look(named.unet, latents, guide) is not None
+    guide.update(guide.inputs)
+    assert look(named.unet, latents, guide) is None  # the masks are no longer those that were asked for
+    for another, options in ((adapted, {}), (changed, {}), (named, turning)):
+        found, _, passes = report(another, **options)
+        assert found.placed is None and "likely" not in str(found) and passes == 4
+
+
+def test_a_run_that_is_stopped_and_a_preview(tiny_model: Model) -> None:
+    how = {"objective": "inside", "steps": 2, "iterations": 1}
+    named = replace(tiny_model, name=BUNDLED)
+    run = minidiff.sample_steps(["a cat"] * 2, model=named, boxes={"cat": BOXES["cat"]}, guidance=how, steps=3, seed=0)
+    next(run)
+    early = [report.placed for report in run.result().reports]
+    assert run.result(lambda latents: latents[:, :3]).reports[0].placed is None
+    for _ in run:
+        pass
+    late = [report.placed for report in run.result().reports]
+    for each, other in zip(early, late, strict=True):
+        assert not each.isnan().any() and not torch.equal(each, other)
+    assert not torch.equal(*late)

@@ -28,7 +28,6 @@ from .evaluate import Evaluated, Forward, Looked, evaluate, look_loss, plainly
 from .objectives import OBJECTIVES, Objective, Settings
 from .objectives._objective import PerStep, StepRule
 from .objectives.layout import layout_loss
-from .placed import Calibration
 from .report import Evaluation, Report
 from .stretch import UsualSizes
 
@@ -215,7 +214,6 @@ class Guide:
     guidance, edits: with their sites chosen. context [B,L,D]: the conditional one; guided passes run no other.
     inputs: what keeps and edits read, the layout's included; default: the layout's alone.
     each_step: context, layout and inputs of every step, where they change.
-    calibration: what a report says of where objects come out.
     whole_batch: keep stopped images in the batch without updating them, since a compiled graph needs a fixed size.
     loss: `look_loss`, or the same compiled.
     run: what runs a look's stages as captured graphs; None: they run as they are.
@@ -234,11 +232,10 @@ class Guide:
         whole_batch: bool = False,
         loss: Callable[..., Looked] = look_loss,
         each_step: Sequence[tuple[Tensor, Layout, Inputs]] = (),
-        calibration: Calibration | None = None,
         run: Callable[..., Generator[Any]] | None = None,
         begins: Begins | None = None,
     ) -> None:
-        self.calibration, self.begins, self.each_step, self.run = calibration, begins, each_step, run or plainly
+        self.begins, self.each_step, self.run = begins, each_step, run or plainly
         self.guidance, self.forward, self.context, self.layout, self.names = guidance, forward, context, layout, names
         self.record = guidance.objective.record
         acting = [edit for edit in edits if edit.rows != "uncond" and edit.update is None]
@@ -349,13 +346,11 @@ class Guide:
             none = torch.zeros(0, len(names), dtype=torch.float32, device="cpu")
             return Report(names, (), (), none.sum(dim=1), none, none, none.sum(dim=0), self._why_not(names))
         iterations = tuple(sum(bool(look.moved[image]) for look in looks) for looks in own.values())
-        firsts = torch.stack([looks[0].mass[image, : len(names)] for looks in own.values()])
         ends = [looks[-1] for looks in own.values()]
-        loss, measured, why_not = torch.stack([look.loss[image] for look in ends]), self.calibration, None
+        loss, why_not = torch.stack([look.loss[image] for look in ends]), None
         if sum(iterations) == 0:
             limits = [self.guidance.at(index)[1] for index in own]
             why_not = f"its loss was at most {float(loss.max()):.3g}, its threshold at least {min(limits):g}"
-        finest = max(self.layout.masks.values(), key=lambda mask: mask.shape[2]).cpu()
         return Report(
             names,
             tuple(own),
@@ -363,9 +358,8 @@ class Guide:
             loss,
             torch.stack([look.object_loss[image, : len(names)] for look in ends]),
             torch.stack([look.mass[image, : len(names)] for look in ends]),
-            firsts[0],
+            next(iter(own.values()))[0].mass[image, : len(names)],
             why_not,
-            None if measured is None else measured(firsts, finest[image, : len(names)], names),
         )
 
     def _why_not(self, names: Sequence[str]) -> str:

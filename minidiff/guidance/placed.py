@@ -1,24 +1,42 @@
-"""How likely an object is to come out in its box, from what guidance saw in its first steps.
+"""How likely an object is in its box, by what the network sees in the finished picture.
 
-The first look of a step tells what the network made of the updates before: where it pulls an object out of its box
-again, the picture will too, while the last look tells only that updates work. Logistic regressions, fitted to pictures
-of one model by its default guidance and by many others: what a map says of the finished picture is another thing in
-every network, so other models have no numbers. `python -m bench placed` fits and tests them.
+A look is a pass of the network over the finished latents with the prompt, up to the site that `minidiff.look` reads by
+default. Logistic regressions of what its map says are fitted to pictures of one model, by its default guidance and by
+many others: what a map says of a picture is another thing in every network, so other models have no numbers, and take
+no look. `python -m bench placed` fits and tests them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-LOOKS = slice(3, 8)
-"""The guided steps whose first looks are read: all that there are of them."""
+from ..networks.attention import HEAD_MEAN, Maps, Record
+from ..networks.sites import Site
+from ..vocabulary import BUNDLED
+from .objectives._maps import TINY, bounding, grids, own_maps
+
+if TYPE_CHECKING:
+    from ..model import Model
+    from ..networks.unet import UNet
+    from .guide import Guide
+    from .layout import Layout
+    from .report import Report
+
+SEEN = Record(frozenset([Site("up", 1, 1, "cross")]), HEAD_MEAN, rows="all", stop=True)
+"""What a look records. It takes 0.6 of a step."""
+TIME = 250.0
+"""The training timestep of the look. The latents get no noise, so that it is the same each time."""
+SHARE = 0.3
+"""An object is where its map has at least this share of its highest value: measured on the bundled model."""
+FINER = 8
+"""Boxes are compared on a grid so many times finer than that of the maps."""
 FRAIL = ("cross", "ring", "star")
 """Shapes with more outline than the others, which guidance turns into simpler ones: last words of phrases."""
 
@@ -30,43 +48,68 @@ class Calibration:
     weights: tuple[float, ...]
     bias: float
 
-    def __call__(self, mass: Tensor, mask: Tensor, names: Sequence[str]) -> Tensor:
-        """Probabilities [O] of an IoU of at least 0.5 with the box; the others as in `features`.
-
-        NaN for objects without a mask, and for all where none of LOOKS was guided.
-        """
-        if len(mass) <= LOOKS.start:
-            return mask.new_full(mask.shape[:1], math.nan)
-        found = (features(mass, mask, names) @ mask.new_tensor(self.weights) + self.bias).sigmoid()
-        return found.masked_fill(mask.flatten(1).amax(dim=1) == 0, math.nan)
+    def __call__(self, features: Tensor) -> Tensor:
+        """Probabilities [O] of an IoU of at least 0.5 with the box; NaN where features are."""
+        return (features @ features.new_tensor(self.weights) + self.bias).sigmoid()
 
 
-def features(mass: Tensor, mask: Tensor, names: Sequence[str]) -> Tensor:
-    """[O,8], from each object's fraction of attention inside its mask, at the first look of each guided step [S,O], its
-    mask [O,h,w] in [0,1] and its phrase: the mean log odds of the first, and the mean of all objects; the log of the
-    mask's area, and how far its edges are below, above and their ratio beyond those that the model has seen in
-    training; whether the phrase stands for other objects, too; whether it is of a frail shape.
+@torch.no_grad()
+def look(unet: UNet, latents: Tensor, guide: Guide) -> list[Tensor] | None:
+    """The `features` [O,F] of each image, from its finished latents [B,4,h,w]. None where texts or masks changed."""
+    if guide.each_step or guide.updated:
+        return None
+    t = torch.full((), TIME, dtype=torch.float32, device=guide.context.device)
+    _, maps = unet(latents.to(guide.context), t, guide.context, SEEN)
+    return features(maps, guide.layout, guide.names)
+
+
+def features(maps: Maps, layout: Layout, names: Sequence[Sequence[str]]) -> list[Tensor]:
+    """Of each image's objects, on the CPU, from head means [B,h,w,L]: the IoU of the box around what its map shows with
+    that of its mask; the log of the map's highest value; whether the phrase stands for other objects, too; whether it
+    is of a frail shape. NaN for objects without a mask.
     """
-    inside = mass[LOOKS].to(mask).clamp(1e-6, 1 - 1e-3)
-    area = mask.mean(dim=(1, 2)).clamp_min(1e-6)
-    edges = torch.stack([mask.amax(dim=axis).sum(dim=1) / mask.shape[axis] for axis in (1, 2)], dim=1)  # [O,2]
-    short, long = edges.amin(dim=1).clamp_min(1e-3), edges.amax(dim=1).clamp_min(1e-3)
-    shared = mask.new_tensor([names.count(name) > 1 for name in names])
-    unlike = [(0.22 - short).clamp_min(0), (long - 0.62).clamp_min(0), (long / short - 2).clamp_min(0)]
-    frail = mask.new_tensor([(name.lower().split() or [""])[-1] in FRAIL for name in names])
-    means = inside.logit().mean(dim=0), inside.nanmean().expand_as(area)
-    return torch.stack([*means, area.log(), *unlike, shared, frail], dim=1)
+    ((grid, kept),) = grids(maps).items()
+    own, mask = own_maps(kept.float(), layout), layout.masks[grid].float()
+    most = own.amax(dim=(2, 3))
+    seen = bounding(_finer(own) > SHARE * most[..., None, None])
+    box = bounding(_finer(mask) > 0.5)
+    fits = (seen * box).sum(dim=(2, 3)) / torch.maximum(seen, box).sum(dim=(2, 3))
+    fits = fits.masked_fill(mask.amax(dim=(2, 3)) == 0, torch.nan)
+    found = []
+    for (fit, high), some in zip(torch.stack([fits, most.clamp_min(TINY).log()], dim=1).cpu(), names, strict=True):
+        shared = fit.new_tensor([some.count(name) > 1 for name in some])
+        frail = fit.new_tensor([(name.lower().split() or [""])[-1] in FRAIL for name in some])
+        found.append(torch.stack([fit[: len(some)], high[: len(some)], shared, frail], dim=1))
+    return found
+
+
+def _finer(maps: Tensor) -> Tensor:
+    return F.interpolate(maps, scale_factor=FINER, mode="bilinear")
 
 
 Key: TypeAlias = tuple[str, tuple[str, ...], int | None, tuple[float, ...]]
-OWN: Key = ("minidiff/shapes", ("inside_loss", "extent_loss"), 25, (0.2, 0.66, 2.2))
-OTHER: Key = ("minidiff/shapes", (), None, ())
+OWN: Key = (BUNDLED, ("inside_loss", "extent_loss"), 25, (0.2, 0.66, 2.2))
+OTHER: Key = (BUNDLED, (), None, ())
 CALIBRATIONS: Mapping[Key, Calibration] = MappingProxyType(
     {
-        OWN: Calibration((0.1635, 3.547, -0.0414, -6.016, -6.794, 0.6841, -2.215, -1.722), 0.0387),
-        OTHER: Calibration((0.833, 1.357, -1.629, -43.27, -11.28, 0.441, -1.328, -0.726), -6.152),
+        OWN: Calibration((6.3359, 1.7723, -1.4643, -1.4957), 1.2577),
+        OTHER: Calibration((11.7734, 0.5066, 0.4367, -0.1221), -5.6686),
     }
 )
 """A model's name, the objective's terms, passes and usual sizes, as its default guidance has them -> its calibration;
 without these that of all other guidance. Tested: bench/RESULTS.md.
 """
+
+
+def with_placed(reports: tuple[Report, ...], model: Model, latents: Tensor, guide: Guide) -> tuple[Report, ...]:
+    """The reports of a run's images with how likely their objects are placed, where that can be said: by a look at
+    their finished latents [B,4,h,w].
+    """
+    how = guide.guidance
+    sizes = () if how.usual_sizes is None else astuple(how.usual_sizes)
+    key = model.name, tuple(term.name for term in how.objective.terms), how.passes, sizes
+    found = CALIBRATIONS.get(key, CALIBRATIONS.get((model.name, (), None, ())))
+    seen = None if found is None or model.adapters else look(model.unet, latents, guide)
+    if found is None or seen is None:
+        return reports
+    return tuple(replace(report, placed=found(one)) for report, one in zip(reports, seen, strict=True))
