@@ -174,7 +174,7 @@ def _tell(
         own, edits = own | masks, edits + share_edits(choose(cross, there), both)
     record, placed = _record(request, there), {one: one.regions(request, model) for one in encoded}
     grid = begun.latents.shape[2], begun.latents.shape[3]
-    sizes = None if how is None else _usual_sizes(how, request, begun.schedule.steps)
+    sizes = None if how is None else _usual_sizes(how, request, begun.schedule)
     if sizes is not None:
         placed = {one: sizes.marked(found, placed[each_step[-1]], grid) for one, found in placed.items()}
     regions = placed[each_step[0]]
@@ -362,11 +362,10 @@ def _guide(
     return Guide(how, forward, context, layout, names, edits, inputs, whole, loss, each_step, run, begins)
 
 
-def _usual_sizes(how: Guidance, request: Request, steps: int) -> UsualSizes | None:
-    """Which boxes objects are not stretched to, in guided pictures of noise alone."""
-    if request.image is not None or request.latents is not None or how.guided(steps) == 0:
-        return None
-    return how.usual_sizes
+def _usual_sizes(how: Guidance, request: Request, schedule: Schedule) -> UsualSizes | None:
+    """Which boxes objects are not stretched to, in guided and finished pictures of noise alone."""
+    alone = request.image is None and request.latents is None
+    return how.usual_sizes if alone and how.guided(schedule.steps) > 0 and schedule.ends_clean else None
 
 
 def _stretching(request: Request, model: Model, guide: Guide, regions: Sequence[Sequence[PlacedObject]]) -> Stretching:

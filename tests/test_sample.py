@@ -130,8 +130,8 @@ def test_renew_gets_what_the_step_before_predicted_and_changes_what_follows(name
     def drawn(changes: float) -> list[SamplerStep]:
         asked.clear(), refined.clear()
 
-        def renew(x: Tensor, t: Tensor, abar: float, index: int, before: Predicted) -> Tensor:
-            asked.append((index, t.item(), abar, before))
+        def renew(x: Tensor, abar: float, index: int, before: Predicted) -> Tensor:
+            asked.append((index, abar, before))
             return x + changes * push if index == 3 else x
 
         def refine(x: Tensor, t: Tensor, abar: float, index: int) -> Tensor:
@@ -144,8 +144,8 @@ def test_renew_gets_what_the_step_before_predicted_and_changes_what_follows(name
     own = dict(refined)
     assert all(torch.equal(one.latents, other.latents) for one, other in zip(plain, found, strict=True))
     assert [index for index, *_ in asked] == [1, 2, 3, 4]
-    for index, t, abar, before in asked:
-        assert t == found[index].t and abar == pytest.approx(1 / (1 + found[index].sigma ** 2))
+    for index, abar, before in asked:
+        assert abar == pytest.approx(1 / (1 + found[index].sigma ** 2))
         assert torch.equal(before.clean, found[index - 1].denoised) and before.sigma == found[index - 1].sigma
     moved = drawn(1.0)
     torch.testing.assert_close(dict(refined)[3] - own[3], push, rtol=0, atol=1e-5)
@@ -164,7 +164,7 @@ def test_noise_may_be_renewed_where_none_of_before_is_kept(name: str) -> None:
     def exact(x: Tensor, t: Tensor, sigma: float, index: int) -> tuple[Tensor, dict[Site, Tensor]]:
         return torch.cat([x, x] if sampler.cfg_pp else [x]) * math.sqrt(1 + sigma**2) / sigma, {}
 
-    def renew(x: Tensor, t: Tensor, abar: float, index: int, before: Predicted) -> Tensor:
+    def renew(x: Tensor, abar: float, index: int, before: Predicted) -> Tensor:
         levels.append(float(x.std()) / math.sqrt(1 - abar))
         return math.sqrt(1 - abar) * noise()
 

@@ -188,6 +188,18 @@ def test_extents_are_the_spreads_of_profiles() -> None:
     torch.testing.assert_close(narrow[0, 0, 2:] - narrow[0, 0, :2], torch.full((2,), stretch_module.LEAST))
 
 
+def test_extents_of_two_objects_of_one_phrase_are_apart() -> None:
+    """Each sees what is nearer to its box, though boxes are too small to hold what is drawn."""
+    left, right = torch.zeros(1, 12, 12, 3), torch.zeros(1, 12, 12, 3)
+    left[0, 4:8, 1:5, 1], right[0, 5:9, 7:11, 1] = 1.0, 0.8
+    twins = read_objects({"cat": [{"box": (0.2, 0.4, 0.3, 0.5)}, {"box": (0.65, 0.5, 0.75, 0.6)}]})
+    objects = [replace(one, tokens=(1,)) for one in twins]
+    layout, alone = (make_layout([some], [3], 3, [(12, 12)]) for some in (objects, objects[:1]))
+    both = extents({AT: left + right}, layout)[0]
+    for found, own in zip(both, (left, right), strict=True):
+        torch.testing.assert_close(found, extents({AT: own}, alone)[0, 0])
+
+
 def painted(*boxes: tuple[Box, float], ground: float = 0.8) -> Tensor:
     """A grey picture [3,50,100] of boxes."""
     picture = torch.full((3, 50, 100), ground)
@@ -260,6 +272,31 @@ def test_what_fits_or_is_elsewhere_is_left(monkeypatch: pytest.MonkeyPatch, stre
     assert todo(around(2 * edge), marked=False) == []
 
 
+def test_two_that_are_close_are_not_torn(monkeypatch: pytest.MonkeyPatch, stretched: list[Stretch]) -> None:
+    """Where what one stretch moves holds a part of the other object, as it is drawn: of both if it is of both."""
+    monkeypatch.setattr(stretch_module, "outline", lambda picture, box, others: box)
+    picture = torch.rand(3, 100, 100)
+
+    def todo(*pairs: tuple[Box, Box]) -> list[Box]:
+        objects = [PlacedObject(str(i), (i,), (to,), stretched=True) for i, (_, to) in enumerate(pairs)]
+        stretched.clear()
+        stretch_objects(picture, [now for now, _ in pairs], objects)
+        return [one.now for one in stretched]
+
+    own, far, off = ((0.2, 0.4, 0.4, 0.6), (0.25, 0.45, 0.35, 0.55)), 0.4 + 1.1 * MARGIN, 0.4 + 0.9 * MARGIN
+    small = (0.55, 0.45, 0.65, 0.55)
+    assert todo(own, ((far, 0.4, 0.7, 0.6), small)) == [own[0], (far, 0.4, 0.7, 0.6)]
+    assert todo(own, ((off, 0.4, 0.7, 0.6), small)) == []
+    assert todo(own, ((off, 0.6 + 1.1 * MARGIN, 0.7, 0.9), (0.55, 0.7, 0.65, 0.8))) == [
+        own[0],
+        (off, 0.6 + 1.1 * MARGIN, 0.7, 0.9),
+    ]
+    wide = ((far, 0.4, 0.7, 0.6), (0.42, 0.35, 0.8, 0.65))  # moves what the first one has drawn
+    assert todo(own, wide) == [own[0]]
+    fits = ((off, 0.4, 0.7, 0.6), (off, 0.4, 0.7, 0.6))
+    assert todo(own, fits) == []
+
+
 def test_objects_behind_around_or_drawn_by_masks(monkeypatch: pytest.MonkeyPatch, stretched: list[Stretch]) -> None:
     """An object behind, or one that its box lies in, is stretched with it; others keep their boxes and their masks,
     where no outline is sought, either.
@@ -320,14 +357,14 @@ def test_noise_is_renewed_as_an_sde_would_and_only_where_it_is_asked() -> None:
     sigma, before = 2.0, 3.0
     level = 1 / math.sqrt(1 + sigma**2)
     stretching = toy([True, False, True], lambda: fresh)
-    found = stretching.renew(x, torch.tensor(500.0), level**2, 1, Predicted(clean, before))
+    found = stretching.renew(x, level**2, 1, Predicted(clean, before))
     kept = math.exp(-2 * math.log(before / sigma))  # eta 2
     expected = clean + kept * (x / level - clean) + sigma * math.sqrt(1 - kept**2) * fresh
     torch.testing.assert_close(found[::2], (level * expected)[::2])
     assert torch.equal(found[1], x[1]) and found is not x
-    assert stretching.renew(x, torch.tensor(500.0), level**2, 3, Predicted(clean, before)) is x
+    assert stretching.renew(x, level**2, 3, Predicted(clean, before)) is x
     own = level * (clean + sigma * torch.randn(3, 4, 5, 6))  # noise of the right strength stays so
-    found = stretching.renew(own, torch.tensor(500.0), level**2, 1, Predicted(clean, before))
+    found = stretching.renew(own, level**2, 1, Predicted(clean, before))
     assert (found / level - clean).std().item() == pytest.approx(sigma, rel=0.15)
 
 
@@ -534,6 +571,39 @@ def whole(init: Callable[..., None]) -> Callable[..., None]:
         init(own, kept, *rest)
 
     return made
+
+
+def test_runs_that_end_in_noise_get_none(tiny_model: Model) -> None:
+    """A caller's sigmas may end above 0: what the last step leaves is no picture yet."""
+    for sigmas, changes in (((10.0, 4.0, 2.0, 1.0), False), ((10.0, 4.0, 2.0, 0.0), True)):
+        found, plain = (
+            drawn(tiny_model, sampler="euler", steps=None, sigmas=sigmas, guidance=how)
+            for how in (HOW, replace(HOW, usual_sizes=None))
+        )
+        assert torch.equal(found.latents, plain.latents) is not changes
+
+
+def test_an_image_that_is_no_number_is_left() -> None:
+    """The run says once that it is black, and others of its batch are stretched."""
+    latents = torch.randn(2, 4, 8, 8)
+    latents[0, 0, 0, 0] = math.nan
+    toy = ToyMaps(make_layout([[]], [3], 3, [(8, 8)]), slice(1), slice(1))
+    one = PlacedObject("a", (1,), (TINY,), stretched=True)
+    maps = {AT: torch.rand(2, 8, 8, 3)}
+    toy.read = lambda t, *rest: ((), t, torch.zeros(2, 3, 5), make_layout([[one], [one]], [3, 3], 3, [(8, 8)]), {})  # type: ignore[method-assign, assignment]
+    toy.forward = lambda *rest: (None, maps)  # type: ignore[method-assign, assignment]
+    stretching = Stretching(
+        toy,  # type: ignore[arg-type]
+        [[one], [one]],
+        toy.forward,  # type: ignore[arg-type]
+        Record(cross, HEAD_MEAN),
+        lambda: torch.zeros(0),
+        partial(decoded, asked := []),
+        partial(encoded, asked),
+    )
+    *_, last = stretching.finished(steps_of(latents, 1), 1)
+    assert asked.count("decode") == 1
+    torch.testing.assert_close(last.latents[0], latents[0], rtol=0, atol=0, equal_nan=True)
 
 
 def test_pictures_that_do_not_start_from_noise_alone_get_none(tiny_model: Model) -> None:

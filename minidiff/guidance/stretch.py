@@ -35,8 +35,9 @@ PEAKED, BLUR = 0.75, 0.3
 adds to it, in cells. Measured on the bundled model, at timestep 0."""
 LEAST = 0.03  # an object's edge: maps have cells
 NEAR, FAR = 0.1, 0.4
-"""Two boxes are the same where edges (their logarithms) and centre differ by less than NEAR of the larger size, and of
-different objects where the centres do by more than FAR."""
+"""Two boxes are the same where the logarithms of their edges differ by less than NEAR, and their centres by less than
+NEAR of the larger edge. They are of different objects where centres differ by more than FAR of it, and what a picture
+shows is another thing than what a map sees where edges do so, too."""
 AROUND = 0.35
 """How far around where a map sees an object, in its edges, the ground and the rest of the object are looked for."""
 MARGIN = 0.08
@@ -124,10 +125,19 @@ class Stretch(NamedTuple):
         moved = F.grid_sample(picture[None], 2 * at - 1, "bicubic", padding_mode="border", align_corners=False)
         return torch.where(inside, moved[0], picture)
 
+    def spares(self, box: Box) -> bool:
+        """Whether all of a box is outside of what moves."""
+        ends = (self._ends(axis) for axis in (0, 1))
+        return any(box[axis + 2] <= low or high <= box[axis] for axis, (low, high) in enumerate(ends))
+
+    def _ends(self, axis: int) -> tuple[float, float]:
+        """What moves, along an axis."""
+        now, to = self.now[axis::2], self.to[axis::2]
+        return max(0.0, min(now[0], to[0]) - MARGIN), min(1.0, max(now[1], to[1]) + MARGIN)
+
     def _axis(self, axis: int, cells: int) -> tuple[Tensor, Tensor]:
         """Where each of the cells of an axis comes from [n] in [0,1], and whether it moves [n]."""
-        now, to = self.now[axis::2], self.to[axis::2]
-        ends = max(0.0, min(now[0], to[0]) - MARGIN), min(1.0, max(now[1], to[1]) + MARGIN)
+        now, to, ends = self.now[axis::2], self.to[axis::2], self._ends(axis)
         at = (np.arange(cells) + 0.5) / cells
         come = np.interp(at, (ends[0], *to, ends[1]), (ends[0], *now, ends[1]))
         return torch.from_numpy(come), torch.from_numpy((ends[0] <= at) & (at <= ends[1]))
@@ -137,7 +147,7 @@ def extents(maps: Maps, layout: Layout) -> Tensor:
     """Where the objects are, boxes [B,O,4], by the centres and spreads of their profiles; from head means [B,h,w,L]."""
     found = []
     for (height, width), kept in grids(maps).items():
-        own = own_maps(kept.float(), layout)
+        own = own_maps(kept.float(), layout) * _nearest(layout, (height, width))
         rows, columns = (torch.linalg.vector_norm(own, NORM, dim=axis) for axis in (3, 2))
         centre, spread = centre_and_spread(rows[..., :, None] * columns[..., None, :])
         blur = constants(spread, BLUR / width, BLUR / height)
@@ -145,6 +155,17 @@ def extents(maps: Maps, layout: Layout) -> Tensor:
         half = edge.clamp_min(LEAST) / 2
         found.append(torch.cat([centre - half, centre + half], dim=2).clamp(0, 1))
     return torch.stack(found).mean(dim=0)
+
+
+def _nearest(layout: Layout, grid: Grid) -> Tensor:
+    """Which cells are at least as near to the middle of an object's box as to those of its siblings, [B,O,h,w]: what
+    lies outside of both boxes belongs to one of them, too.
+    """
+    middle, _ = centre_and_spread(layout.masks[grid].float())
+    y, x = ((torch.arange(n, device=middle.device) + 0.5) / n for n in grid)
+    away = (x - middle[:, :, 0, None, None]).square() + (y[:, None] - middle[:, :, 1, None, None]).square()
+    nearer = (away[:, :, None] <= away[:, None]) | (layout.siblings == 0)[..., None, None]
+    return nearer.all(dim=2).to(middle.dtype)
 
 
 def outline(picture: Tensor, box: Box, others: Sequence[Box] = ()) -> Box:
@@ -169,7 +190,7 @@ def outline(picture: Tensor, box: Box, others: Sequence[Box] = ()) -> Box:
     for _ in range(2):  # a neighbour beside it goes with its columns, one below with its rows
         own = own & _run(own.any(dim=1), (y0 + y1) / 2)[:, None]
         own = own & _run(own.any(dim=0), (x0 + x1) / 2)
-    if not own.any():  # nothing stands out: all is NaN
+    if not own.any():  # nothing stands out, so that all is NaN, or not in the middle
         return box
     found = _bounds(own)
     return found if max(_off(box, found)) < FAR else box
@@ -178,15 +199,20 @@ def outline(picture: Tensor, box: Box, others: Sequence[Box] = ()) -> Box:
 def stretch_objects(picture: Tensor, seen: Sequence[Sequence[float]], objects: Sequence[PlacedObject]) -> Tensor:
     """The picture [3,H,W], on the CPU, with its objects fitted to their boxes, where they are to be and do not fit yet.
     seen: about where each is.
+
+    One with another that is to be stretched close to it stays as it is drawn: both would be torn.
     """
-    found = picture
+    todo = []
     for one, (x0, y0, x1, y1) in zip(objects, seen, strict=False):  # those of images with more objects are padded
         if one.stretched:
             others = [box for other in objects if other is not one for box in _kept(other, one)]
-            now = outline(picture, (x0, y0, x1, y1), others)
-            size, place = _off(now, one.boxes[0])
-            if max(size, place) >= NEAR and place <= FAR:
-                found = Stretch(now, one.boxes[0], tuple(others))(found)
+            todo.append(Stretch(outline(picture, (x0, y0, x1, y1), others), one.boxes[0], tuple(others)))
+    found = picture
+    for stretch in todo:
+        size, place = _off(stretch.now, stretch.to)
+        alone = all(stretch.spares(other.now) for other in todo if other is not stretch)
+        if max(size, place) >= NEAR and place <= FAR and alone:
+            found = stretch(found)
     return found
 
 

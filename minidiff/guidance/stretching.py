@@ -52,8 +52,8 @@ class Stretching:
         return [i for i, some in enumerate(self.regions) if any(one.stretched for one in some)]
 
     @torch.no_grad()
-    def renew(self, x: Tensor, t: Tensor, abar: float, index: int, before: Predicted) -> Tensor:
-        """x [B,4,h,w], variance-preserving -> the same with fresh noise, before guided steps."""
+    def renew(self, x: Tensor, abar: float, index: int, before: Predicted) -> Tensor:
+        """x [B,4,h,w], variance-preserving -> the same; before guided steps with fresh noise, where `rows` says so."""
         last = self.guide.guidance.steps
         assert isinstance(last, int)  # of_run
         if index >= last:
@@ -88,6 +88,8 @@ class Stretching:
         seen = extents(maps, layout).tolist()
         found = some_rows(x, rows, len(x)).clone()
         for i, row in enumerate(rows):
+            if not found[i].isfinite().all():
+                continue  # black, as the run will say
             picture = self.decode(found[i : i + 1])[0]
             moved = stretch_objects(picture, seen[looked.index(row)], self.regions[row])
             changed = (moved != picture).any(dim=0, keepdim=True).float()

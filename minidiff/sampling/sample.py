@@ -33,9 +33,9 @@ class Predicted(NamedTuple):
     sigma: float
 
 
-Renew = Callable[[Tensor, Tensor, float, int, Predicted], Tensor]
-"""(x, variance preserving, [B,C,h,w]; t; abar; step; the prediction of the step before) -> x, or a new tensor with
-other noise or other content."""
+Renew = Callable[[Tensor, float, int, Predicted], Tensor]
+"""(x, variance preserving, [B,C,h,w]; abar; step; the prediction of the step before) -> x, or a new tensor, with other
+noise say."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ def _steps(
         x_vp = (x / growth).to(given)
         was = x_vp
         if before is not None and not seen and renew is not None:
-            x_vp = _like(renew(x_vp, t, schedule.abar(call), index, before), was, "renew")
+            x_vp = _like(renew(x_vp, schedule.abar(call), index, before), was, "renew")
         if refine is not None and len(seen) < sampler.guided_calls:
             x_vp = _like(refine(x_vp, t, schedule.abar(call), index), was, "refine")
         x = x if x_vp is was else x + (x_vp.to(work) - was.to(work)) * growth

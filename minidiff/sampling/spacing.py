@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from minidiff.sampling.schedule import Custom, Floats, NoiseSchedule, Numbers
 
 
+CLEAN = 0.1
+"""Noise over signal that nobody sees: three times that of Stable Diffusion's first timestep."""
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """The timesteps and noise levels of a run. Stays on the CPU, so that reading a number needs no GPU sync.
@@ -48,6 +52,13 @@ class Schedule:
     def abar(self, call: int) -> float:
         """Signal variance at a call, in (0, 1): from the schedule's sigma, never looked up at a rounded timestep."""
         return 1.0 / (1.0 + float(self.sigmas[call]) ** 2)
+
+    @property
+    def ends_clean(self) -> bool:
+        """Whether the last latents are a picture: a caller's sigmas may end above 0, where noise is left. Some samplers
+        end at the first timestep's instead of 0, as their published code does.
+        """
+        return self.spans[-1][1] < CLEAN
 
 
 def vp_schedule(
