@@ -311,9 +311,10 @@ class Run(Iterator[Step]):
         )
 
     def _reports(self, guide: Guide, latents: Tensor, other: bool) -> tuple[Report, ...]:
-        """other: previews, or a model with changed weights, of which `placed` knows nothing."""
+        """other: previews, or a model with changed weights: `placed` knows nothing of them, nor of noisy latents."""
         reports = tuple(map(guide.report, range(len(latents))))
-        return reports if other else with_placed(reports, self._model, latents, guide)
+        other = other or not self.schedule.ends_clean
+        return reports if other else with_placed(reports, self._model, latents, guide, len(self) - 1)
 
     def _attention(self, kept: Maps) -> Attention:
         texts, record = self._texts, self._record

@@ -181,12 +181,33 @@ def test_reports_of_the_bundled_model_say_it_and_others_do_not(
     changed = replace(named, unet=minidiff.with_weights(named.unet, {"conv_out.bias": bias}))
     turning = {"prompt": "a cat and a ball [on grass:on sand:1]", "syntax": "a1111"}
     guide = minidiff.sample_steps("a cat", model=named, boxes={"cat": BOXES["cat"]}, guidance="layout").guide
-    assert look(named.unet, latents, guide) is not None
+    assert look(named, latents, guide, 3) is not None
     guide.update(guide.inputs)
-    assert look(named.unet, latents, guide) is None  # the masks are no longer those that were asked for
+    assert look(named, latents, guide, 3) is None  # the masks are no longer those that were asked for
     for another, options in ((adapted, {}), (changed, {}), (named, turning)):
         found, _, passes = report(another, **options)
         assert found.placed is None and "likely" not in str(found) and passes == 4
+
+
+def test_a_report_does_not_depend_on_the_batch(tiny_model: Model) -> None:
+    """Beside a longer text, one's context has positions that its passes do not read."""
+    named = replace(tiny_model, name=BUNDLED)
+    how = {"model": named, "guidance": {"objective": "inside", "steps": 1, "iterations": 1}, "syntax": "a1111"}
+    how |= {"steps": 2, "output": "latents"}
+    alone = minidiff.generate("a cat", boxes={"cat": BOXES["cat"]}, seed=0, **how)
+    texts = ["a cat", "a cat " + "on grass " * 60]
+    beside = minidiff.generate(texts, boxes=[{"cat": BOXES["cat"]}] * 2, seed=[0, 1], **how)
+    torch.testing.assert_close(beside.latents[:1], alone.latents, rtol=0, atol=1e-4)
+    torch.testing.assert_close(beside.reports[0].placed, alone.reports[0].placed, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_said_of_pictures_that_were_not_guided_or_are_not_finished(tiny_model: Model) -> None:
+    named = replace(tiny_model, name=BUNDLED)
+    given = {"model": named, "boxes": {"cat": BOXES["cat"]}, "output": "latents", "seed": 0, "sampler": "euler"}
+    for scale, end, said in ((1.0, 0.0, True), (0.0, 0.0, False), (1.0, 1.0, False)):
+        how = {"objective": "inside", "scale": scale, "steps": 1, "iterations": 1}
+        found = minidiff.generate("a cat", guidance=how, sigmas=(10.0, 3.0, end), **given)
+        assert (found.reports[0].placed is not None) is said
 
 
 def test_a_run_that_is_stopped_and_a_preview(tiny_model: Model) -> None:

@@ -24,7 +24,6 @@ from .objectives._maps import TINY, bounding, grids, own_maps
 
 if TYPE_CHECKING:
     from ..model import Model
-    from ..networks.unet import UNet
     from .guide import Guide
     from .layout import Layout
     from .report import Report
@@ -54,13 +53,17 @@ class Calibration:
 
 
 @torch.no_grad()
-def look(unet: UNet, latents: Tensor, guide: Guide) -> list[Tensor] | None:
-    """The `features` [O,F] of each image, from its finished latents [B,4,h,w]. None where texts or masks changed."""
+def look(model: Model, latents: Tensor, guide: Guide, index: int) -> list[Tensor] | None:
+    """The `features` [O,F] of each image, from its finished latents [B,4,h,w], with the edits that act in the last
+    step, `index`. None where texts or masks changed.
+    """
     if guide.each_step or guide.updated:
         return None
     t = torch.full((), TIME, dtype=torch.float32, device=guide.context.device)
-    _, maps = unet(latents.to(guide.context), t, guide.context, SEEN)
-    return features(maps, guide.layout, guide.names)
+    abar = 1 / (1 + float(model.noise.exact_sigmas()[int(TIME)]) ** 2)
+    edits, t, context, layout, inputs = guide.read(t, abar, range(len(latents)), index)
+    _, maps = model.unet(latents.to(context), t, context, SEEN, edits, inputs)
+    return features(maps, layout, guide.names)
 
 
 def features(maps: Maps, layout: Layout, names: Sequence[Sequence[str]]) -> list[Tensor]:
@@ -101,15 +104,18 @@ without these that of all other guidance. Tested: bench/RESULTS.md.
 """
 
 
-def with_placed(reports: tuple[Report, ...], model: Model, latents: Tensor, guide: Guide) -> tuple[Report, ...]:
+def with_placed(
+    reports: tuple[Report, ...], model: Model, latents: Tensor, guide: Guide, index: int
+) -> tuple[Report, ...]:
     """The reports of a run's images with how likely their objects are placed, where that can be said: by a look at
-    their finished latents [B,4,h,w].
+    their finished latents [B,4,h,w]. index: of the run's last step.
     """
     how = guide.guidance
     sizes = () if how.usual_sizes is None else astuple(how.usual_sizes)
     key = model.name, tuple(term.name for term in how.objective.terms), how.passes, sizes
     found = CALIBRATIONS.get(key, CALIBRATIONS.get((model.name, (), None, ())))
-    seen = None if found is None or model.adapters else look(model.unet, latents, guide)
+    measured = found is not None and how.acts and not model.adapters
+    seen = look(model, latents, guide, index) if measured else None
     if found is None or seen is None:
         return reports
     return tuple(replace(report, placed=found(one)) for report, one in zip(reports, seen, strict=True))

@@ -31,10 +31,11 @@ class Report:
     steps: the guided steps; iterations: the updates in each. loss [S], object_loss [S,O] and mass [S,O] are those of
     each step's last evaluation, which precedes its last update if all iterations were used. first_mass [O] is each
     object's fraction of attention inside its mask before any update, NaN for one without a box or mask. placed [O]: how
-    likely each object is in its box (an IoU of at least 0.5), by a look at the finished picture, or at the estimate
-    of a run that was stopped, as measured with other pictures; NaN for one without a box or mask. None where nothing
-    was measured: for models other than the bundled one or with adapters or changed weights, with texts that change or
-    edits that change masks, and in previews.
+    likely each object is in its box (the box around it, with an IoU of at least 0.5), by a look at the finished
+    picture, or at the estimate of a run that was stopped, as measured with other pictures of 128x128 pixels; NaN for
+    one without a box or mask, and where the picture is not a number. None where nothing was measured: for models other
+    than the bundled one or with adapters or changed weights, with texts that change or edits that change masks, in
+    previews, and where guidance could not act or the run ends in noise.
     """
 
     names: tuple[str, ...]
