@@ -96,7 +96,7 @@ OTHER: Key = (BUNDLED, (), None, ())
 CALIBRATIONS: Mapping[Key, Calibration] = MappingProxyType(
     {
         OWN: Calibration((6.3359, 1.7723, -1.4643, -1.4957), 1.2577),
-        OTHER: Calibration((11.7734, 0.5066, 0.4367, -0.1221), -5.6686),
+        OTHER: Calibration((11.527, 1.1668, -0.4118, -0.213), -5.1209),
     }
 )
 """A model's name, the objective's terms, passes and usual sizes, as its default guidance has them -> its calibration;
