@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import minidiff
 from minidiff.model import Model
-from minidiff.networks.attention import Edit
+from minidiff.networks.attention import HEAD_MEAN, Edit, Record
 from minidiff.networks.config import UNetConfig
 from minidiff.networks.transformer import Transformer
 from minidiff.networks.unet import Begun, ResBlock, UNet
@@ -171,3 +171,15 @@ def test_passes_go_on_from_256_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not accelerate.looks_of(unet, print, 64 * 64).resumes  # a card's
     monkeypatch.setattr(unet, "distinct", accelerate.distinct)
     assert [accelerate.looks_of(unet, print, edge**2).resumes for edge in (28, 32)] == [False, True]
+
+
+@torch.no_grad()
+def test_what_a_pass_leaves_has_a_row_an_image(tiny_model: Model) -> None:
+    """Also where the halves of a batch are equal, of which a whole pass computes the first layers once."""
+    unet, begun = deepcopy(tiny_model.unet), []
+    unet.distinct = lambda x, emb: len(x) // 2
+    x, t, context = torch.randn(2, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor(300.0), torch.randn(4, 7, 64)
+    record = Record(frozenset([list(unet.positions(8, 8))[-1]]), HEAD_MEAN, stop=True)
+    unet(x, t, context, record, at_stop=begun.append)
+    assert {len(kept) for kept in begun[0].kept} == {4}
+    torch.testing.assert_close(unet.finish(begun[0].row(2), t, context[2:3]), unet(x[2:3], t, context[2:3])[0])

@@ -198,6 +198,11 @@ def test_extents_of_two_objects_of_one_phrase_are_apart() -> None:
     both = extents({AT: left + right}, layout)[0]
     for found, own in zip(both, (left, right), strict=True):
         torch.testing.assert_close(found, extents({AT: own}, alone)[0, 0])
+    large = torch.zeros(1, 12, 12, 3)
+    large[0, 1:11, :9, 1] = 1.0  # beyond the middle between both
+    pair = read_objects({"cat": [{"box": (0.0, 0.08, 0.76, 0.92)}, {"box": (0.8, 0.4, 0.95, 0.6)}]})
+    layout = make_layout([[replace(one, tokens=(1,)) for one in pair]], [3], 3, [(12, 12)])
+    torch.testing.assert_close(extents({AT: large}, layout)[0, 0], extents({AT: large}, alone)[0, 0])
 
 
 def painted(*boxes: tuple[Box, float], ground: float = 0.8) -> Tensor:
@@ -291,8 +296,13 @@ def test_two_that_are_close_are_not_torn(monkeypatch: pytest.MonkeyPatch, stretc
         own[0],
         (off, 0.6 + 1.1 * MARGIN, 0.7, 0.9),
     ]
-    wide = ((far, 0.4, 0.7, 0.6), (0.42, 0.35, 0.8, 0.65))  # moves what the first one has drawn
-    assert todo(own, wide) == [own[0]]
+    wide = (
+        (far, 0.4, 0.7, 0.6),
+        (0.42, 0.35, 0.8, 0.65),
+    )  # moves what the first one has drawn, and goes where it moves
+    assert todo(own, wide) == []
+    there = (own[0], (0.2, 0.4, 0.45, 0.6)), ((0.7, 0.4, 0.95, 0.6), (0.5, 0.4, 0.95, 0.6))
+    assert todo(*there) == []  # each moves what the other has become
     fits = ((off, 0.4, 0.7, 0.6), (off, 0.4, 0.7, 0.6))
     assert todo(own, fits) == []
 

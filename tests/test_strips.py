@@ -82,6 +82,14 @@ def test_a_feed_forward_layer_in_strips(dtype: torch.dtype, monkeypatch: pytest.
         torch.testing.assert_close(prepared(x), expected)
         hook.remove()
     assert counts == [2, 2]  # a hook sees the whole
+    for hook in (
+        prepared[0].net[2].register_full_backward_hook(lambda *_: None),
+        nn.modules.module.register_module_forward_hook(lambda *_: None),
+    ):
+        counts.clear()
+        prepared(x).sum().backward()
+        hook.remove()
+        assert counts == [2, 2]
 
 
 @torch.no_grad()

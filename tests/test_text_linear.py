@@ -77,6 +77,9 @@ def test_what_was_written_to_is_computed_anew(pair: tuple[nn.Linear, TextLinear]
     for one in pair:
         one.load_state_dict({"weight": torch.ones(OUT, WIDTH)})
     torch.testing.assert_close(layer(text), linear(text))
+    text.data = torch.randn(ROWS, LENGTH, WIDTH)
+    torch.testing.assert_close(layer(text), linear(text))
+    torch.testing.assert_close(layer(torch._neg_view(text)), -linear(text))
 
 
 def test_results_end_with_their_text_and_are_not_copied(pair: tuple[nn.Linear, TextLinear]) -> None:

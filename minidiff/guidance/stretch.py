@@ -158,14 +158,15 @@ def extents(maps: Maps, layout: Layout) -> Tensor:
 
 
 def _nearest(layout: Layout, grid: Grid) -> Tensor:
-    """Which cells are at least as near to the middle of an object's box as to those of its siblings, [B,O,h,w]: what
-    lies outside of both boxes belongs to one of them, too.
+    """Which cells are in an object's box, or at least as near to its middle as to those of its siblings, [B,O,h,w]:
+    what lies outside of all boxes belongs to one of them, too.
     """
-    middle, _ = centre_and_spread(layout.masks[grid].float())
+    mask = layout.masks[grid].float()
+    middle, _ = centre_and_spread(mask)
     y, x = ((torch.arange(n, device=middle.device) + 0.5) / n for n in grid)
     away = (x - middle[:, :, 0, None, None]).square() + (y[:, None] - middle[:, :, 1, None, None]).square()
     nearer = (away[:, :, None] <= away[:, None]) | (layout.siblings == 0)[..., None, None]
-    return nearer.all(dim=2).to(middle.dtype)
+    return (nearer.all(dim=2) | (mask > 0)).to(mask.dtype)
 
 
 def outline(picture: Tensor, box: Box, others: Sequence[Box] = ()) -> Box:
@@ -210,7 +211,8 @@ def stretch_objects(picture: Tensor, seen: Sequence[Sequence[float]], objects: S
     found = picture
     for stretch in todo:
         size, place = _off(stretch.now, stretch.to)
-        alone = all(stretch.spares(other.now) for other in todo if other is not stretch)
+        rest = [other for other in todo if other is not stretch]
+        alone = all(stretch.spares(other.now) and stretch.spares(other.to) for other in rest)
         if max(size, place) >= NEAR and place <= FAR and alone:
             found = stretch(found)
     return found

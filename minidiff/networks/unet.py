@@ -119,7 +119,8 @@ class UNet(nn.Module):
         x = self._with_masked(x, inputs)
         self._check(x, context)
         emb = self.time_embedding(self._timesteps(x, t).to(x.dtype))
-        y = self.conv_in(x[: self._rows(x, emb, hooks)])
+        # what a pass leaves for another has a row an image
+        y = self.conv_in(x[: self._rows(x, emb, hooks)] if at_stop is None else x)
         whole = y if len(y) == len(x) else torch.cat([y, y])
         if isinstance(deep, Tensor):
             return self._around(deep, y, whole, emb, context, hooks)

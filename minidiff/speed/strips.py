@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..networks import resample
-from ..networks.norm import GroupNorm, is_hooked
+from ..networks.norm import GroupNorm, are_hooked, is_hooked
 from ..networks.transformer import GEGLU, FeedForward
 from .packed import PackedConv2d, PackedLinear, transformed
 
@@ -64,7 +64,8 @@ def feed_forward(layer: FeedForward, x: Tensor) -> Tensor:
     linear: list[nn.Module] = [gated.proj, layer.net[2]]
     if x.device.type != "cpu" or any(type(one) is not PackedLinear for one in linear):
         return layer.whole(x)
-    if any(map(is_hooked, (gated, *linear))) or transformed() or torch.is_autocast_enabled("cpu"):
+    hooked = any(is_hooked(one) or one._backward_hooks or one._backward_pre_hooks for one in (gated, *linear))
+    if hooked or are_hooked() or transformed() or torch.is_autocast_enabled("cpu"):
         return layer.whole(x)
     parts = x.flatten(0, -2).chunk(-(-x.shape[:-1].numel() * gated.width // _GATED))
     return torch.cat([layer.whole(part) for part in parts]).unflatten(0, x.shape[:-1])

@@ -19,29 +19,32 @@ class TextLinear(PackedLinear):
     """A packed layer without bias that keeps what it has made of the last text, as long as that text lives.
 
     A text that is half of another's rows, as the conditional one is, gets its rows of what the whole gives. Texts and
-    results written to since are noticed by their versions (so not writes through .data or numpy), other weights as for
-    all that is derived of them.
+    results written to since are noticed by their versions, other weights as for all that is derived of them: all but
+    what is written behind torch's back (through .data, numpy or dlpack).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,L,C] -> [B,L,C']."""
-        first = None if torch.compiler.is_compiling() else self._first_row(x)
+        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        first = None if traced else self._first_row(x)
         if first is None:
             return super().forward(x)
         whole = x if x._base is None else x._base
         kept = self._derive("texts", _no_texts)
         found = kept.get(whole)
-        if found is None or found.versions != (whole._version, found.result._version):
+        if found is None or found.versions != (whole.data_ptr(), whole._version, found.result._version):
             kept.clear()
             with torch.no_grad():
                 result = super().forward(whole)
-            found = kept[whole] = _Kept(result, (whole._version, result._version))
+            found = kept[whole] = _Kept(result, (whole.data_ptr(), whole._version, result._version))
         rows: Tensor = found.result[first : first + len(x)]
         return rows
 
     def _first_row(self, x: Tensor) -> int | None:
         """Where a text begins in the one that it is a view of, or 0; None if its result cannot be kept."""
         if type(x) is not Tensor or x.ndim != 3 or x.requires_grad or x.is_inference() or not self._fits(x):
+            return None
+        if x.is_neg():  # a view that is read with its sign changed
             return None
         if torch.is_inference_mode_enabled() or transformed() or torch._C._len_torch_dispatch_stack() > 0:
             return None  # results that are of no use to others
@@ -56,10 +59,10 @@ class TextLinear(PackedLinear):
 
 
 class _Kept(NamedTuple):
-    """A result, and the versions of text and result when it was made."""
+    """A result, and where the text was and the versions of text and result when it was made."""
 
     result: Tensor
-    versions: tuple[int, int]
+    versions: tuple[int, int, int]
 
 
 def _no_texts() -> MutableMapping[Tensor, _Kept]:
