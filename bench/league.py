@@ -135,7 +135,7 @@ def draw(model: minidiff.Model, some: Sequence[Scene], method: Method, passes: i
     result = run.result()
     assert isinstance(result.images, Tensor)
     seconds = (time.process_time() - before) / len(some)
-    seen = None if run.guide is None else look(model, result.latents, run.guide, len(run) - 1)
+    seen = None if run.guide is None else look(model.unet, result.latents, run.guide, len(run) - 1)
     return Drawn(result.images, looks, seen, seconds)
 
 

@@ -142,7 +142,7 @@ class Denoise:
         text: int = 0,
     ) -> tuple[Tensor, Maps]:
         """A pass of the network. text: which of several joined by AND."""
-        unet, x = self.model.unet, x.to(self.model.dtype)
+        unet, x = self.model.unet, x.to(context.dtype)
         if self.every == 1:
             output, maps = unet(x, t, context, record, edits, inputs)
         else:

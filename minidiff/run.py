@@ -190,7 +190,8 @@ def _tell(
         seen = [(encoded[one][-len(regions) :], layouts[one], inputs[one]) for one in each_step]
         simple = not (edits or given_inputs or model.image_adapters or model.int8 or how.watch)
         simple = simple and record is None and weights is None and request.cache_interval == 1
-        how = replace(how, usual_sizes=sizes).of_run(begun.schedule.steps, there)
+        how = how if how.usual_sizes == sizes else replace(how, usual_sizes=sizes)
+        how = how.of_run(begun.schedule.steps, there)
         guide = _guide(model, how, seen, regions, edits, simple)
         stretched = any(one.stretched for some in regions for one in some)
         stretching = _stretching(request, model, guide, regions) if stretched and how.acts else None
@@ -365,7 +366,7 @@ def _guide(
 
 def _usual_sizes(how: Guidance, request: Request, schedule: Schedule) -> UsualSizes | None:
     """Which boxes objects are not stretched to, in guided and finished pictures of noise alone."""
-    alone = request.image is None and request.latents is None
+    alone = how.usual_sizes is not None and request.image is None and request.latents is None
     return how.usual_sizes if alone and how.guided(schedule.steps) > 0 and schedule.ends_clean else None
 
 

@@ -181,9 +181,9 @@ def test_reports_of_the_bundled_model_say_it_and_others_do_not(
     changed = replace(named, unet=minidiff.with_weights(named.unet, {"conv_out.bias": bias}))
     turning = {"prompt": "a cat and a ball [on grass:on sand:1]", "syntax": "a1111"}
     guide = minidiff.sample_steps("a cat", model=named, boxes={"cat": BOXES["cat"]}, guidance="layout").guide
-    assert look(named, latents, guide, 3) is not None
+    assert look(named.unet, latents, guide, 3) is not None
     guide.update(guide.inputs)
-    assert look(named, latents, guide, 3) is None  # the masks are no longer those that were asked for
+    assert look(named.unet, latents, guide, 3) is None  # the masks are no longer those that were asked for
     for another, options in ((adapted, {}), (changed, {}), (named, turning)):
         found, _, passes = report(another, **options)
         assert found.placed is None and "likely" not in str(found) and passes == 4

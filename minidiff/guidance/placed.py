@@ -20,10 +20,11 @@ from torch import Tensor
 from ..networks.attention import HEAD_MEAN, Maps, Record
 from ..networks.sites import Site
 from ..vocabulary import BUNDLED
-from .objectives._maps import TINY, bounding, grids, own_maps
+from .objectives._maps import TINY, bounding, own_maps
 
 if TYPE_CHECKING:
     from ..model import Model
+    from ..networks.unet import UNet
     from .guide import Guide
     from .layout import Layout
     from .report import Report
@@ -53,16 +54,15 @@ class Calibration:
 
 
 @torch.no_grad()
-def look(model: Model, latents: Tensor, guide: Guide, index: int) -> list[Tensor] | None:
+def look(unet: UNet, latents: Tensor, guide: Guide, index: int) -> list[Tensor] | None:
     """The `features` [O,F] of each image, from its finished latents [B,4,h,w], with the edits that act in the last
     step, `index`. None where texts or masks changed.
     """
     if guide.each_step or guide.updated:
         return None
     t = torch.full((), TIME, dtype=torch.float32, device=guide.context.device)
-    abar = 1 / (1 + float(model.noise.exact_sigmas()[int(TIME)]) ** 2)
-    edits, t, context, layout, inputs = guide.read(t, abar, range(len(latents)), index)
-    _, maps = model.unet(latents.to(context), t, context, SEEN, edits, inputs)
+    edits, t, context, layout, inputs = guide.read(t, 1.0, range(len(latents)), index)
+    _, maps = unet(latents.to(context), t, context, SEEN, edits, inputs)
     return features(maps, layout, guide.names)
 
 
@@ -71,11 +71,11 @@ def features(maps: Maps, layout: Layout, names: Sequence[Sequence[str]]) -> list
     that of its mask; the log of the map's highest value; whether the phrase stands for other objects, too; whether it
     is of a frail shape. NaN for objects without a mask.
     """
-    ((grid, kept),) = grids(maps).items()
-    own, mask = own_maps(kept.float(), layout), layout.masks[grid].float()
+    (kept,) = maps.values()
+    own, mask = own_maps(kept.float(), layout), layout.masks[kept.shape[1], kept.shape[2]].float()
     most = own.amax(dim=(2, 3))
-    seen = bounding(_finer(own) > SHARE * most[..., None, None])
-    box = bounding(_finer(mask) > 0.5)
+    there = torch.cat([_finer(own) > SHARE * most[..., None, None], _finer(mask) > 0.5])
+    seen, box = bounding(there).chunk(2)
     fits = (seen * box).sum(dim=(2, 3)) / torch.maximum(seen, box).sum(dim=(2, 3))
     fits = fits.masked_fill(mask.amax(dim=(2, 3)) == 0, torch.nan)
     found = []
@@ -114,8 +114,8 @@ def with_placed(
     sizes = () if how.usual_sizes is None else astuple(how.usual_sizes)
     key = model.name, tuple(term.name for term in how.objective.terms), how.passes, sizes
     found = CALIBRATIONS.get(key, CALIBRATIONS.get((model.name, (), None, ())))
-    measured = found is not None and how.acts and not model.adapters
-    seen = look(model, latents, guide, index) if measured else None
+    measured = found is not None and not model.adapters and any(report.steps for report in reports)
+    seen = look(model.unet, latents, guide, index) if measured else None
     if found is None or seen is None:
         return reports
     return tuple(replace(report, placed=found(one)) for report, one in zip(reports, seen, strict=True))

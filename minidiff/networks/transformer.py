@@ -93,7 +93,8 @@ class TransformerBlock(nn.Module):
         if self.attn1.site == hooks.stop:
             return None, maps
         x = _again(x, context)
-        y, kept = self.attn2(self.norm2(x), context, grid, hooks)
+        y = self.norm2(x)  # frees what self-attention made
+        y, kept = self.attn2(y, context, grid, hooks)
         if kept is not None:
             maps[self.attn2.site] = kept
         if self.attn2.site == hooks.stop:

@@ -179,7 +179,8 @@ class UNet(nn.Module):
     ) -> tuple[Tensor | None, Maps]:
         """Some of the layers, by their order. y: what the one before made. skips: what was left, to which they add."""
         maps: Maps = {}
-        order, begin, first = self._order(), [] if at_stop is None else skips[:1], Maps()
+        first: Maps = {}
+        order, begin = self._order(), [] if at_stop is None else skips[:1]
         for number, (block, i) in enumerate(order[start:end], start):
             if number > 0:
                 last, at = order[number - 1]

@@ -68,7 +68,8 @@ class Sampler(ABC):
     def __post_init__(self) -> None:
         if self.spacing is not None:
             choice("spacing", self.spacing, SPACINGS)
-        choice("levels", getattr(self, "levels", "uniform"), tuple(SCHEDULES))
+        if (levels := getattr(self, "levels", "uniform")) != "uniform":
+            choice("levels", levels, tuple(SCHEDULES))
 
     def __str__(self) -> str:
         """Its name and noise levels as read_sampler reads them: "dpmpp_2m karras"."""
