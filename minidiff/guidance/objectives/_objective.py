@@ -211,7 +211,8 @@ def converted(maps: Maps, kinds: Mapping[Site, Keep], wanted: Iterable[tuple[Sit
 
 
 @overload
-def objective(function: Loss) -> Objective: ...
+def objective(function: Loss) -> Objective:
+    """`@objective` alone: all options as they are by default."""
 
 
 @overload
@@ -222,7 +223,8 @@ def objective(
     reduce: Reduction = ...,
     settings: Settings = ...,
     needs_boxes: bool = ...,
-) -> Callable[[Loss], Objective]: ...
+) -> Callable[[Loss], Objective]:
+    """`@objective(...)`, with options."""
 
 
 def objective(
